@@ -1,0 +1,172 @@
+"""The contract of a stream: edits in time order, the questions about them, and what an editor may train on.
+
+A stream is a deterministic function of (data, `StreamConfig`, seed). The first k events do not depend on
+how many are taken, so a longer run extends a shorter one.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from testbed.events import EditEvent, Question, content_id
+
+TimeAxis = Literal["dated", "scheduled", "simulated"]
+MissingImages = Literal["skip", "text", "caption"]
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """Everything a stream depends on besides its data."""
+
+    data_root: Path | None = None
+    """Folder of the official files; without it the simulated world stands in, and says so."""
+    seed: int = 0
+    """Seed of the schedule (and of the simulated world's history)."""
+    edits_per_year: int = 50
+    """How many edits make a year, where the source has no dates."""
+    revise: float = 0.15
+    """Share of edits that change an already edited fact again, in scheduled streams."""
+    revert: float = 0.03
+    """Share of edits that bring an edited fact back to an earlier value."""
+    retire: float = 0.02
+    """Share of edits that withdraw an edited fact."""
+    drift: bool = False
+    """Let the mix of categories move over the years (scheduled streams)."""
+    missing_images: MissingImages = "skip"
+    """What to do with a record whose picture is absent: skip it, ask without, or put its caption."""
+    world_seed: int = 0
+    """Which simulated world; the committed tiny model knows world 0."""
+    world_size: int = 0
+    """Number of entities of the simulated world; 0 is the size that the tiny model was trained on."""
+
+    def problems(self) -> list[str]:
+        """Every mistake in the values, as sentences; empty when there is none."""
+        out = []
+        if self.edits_per_year < 1:
+            out.append(f"stream.edits_per_year must be 1 or more, got {self.edits_per_year}")
+        for name in ("revise", "revert", "retire"):
+            if not 0 <= getattr(self, name) < 1:
+                out.append(f"stream.{name} must lie in [0, 1), got {getattr(self, name)}")
+        if self.revise + self.revert + self.retire >= 1:
+            out.append("stream.revise + stream.revert + stream.retire must stay under 1")
+        return out
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A record that could not be used: where it stands and why (shown in the manifest and the summary)."""
+
+    where: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class TrainPool:
+    """What editors may learn from before and during a run; no probe asks anything of it.
+
+    questions: un-edited questions with the answers that the base model should give (null banks, locality
+        samples); texts: running text (second moments).
+    """
+
+    questions: tuple[Question, ...] = ()
+    texts: tuple[str, ...] = ()
+
+
+class BadStream(ValueError):
+    """A data root, file or field that cannot be used: what, where, what was expected, what to do."""
+
+
+class Stream(ABC):
+    """Base class of every stream; one subclass a name, registered with `STREAMS.register(name)`."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    """One line for --list."""
+    time_axis: ClassVar[TimeAxis]
+    licence: ClassVar[str]
+
+    def __init__(self, config: StreamConfig) -> None:
+        self.config = config
+        self.skipped: list[Skipped] = []
+
+    @property
+    @abstractmethod
+    def origin(self) -> str:
+        """Where the facts come from, for the manifest: "simulated world 0 (1,000 entities)", "OKEDIT files ..."."""
+
+    @abstractmethod
+    def events(self, n: int) -> list[EditEvent]:
+        """The first n edits (fewer where the source ends), satisfying `testbed.events.check_order`."""
+
+    @abstractmethod
+    def questions(self, event: EditEvent) -> tuple[Question, ...]:
+        """All held-out questions about one edit, `edit` split included; every id belongs to `event.id`.
+
+        The right answers hold as long as the event is live, i.e. no later event revises it. Locality
+        questions ask for facts that no event of the stream ever changes.
+        """
+
+    @abstractmethod
+    def general(self) -> tuple[Question, ...]:
+        """Questions of splits `general` and `text` that no edit should touch, with `topic` set."""
+
+    def paraphrases(self, event: EditEvent) -> tuple[str, ...]:
+        """Rephrased prompts of one edit from the train pool; disjoint from every prompt in `questions`."""
+        return ()
+
+    def train_pool(self) -> TrainPool:
+        return TrainPool()
+
+    def beliefs(self) -> Iterator[Question]:
+        """What a model must believe before the first edit, for `testbed.pretrain`. Empty by default."""
+        return iter(())
+
+    def data_hash(self) -> str:
+        """Hash of the source's content (not of the schedule)."""
+        return content_id(self.origin)
+
+    def stream_hash(self, events: list[EditEvent]) -> str:
+        """Hash of the events as they will be applied; the same on any machine."""
+        return content_id([(e.id, e.time, e.seq) for e in events])
+
+    def manifest(self) -> dict[str, Any]:
+        """What the run's manifest says about the stream."""
+        reasons: dict[str, int] = {}
+        for s in self.skipped:
+            reasons[s.reason] = reasons.get(s.reason, 0) + 1
+        return {
+            "name": self.name,
+            "origin": self.origin,
+            "time_axis": self.time_axis,
+            "licence": self.licence,
+            "data_hash": self.data_hash(),
+            "skipped": len(self.skipped),
+            "skipped_by_reason": reasons,
+            "skipped_records": [f"{s.where}: {s.reason}" for s in self.skipped],
+        }
+
+
+@dataclass
+class LRU:
+    """A bounded cache: the oldest unused entry leaves first. Counts hits, for the bench."""
+
+    size: int
+    hits: int = 0
+    misses: int = 0
+    _items: dict[Any, Any] = field(default_factory=dict)
+
+    def get(self, key: Any, make: Any) -> Any:
+        if key in self._items:
+            self.hits += 1
+            value = self._items.pop(key)
+        else:
+            self.misses += 1
+            value = make()
+            while len(self._items) >= self.size:
+                self._items.pop(next(iter(self._items)))
+        self._items[key] = value
+        return value

@@ -1,0 +1,204 @@
+"""What a stream is made of: edits in time order, and the questions that are asked about them.
+
+Edits and questions live apart: an editor is handed an `EditBatch` and nothing else, so a held-out
+paraphrase cannot reach it. Ids are content-addressed (same content, same id, on any machine and in any
+order of the stream), so records of different runs and orders can be paired.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal, Protocol, get_args, runtime_checkable
+
+import numpy as np
+
+Kind = Literal["add", "revise", "revert", "retire"]
+Split = Literal[
+    "edit",
+    "text_generality",
+    "image_generality",
+    "locality_hard",
+    "locality_sibling",
+    "locality_far",
+    "locality_text",
+    "portability",
+    "stale",
+    "general",
+    "text",
+]
+KINDS: tuple[str, ...] = get_args(Kind)
+SPLITS: tuple[str, ...] = get_args(Split)
+LOCALITY_SPLITS: tuple[str, ...] = tuple(s for s in SPLITS if s.startswith("locality_"))
+
+
+class BadEvent(ValueError):
+    """An edit or a question that cannot be used: the message names the field, the value and the record."""
+
+
+@runtime_checkable
+class Picture(Protocol):
+    """A picture that is decoded when it is needed and not before.
+
+    `key` names the pixels: two pictures with one key are the same picture. `load` returns RGB as uint8 of
+    shape (height, width, 3) and raises `BadPicture` when it cannot.
+    """
+
+    @property
+    def key(self) -> str: ...
+
+    def load(self) -> np.ndarray: ...
+
+
+class BadPicture(ValueError):
+    """A picture that is absent, unreadable or not a picture; the message names the file and what to do."""
+
+
+def content_id(*parts: object) -> str:
+    """First 16 hex digits of the SHA-256 of the parts, written as canonical JSON."""
+    text = json.dumps(parts, ensure_ascii=True, separators=(",", ":"), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, slots=True)
+class EditEvent:
+    """One dated change of one fact.
+
+    `time` is in years (its floor is the year, the fraction the place within it); `seq` is the position in
+    the stream. Neither is part of the id: the same change at another place of another order is the same
+    change. `revises` is the id of the event whose value this one replaces. A `retire` asks that the fact
+    be forgotten, i.e. that the model answers as it did before any edit: its `target` is empty.
+    """
+
+    kind: Kind
+    time: float
+    seq: int
+    prompt: str
+    target: str
+    image: Picture | None = None
+    previous: str | None = None
+    subject: str | None = None
+    relation: str | None = None
+    revises: str | None = None
+    source: str = ""
+    id: str = ""
+
+    def __post_init__(self) -> None:
+        _require_kind(self.kind, KINDS, "kind", self.source)
+        _require_text(self.prompt, "prompt", self.source)
+        if self.kind != "retire":
+            _require_text(self.target, "target", self.source)
+        if isinstance(self.time, bool) or not isinstance(self.time, (int, float)) or not math.isfinite(self.time):
+            raise BadEvent(f"time must be a finite number of years, got {self.time!r} ({self.source or 'no source'})")
+        if self.seq < 0:
+            raise BadEvent(f"seq must be 0 or more, got {self.seq} ({self.source or 'no source'})")
+        if self.kind in ("revise", "revert", "retire") and not self.revises:
+            raise BadEvent(f"a {self.kind} must name the event it revises ({self.source or 'no source'})")
+        if not self.id:
+            object.__setattr__(self, "id", self._content_id())
+
+    def _content_id(self) -> str:
+        key = self.image.key if self.image is not None else None
+        return content_id("edit", self.kind, self.prompt, key, self.target, self.previous, self.subject, self.relation, self.revises, self.source)
+
+    @property
+    def year(self) -> int:
+        return math.floor(self.time)
+
+    @property
+    def fact(self) -> tuple[str, str]:
+        """What is being changed: (subject, relation) where the source names them, else (picture, prompt)."""
+        if self.subject and self.relation:
+            return self.subject, self.relation
+        return (self.image.key if self.image is not None else ""), self.prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """Something to ask a model, and what counts as right.
+
+    `answer` may be absent for locality splits (there the unedited model's own answer is the reference) and
+    for `text` (running text, whose perplexity is measured on `prompt` itself). `aliases` count as right too.
+    """
+
+    split: Split
+    prompt: str
+    answer: str | None = None
+    event_id: str | None = None
+    image: Picture | None = None
+    aliases: tuple[str, ...] = ()
+    topic: str = ""
+    id: str = ""
+
+    def __post_init__(self) -> None:
+        _require_kind(self.split, SPLITS, "split", self.topic)
+        _require_text(self.prompt, "prompt", f"question of event {self.event_id}")
+        if self.answer is None and self.split != "text" and self.split not in LOCALITY_SPLITS:
+            raise BadEvent(f"a {self.split} question needs an answer: {self.prompt!r}")
+        if self.answer is not None:
+            _require_text(self.answer, "answer", f"question {self.prompt!r}")
+        if not self.id:
+            key = self.image.key if self.image is not None else None
+            parts = ("question", self.split, self.prompt, self.answer, self.event_id, key, sorted(self.aliases), self.topic)
+            object.__setattr__(self, "id", content_id(*parts))
+
+    @property
+    def golds(self) -> tuple[str, ...]:
+        """The answer and its aliases; empty where the reference is the unedited model's own answer."""
+        return (self.answer, *self.aliases) if self.answer is not None else ()
+
+
+@dataclass(frozen=True, slots=True)
+class EditBatch:
+    """What one `apply` call sees: edits of one step, in order, and the training samples its Traits declare.
+
+    `paraphrases` maps an event id to rephrased prompts from the train pool (never asked by a probe).
+    """
+
+    events: tuple[EditEvent, ...]
+    step: int = 0
+    paraphrases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        ids = [e.id for e in self.events]
+        if len(set(ids)) != len(ids):
+            twice = sorted({i for i in ids if ids.count(i) > 1})
+            raise BadEvent(f"step {self.step} holds the same edit twice: {', '.join(twice)}")
+
+    def __len__(self) -> int:
+        return len(self.events)
+
+
+def hide_previous(event: EditEvent) -> EditEvent:
+    """The event as an editor sees it that has not declared the use of the old answer (same id)."""
+    return event if event.previous is None else replace(event, previous=None)
+
+
+def check_order(events: list[EditEvent] | tuple[EditEvent, ...]) -> None:
+    """Raise `BadEvent` unless ids are unique, times never fall, `seq` counts up and `revises` looks back."""
+    seen: set[str] = set()
+    last = -math.inf
+    for i, e in enumerate(events):
+        if e.id in seen:
+            raise BadEvent(f"event {i} ({e.source}) repeats id {e.id}: the same change stands twice in the stream")
+        if e.time < last:
+            raise BadEvent(f"event {i} ({e.source}) is dated {e.time}, before the one ahead of it ({last}): sort the stream by time")
+        if e.seq != i:
+            raise BadEvent(f"event {i} ({e.source}) has seq {e.seq}; seq must be its position")
+        if e.revises and e.revises not in seen:
+            raise BadEvent(f"event {i} ({e.source}) revises {e.revises}, which does not come before it")
+        seen.add(e.id)
+        last = e.time
+
+
+def _require_kind(value: str, allowed: tuple[str, ...], name: str, where: str) -> None:
+    if value not in allowed:
+        raise BadEvent(f"{name} must be one of {', '.join(allowed)}, got {value!r} ({where or 'no source'})")
+
+
+def _require_text(value: object, name: str, where: str) -> None:
+    if not isinstance(value, str) or not value.strip():
+        raise BadEvent(f"{name} must be text that is not empty, got {value!r} ({where or 'no source'})")

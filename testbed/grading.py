@@ -1,0 +1,53 @@
+"""How a generated answer is judged. Standard library only, so stored answers can be graded again anywhere."""
+
+from __future__ import annotations
+
+import re
+import string
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable
+
+VERSION = 1
+"""Raised whenever a verdict can change; recorded in the manifest."""
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans({c: " " for c in string.punctuation})
+
+
+def normalise(text: str) -> str:
+    """Case, accents' composition, punctuation, English articles and white space removed.
+
+    An answer that is nothing but punctuation or articles ("A", "+") is kept as it is, lower-cased: it would
+    otherwise equal every other such answer.
+    """
+    base = unicodedata.normalize("NFKC", text).casefold().strip()
+    plain = " ".join(_ARTICLES.sub(" ", base.translate(_PUNCTUATION)).split())
+    return plain or base
+
+
+def natural_stop(text: str) -> str:
+    """The answer proper of a generation: its first line, stripped."""
+    return text.strip().split("\n", 1)[0].strip()
+
+
+def exact(generated: str, golds: Iterable[str]) -> bool:
+    """True when the generation equals a gold answer after normalisation."""
+    answer = normalise(generated)
+    return any(answer == normalise(g) for g in golds)
+
+
+def contains(generated: str, golds: Iterable[str]) -> bool:
+    """True when a gold answer stands in the generation as whole words, after normalisation."""
+    answer = f" {normalise(generated)} "
+    return any(f" {normalise(g)} " in answer for g in golds if normalise(g))
+
+
+def token_f1(generated: str, golds: Iterable[str]) -> float:
+    """Best F1 of word overlap with a gold answer, in [0, 1] (SQuAD's definition)."""
+    return max((_f1(normalise(generated).split(), normalise(g).split()) for g in golds), default=0.0)
+
+
+def _f1(a: list[str], b: list[str]) -> float:
+    common = sum((Counter(a) & Counter(b)).values())
+    return 2 * common / (len(a) + len(b)) if common else 0.0

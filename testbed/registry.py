@@ -1,0 +1,89 @@
+"""One registry for editors, streams and probes: a decorator, a folder scan, near matches for a wrong name.
+
+A plug-in exists by lying in its folder. A file that cannot be imported raises at the first look-up, with
+its path: a broken plug-in never vanishes from a list.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+C = TypeVar("C", bound=type)
+
+
+class UnknownName(KeyError):
+    """A name that is not registered; the message has near matches and the full list."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class Registry:
+    """Names to classes of one kind.
+
+    Args:
+        kind: what the entries are, for messages ("editor").
+        package: dotted name of the folder whose modules are scanned ("testbed.editors").
+        needs: attributes that every entry must have; checked when it registers.
+    """
+
+    def __init__(self, kind: str, package: str, needs: tuple[str, ...] = ()) -> None:
+        self.kind, self.package, self.needs = kind, package, needs
+        self._entries: dict[str, type] = {}
+        self._scanned = False
+
+    def register(self, name: str) -> Callable[[C], C]:
+        """Class decorator. Raises ValueError for a name taken by another class or a class that lacks what is needed."""
+
+        def add(cls: C) -> C:
+            missing = [a for a in self.needs if not getattr(cls, a, None)]
+            if missing:
+                raise ValueError(f"{self.kind} {name!r} ({cls.__module__}.{cls.__qualname__}) lacks {', '.join(missing)}")
+            old = self._entries.get(name)
+            if old is not None and (old.__module__, old.__qualname__) != (cls.__module__, cls.__qualname__):
+                raise ValueError(f"{self.kind} {name!r} is registered by {old.__module__} and again by {cls.__module__}: rename one")
+            cls.name = name  # pyright: ignore[reportAttributeAccessIssue]
+            self._entries[name] = cls
+            return cls
+
+        return add
+
+    def scan(self) -> None:
+        """Import every module of the package once. Raises ImportError that names the broken file."""
+        if self._scanned:
+            return
+        package = importlib.import_module(self.package)
+        for module in sorted(m.name for m in pkgutil.iter_modules(package.__path__)):
+            if module.startswith("_"):
+                continue
+            try:
+                importlib.import_module(f"{self.package}.{module}")
+            except Exception as e:
+                raise ImportError(f"the {self.kind} file {self.package}.{module} cannot be loaded: {type(e).__name__}: {e}") from e
+        self._scanned = True
+
+    def names(self) -> list[str]:
+        self.scan()
+        return sorted(self._entries)
+
+    def items(self) -> Iterator[tuple[str, Any]]:
+        for name in self.names():
+            yield name, self._entries[name]
+
+    def get(self, name: str) -> Any:
+        """The class registered as `name`. Raises `UnknownName` with near matches and the list."""
+        self.scan()
+        if name not in self._entries:
+            near = difflib.get_close_matches(name, self._entries, n=3, cutoff=0.5)
+            hint = f" Did you mean {' or '.join(near)}?" if near else ""
+            raise UnknownName(f"no {self.kind} is called {name!r}.{hint} There are: {', '.join(self.names())}.")
+        return self._entries[name]
+
+
+EDITORS = Registry("editor", "testbed.editors", needs=("summary", "traits", "Config"))
+PROBES = Registry("probe", "testbed.probes", needs=("summary", "version"))
+STREAMS = Registry("stream", "streams", needs=("summary", "time_axis", "licence"))

@@ -1,0 +1,30 @@
+"""Shared fixtures: two threads, no network, the real files where TESTBED_DATA names them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_threads() -> None:
+    import torch
+
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def data_root() -> Path:
+    """Folder of the real files. Without TESTBED_DATA the test is skipped; with it, a missing folder fails."""
+    root = os.environ.get("TESTBED_DATA")
+    if not root:
+        pytest.skip("TESTBED_DATA is not set: this test reads real data files")
+    path = Path(root)
+    if not path.is_dir():
+        pytest.fail(f"TESTBED_DATA={root} is not a folder")
+    return path
