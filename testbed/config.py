@@ -1,0 +1,189 @@
+"""One dataclass for a run. It is checked as a whole before anything is loaded, all mistakes at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_type_hints
+
+from streams.base import MissingImages, StreamConfig
+from testbed.registry import EDITORS, STREAMS, UnknownName
+
+D = TypeVar("D")
+
+
+class BadConfig(ValueError):
+    """Everything that is wrong with a configuration, one line each."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Run sequential editors over a stream of fact changes and ask fixed panels of questions along the way."""
+
+    stream: str = "okedit-yearly"
+    """Stream of edits (see --list)."""
+    editor: tuple[str, ...] = ("noop", "oracle", "finetune", "balancedit")
+    """Editors, separated by commas."""
+    model: str = "tiny"
+    """`tiny`, a folder written by save_pretrained, or a hub id."""
+    data_root: Path | None = None
+    """Folder of the stream's official files; without it the simulated world stands in, where it can."""
+    edits: int = 500
+    """Number of edits."""
+    batch: int = 1
+    """Edits per step."""
+    seed: int = 0
+    """Seed of the order of the stream, the panels and the editors."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
+    dtype: str = "auto"
+    """auto (float32 on CPU, bfloat16 on GPU), float32, bfloat16, float16."""
+    out: Path | None = None
+    """Run folder; by default runs/STREAM-SEED-HASH."""
+    resume: Path | None = None
+    """Go on with a run folder; its configuration is taken from its manifest."""
+    set: tuple[str, ...] = ()
+    """editor.field=value or stream.field=value; may be given many times."""
+    missing_images: MissingImages = "skip"
+    """Records without their picture: skip them, ask without a picture, or put the caption in its place."""
+    probe_budget: int = 8000
+    """Questions per editor and 500 edits; panels shrink to fit."""
+    max_new_tokens: int = 16
+    """Longest free generation, in tokens."""
+    save_every: int = 50
+    """Steps between saved states; a stopped run goes on from the newest one."""
+    save_model: Path | None = None
+    """Write the edited model of every editor that changes weights to this folder with save_pretrained."""
+    config: Path | None = None
+    """YAML file with any of these fields; the command line wins."""
+    log: Path | None = None
+    """Append each phase (apply, probe, write, rename, resume) to this file as it begins."""
+    dry_run: bool = False
+    """Print what would run and what it would cost, and stop."""
+    list: bool = False
+    """Print every editor, stream and probe with one line each, and stop."""
+
+    def overrides(self, name: str) -> dict[str, str]:
+        """Fields set for one editor (or for `stream`), as text."""
+        out: dict[str, str] = {}
+        for item in self.set:
+            left, _, value = item.partition("=")
+            owner, _, key = left.partition(".")
+            if owner == name:
+                out[key] = value
+        return out
+
+    def stream_config(self) -> StreamConfig:
+        """The stream's own configuration with `--set stream.*` applied. Raises `BadConfig`."""
+        base = StreamConfig(data_root=self.data_root, seed=self.seed, missing_images=self.missing_images)
+        return set_fields(base, self.overrides("stream"))
+
+    def editor_config(self, name: str) -> Any:
+        """The configuration of one editor with `--set` applied. Raises `BadConfig` or `UnknownName`."""
+        return set_fields(EDITORS.get(name).Config(), self.overrides(name))
+
+    def problems(self) -> list[str]:
+        """Every mistake, as sentences; empty when the run can start."""
+        out = [f"--{name.replace('_', '-')} must be 1 or more, got {getattr(self, name)}" for name in _POSITIVE if getattr(self, name) < 1]
+        if not self.editor:
+            out.append("--editor names no editor; see --list")
+        if len(set(self.editor)) < len(self.editor):
+            out.append(f"--editor names one editor twice: {', '.join(self.editor)}")
+        if self.data_root is not None and not self.data_root.is_dir():
+            out.append(f"--data-root {self.data_root} is not a folder")
+        out += _tried(lambda: STREAMS.get(self.stream))
+        out += _tried(lambda: self.stream_config().problems())
+        for name in self.editor:
+            out += _tried(lambda name=name: self.editor_config(name).problems())
+        out += self._set_problems()
+        return out
+
+    def _set_problems(self) -> list[str]:
+        owners = {"stream", *self.editor}
+        out = []
+        for item in self.set:
+            owner = item.partition("=")[0].partition(".")[0]
+            if "=" not in item or "." not in item.partition("=")[0]:
+                out.append(f"--set {item!r} is not of the form editor.field=value")
+            elif owner not in owners:
+                out.append(f"--set {item!r} names {owner!r}, which takes no part in this run ({', '.join(sorted(owners))})")
+        return out
+
+    def identity(self) -> dict[str, Any]:
+        """What makes two runs the same run: everything but places, logs and switches of the command line."""
+        skip = {"out", "resume", "config", "log", "dry_run", "list", "save_model", "save_every"}
+        return {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name not in skip}
+
+
+_POSITIVE = ("edits", "batch", "probe_budget", "max_new_tokens", "save_every")
+
+
+def _tried(check: Any) -> list[str]:
+    """Problems that a check returns or raises."""
+    try:
+        result = check()
+    except (UnknownName, BadConfig) as e:
+        return str(e).splitlines()
+    return result if isinstance(result, list) else []
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON holds it."""
+    if isinstance(value, Path):
+        return str(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {k: plain(v) for k, v in dataclasses.asdict(value).items()}
+    if isinstance(value, (tuple, list, frozenset)):
+        return [plain(v) for v in value]
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    return value
+
+
+def set_fields(config: D, values: typing.Mapping[str, Any]) -> D:
+    """A dataclass with fields set from text. Raises `BadConfig` naming every unknown field and wrong value."""
+    hints = get_type_hints(type(config))
+    out, wrong = {}, []
+    for name, text in values.items():
+        if name not in hints:
+            wrong.append(f"{type(config).__qualname__} has no field {name!r}; there are {', '.join(sorted(hints)) or 'none'}")
+            continue
+        try:
+            out[name] = parse_value(text, hints[name])
+        except ValueError as e:
+            wrong.append(f"{name}={text!r}: {e}")
+    if wrong:
+        raise BadConfig("\n".join(wrong))
+    return dataclasses.replace(config, **out)  # type: ignore[type-var]
+
+
+def parse_value(text: Any, hint: Any) -> Any:
+    """Text (or a YAML value) as the type of a field. Raises ValueError that says what was expected."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if str(text).lower() in ("none", "null", ""):
+            return None
+        return parse_value(text, next(a for a in args if a is not type(None)))
+    if origin is Literal:
+        if text not in args:
+            raise ValueError(f"expected one of {', '.join(map(str, args))}")
+        return text
+    if origin in (tuple, frozenset):
+        parts = text.split(",") if isinstance(text, str) else list(text)
+        return origin(parse_value(p, args[0]) for p in parts if p != "")
+    if hint is bool:
+        if str(text).lower() not in _BOOLS:
+            raise ValueError("expected true or false")
+        return _BOOLS[str(text).lower()]
+    if hint in (int, float):
+        try:
+            return hint(text)
+        except ValueError as e:
+            raise ValueError(f"expected {'a whole number' if hint is int else 'a number'}") from e
+    return hint(text)
+
+
+_BOOLS = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}

@@ -1,0 +1,191 @@
+"""The contract of an editor, and what every editor shares: limits, failures that leave no trace, undo.
+
+A method is one file: a `Config` dataclass (the paper's symbol and default beside each field), its `Traits`,
+and four verbs: `_prepare`, `_edit`, `predictor`, the state. Tensors in a state are replaced, never changed
+in place, so a snapshot is a shallow copy and a failed edit is undone by putting it back.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+
+from streams.base import TrainPool
+from testbed.events import EditBatch, EditEvent, hide_previous
+from testbed.models import ModelHandle
+from testbed.predictor import Predictor
+from testbed.schema import EditReport
+
+Sample = Literal["paraphrase", "previous", "train_pool"]
+
+
+class EditFailed(RuntimeError):
+    """One edit or batch that could not be made (non-finite loss, ...): recorded, nothing changed, the stream goes on."""
+
+
+class BadEditor(ValueError):
+    """A configuration or a state that does not fit: expected, found, what to do."""
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What an editor is and may see. The loop and the tests ask these, never its name."""
+
+    weights: bool = False
+    """It answers with changed weights of the model itself (so the edited model can be saved)."""
+    gated: bool = False
+    """It decides for each prompt whether to act; a miss returns the base's own tensors."""
+    undo: bool = False
+    """`revert(event_ids)` restores the state before these edits."""
+    told_truth: bool = False
+    """Its predictor is told the right answer (the oracle alone)."""
+    max_batch: int | None = None
+    """Largest batch of edits it takes at once."""
+    uses: frozenset[Sample] = frozenset()
+    """Extra samples that the published method uses; it gets these and no others."""
+
+
+@dataclass(frozen=True)
+class EditorConfig:
+    """Base of every editor's configuration."""
+
+    def problems(self) -> list[str]:
+        """Every mistake in the values, as sentences."""
+        return []
+
+
+class Editor(ABC):
+    """One sequential editor. Registered with `EDITORS.register(name)`; found by scan."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    traits: ClassVar[Traits]
+    Config: ClassVar[type[EditorConfig]]
+
+    handle: ModelHandle
+
+    def __init__(self, config: Any = None, seed: int = 0) -> None:
+        self.config = config if config is not None else self.Config()
+        self.seed = seed
+        self.notes: list[str] = []
+        self._revises: dict[str, str | None] = {}
+
+    def prepare(self, handle: ModelHandle, pool: TrainPool) -> None:
+        """Bind to a model, once, before the first edit; `pool` is empty unless the Traits declare its use."""
+        self.handle = handle
+        self._prepare(pool if "train_pool" in self.traits.uses else TrainPool())
+
+    def apply(self, batch: EditBatch) -> EditReport:
+        """Make the edits of one step, all or none of them; an empty batch is the identity.
+
+        A retire is undone where the method has undo, else skipped and counted. Raises `BadEditor` for a
+        batch over `Traits.max_batch`; an edit that fails is reported, and the state is as it was.
+        """
+        limit = self.traits.max_batch
+        if limit is not None and len(batch) > limit:
+            raise BadEditor(f"{self.name} takes at most {limit} edits at once, got {len(batch)}: use --batch {limit}")
+        report = EditReport(step=batch.step, event_ids=tuple(e.id for e in batch.events))
+        if not batch.events:
+            return report
+        before = self.state_dict()
+        retire = [e for e in batch.events if e.kind == "retire"]
+        edits = EditBatch(self._allowed(batch.events), batch.step, self._paraphrases(batch))
+        try:
+            notes = self._edit(edits) if edits.events else {}
+            skipped = self._retire(retire)
+        except EditFailed as e:
+            self.load_state_dict(before)
+            return replace(report, failed={e2.id: str(e) for e2 in batch.events})
+        self._revises.update({e.id: e.revises for e in batch.events if e.id not in skipped})
+        return replace(report, notes=notes, skipped=skipped, delta_norm=self.delta_norm(), state_bytes=self.state_bytes())
+
+    def _allowed(self, events: Iterable[EditEvent]) -> tuple[EditEvent, ...]:
+        keep = [e for e in events if e.kind != "retire"]
+        return tuple(keep if "previous" in self.traits.uses else map(hide_previous, keep))
+
+    def _paraphrases(self, batch: EditBatch) -> dict[str, tuple[str, ...]]:
+        return dict(batch.paraphrases) if "paraphrase" in self.traits.uses else {}
+
+    def _retire(self, events: list[EditEvent]) -> dict[str, str]:
+        if not self.traits.undo:
+            return {e.id: "retire: this method has no undo" for e in events}
+        for e in events:
+            self.revert(self._lineage(e.revises))
+        return {}
+
+    def _lineage(self, event_id: str | None) -> list[str]:
+        """The edits of one fact back to its first, newest first."""
+        out: list[str] = []
+        while event_id is not None and event_id in self._revises:
+            out.append(event_id)
+            event_id = self._revises[event_id]
+        return out
+
+    @abstractmethod
+    def _prepare(self, pool: TrainPool) -> None:
+        """Make the empty state for `self.handle`."""
+
+    @abstractmethod
+    def _edit(self, batch: EditBatch) -> dict[str, float]:
+        """Make the edits; returns notes for the report. Raises `EditFailed`."""
+
+    @abstractmethod
+    def predictor(self) -> Predictor:
+        """The edited model, as probes see it."""
+
+    @abstractmethod
+    def _state(self) -> dict[str, Any]:
+        """Tensors and JSON values by name; together with the config they are the whole state."""
+
+    @abstractmethod
+    def _load(self, state: dict[str, Any]) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and JSON values, shallow: what is in it is never changed in place."""
+        return {**self._state(), "revises": dict(self._revises)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The reverse. Raises `BadEditor` for a state of another shape or model."""
+        state = dict(state)
+        self._revises = dict(state.pop("revises", {}))
+        self._load(state)
+
+    def revert(self, event_ids: Iterable[str]) -> None:
+        """Undo these edits. Raises `BadEditor` where the method cannot, or for an unknown id."""
+        raise BadEditor(f"{self.name} has no undo; edit the old value back instead")
+
+    def edited_weights(self) -> dict[str, torch.Tensor]:
+        """Changed parameters by name, for --save-model; empty unless `Traits.weights`."""
+        return {}
+
+    def delta_norm(self) -> float | None:
+        """Frobenius norm of all changes of weights together; None where none change."""
+        changed = self.edited_weights()
+        if not changed:
+            return None
+        squares = [(w.double() - self.handle.parameter(n).double()).square().sum() for n, w in changed.items()]
+        return float(torch.stack(squares).sum().sqrt())
+
+    def state_bytes(self) -> int:
+        """Bytes of the tensors in the state."""
+        return sum(t.numel() * t.element_size() for t in self._state().values() if isinstance(t, torch.Tensor))
+
+    def generator(self, step: int) -> torch.Generator:
+        """Randomness of one step: a function of (seed, step), so a resumed run draws the same."""
+        entropy = np.random.SeedSequence([self.seed, step]).generate_state(2, dtype=np.uint32)
+        return torch.Generator().manual_seed(int(entropy[0]) << 32 | int(entropy[1]))
+
+
+def need(state: dict[str, Any], name: str, shape: tuple[int | None, ...]) -> torch.Tensor:
+    """The tensor of this name from a state. Raises `BadEditor` unless it has the shape (None matches any size)."""
+    t = state.get(name)
+    if not isinstance(t, torch.Tensor):
+        raise BadEditor(f"the state has no tensor {name!r}; it holds {', '.join(map(repr, state)) or 'nothing'}")
+    if t.ndim != len(shape) or any(want is not None and want != got for want, got in zip(shape, t.shape)):
+        raise BadEditor(f"{name!r} has shape {tuple(t.shape)}, expected {shape}: the state belongs to another model, layer or config")
+    return t

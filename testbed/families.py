@@ -1,0 +1,105 @@
+"""Facts about model families, as a table. Code asks the table; nothing anywhere branches on a model's name.
+
+Templates: LLaVA-1.5's conversation form, BLIP-2's question form (as in the MMEdit protocol), plain
+completion for base language models. A family that is not listed gets `DEFAULT`, and the run says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Family:
+    """What differs between model families."""
+
+    name: str
+    text: str = "{prompt}"
+    """Template of a prompt without a picture."""
+    image: str | None = None
+    """Template of a prompt with a picture; None for text-only models."""
+    answer: str = " {answer}"
+    """How the answer follows the prompt."""
+    stop: tuple[str, ...] = ("\n",)
+    """Strings that end a generation besides the end-of-sequence token."""
+    packed_pixels: bool = False
+    """True where a processor flattens pictures into one list of patches."""
+
+
+_CHAT_IMAGE = "USER: <image>\n{prompt} ASSISTANT:"
+_CHAT_TEXT = "USER: {prompt} ASSISTANT:"
+_QWEN = "<|im_start|>user\n{body}{{prompt}}<|im_end|>\n<|im_start|>assistant\n"
+_QWEN_IMAGE = _QWEN.format(body="<|vision_start|><|image_pad|><|vision_end|>")
+
+DEFAULT = Family("default")
+FAMILIES: dict[str, Family] = {
+    "llava": Family("llava", text=_CHAT_TEXT, image=_CHAT_IMAGE),
+    "blip-2": Family("blip-2", text="Question: {prompt} Short answer:", image="<image>Question: {prompt} Short answer:"),
+    "qwen2_vl": Family("qwen2_vl", text=_QWEN.format(body=""), image=_QWEN_IMAGE, answer="{answer}", packed_pixels=True),
+    "qwen2_5_vl": Family("qwen2_5_vl", text=_QWEN.format(body=""), image=_QWEN_IMAGE, answer="{answer}", packed_pixels=True),
+    "idefics3": Family("idefics3", text="User:{prompt}\nAssistant:", image="User:<image>{prompt}\nAssistant:"),
+    "smolvlm": Family("smolvlm", text="User:{prompt}\nAssistant:", image="User:<image>{prompt}\nAssistant:"),
+    **{name: Family(name) for name in ("gpt2", "gptj", "gpt_neox", "opt", "llama", "mistral", "qwen2", "qwen3")},
+}
+
+DOWN_PROJECTIONS = ("mlp.down_proj", "fc2", "mlp.fc2", "mlp.c_proj", "mlp.fc_out", "mlp.dense_4h_to_h")
+"""Where the second matrix of a decoder layer's MLP lies, tried in this order."""
+
+FINAL_NORMS = ("norm", "final_layer_norm", "ln_f")
+"""Names of the normalisation after the last decoder layer, beside the list of layers."""
+
+_NOT_DECODER = ("vision", "visual", "qformer", "audio", "encoder")
+
+
+class UnknownLayout(ValueError):
+    """A model whose decoder layers, down-projection or final norm cannot be found; names what there is."""
+
+
+def family_of(config: Any) -> Family:
+    """The table's row for a transformers config (by `model_type`), or `DEFAULT`."""
+    return FAMILIES.get(config.model_type, DEFAULT)
+
+
+def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Path and list of the language model's decoder layers, found by walking the modules.
+
+    Paths moved between transformers versions and `get_decoder` means different things in them, so neither
+    is relied on. Raises `UnknownLayout` unless exactly one list fits.
+    """
+    config: Any = model.config
+    n = getattr(config.get_text_config(), "num_hidden_layers", None)
+    found = [
+        (path, m)
+        for path, m in model.named_modules()
+        if isinstance(m, nn.ModuleList)
+        and path.rsplit(".", 1)[-1] in ("layers", "h")
+        and len(m) == n
+        and not any(part in path.lower() for part in _NOT_DECODER)
+    ]
+    if len(found) != 1:
+        lists = [f"{p} ({len(m)})" for p, m in model.named_modules() if isinstance(m, nn.ModuleList)]
+        raise UnknownLayout(f"{type(model).__name__}: {len(found)} lists of {n} decoder layers found, need one. Lists: {', '.join(lists)}")
+    return found[0]
+
+
+def down_projection(layer: nn.Module) -> tuple[str, nn.Module]:
+    """Path within the layer and module of the MLP's second matrix. Raises `UnknownLayout`."""
+    for path in DOWN_PROJECTIONS:
+        try:
+            return path, layer.get_submodule(path)
+        except AttributeError:
+            continue
+    raise UnknownLayout(f"no down-projection in {type(layer).__name__}; it has {', '.join(n for n, _ in layer.named_modules() if n)}")
+
+
+def final_norm(model: nn.Module, layers_path: str) -> nn.Module:
+    """The normalisation that follows the last decoder layer. Raises `UnknownLayout`."""
+    owner = model.get_submodule(layers_path.rsplit(".", 1)[0])
+    for name in FINAL_NORMS:
+        norm = getattr(owner, name, None)
+        if norm is not None:
+            return norm
+    raise UnknownLayout(f"no final norm in {type(owner).__name__}; it has {', '.join(n for n, _ in owner.named_children())}")

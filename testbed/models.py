@@ -1,0 +1,205 @@
+"""Load a model with its tokenizer or processor into a `ModelHandle`: the one way in for every model.
+
+`tiny` is the committed model, a folder or a hub id goes through the same transformers code. The handle
+never changes the base weights: editors lay their own over them for the length of a forward (`swapped`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from testbed import families
+
+TINY = Path(__file__).parent / "assets"
+
+
+class BadModel(ValueError):
+    """A model, device or dtype that cannot be used: what was asked, what there is, what to do."""
+
+
+@dataclass
+class ModelHandle:
+    """A frozen model and what belongs to it.
+
+    Shapes used throughout: B rows, T positions, d model width, f width of the MLP, V vocabulary.
+    """
+
+    model: Any
+    tokenizer: Any
+    processor: Any | None
+    name: str
+    family: families.Family
+    device: torch.device
+    notes: list[str] = field(default_factory=list)
+    cache: dict[str, Any] = field(default_factory=dict)
+    """Room for what cannot change while the base weights do not (tokenised prompts, picture features)."""
+
+    def __post_init__(self) -> None:
+        self.model.eval().requires_grad_(False)
+        self.layers_path, self.layers = families.decoder_layers(self.model)
+        self.norm = families.final_norm(self.model, self.layers_path)
+        self.head = self.model.get_output_embeddings()
+        self._hash = ""
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def width(self) -> int:
+        return self.model.config.get_text_config().hidden_size
+
+    @property
+    def reads_pictures(self) -> bool:
+        return self.family.image is not None and self.processor is not None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+    @property
+    def window(self) -> int:
+        """Longest sequence of the model, in tokens."""
+        return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", 0) or 2048)
+
+    def layer_index(self, layer: int) -> int:
+        """A layer counted from the front, or from the back when negative. Raises `BadModel` out of range."""
+        if not -self.n_layers <= layer < self.n_layers:
+            raise BadModel(f"layer {layer} does not exist: {self.name} has layers 0 to {self.n_layers - 1} (or -1 to -{self.n_layers})")
+        return layer % self.n_layers
+
+    def down(self, layer: int) -> nn.Module:
+        """The down-projection of a decoder layer: (.., f) -> (.., d)."""
+        return families.down_projection(self.layers[self.layer_index(layer)])[1]
+
+    def down_weight(self, layer: int) -> str:
+        """Name of that matrix among the model's parameters."""
+        i = self.layer_index(layer)
+        return f"{self.layers_path}.{i}.{families.down_projection(self.layers[i])[0]}.weight"
+
+    def parameter(self, name: str) -> nn.Parameter:
+        return self.model.get_parameter(name)
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 over names, dtypes and bytes of all parameters and buffers (16 hex digits), computed once."""
+        self._hash = self._hash or weights_hash(self.model)
+        return self._hash
+
+    @contextmanager
+    def swapped(self, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """Run the model with these parameters (name -> tensor of the same shape) in place of its own."""
+        kept: list[tuple[nn.Parameter, torch.Tensor]] = []
+        try:
+            for name, new in weights.items():
+                p = self.parameter(name)
+                if new.shape != p.shape:
+                    raise BadModel(f"{name} has shape {tuple(p.shape)}, the edited weight {tuple(new.shape)}")
+                kept.append((p, p.data))
+                p.data = new.detach().to(device=p.device, dtype=p.dtype)
+            yield
+        finally:
+            for p, old in kept:
+                p.data = old
+
+    @contextmanager
+    def hooked(self, module: nn.Module, hook: Callable[..., Any], pre: bool = False) -> Iterator[None]:
+        """Run with a forward hook (or, with `pre`, a forward pre-hook) on one module."""
+        handle = module.register_forward_pre_hook(hook) if pre else module.register_forward_hook(hook)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def weights_hash(model: nn.Module) -> str:
+    """Hash of all parameters and buffers: names, dtypes, shapes and bytes (16 hex digits)."""
+    h = hashlib.sha256()
+    for name, t in sorted(model.state_dict().items()):
+        h.update(f"{name}|{t.dtype}|{tuple(t.shape)}".encode())
+        h.update(t.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes())
+    return h.hexdigest()[:16]
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is the GPU where there is one. Raises `BadModel` for a device that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise BadModel(f"device {name!r} cannot be used: {str(e).splitlines()[0]}. Try --device cpu or --device auto.") from e
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is float32 on a CPU and bfloat16 on a GPU."""
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if name not in known:
+        raise BadModel(f"dtype {name!r} is not known; there are auto, {', '.join(known)}")
+    return known[name]
+
+
+def load(name: str, device: str = "auto", dtype: str = "auto") -> ModelHandle:
+    """Load `tiny`, a folder or a hub id.
+
+    Raises `BadModel` for a folder without a model, a hub id that cannot be reached, an unknown device or
+    dtype, a model without a tokenizer.
+    """
+    place = pick_device(device)
+    source = str(TINY) if name == "tiny" else name
+    kind = pick_dtype(dtype, place)
+    try:
+        return _load(name, source, place, kind)
+    except (OSError, ValueError, KeyError) as e:
+        if isinstance(e, BadModel | families.UnknownLayout):
+            raise
+        reason = str(e).strip().splitlines()[0]
+        raise BadModel(f"model {name!r} cannot be loaded: {reason}. {_advice(source)}") from e
+
+
+def _load(name: str, source: str, place: torch.device, kind: torch.dtype) -> ModelHandle:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+
+    config = AutoConfig.from_pretrained(source)
+    family = families.family_of(config)
+    cls = AutoModelForImageTextToText if family.image is not None else AutoModelForCausalLM
+    model = cls.from_pretrained(source, dtype=kind).to(place)
+    processor = AutoProcessor.from_pretrained(source) if family.image is not None else None
+    tokenizer = processor.tokenizer if processor is not None else AutoTokenizer.from_pretrained(source)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    notes = []
+    if family is families.DEFAULT:
+        notes.append(f"model type {config.model_type!r} is not in the families table: the prompt is used as it is")
+    return ModelHandle(model, tokenizer, processor, name, family, place, notes)
+
+
+def _advice(source: str) -> str:
+    path = Path(source)
+    if path.is_dir():
+        there = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
+        return f"The folder holds {there}; it needs config.json, weights and tokenizer files as save_pretrained writes them."
+    return "There is no such folder; a hub id needs a network connection or an earlier download. `tiny` always works."
+
+
+def project(module: nn.Module, act: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """(.., d) output of a down-projection for activations (.., f) under another weight, in either storage order.
+
+    `nn.Linear` keeps (d, f); GPT-2's `Conv1D` keeps (f, d). The weight's dtype decides the arithmetic.
+    """
+    bias: Any = module.bias
+    flat = act.to(weight.dtype)
+    out = flat @ weight.T if isinstance(module, nn.Linear) else flat @ weight
+    return (out + bias.to(weight.dtype) if bias is not None else out).to(act.dtype)

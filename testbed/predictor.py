@@ -1,0 +1,249 @@
+"""What a probe sees of a model: score, generate, respond (both at once), inspect. Batching and length
+bucketing live here and only here.
+
+A predictor is given prompts and pictures, never a question's event, split or answer. A gated editor hangs
+its decision on `around`, a context that is entered once a batch and sees the prompt mask: it decides once
+a sequence, before the first new token.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from testbed.encode import Ask, Batch, answer_ids, collate, prompt_inputs
+from testbed.grading import natural_stop
+from testbed.models import ModelHandle
+
+Around = Callable[[Batch], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Teacher-forced reading of one answer of n tokens.
+
+    hits: (n,) bool, the token is the argmax given the prompt and the true tokens before it.
+    logprobs: (n,) float64, natural log-probabilities.
+    """
+
+    hits: np.ndarray
+    logprobs: np.ndarray
+
+
+@dataclass(frozen=True)
+class Response:
+    """Free generation and, where an answer was given, its score. `extras` is what the editor adds (gate, entry, context)."""
+
+    generated: str
+    score: Score | None = None
+    extras: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Monitors' view at the last prompt position.
+
+    top_ids: (k,) int64; entropy: nats; hidden: (layers, d) float32 output of each chosen decoder layer.
+    """
+
+    top_ids: np.ndarray
+    entropy: float
+    hidden: np.ndarray
+
+
+class Predictor(ABC):
+    """Answers prompts. Implementations leave parameters, buffers and the editor's state bit-identical."""
+
+    @abstractmethod
+    def respond(self, asks: Sequence[Ask], answers: Sequence[str | None], max_new_tokens: int = 16) -> list[Response]:
+        """Greedy generation with natural stop, and the score of each answer that is given."""
+
+    @abstractmethod
+    def score(self, asks: Sequence[Ask], answers: Sequence[str]) -> list[Score]:
+        """Per-token argmax hits and log-probabilities of each answer under teacher forcing."""
+
+    @abstractmethod
+    def text_logprobs(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Log-probabilities (nats) of each token of running text after the first, for perplexity."""
+
+    @abstractmethod
+    def inspect(self, asks: Sequence[Ask], layers: Sequence[int] = (), top_k: int = 10) -> list[Inspection]: ...
+
+    def generate(self, asks: Sequence[Ask], max_new_tokens: int = 16) -> list[str]:
+        """Greedy generation with natural stop."""
+        return [r.generated for r in self.respond(asks, [None] * len(asks), max_new_tokens)]
+
+
+class ModelPredictor(Predictor):
+    """A model behind a handle, with whatever an editor lays around its forward.
+
+    Args:
+        around: context entered for every batch (weight swap, hooks); None is the unedited model.
+        explain: rows of `extras` for the batch that was just run, asked inside the context.
+        rows, tokens: limits of one forward.
+    """
+
+    def __init__(
+        self,
+        handle: ModelHandle,
+        around: Around | None = None,
+        explain: Callable[[Batch], list[dict[str, Any]]] | None = None,
+        rows: int = 64,
+        tokens: int = 16_384,
+    ) -> None:
+        self.handle, self.rows, self.tokens = handle, rows, tokens
+        self.around: Around = around or (lambda batch: nullcontext())
+        self.explain = explain
+
+    @torch.no_grad()
+    def respond(self, asks: Sequence[Ask], answers: Sequence[str | None], max_new_tokens: int = 16) -> list[Response]:
+        ids = [answer_ids(self.handle, a, x) if x is not None else [] for a, x in zip(asks, answers)]
+        out: list[Response | None] = [None] * len(asks)
+        again: list[int] = []
+        for chunk in self._chunks(asks):
+            texts, scores, extras = self._generate([asks[i] for i in chunk], [ids[i] for i in chunk], max_new_tokens)
+            for i, text, score, extra in zip(chunk, texts, scores, extras):
+                out[i] = Response(text, score if ids[i] else None, extra)
+                if ids[i] and score is None:
+                    again.append(i)
+        for i, score in zip(again, self._score([asks[i] for i in again], [ids[i] for i in again])):
+            done = out[i]
+            if done is not None:
+                out[i] = Response(done.generated, score, done.extras)
+        return [r for r in out if r is not None]
+
+    @torch.no_grad()
+    def score(self, asks: Sequence[Ask], answers: Sequence[str]) -> list[Score]:
+        return self._score(asks, [answer_ids(self.handle, a, x) for a, x in zip(asks, answers)])
+
+    @torch.no_grad()
+    def text_logprobs(self, texts: Sequence[str]) -> list[np.ndarray]:
+        tok = self.handle.tokenizer
+        start = [tok.bos_token_id] if tok.bos_token_id is not None else []
+        ids = [(start + tok(t, add_special_tokens=False)["input_ids"])[: self.handle.window] for t in texts]
+        out: list[np.ndarray] = []
+        for at in range(0, len(ids), self.rows):
+            part = ids[at : at + self.rows]
+            batch = _plain_batch(self.handle, part)
+            with self.around(batch):
+                logits = self.handle.model(**batch.inputs).logits
+            for row, seq in zip(logits.float().log_softmax(-1), part):
+                target = torch.tensor(seq[1:], device=row.device, dtype=torch.long)
+                out.append(row[: len(seq) - 1].gather(1, target[:, None])[:, 0].double().cpu().numpy())
+        return out
+
+    @torch.no_grad()
+    def inspect(self, asks: Sequence[Ask], layers: Sequence[int] = (), top_k: int = 10) -> list[Inspection]:
+        out: list[Inspection | None] = [None] * len(asks)
+        for chunk in self._chunks(asks):
+            batch = collate(self.handle, [asks[i] for i in chunk])
+            with self.around(batch):
+                result = self.handle.model(**batch.inputs, output_hidden_states=True)
+            rows = torch.arange(len(chunk), device=batch.last_prompt.device)
+            logp = result.logits[rows, batch.last_prompt].float().log_softmax(-1)
+            states = [result.hidden_states[self.handle.layer_index(n) + 1][rows, batch.last_prompt] for n in layers]
+            hidden = torch.stack(states, 1).float() if states else torch.zeros(len(chunk), 0, self.handle.width)
+            entropy = -(logp.exp() * logp).sum(-1)
+            for j, i in enumerate(chunk):
+                out[i] = Inspection(logp[j].topk(top_k).indices.cpu().numpy(), float(entropy[j]), hidden[j].cpu().numpy())
+        return [r for r in out if r is not None]
+
+    def _chunks(self, asks: Sequence[Ask], tails: Sequence[int] | None = None) -> Iterator[list[int]]:
+        """Indices of the asks in batches of like length, pictures apart from text, within the limits."""
+        size = [prompt_inputs(self.handle, a)["input_ids"].shape[1] + (tails[i] if tails else 0) for i, a in enumerate(asks)]
+        order = sorted(range(len(asks)), key=lambda i: (asks[i].image is None, size[i], i))
+        chunk: list[int] = []
+        for i in order:
+            full = len(chunk) >= self.rows or (len(chunk) + 1) * size[i] > self.tokens
+            if chunk and (full or (asks[chunk[0]].image is None) != (asks[i].image is None)):
+                yield chunk
+                chunk = []
+            chunk.append(i)
+        if chunk:
+            yield chunk
+
+    def _generate(self, asks: list[Ask], ids: list[list[int]], max_new_tokens: int) -> tuple[list[str], list[Score | None], list[dict]]:
+        """One prefill for both readings: where the generation follows the answer, its logits are the teacher-forced ones."""
+        batch = collate(self.handle, asks, side="left")
+        watch = _AnswerWatch(ids)
+        with self.around(batch):
+            tokens = self.handle.model.generate(
+                **batch.inputs,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                num_beams=1,
+                logits_processor=[watch],
+                pad_token_id=self.handle.tokenizer.pad_token_id,
+            )
+            extras = self.explain(batch) if self.explain else [{} for _ in asks]
+        new = tokens[:, batch.inputs["input_ids"].shape[1] :]
+        texts = self.handle.tokenizer.batch_decode(new, skip_special_tokens=True)
+        return [natural_stop(t) for t in texts], watch.scores(), extras
+
+    def _score(self, asks: Sequence[Ask], ids: Sequence[list[int]]) -> list[Score]:
+        out: list[Score | None] = [None] * len(asks)
+        for chunk in self._chunks(asks, [len(x) for x in ids]):
+            batch = collate(self.handle, [asks[i] for i in chunk], [ids[i] for i in chunk])
+            with self.around(batch):
+                logits = self.handle.model(**batch.inputs).logits
+            logp = logits[batch.before_answer].float().log_softmax(-1)
+            target = batch.answer_ids
+            hits = (logp.argmax(-1) == target).cpu().numpy()
+            logprobs = logp.gather(1, target[:, None])[:, 0].double().cpu().numpy()
+            at = 0
+            for i in chunk:
+                out[i] = Score(hits[at : at + len(ids[i])], logprobs[at : at + len(ids[i])])
+                at += len(ids[i])
+        return [s for s in out if s is not None]
+
+
+class _AnswerWatch:
+    """A logits processor that changes nothing and reads the answers' tokens as generation passes over them."""
+
+    def __init__(self, answers: list[list[int]]) -> None:
+        self.answers = answers
+        longest = max((len(a) for a in answers), default=0)
+        self._target = torch.zeros(len(answers), longest, dtype=torch.long)
+        for i, a in enumerate(answers):
+            self._target[i, : len(a)] = torch.tensor(a, dtype=torch.long)
+        self._hits: list[torch.Tensor] = []
+        self._logp: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        step = len(self._hits)
+        if step < self._target.shape[1]:
+            target = self._target[:, step].to(scores.device)
+            self._hits.append((scores.argmax(-1) == target).cpu())
+            self._logp.append(scores.float().log_softmax(-1).gather(1, target[:, None])[:, 0].double().cpu())
+        return scores
+
+    def scores(self) -> list[Score | None]:
+        """A score for every row whose generation followed the answer up to its last token; None for the others."""
+        if not self._hits:
+            return [None for _ in self.answers]
+        hits, logp = torch.stack(self._hits, 1).numpy(), torch.stack(self._logp, 1).numpy()
+        out: list[Score | None] = []
+        for i, a in enumerate(self.answers):
+            n = len(a)
+            known = 0 < n <= hits.shape[1] and bool(hits[i, : n - 1].all())
+            out.append(Score(hits[i, :n].copy(), logp[i, :n].copy()) if known else None)
+        return out
+
+
+def _plain_batch(handle: ModelHandle, ids: list[list[int]]) -> Batch:
+    """Running text as a right-padded batch: all of it counts as prompt."""
+    total = max(len(x) for x in ids)
+    full = torch.full((len(ids), total), handle.tokenizer.pad_token_id, dtype=torch.long)
+    mask = torch.zeros_like(full, dtype=torch.bool)
+    for i, x in enumerate(ids):
+        full[i, : len(x)] = torch.tensor(x, dtype=torch.long)
+        mask[i, : len(x)] = True
+    full, mask = full.to(handle.device), mask.to(handle.device)
+    none = torch.zeros_like(mask)
+    return Batch({"input_ids": full, "attention_mask": mask.long()}, mask, none, none)

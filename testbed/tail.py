@@ -1,0 +1,105 @@
+"""The part of a model from one down-projection up, with everything below run once and kept.
+
+Every editor here changes a down-projection W (d, f) of one decoder layer. Nothing below it depends on W, so
+training W, a copy of it or a low-rank addition re-runs only what lies above. At the last layer that is the
+final norm and the head, at the few positions that predict the answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from testbed.encode import Ask, Batch, answer_ids, collate
+from testbed.models import ModelHandle
+
+
+@dataclass
+class Tail:
+    """Kept activations of one batch of edits (B rows, n answer positions in all).
+
+    act: activations entering the down-projection; (B, T, f), or (n, f) at the last layer.
+    rest: what the layer adds to the projection's output; same leading shape, width d.
+    row: (n,) the batch row of each answer position. target: (n,) its token.
+    key: (B, f) float32 mean of the entering activations over the prompt positions.
+    last: (B, f) float32 entering activation at the last prompt position.
+    """
+
+    handle: ModelHandle
+    batch: Batch
+    layer: int
+    act: Tensor
+    rest: Tensor
+    row: Tensor
+    target: Tensor
+    key: Tensor
+    last: Tensor
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
+
+    def logits(self, project: Callable[[Tensor], Tensor]) -> Tensor:
+        """(n, V) logits at the answer positions when `project` takes the down-projection's place."""
+        hidden = self.rest + project(self.act)
+        if self.calls:
+            for module, (args, kwargs) in zip(self.handle.layers[self.layer + 1 :], self.calls):
+                out = module(hidden, *args, **kwargs)
+                hidden = out[0] if isinstance(out, tuple) else out
+            hidden = hidden[self.batch.before_answer]
+        return self.handle.head(self.handle.norm(hidden))
+
+    def loss(self, project: Callable[[Tensor], Tensor]) -> Tensor:
+        """(B,) mean next-token cross-entropy (nats a token) of each row's answer."""
+        nll = torch.nn.functional.cross_entropy(self.logits(project).float(), self.target, reduction="none")
+        return row_mean(nll, self.row, self.batch.answer.shape[0])
+
+
+def row_mean(values: Tensor, row: Tensor, rows: int) -> Tensor:
+    """Mean of `values` (n,) by row index (n,), as (rows,)."""
+    total = torch.zeros(rows, dtype=values.dtype, device=values.device).index_add(0, row, values)
+    return total / torch.bincount(row, minlength=rows).clamp(min=1)
+
+
+@torch.no_grad()
+def capture(handle: ModelHandle, asks: list[Ask], answers: list[str], layer: int, end: bool = True) -> Tail:
+    """Run the batch once and keep what training the layer's down-projection needs.
+
+    With `end` the end token is trained too, so that a free generation stops after the answer.
+    """
+    layer = handle.layer_index(layer)
+    batch = collate(handle, asks, [answer_ids(handle, a, x) for a, x in zip(asks, answers)], end=end)
+    kept: dict[str, Tensor] = {}
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    shape = batch.prompt.shape
+
+    def keep_act(module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
+        kept["act"], kept["out"] = args[0].reshape(*shape, -1), output.reshape(*shape, -1)
+
+    def keep_layer(module: Any, args: Any, output: Any) -> None:
+        kept["layer"] = output[0] if isinstance(output, tuple) else output
+
+    def keep_call(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append((args[1:], kwargs))
+
+    with ExitStack() as stack:
+        stack.enter_context(handle.hooked(handle.down(layer), keep_act))
+        stack.enter_context(handle.hooked(handle.layers[layer], keep_layer))
+        for above in handle.layers[layer + 1 :]:
+            stack.callback(above.register_forward_pre_hook(keep_call, with_kwargs=True).remove)
+        handle.model(**batch.inputs, use_cache=False)
+    act, rest = kept["act"], kept["layer"] - kept["out"]
+    rows = torch.arange(shape[0], device=act.device)
+    at = batch.before_answer
+    key, last = pooled(act, batch), act[rows, batch.last_prompt].float()
+    if not calls:
+        act, rest = act[at], rest[at]
+    return Tail(handle, batch, layer, act, rest, at.nonzero()[:, 0], batch.answer_ids, key, last, calls)
+
+
+def pooled(act: Tensor, batch: Batch) -> Tensor:
+    """(B, f) float32 mean over prompt positions of activations (B, T, f), the same under any padding."""
+    mask = batch.prompt.unsqueeze(-1)
+    return (act.float() * mask).sum(1) / mask.sum(1)
