@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from streams.base import TrainPool
-from testbed.editors.base import Editor, EditFailed, EditorConfig, Traits, need
+from testbed.editors.base import EditFailed, Editor, EditorConfig, Traits, need
 from testbed.encode import Ask
 from testbed.events import EditBatch
 from testbed.models import project
