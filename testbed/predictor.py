@@ -58,7 +58,13 @@ class Inspection:
 
 
 class Predictor(ABC):
-    """Answers prompts. Implementations leave parameters, buffers and the editor's state bit-identical."""
+    """Answers prompts. Implementations leave parameters, buffers and the editor's state bit-identical.
+
+    `fingerprint` names the function that is computed, where it has a name: predictors with one fingerprint
+    answer alike, so what one of them said need not be asked again. "base" is the unedited model.
+    """
+
+    fingerprint: str | None = None
 
     @abstractmethod
     def respond(self, asks: Sequence[Ask], answers: Sequence[str | None], max_new_tokens: int = 16) -> list[Response]:
@@ -100,6 +106,7 @@ class ModelPredictor(Predictor):
         self.handle, self.rows, self.tokens = handle, rows, tokens
         self.around: Around = around or (lambda batch: nullcontext())
         self.explain = explain
+        self.fingerprint = "base" if around is None else None
 
     @torch.no_grad()
     def respond(self, asks: Sequence[Ask], answers: Sequence[str | None], max_new_tokens: int = 16) -> list[Response]:

@@ -1,0 +1,241 @@
+"""Apply, ask, answer, keep. The loop knows no editor, stream or probe by name."""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from streams.base import Stream
+from testbed import grading
+from testbed.editors.base import Editor
+from testbed.encode import Ask
+from testbed.events import LOCALITY_SPLITS, EditBatch, Question
+from testbed.models import ModelHandle
+from testbed.predictor import ModelPredictor, Predictor, Response, Score
+from testbed.schedule import Asked, Schedule, Step
+from testbed.schema import BaseAnswer, EditReport, Record
+from testbed.store import EditorFolder, Phase
+
+Progress = Callable[[int, int, float | None], None]
+"""Called after each step with (edits made, edits in all, share of right answers right after the last edits)."""
+
+
+def silent(*_: Any) -> None:
+    """The progress of nobody looking."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What all editors of a run share."""
+
+    run: str
+    seed: int
+    handle: ModelHandle
+    stream: Stream
+    schedule: Schedule
+    base: Mapping[str, BaseAnswer]
+    max_new_tokens: int = 16
+    save_every: int = 50
+
+
+def run_editor(context: Context, editor: Editor, folder: EditorFolder, phase: Phase = silent, progress: Progress = silent) -> None:
+    """Take one editor through the schedule, from the newest saved step on."""
+    editor.prepare(context.handle, context.stream.train_pool())
+    phase("resume", 0)
+    done, state = folder.resume()
+    if state is not None:
+        editor.load_state_dict(state)
+    records: list[Record] = []
+    reports: list[EditReport] = []
+    total = context.schedule.steps[-1].moment.edits if context.schedule.steps else 0
+    for step in context.schedule.steps[done:]:
+        n = step.moment.step
+        phase("apply", n)
+        reports.append(apply_step(context, editor, step))
+        phase("probe", n)
+        answered = ask_step(context, editor, step)
+        records += answered
+        progress(step.moment.edits, total, success(answered))
+        if n % context.save_every == 0 or n == len(context.schedule.steps):
+            folder.save(n, records, reports, editor.state_dict())
+            records, reports = [], []
+
+
+def apply_step(context: Context, editor: Editor, step: Step) -> EditReport:
+    """One `apply` call, timed."""
+    events = tuple(a.event for a in step.edits)
+    batch = EditBatch(events, step.moment.step, {e.id: context.stream.paraphrases(e) for e in events})
+    start = time.perf_counter()
+    report = editor.apply(batch)
+    return replace(report, seconds=time.perf_counter() - start, peak_bytes=peak_bytes(context.handle.device))
+
+
+def ask_step(context: Context, editor: Editor, step: Step) -> list[Record]:
+    """All questions after a step, answered by the edited model, as records in the order of the schedule."""
+    predictor = editor.predictor()
+    start = time.perf_counter()
+    questions = [a.plan.question for a in step.asked]
+    if predictor.fingerprint == "base":
+        answers = [Answer.known(context.base[q.id]) for q in questions]
+    else:
+        truths = [truth_of(context, a) if editor.traits.told_truth else None for a in step.asked]
+        answers = ask_model(context, predictor, questions, truths)
+    share = (time.perf_counter() - start) / max(1, len(step.asked))
+    return [_record(context, editor, step, asked, answer, share) for asked, answer in zip(step.asked, answers)]
+
+
+def ask_model(context: Context, predictor: Predictor, questions: Sequence[Question], truths: Sequence[str | None]) -> list[Answer]:
+    """Each question once; the same prompt under two splits is generated once for each, as the batches fall."""
+    texts = [i for i, q in enumerate(questions) if q.split == "text"]
+    others = [i for i, q in enumerate(questions) if q.split != "text"]
+    answers = dict(zip(texts, text_answers(predictor, [questions[i] for i in texts])))
+    asks = [to_ask(questions[i], truths[i]) for i in others]
+    references = [reference(context.base, questions[i]) for i in others]
+    for i, r in zip(others, predictor.respond(asks, references, context.max_new_tokens)):
+        answers[i] = Answer.of(r, golds(context.base, questions[i]))
+    return [answers[i] for i in range(len(questions))]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The part of a record that comes from the model."""
+
+    generated: str | None
+    exact: bool | None
+    token_hits: int | None
+    n_tokens: int | None
+    logprob: float | None
+    extras: str = "{}"
+
+    @staticmethod
+    def of(response: Response, right: Sequence[str]) -> Answer:
+        hits, n, logprob = _counts(response.score)
+        extras = json.dumps(response.extras, sort_keys=True) if response.extras else "{}"
+        return Answer(response.generated, grading.exact(response.generated, right), hits, n, logprob, extras)
+
+    @staticmethod
+    def known(base: BaseAnswer) -> Answer:
+        """What the unedited model is known to say."""
+        return Answer(base.generated, base.exact, base.token_hits, base.n_tokens, base.logprob)
+
+
+def _counts(score: Score | None) -> tuple[int | None, int | None, float | None]:
+    if score is None:
+        return None, None, None
+    return int(score.hits.sum()), len(score.hits), float(score.logprobs.sum())
+
+
+def text_answers(predictor: Predictor, questions: Sequence[Question]) -> list[Answer]:
+    """Log-probabilities of running text; there is nothing to generate and nothing to hit."""
+    return [Answer(None, None, None, len(p), float(p.sum())) for p in predictor.text_logprobs([q.prompt for q in questions])]
+
+
+def to_ask(question: Question, truth: str | None = None) -> Ask:
+    return Ask(question.prompt, question.image, truth)
+
+
+def reference(base: Mapping[str, BaseAnswer], question: Question) -> str | None:
+    """The answer that is scored: for locality what the unedited model said, else the question's own."""
+    if question.split in LOCALITY_SPLITS:
+        return base[question.id].generated or None
+    return question.answer
+
+
+def golds(base: Mapping[str, BaseAnswer], question: Question) -> tuple[str, ...]:
+    """What a generation is compared with."""
+    return (base[question.id].generated or "",) if question.split in LOCALITY_SPLITS else question.golds
+
+
+def truth_of(context: Context, asked: Asked) -> str | None:
+    """What the oracle is told: the right answer of anything that has to do with an edit."""
+    question, edit = asked.plan.question, asked.plan.edit
+    if edit is None:
+        return None
+    if question.split == "stale":
+        return edit.event.target or None
+    return reference(context.base, question)
+
+
+def answer_base(handle: ModelHandle, questions: Sequence[Question], max_new_tokens: int, progress: Progress = silent) -> list[BaseAnswer]:
+    """The unedited model on every question of the schedule, once: the reference of locality and of all drops."""
+    predictor = ModelPredictor(handle)
+    out = {q.id: BaseAnswer(q.id, None, None, None, a.n_tokens, a.logprob, None) for q, a in _texts(predictor, questions)}
+    others = [q for q in questions if q.split != "text"]
+    for at in range(0, len(others), 512):
+        part = others[at : at + 512]
+        own = predictor.respond([to_ask(q) for q in part], [q.answer for q in part], max_new_tokens)
+        again = [i for i, q in enumerate(part) if q.split in LOCALITY_SPLITS and own[i].generated]
+        scores = predictor.score([to_ask(part[i]) for i in again], [own[i].generated for i in again])
+        rescored = dict(zip(again, scores))
+        for i, (q, r) in enumerate(zip(part, own)):
+            out[q.id] = _base_answer(q, r, rescored.get(i))
+        progress(len(out), len(questions), None)
+    return [out[q.id] for q in questions]
+
+
+def _texts(predictor: Predictor, questions: Sequence[Question]) -> list[tuple[Question, Answer]]:
+    texts = [q for q in questions if q.split == "text"]
+    return list(zip(texts, text_answers(predictor, texts)))
+
+
+def _base_answer(question: Question, response: Response, own: Score | None) -> BaseAnswer:
+    if question.split in LOCALITY_SPLITS:
+        return BaseAnswer(question.id, response.generated, response.generated, *_counts(own), True)
+    return BaseAnswer(
+        question.id,
+        question.answer,
+        response.generated,
+        *_counts(response.score),
+        grading.exact(response.generated, question.golds),
+    )
+
+
+def _record(context: Context, editor: Editor, step: Step, asked: Asked, answer: Answer, seconds: float) -> Record:
+    q, edit, moment = asked.plan.question, asked.plan.edit, step.moment
+    event = edit.event if edit else None
+    return Record(
+        run=context.run,
+        editor=editor.name,
+        seed=context.seed,
+        edit_id=event.id if event else None,
+        edit_step=edit.step if edit else None,
+        edit_time=event.time if event else None,
+        probe_step=moment.step,
+        probe_time=moment.time,
+        probe=asked.probe,
+        probe_version=asked.version,
+        split=q.split,
+        topic=q.topic or (event.relation or "" if event else ""),
+        question_id=q.id,
+        answer=reference(context.base, q),
+        target=event.target if event else None,
+        base_answer=context.base[q.id].generated or "",
+        token_hits=answer.token_hits,
+        n_tokens=answer.n_tokens,
+        logprob=answer.logprob,
+        generated=answer.generated,
+        exact=answer.exact,
+        panel=asked.plan.panel,
+        incl_prob=asked.plan.incl_prob,
+        seconds=seconds,
+        extras=answer.extras,
+    )
+
+
+def success(records: Sequence[Record]) -> float | None:
+    """Share of right generations among a step's questions asked as edited; for the progress bar."""
+    now = [r.exact for r in records if r.panel == "immediate" and r.split == "edit"]
+    return sum(map(bool, now)) / len(now) if now else None
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Largest memory so far: resident set of the process on a CPU, allocated memory on a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,30 @@
+"""Abilities that no edit should touch, and the perplexity of held-out running text."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from testbed.events import Question
+from testbed.probes.base import Moment, Past, Planned, Probe, draw, smallest
+from testbed.registry import PROBES
+
+
+@PROBES.register("general")
+class General(Probe):
+    """A fixed panel: ten questions of every topic and 24 texts, the same at every full moment."""
+
+    summary = "general abilities by topic, and held-out running text"
+    version = 1
+
+    def ask(self, past: Past, moment: Moment) -> list[Planned]:
+        if not moment.full:
+            return []
+        topics: dict[tuple[str, str], list[Question]] = defaultdict(list)
+        for q in past.general:
+            topics[q.split, q.topic].append(q)
+        out = []
+        for (split, _), group in sorted(topics.items()):
+            n = min(len(group), past.size(24 if split == "text" else 10))
+            chosen = smallest(group, n, lambda q: draw(past.seed, "general", q.id))
+            out += [Planned(q, "fixed_general", None, n / len(group)) for q in chosen]
+        return out

@@ -1,0 +1,213 @@
+"""The run folder: atomic part files, editor state, the point to go on from.
+
+Every file is written under a temporary name, flushed to disk and renamed, so a reader never sees half a
+file and a run that is cut at any byte loses nothing that was finished. The newest readable state is the
+point to go on from: whatever was written after it is set aside and made again, equal bit for bit on CPU.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from testbed.schema import BaseAnswer, EditReport, Record, columns
+
+_ARROW = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_(), list: pa.list_(pa.string())}
+Phase = Callable[[str, int], None]
+
+
+class StoreError(RuntimeError):
+    """A folder that cannot be used or written: which, why, what to do."""
+
+
+def arrow_schema(row: type) -> pa.Schema:
+    """The arrow schema of a row dataclass."""
+    return pa.schema([pa.field(n, _ARROW[t], nullable=absent) for n, (t, absent) in columns(row).items()])
+
+
+@contextmanager
+def replacing(path: Path, phase: Phase | None = None, step: int = 0) -> Iterator[Path]:
+    """A temporary path that becomes `path` when the block ends well. Raises `StoreError` on a full disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        if phase:
+            phase("write", step)
+        yield temporary
+        with open(temporary, "rb+") as f:
+            os.fsync(f.fileno())
+        if phase:
+            phase("rename", step)
+        os.replace(temporary, path)
+    except OSError as e:
+        temporary.unlink(missing_ok=True)
+        if e.errno == errno.ENOSPC or "No space left" in str(e):
+            raise StoreError(f"no space left on the disk of {path.parent}: free some and go on with --resume") from e
+        raise StoreError(f"{path} cannot be written: {e}") from e
+
+
+def write_rows(path: Path, row: type, rows: Iterable[Any], phase: Phase | None = None, step: int = 0) -> None:
+    """A parquet file of row dataclasses, atomically."""
+    listed = [r if isinstance(r, dict) else _as_dict(r) for r in rows]
+    table = pa.Table.from_pylist(listed, schema=arrow_schema(row))
+    with replacing(path, phase, step) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
+
+
+def _as_dict(row: Any) -> dict[str, Any]:
+    return {name: getattr(row, name) for name in row.__slots__}
+
+
+def write_json(path: Path, value: Any) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Raises `StoreError` for a file that is absent or broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as e:
+        raise StoreError(f"{path} does not exist: {path.parent} is not a run folder") from e
+    except ValueError as e:
+        raise StoreError(f"{path} is not readable JSON ({e}): the folder was damaged; start a new run") from e
+
+
+class RunFolder:
+    """OUT: the manifest, the schedule, the base's answers, one `EditorFolder` an editor."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def create(self, manifest: dict[str, Any]) -> None:
+        """Write the manifest into an empty or new folder. Raises `StoreError` when it holds another run or anything else."""
+        if (self.path / "manifest.json").exists():
+            raise StoreError(f"{self.path} holds a run already: go on with --resume {self.path}, or choose another --out")
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise StoreError(f"{self.path} is not an empty folder: choose another --out")
+        write_json(self.path / "manifest.json", manifest)
+
+    def manifest(self) -> dict[str, Any]:
+        return read_json(self.path / "manifest.json")
+
+    def check_same(self, manifest: dict[str, Any], keys: Sequence[str]) -> None:
+        """Raise `StoreError` naming every entry in which the stored manifest and this one differ."""
+        stored = self.manifest()
+        differ = [f"{k}: stored {stored.get(k)!r}, now {manifest.get(k)!r}" for k in keys if stored.get(k) != manifest.get(k)]
+        if differ:
+            text = "\n  ".join(differ)
+            raise StoreError(f"{self.path} cannot go on, it was made with another configuration, data or model:\n  {text}")
+
+    def base_answers(self) -> dict[str, BaseAnswer]:
+        """The unedited model's answers by question id; empty when they are not there yet."""
+        path = self.path / "base" / "answers.parquet"
+        return {r["question_id"]: BaseAnswer(**r) for r in pq.read_table(path).to_pylist()} if path.exists() else {}
+
+    def write_base_answers(self, answers: Iterable[BaseAnswer]) -> None:
+        write_rows(self.path / "base" / "answers.parquet", BaseAnswer, answers)
+
+    def editor(self, name: str, phase: Phase | None = None) -> EditorFolder:
+        return EditorFolder(self.path / name.replace(":", "-"), phase)
+
+
+class EditorFolder:
+    """OUT/EDITOR: records, reports and state up to the newest saved step."""
+
+    def __init__(self, path: Path, phase: Phase | None = None) -> None:
+        self.path, self._phase = path, phase
+
+    def save(self, step: int, records: list[Record], reports: list[EditReport], state: dict[str, Any]) -> None:
+        """Add everything since the last save, then the state that goes with it; older states are removed."""
+        if records:
+            write_rows(self.path / "records" / f"step-{step:06d}.parquet", Record, records, self._phase, step)
+        self._write_reports([*self._reports(), *(_report_line(r) for r in reports)])
+        write_state(self.path / "state" / f"step-{step:06d}.safetensors", state, self._phase)
+        for old in self._states()[:-1]:
+            old.unlink()
+
+    def resume(self) -> tuple[int, dict[str, Any] | None]:
+        """The newest saved step and its state, after setting aside all that is newer; (0, None) when there is none."""
+        for leftover in self.path.rglob(".*.tmp"):
+            leftover.unlink()
+        step, state = 0, None
+        for path in reversed(self._states()):
+            try:
+                state = read_state(path)
+            except StoreError:
+                path.unlink()
+                continue
+            step = _step_of(path)
+            break
+        for part in sorted((self.path / "records").glob("step-*.parquet")):
+            if _step_of(part) > step:
+                part.unlink()
+        kept = [line for line in self._reports() if line["step"] <= step]
+        if kept != self._reports(damaged=True):
+            self._write_reports(kept)
+        return step, state
+
+    def newest_state(self) -> dict[str, Any]:
+        """The newest state. Raises `StoreError` when there is none."""
+        states = self._states()
+        if not states:
+            raise StoreError(f"{self.path} holds no saved state: the run stopped before its first save")
+        return read_state(states[-1])
+
+    def _states(self) -> list[Path]:
+        return sorted((self.path / "state").glob("step-*.safetensors"))
+
+    def _reports(self, damaged: bool = False) -> list[Any]:
+        """The stored lines; a last line that was cut is dropped (or kept as text with `damaged`)."""
+        path = self.path / "edits.jsonl"
+        out: list[Any] = []
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+            try:
+                out.append(json.loads(line))
+            except ValueError:
+                if damaged:
+                    out.append(line)
+        return out
+
+    def _write_reports(self, lines: list[dict[str, Any]]) -> None:
+        with replacing(self.path / "edits.jsonl") as temporary:
+            temporary.write_text("".join(json.dumps(x, sort_keys=True) + "\n" for x in lines), encoding="utf-8")
+
+
+def _report_line(report: EditReport) -> dict[str, Any]:
+    return json.loads(json.dumps(asdict(report)))
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.split(".")[0].removeprefix("step-"))
+
+
+def write_state(path: Path, state: dict[str, Any], phase: Phase | None = None) -> None:
+    """Tensors as safetensors, everything else as JSON in its header (nothing is pickled)."""
+    import torch
+    from safetensors.torch import save_file
+
+    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in state.items() if isinstance(v, torch.Tensor)}
+    rest = {k: v for k, v in state.items() if not isinstance(v, torch.Tensor)}
+    with replacing(path, phase, _step_of(path)) as temporary:
+        save_file(tensors, temporary, metadata={"json": json.dumps(rest, sort_keys=True)})
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The reverse. Raises `StoreError` for a file that is absent, cut or not a state."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as f:
+            rest = json.loads((f.metadata() or {})["json"])
+            return {**rest, **{k: f.get_tensor(k) for k in f.keys()}}  # noqa: SIM118  (no iteration on safe_open)
+    except (SafetensorError, OSError, KeyError, ValueError) as e:
+        raise StoreError(f"{path} is not a readable state: {e}") from e
