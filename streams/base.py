@@ -86,7 +86,8 @@ class Stream(ABC):
     name: ClassVar[str]
     summary: ClassVar[str]
     """One line for --list."""
-    time_axis: ClassVar[TimeAxis]
+    time_axis: TimeAxis
+    """A class attribute; a stream that stands on files or on the world sets it again on the instance."""
     licence: ClassVar[str]
 
     def __init__(self, config: StreamConfig) -> None:

@@ -1,0 +1,162 @@
+"""Reading records other people wrote: JSON files, typed fields, and what to say when they are wrong.
+
+Trouble with a whole file raises `BadStream`. Trouble with one record raises `BadField`, which a loader
+turns into a `Skipped` entry, so that one bad record never costs the other ten thousand.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import string
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from streams.base import BadStream, Skipped
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans(dict.fromkeys(string.punctuation, " "))
+
+
+class BadField(ValueError):
+    """One field of one record cannot be used; the message is the reason shown for the skipped record."""
+
+
+def plain(text: str) -> str:
+    """The text without case, punctuation, English articles and extra space: equal answers have equal `plain`."""
+    base = unicodedata.normalize("NFKC", text).casefold().strip()
+    return " ".join(_ARTICLES.sub(" ", base.translate(_PUNCTUATION)).split()) or base
+
+
+def distinct(texts: Iterable[str], taken: Iterable[str] = ()) -> tuple[str, ...]:
+    """The texts in order, without those that equal (`plain`) an earlier one or one of `taken`."""
+    seen = {plain(t) for t in taken}
+    out = []
+    for text in texts:
+        if plain(text) not in seen:
+            seen.add(plain(text))
+            out.append(text)
+    return tuple(out)
+
+
+def read_bytes(path: Path) -> bytes:
+    """The file's content. Raises `BadStream` when it is absent, a folder or unreadable."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as e:
+        raise BadStream(f"{path} is absent. Download it, or leave out --data-root to use the simulated world.") from e
+    except IsADirectoryError as e:
+        raise BadStream(f"{path} is a folder, expected a JSON file.") from e
+    except OSError as e:
+        raise BadStream(f"{path} cannot be read: {e.strerror or e}. Check its permissions and the disk.") from e
+
+
+def parse_json(raw: bytes, path: Path) -> Any:
+    """The JSON value in `raw` (UTF-8, a byte-order mark is allowed). Raises `BadStream` with line and byte."""
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        found = f"0x{raw[e.start]:02x} at byte {e.start}"
+        raise BadStream(f"{path}: expected UTF-8 text, found {found}. Save the file as UTF-8.") from e
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as e:
+        at = len(text[: e.pos].encode())
+        raise BadStream(
+            f"{path}: not valid JSON at line {e.lineno}, column {e.colno} (byte {at} of {len(raw)}): {e.msg}. "
+            "The file may have been cut short: download it again."
+        ) from e
+    except (RecursionError, ValueError) as e:
+        raise BadStream(f"{path}: JSON that cannot be read: {e}. Expected records, not deep nesting or huge numbers.") from e
+
+
+def read_table(path: Path, field: str) -> tuple[dict[str, Any], list[Any], bytes]:
+    """A JSON object with a list under `field`: (the object, that list, the file's bytes). Raises `BadStream`."""
+    raw = read_bytes(path)
+    top = parse_json(raw, path)
+    if not isinstance(top, dict):
+        raise BadStream(f"{path}: expected an object with a list under {field!r} at the top, found {kind_of(top)}. Is this the right file?")
+    rows = top.get(field)
+    if not isinstance(rows, list):
+        found = f"found {kind_of(rows)}" if field in top else f"found the fields {', '.join(map(repr, list(top)[:8])) or 'none'}"
+        raise BadStream(f"{path}: expected a list under {field!r}, {found}. Is this the right file?")
+    return top, rows, raw
+
+
+def kind_of(value: object) -> str:
+    """What a JSON value is, in words."""
+    names = {dict: "an object", list: "a list", str: "text", bool: "a truth value", int: "a number", float: "a number", type(None): "null"}
+    return names.get(type(value), type(value).__name__)
+
+
+def clean(value: object, field: str) -> str:
+    """The text with HTML entities resolved and stripped; may be empty. Raises `BadField` when it is no text."""
+    if not isinstance(value, str):
+        raise BadField(f"{field} must be text, found {kind_of(value)}")
+    text = html.unescape(value).strip()
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        raise BadField(f"{field} holds half a character (a lone surrogate)")
+    return text
+
+
+def text_of(record: Mapping[str, Any], field: str) -> str:
+    """A text that is not empty. Raises `BadField`."""
+    if field not in record:
+        raise BadField(f"{field} is absent")
+    text = clean(record[field], field)
+    if not text:
+        raise BadField(f"{field} is empty")
+    return text
+
+
+def optional_text(record: Mapping[str, Any], field: str) -> str | None:
+    """A text, or None where it is absent, null or empty. Raises `BadField` for another type."""
+    value = record.get(field)
+    return (clean(value, field) or None) if value is not None else None
+
+
+def texts_of(record: Mapping[str, Any], field: str) -> tuple[str, ...]:
+    """A list of texts, empty ones left out; () where the field is absent or null. Raises `BadField`."""
+    value = record.get(field)
+    if value is None:
+        return ()
+    if not isinstance(value, list):
+        raise BadField(f"{field} must be a list of texts, found {kind_of(value)}")
+    return tuple(t for t in (clean(v, field) for v in value) if t)
+
+
+def id_of(record: Mapping[str, Any], field: str) -> int:
+    """A whole number from 0 on, also where it was written as text. Raises `BadField`."""
+    value = record.get(field)
+    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= 18:
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 10**18:
+        raise BadField(f"{field} must be a whole number, found {kind_of(value)}" if field in record else f"{field} is absent")
+    return value
+
+
+def votes_of(record: Mapping[str, Any], field: str) -> Counter[str]:
+    """How many annotators gave each answer, in order of first mention. Raises `BadField` when there is none."""
+    value = record.get(field)
+    if not isinstance(value, list):
+        raise BadField(f"{field} must be a list of answers, found {kind_of(value)}" if field in record else f"{field} is absent")
+    votes: Counter[str] = Counter()
+    for entry in value:
+        if not isinstance(entry, Mapping):
+            raise BadField(f"{field} must hold objects with an 'answer', found {kind_of(entry)}")
+        answer = clean(entry.get("answer"), f"{field}.answer")
+        if answer:
+            votes[answer] += 1
+    if not votes:
+        raise BadField(f"{field} holds no answer")
+    return votes
+
+
+def reasons(skipped: list[Skipped], most: int = 3) -> str:
+    """The commonest reasons with their counts, for a message: "12 x no photo; 3 x target is empty"."""
+    counts = Counter(s.reason for s in skipped)
+    return "; ".join(f"{n} x {reason}" for reason, n in counts.most_common(most))

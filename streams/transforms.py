@@ -1,0 +1,190 @@
+"""From facts to a dated stream: small functions that compose, each deterministic in its generator.
+
+    order  = shuffled(n, rng)  or  drifting(categories, rng)
+    events = dated(changes((facts[i] for i in order), shares, values, rng), per_year)
+
+Everything is lazy and draws as it goes, so the first k events never depend on how many are taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from streams._records import plain
+from testbed.events import EditEvent, Kind, Picture, content_id
+
+MAX_CHANGES = 4
+"""Most events of one fact (its `add` included): bounds the stream, and how often one fact is rewritten."""
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A fact that can be edited: what was believed (`previous`) and the first value it gets (`target`).
+
+    `source` names the record and is unique in a stream. `banned` values are never drawn as a new target
+    (other right answers to the question). `relation` is the category whose values may replace the target.
+    """
+
+    prompt: str
+    target: str
+    source: str
+    image: Picture | None = None
+    previous: str | None = None
+    subject: str | None = None
+    relation: str | None = None
+    banned: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Shares of all edits, each in [0, 1), together under 1; the rest are `add`."""
+
+    revise: float = 0.0
+    revert: float = 0.0
+    retire: float = 0.0
+
+    def kind(self, u: float) -> Kind:
+        """The kind that a uniform draw u in [0, 1) falls on."""
+        if u < self.revise:
+            return "revise"
+        if u < self.revise + self.revert:
+            return "revert"
+        return "retire" if u < self.revise + self.revert + self.retire else "add"
+
+
+@dataclass(frozen=True)
+class Change:
+    """One step in the life of a fact, not yet dated; `target` is empty for a retire."""
+
+    kind: Kind
+    fact: Fact
+    target: str
+    previous: str | None
+
+
+@dataclass
+class _Life:
+    """A fact that has been added: every value it had, oldest first, and the number of its events."""
+
+    fact: Fact
+    values: list[str]
+    changes: int = 1
+    seen: set[str] = field(default_factory=set)
+
+
+def generator(seed: int, name: str) -> np.random.Generator:
+    """A generator of its own for each purpose, so that one purpose's draws never move another's."""
+    return np.random.default_rng([seed, int(content_id(name), 16)])
+
+
+def share(*parts: object) -> float:
+    """A number in [0, 1) that depends on the content alone: which side of a split a record falls on."""
+    return int(content_id(*parts)[:13], 16) / 16**13
+
+
+def shuffled(n: int, rng: np.random.Generator) -> Iterator[int]:
+    """The positions 0..n-1 in a random order."""
+    return iter(rng.permutation(n).tolist())
+
+
+def drifting(categories: Sequence[str], rng: np.random.Generator, strength: float = 2.0) -> Iterator[int]:
+    """The positions of `categories` in an order whose mix moves: at share t of the way the next category is
+    drawn from softmax((1 - t) a + t b) over those not used up, with a, b normal of deviation `strength`."""
+    left: dict[str, list[int]] = {}
+    for i in rng.permutation(len(categories)).tolist():
+        left.setdefault(str(categories[i]), []).append(i)
+    names = sorted(left)
+    a, b = rng.normal(0.0, strength, (2, len(names)))
+    room = np.array([len(left[name]) for name in names])
+    for step in range(len(categories)):
+        t = step / len(categories)
+        logits = np.where(room > 0, (1 - t) * a + t * b, -np.inf)
+        weights = np.exp(logits - logits.max())
+        pick = min(int(np.searchsorted(np.cumsum(weights), rng.random() * weights.sum(), side="right")), len(names) - 1)
+        pick = pick if room[pick] else int(np.argmax(logits))
+        room[pick] -= 1
+        yield left[names[pick]].pop()
+
+
+def changes(facts: Iterable[Fact], shares: Shares, values: Mapping[str, Sequence[str]], rng: np.random.Generator) -> Iterator[Change]:
+    """Add the facts in order and, at the given shares, revise, revert or retire facts already added.
+
+    A revision takes a value of the same relation from `values` that the fact never had; it also takes the
+    place of a revert or retire that would change nothing. When no fresh fact
+    is left, revisions take the place of additions, until every fact has had `MAX_CHANGES` events, is
+    retired, or has no new value left: then the stream ends. A retired fact stays retired.
+    """
+    fresh = iter(facts)
+    pending = next(fresh, None)
+    live: list[_Life] = []
+    while pending is not None or live:
+        kind, at = shares.kind(rng.random()), rng.random()
+        if pending is not None and (kind == "add" or not live):
+            yield Change("add", pending, pending.target, pending.previous)
+            live.append(_born(pending))
+            pending = next(fresh, None)
+            continue
+        index = int(at * len(live))
+        change = _change(kind, live[index], values, rng)
+        if change is None or change.kind == "retire" or live[index].changes >= MAX_CHANGES:
+            live[index] = live[-1]
+            live.pop()
+        if change is not None:
+            yield change
+
+
+def dated(stream: Iterable[Change], per_year: int) -> Iterator[EditEvent]:
+    """Events with `per_year` edits a year; years count from 1, the place within the year is the fraction."""
+    newest: dict[str, str] = {}
+    for seq, change in enumerate(stream):
+        fact = change.fact
+        event = EditEvent(
+            kind=change.kind,
+            time=1 + seq / per_year,
+            seq=seq,
+            prompt=fact.prompt,
+            target=change.target,
+            image=fact.image,
+            previous=change.previous,
+            subject=fact.subject,
+            relation=fact.relation,
+            revises=None if change.kind == "add" else newest[fact.source],
+            source=fact.source,
+        )
+        newest[fact.source] = event.id
+        yield event
+
+
+def _born(fact: Fact) -> _Life:
+    values = [v for v in (fact.previous, fact.target) if v is not None]
+    return _Life(fact, values, seen={plain(v) for v in (*values, *fact.banned)})
+
+
+def _change(kind: Kind, life: _Life, values: Mapping[str, Sequence[str]], rng: np.random.Generator) -> Change | None:
+    """The next change of a fact, its life brought up to date; None when a revision finds no new value."""
+    current = life.values[-1]
+    life.changes += 1
+    if kind == "retire" and life.values[0] != current:
+        return Change("retire", life.fact, "", current)
+    earlier = list(dict.fromkeys(v for v in life.values if plain(v) != plain(current)))
+    if kind == "revert" and earlier:
+        target = earlier[int(rng.integers(len(earlier)))]
+        life.values.append(target)
+        return Change("revert", life.fact, target, current)
+    target = _new_value(life, values.get(life.fact.relation or "", ()), rng)
+    if target is None:
+        return None
+    life.values.append(target)
+    life.seen.add(plain(target))
+    return Change("revise", life.fact, target, current)
+
+
+def _new_value(life: _Life, pool: Sequence[str], rng: np.random.Generator) -> str | None:
+    """A value of the pool that the fact never had: the first fit from a random place on."""
+    if not pool:
+        return None
+    start = int(rng.integers(len(pool)))
+    return next((v for v in (*pool[start:], *pool[:start]) if plain(v) not in life.seen), None)
