@@ -115,7 +115,13 @@ def _wrong_layout(root: Path) -> str:
 def _categories(top: Mapping[str, Any]) -> dict[str, str]:
     """OK-VQA's own table of question types, where the file carries it."""
     table = top.get("question_types")
-    return {k: v for k, v in table.items() if isinstance(v, str) and v.strip()} if isinstance(table, dict) else {}
+    names = {}
+    for code in table if isinstance(table, dict) else ():
+        try:
+            names[code] = text_of(table, code)
+        except BadField:
+            continue  # the code itself then names the category
+    return names
 
 
 class _Reader:
@@ -182,7 +188,7 @@ class _Reader:
         if value is None:
             return "other"
         name = str(value) if isinstance(value, int) and not isinstance(value, bool) else clean(value, "question_type")
-        return self.categories.get(name) or f"question type {name or 'other'}"
+        return self.categories.get(name) or (f"question type {name}" if name else "other")
 
     def _photo(self, image_id: int) -> FilePicture | None:
         name = self.photos.get(image_id)
