@@ -1,0 +1,95 @@
+"""Which answers a metric is made of, and how they are pooled."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from analysis.bootstrap import Draws, Resampler
+from analysis.load import READINGS, RIGHT_AFTER, EditorRun, Run
+
+LEAST_IN_BIN = 5
+"""Fewer edits than this in an age bin say nothing about a half-life."""
+
+
+def asked(rows: pd.DataFrame, split: str) -> pd.DataFrame:
+    """Answers of a split that were asked of live edits at any checkpoint, apart from the right-after ones.
+
+    Locality is about facts that no edit changes, so there superseded edits count too.
+    """
+    keep = (rows["split"] == split) & (rows["probe"] != RIGHT_AFTER)
+    return rows[keep] if split.startswith("locality_") else rows[keep & rows["live"]]
+
+
+def at_end(rows: pd.DataFrame, split: str) -> pd.DataFrame:
+    """The answers of `asked` at the last step that has any."""
+    kept = asked(rows, split)
+    return kept[kept["step"] == kept["step"].max()]
+
+
+def right_after(rows: pd.DataFrame) -> pd.DataFrame:
+    """Answers about edits, asked right after the step that made them."""
+    return rows[(rows["split"] == "edit") & (rows["probe"] == RIGHT_AFTER) & rows["live"]]
+
+
+def immediate(run: Run, rows: pd.DataFrame) -> np.ndarray:
+    """Right-after scores by row of `run.events`, one column a reading; nan where not asked."""
+    first = right_after(rows)
+    out = np.full((len(run.events), len(READINGS)), np.nan)
+    out[first["edit"]] = first[list(READINGS)]
+    return out
+
+
+def year_ends(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the last checkpoint of each year."""
+    year = np.floor(rows["time"])
+    return rows[rows["step"] == rows.groupby(year)["step"].transform("max")]
+
+
+def in_common(a: pd.DataFrame, b: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Both frames cut to the answers that both have; the very same frames where nothing is cut."""
+    ours, theirs = _keys(a), _keys(b)
+    columns = [*READINGS, "logprob"]
+    if np.array_equal(ours, theirs) and all(np.array_equal(a[c].isna(), b[c].isna()) for c in columns):
+        return a, b
+    _, i, j = np.intersect1d(ours, theirs, return_indices=True)
+    a, b = a.iloc[i].reset_index(drop=True), b.iloc[j].reset_index(drop=True)
+    for c in columns:
+        absent = a[c].isna() | b[c].isna()
+        a[c], b[c] = a[c].mask(absent), b[c].mask(absent)
+    return a, b
+
+
+def age_bins(rows: pd.DataFrame, reading: str, resampler: Resampler) -> tuple[np.ndarray, list[Draws]]:
+    """Success by age in edits: the mean age and the mean score of each bin with enough edits."""
+    rows = rows[rows[reading].notna()]
+    if rows.empty:
+        return np.empty(0), []
+    age, weight = rows["age"].to_numpy(), rows["weight"].to_numpy()
+    cell = np.floor(np.log2(age)).astype(int)
+    cells = pooled(rows, rows[reading].to_numpy(), cell, int(cell.max()) + 1, resampler)
+    edit = rows["edit"].to_numpy()
+    kept, ages = [], []
+    for k, draws in enumerate(cells):
+        inside = cell == k
+        if draws is not None and len(np.unique(edit[inside])) >= LEAST_IN_BIN:
+            kept.append(draws)
+            ages.append(np.exp(np.average(np.log(age[inside]), weights=weight[inside])))
+    return np.array(ages), kept
+
+
+def pooled(rows: pd.DataFrame, score: np.ndarray, cell: np.ndarray, count: int, resampler: Resampler) -> list[Draws | None]:
+    """Hajek mean of a score (nan: not measured) within each of `count` cells; None for an empty cell."""
+    bottom = np.where(np.isnan(score), 0.0, rows["weight"].to_numpy())
+    return resampler.cells(rows["cluster"].to_numpy(), np.nan_to_num(score) * bottom, bottom, cell, count)
+
+
+def unedited(editor: EditorRun, rows: pd.DataFrame) -> np.ndarray:
+    """The unedited model's scores for the questions of the rows, one column a reading."""
+    return editor.base[list(READINGS)].to_numpy()[rows["question"]]
+
+
+def _keys(rows: pd.DataFrame) -> np.ndarray:
+    """Step, question and kind of probe in one integer."""
+    after = (rows["probe"] == RIGHT_AFTER).to_numpy()
+    return (rows["step"].to_numpy(np.int64) << 33) + (rows["question"].to_numpy(np.int64) << 1) + after

@@ -1,0 +1,126 @@
+"""Looks shared by all figures: one colour, marker and dash per editor, page widths, line names, shares in per cent."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, PercentFormatter
+
+ONE_COLUMN, TWO_COLUMNS = 3.5, 7.2
+"""Widths in inches of a journal's column and page."""
+DPI = 300
+TIME_LABELS = {"dated": "year", "scheduled": "years (scheduled)", "simulated": "years (simulated)"}
+_COLOURS = ("#0173b2", "#d55e00", "#029e73", "#cc78bc", "#56595c", "#ca9161", "#56b4e9", "#de8f05")
+"""Seaborn's colour-blind palette in an order whose neighbours differ in lightness, its yellow left out."""
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p")
+_DASHES = ((), (4, 1.5), (1.2, 1.2), (5, 1.5, 1.2, 1.5), (7, 2), (3, 1, 1, 1, 1, 1), (2, 2), (6, 1, 1, 1))
+_GAP = 0.055
+"""Line ends nearer than this share of the axis would collide with their names."""
+
+
+@dataclass(frozen=True)
+class Look:
+    colour: str
+    marker: str
+    dash: tuple[float, ...]
+
+
+Looks = Mapping[str, Look]
+
+
+def looks(names: Sequence[str]) -> dict[str, Look]:
+    """The look of each editor, by its place in the run: the same in every figure of the run."""
+    size = len(_COLOURS)
+    return {
+        n: Look(_COLOURS[i % size], _MARKERS[(i + i // size) % size], _DASHES[(i + 3 * (i // size)) % size]) for i, n in enumerate(names)
+    }
+
+
+@contextmanager
+def paper() -> Iterator[None]:
+    """Fonts, lines and ticks of a printed page, for the figures made inside; nothing is left changed."""
+    own = {"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7}
+    own |= {"axes.titlelocation": "left", "axes.grid": True, "grid.color": "#e6e6e6", "grid.linewidth": 0.6, "axes.linewidth": 0.7}
+    own |= {"xtick.major.width": 0.7, "ytick.major.width": 0.7, "pdf.fonttype": 42, "axes.axisbelow": True, "font.family": "DejaVu Sans"}
+    with matplotlib.rc_context(), sns.plotting_context("paper"), sns.axes_style("ticks", rc={"axes.edgecolor": "#444444"}):
+        matplotlib.rcParams.update(own)
+        yield
+
+
+def panels(rows: int, columns: int, height: float, width: float = TWO_COLUMNS, **kwargs: Any) -> tuple[Figure, list[Axes]]:
+    """An empty figure of rows x columns panels; height in inches of one row."""
+    figure = Figure(figsize=(width, height * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, **kwargs)
+    return figure, list(axes.flat)
+
+
+def lines(ax: Axes, frame: pd.DataFrame, of: Looks) -> None:
+    """One line an editor with its interval as a band; frame: editor, x, value, low, high."""
+    present = [n for n in of if n in set(frame["editor"])]
+    styles = {"palette": {n: of[n].colour for n in present}, "dashes": {n: of[n].dash for n in present}}
+    marks = {n: of[n].marker for n in present}
+    common = {"x": "x", "y": "value", "hue": "editor", "style": "editor", "hue_order": present, "style_order": present}
+    sns.lineplot(
+        frame, **common, **styles, markers=marks, errorbar=None, legend=False, ax=ax, linewidth=1.3, markersize=4, markeredgewidth=0.4
+    )
+    for name in present:
+        own = frame[frame["editor"] == name].sort_values("x")
+        ax.fill_between(own["x"], own["low"].astype(float), own["high"].astype(float), color=of[name].colour, alpha=0.15, linewidth=0)
+
+
+def shares(ax: Axes, label: str = "") -> None:
+    """Vertical axis from 0 to 100 %."""
+    ax.set_ylim(-0.03, 1.03)
+    ax.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+    ax.set_ylabel(label)
+
+
+def name_lines(figure: Figure, ax: Axes, frame: pd.DataFrame, of: Looks) -> None:
+    """Names at the line ends of one panel where they fit, else one legend above the figure."""
+    ends = frame.sort_values("x").groupby("editor", sort=False).tail(1)
+    if _fits(ax, list(ends["value"])):
+        for end in ends.itertuples():
+            ax.annotate(
+                str(end.editor), (end.x, end.value), (6, 0), textcoords="offset points", va="center", color=of[str(end.editor)].colour
+            )
+    else:
+        legend(figure, of)
+
+
+def legend(figure: Figure, of: Looks) -> None:
+    """One legend above the figure, with the colour, marker and dash of every editor."""
+    handles = [_handle(n, look) for n, look in of.items()]
+    columns = min(len(handles), 4 if figure.get_figwidth() > ONE_COLUMN else 2)
+    figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False, handlelength=3.2)
+
+
+def edits_axis(ax: Axes, label: str = "edits applied") -> None:
+    ax.set_xlabel(label)
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}"))
+
+
+def finish(figure: Figure) -> Figure:
+    sns.despine(figure)
+    return figure
+
+
+def _handle(name: str, look: Look) -> Line2D:
+    line = Line2D([], [], color=look.colour, marker=look.marker, markersize=4, linewidth=1.3, label=name)
+    if look.dash:
+        line.set_dashes(look.dash)
+    return line
+
+
+def _fits(ax: Axes, values: list[float]) -> bool:
+    places = sorted(ax.transAxes.inverted().transform(ax.transData.transform([(1, v) for v in values]))[:, 1])
+    return len(places) <= 8 and all(b - a >= _GAP for a, b in itertools.pairwise(places))
