@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from testbed.events import Picture
@@ -14,6 +15,9 @@ from testbed.models import BadModel, ModelHandle
 
 Side = Literal["left", "right"]
 _CACHED = 20_000
+"""Prompts and answers kept as tokens."""
+_PICTURE_BYTES = 512 * 2**20
+"""Room for pictures as tensors, in bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,28 +62,101 @@ class Batch:
         return self.inputs["input_ids"][self.answer]
 
 
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What a processor makes of one picture, whatever the prompt.
+
+    tensors: pixels and the like, one picture along the first axis.
+    block: (n,) by name: what it puts into the token row, ids and per-token tensors, in the place of the image token.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    block: dict[str, torch.Tensor]
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+
+class _Pictures(dict[str, _Seen]):
+    """Pictures by key, the oldest dropped when they take more than `_PICTURE_BYTES`."""
+
+    bytes = 0
+
+    def keep(self, key: str, seen: _Seen) -> None:
+        self[key] = seen
+        self.bytes += seen.bytes
+        while self.bytes > _PICTURE_BYTES and len(self) > 1:
+            self.bytes -= self.pop(next(iter(self))).bytes
+
+
 def prompt_inputs(handle: ModelHandle, ask: Ask) -> dict[str, torch.Tensor]:
-    """The prompt of one ask as unpadded model inputs, `input_ids` of shape (1, T); cached on the handle."""
+    """The prompt of one ask as unpadded model inputs, `input_ids` of shape (1, T). Tokens and pixels are cached on the handle."""
+    if ask.image is None:
+        return {"input_ids": torch.tensor([_tokens(handle, handle.family.text, ask.prompt)])}
+    if not handle.reads_pictures or handle.family.image is None:
+        raise BadModel(f"{handle.name} reads no pictures, but {ask.prompt!r} has one: use an image-text model, or --missing-images text")
+    pictures: _Pictures = handle.cache.setdefault("pictures", _Pictures())
+    short = _tokens(handle, handle.family.image, ask.prompt)
+    seen = pictures.get(ask.image.key)
+    if seen is None:
+        full = _process(handle, handle.family.image.format(prompt=ask.prompt), ask.image)
+        seen = _split(full, short, image_token(handle))
+        if seen is None:
+            return full
+        pictures.keep(ask.image.key, seen)
+    return seen.tensors | _insert(short, seen.block, image_token(handle))
+
+
+def _tokens(handle: ModelHandle, template: str, prompt: str) -> list[int]:
     cache = handle.cache.setdefault("prompts", {})
-    key = (ask.prompt, ask.image.key if ask.image is not None else None)
+    key = (template, prompt)
     if key not in cache:
         while len(cache) >= _CACHED:
             cache.pop(next(iter(cache)))
-        cache[key] = _encode(handle, ask)
+        cache[key] = handle.tokenizer(template.format(prompt=prompt))["input_ids"]
     return cache[key]
 
 
-def _encode(handle: ModelHandle, ask: Ask) -> dict[str, torch.Tensor]:
-    if ask.image is None:
-        ids = handle.tokenizer(handle.family.text.format(prompt=ask.prompt), return_tensors="pt")["input_ids"]
-        return {"input_ids": ids}
-    if not handle.reads_pictures or handle.family.image is None:
-        raise BadModel(f"{handle.name} reads no pictures, but {ask.prompt!r} has one: use an image-text model, or --missing-images text")
-    text = handle.family.image.format(prompt=ask.prompt)
+def _process(handle: ModelHandle, text: str, picture: Picture) -> dict[str, torch.Tensor]:
     from PIL import Image
 
-    out = handle.processor(images=[Image.fromarray(ask.image.load())], text=[text], return_tensors="pt")  # type: ignore[misc]
+    processor: Any = handle.processor
+    out = processor(images=[Image.fromarray(picture.load())], text=[text], return_tensors="pt")
     return {k: v for k, v in out.items() if k != "attention_mask" and isinstance(v, torch.Tensor)}
+
+
+def _split(full: dict[str, torch.Tensor], short: list[int], token: int) -> _Seen | None:
+    """What the picture added to the prompt's own tokens `short`; None where it did more than fill the image token's place."""
+    shape = full["input_ids"].shape
+    ids: list[int] = full["input_ids"][0].tolist()
+    at = short.index(token) if token in short else 0
+    n = len(ids) - len(short) + (token in short)
+    rows = {k: v for k, v in full.items() if v.shape == shape}
+    block = {k: v[0, at : at + n] for k, v in rows.items()}
+    tensors = {k: v for k, v in full.items() if k not in rows}
+    again = _insert(short, block, token)
+    return _Seen(tensors, block) if all(torch.equal(again[k], rows[k]) for k in rows) else None
+
+
+def _insert(short: list[int], block: dict[str, torch.Tensor], token: int) -> dict[str, torch.Tensor]:
+    """The prompt's tokens with the picture's block in the image token's place, or before them where there is none; rows (1, T)."""
+    at = short.index(token) if token in short else 0
+    text = {"input_ids": torch.tensor(short)}
+    out = {}
+    for name, part in block.items():
+        own = text.get(name, torch.zeros(len(short), dtype=part.dtype))
+        out[name] = torch.cat([own[:at], part, own[at + (token in short) :]])[None]
+    return out
+
+
+class _Blank:
+    """A grey picture for a forward that wants one although no row has any."""
+
+    key = "blank"
+
+    def load(self) -> np.ndarray:
+        return np.full((32, 32, 3), 128, dtype=np.uint8)
 
 
 def answer_ids(handle: ModelHandle, ask: Ask, answer: str) -> list[int]:
@@ -120,6 +197,11 @@ def collate(
         prompt[i, start : start + n] = True
         answer[i, start + n : start + n + len(tail)] = True
     inputs: dict[str, torch.Tensor] = {"input_ids": ids, "attention_mask": (prompt | answer).long()}
+    if side == "left" and handle.family.counts_positions:
+        inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    if handle.family.needs_picture and all(a.image is None for a in asks):
+        blank = prompt_inputs(handle, Ask("", _Blank()))
+        inputs.update({k: v for k, v in blank.items() if v.shape != blank["input_ids"].shape})
     inputs.update(_pictures(rows, inputs))
     inputs = {k: v.to(handle.device, handle.dtype if v.is_floating_point() else None) for k, v in inputs.items()}
     picture = (inputs["input_ids"] == image_token(handle)) & prompt.to(handle.device)
@@ -139,7 +221,20 @@ def _pictures(rows: list[dict[str, torch.Tensor]], padded: dict[str, torch.Tenso
                     full[i, start : start + r[name].shape[1]] = r[name][0]
             out[name] = full
         else:
-            out[name] = torch.cat(have)
+            out[name] = _stack(have)
+    return out
+
+
+def _stack(have: list[torch.Tensor]) -> torch.Tensor:
+    """Along the first axis; where other axes differ (pictures cut into more or fewer tiles) the shorter are filled with zeros."""
+    size = [max(n) for n in zip(*(t.shape[1:] for t in have))]
+    if all(list(t.shape[1:]) == size for t in have):
+        return torch.cat(have)
+    out = have[0].new_zeros(sum(len(t) for t in have), *size)
+    at = 0
+    for t in have:
+        out[(slice(at, at + len(t)), *(slice(n) for n in t.shape[1:]))] = t
+        at += len(t)
     return out
 
 

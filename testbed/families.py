@@ -25,30 +25,34 @@ class Family:
     """How the answer follows the prompt."""
     stop: tuple[str, ...] = ("\n",)
     """Strings that end a generation besides the end-of-sequence token."""
-    packed_pixels: bool = False
-    """True where a processor flattens pictures into one list of patches."""
+    needs_picture: bool = False
+    """True where the forward wants pixels even if no row has a picture: it is given a blank one that no position reads."""
+    counts_positions: bool = False
+    """True where positions are learned and counted from the row's start, so a left-padded forward must be told them."""
 
 
 _CHAT_IMAGE = "USER: <image>\n{prompt} ASSISTANT:"
 _CHAT_TEXT = "USER: {prompt} ASSISTANT:"
+_QUESTION = "Question: {prompt} Short answer:"
 _QWEN = "<|im_start|>user\n{body}{{prompt}}<|im_end|>\n<|im_start|>assistant\n"
 _QWEN_IMAGE = _QWEN.format(body="<|vision_start|><|image_pad|><|vision_end|>")
 
 DEFAULT = Family("default")
 FAMILIES: dict[str, Family] = {
     "llava": Family("llava", text=_CHAT_TEXT, image=_CHAT_IMAGE),
-    "blip-2": Family("blip-2", text="Question: {prompt} Short answer:", image="<image>Question: {prompt} Short answer:"),
-    "qwen2_vl": Family("qwen2_vl", text=_QWEN.format(body=""), image=_QWEN_IMAGE, answer="{answer}", packed_pixels=True),
-    "qwen2_5_vl": Family("qwen2_5_vl", text=_QWEN.format(body=""), image=_QWEN_IMAGE, answer="{answer}", packed_pixels=True),
+    "blip-2": Family("blip-2", text=_QUESTION, image=_QUESTION, needs_picture=True),
+    "qwen2_vl": Family("qwen2_vl", text=_QWEN.format(body=""), image=_QWEN_IMAGE, answer="{answer}"),
+    "qwen2_5_vl": Family("qwen2_5_vl", text=_QWEN.format(body=""), image=_QWEN_IMAGE, answer="{answer}"),
     "idefics3": Family("idefics3", text="User:{prompt}\nAssistant:", image="User:<image>{prompt}\nAssistant:"),
     "smolvlm": Family("smolvlm", text="User:{prompt}\nAssistant:", image="User:<image>{prompt}\nAssistant:"),
-    **{name: Family(name) for name in ("gpt2", "gptj", "gpt_neox", "opt", "llama", "mistral", "qwen2", "qwen3")},
+    "gpt2": Family("gpt2", counts_positions=True),
+    **{name: Family(name) for name in ("gptj", "gpt_neox", "opt", "llama", "mistral", "qwen2", "qwen3")},
 }
 
 DOWN_PROJECTIONS = ("mlp.down_proj", "fc2", "mlp.fc2", "mlp.c_proj", "mlp.fc_out", "mlp.dense_4h_to_h")
 """Where the second matrix of a decoder layer's MLP lies, tried in this order."""
 
-FINAL_NORMS = ("norm", "final_layer_norm", "ln_f")
+FINAL_NORMS = ("norm", "final_layer_norm", "final_layernorm", "ln_f")
 """Names of the normalisation after the last decoder layer, beside the list of layers."""
 
 _NOT_DECODER = ("vision", "visual", "qformer", "audio", "encoder")

@@ -45,9 +45,13 @@ class ModelHandle:
     def __post_init__(self) -> None:
         self.model.eval().requires_grad_(False)
         self.layers_path, self.layers = families.decoder_layers(self.model)
-        self.norm = families.final_norm(self.model, self.layers_path)
         self.head = self.model.get_output_embeddings()
         self._hash = ""
+
+    @property
+    def norm(self) -> nn.Module:
+        """The normalisation after the last decoder layer. Raises `UnknownLayout` where there is none."""
+        return families.final_norm(self.model, self.layers_path)
 
     @property
     def n_layers(self) -> int:
@@ -125,7 +129,7 @@ def weights_hash(model: nn.Module) -> str:
     h = hashlib.sha256()
     for name, t in sorted(model.state_dict().items()):
         h.update(f"{name}|{t.dtype}|{tuple(t.shape)}".encode())
-        h.update(t.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes())
+        h.update(t.detach().reshape(-1).cpu().view(torch.uint8).numpy().tobytes())
     return h.hexdigest()[:16]
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -150,16 +150,30 @@ class ModelPredictor(Predictor):
         out: list[Inspection | None] = [None] * len(asks)
         for chunk in self._chunks(asks):
             batch = collate(self.handle, [asks[i] for i in chunk])
-            with self.around(batch):
-                result = self.handle.model(**batch.inputs, output_hidden_states=True)
             rows = torch.arange(len(chunk), device=batch.last_prompt.device)
-            logp = result.logits[rows, batch.last_prompt].float().log_softmax(-1)
-            states = [result.hidden_states[self.handle.layer_index(n) + 1][rows, batch.last_prompt] for n in layers]
+            with self.around(batch), self._watched(layers) as seen:
+                logits = self.handle.model(**batch.inputs, use_cache=False).logits
+            logp = logits[rows, batch.last_prompt].float().log_softmax(-1)
+            states = [seen[n][rows, batch.last_prompt] for n in layers]
             hidden = torch.stack(states, 1).float() if states else torch.zeros(len(chunk), 0, self.handle.width)
             entropy = -(logp.exp() * logp).sum(-1)
             for j, i in enumerate(chunk):
                 out[i] = Inspection(logp[j].topk(top_k).indices.cpu().numpy(), float(entropy[j]), hidden[j].cpu().numpy())
         return [r for r in out if r is not None]
+
+    @contextmanager
+    def _watched(self, layers: Sequence[int]) -> Iterator[dict[int, torch.Tensor]]:
+        """The outputs (B, T, d) of these decoder layers, filled as the model runs."""
+        seen: dict[int, torch.Tensor] = {}
+
+        def keep(layer: int, output: Any) -> None:
+            seen[layer] = output[0] if isinstance(output, tuple) else output
+
+        with ExitStack() as stack:
+            for n in layers:
+                module = self.handle.layers[self.handle.layer_index(n)]
+                stack.enter_context(self.handle.hooked(module, lambda m, args, output, n=n: keep(n, output)))
+            yield seen
 
     def _chunks(self, asks: Sequence[Ask], tails: Sequence[int] | None = None) -> Iterator[list[int]]:
         """Indices of the asks in batches of like length, pictures apart from text, within the limits."""

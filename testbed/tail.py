@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from testbed.encode import Ask, Batch, answer_ids, collate
-from testbed.models import ModelHandle
+from testbed.families import UnknownLayout
+from testbed.models import ModelHandle, project
 
 
 @dataclass
@@ -67,7 +68,8 @@ def row_mean(values: Tensor, row: Tensor, rows: int) -> Tensor:
 def capture(handle: ModelHandle, asks: list[Ask], answers: list[str], layer: int, end: bool = True) -> Tail:
     """Run the batch once and keep what training the layer's down-projection needs.
 
-    With `end` the end token is trained too, so that a free generation stops after the answer.
+    With `end` the end token is trained too, so that a free generation stops after the answer. Raises
+    `UnknownLayout` for a layer that does not add the projection's output to the rest of its own.
     """
     layer = handle.layer_index(layer)
     batch = collate(handle, asks, [answer_ids(handle, a, x) for a, x in zip(asks, answers)], end=end)
@@ -76,7 +78,7 @@ def capture(handle: ModelHandle, asks: list[Ask], answers: list[str], layer: int
     shape = batch.prompt.shape
 
     def keep_act(module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
-        kept["act"], kept["out"] = args[0].reshape(*shape, -1), output.reshape(*shape, -1)
+        kept["act"], kept["out"] = args[0].reshape(*shape, -1), output.reshape(*shape, -1).clone()  # some layers add in place
 
     def keep_layer(module: Any, args: Any, output: Any) -> None:
         kept["layer"] = output[0] if isinstance(output, tuple) else output
@@ -96,7 +98,34 @@ def capture(handle: ModelHandle, asks: list[Ask], answers: list[str], layer: int
     key, last = pooled(act, batch), act[rows, batch.last_prompt].float()
     if not calls:
         act, rest = act[at], rest[at]
-    return Tail(handle, batch, layer, act, rest, at.nonzero()[:, 0], batch.answer_ids, key, last, calls)
+    tail = Tail(handle, batch, layer, act, rest, at.nonzero()[:, 0], batch.answer_ids, key, last, calls)
+    checked: set[int] = handle.cache.setdefault("tails", set())
+    if layer not in checked:
+        _check(tail)
+        checked.add(layer)
+    return tail
+
+
+def _check(tail: Tail) -> None:
+    """Compare with the whole model under another weight, once a layer: norms after the MLP and the like cannot be seen otherwise."""
+    handle, name = tail.handle, tail.handle.down_weight(tail.layer)
+    weight = handle.parameter(name).detach()
+    noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    other = (weight + weight.float().std() * noise.to(weight.device)).to(weight.dtype)
+    at = tail.batch.before_answer
+    base = handle.model(**tail.batch.inputs, use_cache=False).logits[at].float()
+    with handle.swapped({name: other}):
+        want = handle.model(**tail.batch.inputs, use_cache=False).logits[at].float()
+    try:
+        got = tail.logits(lambda act: project(handle.down(tail.layer), act, other)).float()
+        share = float((got - want).norm() / (want - base).norm().clamp(min=1e-12))
+    except RuntimeError:  # a projection between the last layer and the head: the widths do not fit
+        share = float("inf")
+    if not share <= (0.01 if weight.dtype in (torch.float32, torch.float64) else 0.3):
+        raise UnknownLayout(
+            f"layer {tail.layer} of {type(handle.model).__name__} cannot be trained from its down-projection up: under a changed weight "
+            f"the result is off by {share:.0%} of the change. Use one whose layers add the MLP's output as it is (Llama, GPT-2, OPT)"
+        )
 
 
 def pooled(act: Tensor, batch: Batch) -> Tensor:
