@@ -1,0 +1,26 @@
+"""The lifelong-editing testbed: streams of dated fact changes, sequential editors, and what becomes of the model.
+
+`study` and `RunConfig` are loaded when they are asked for: `import testbed` loads no torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from testbed.config import RunConfig
+    from testbed.runner import study
+
+__all__ = ["RunConfig", "study"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "study":
+        from testbed.runner import study
+
+        return study
+    if name == "RunConfig":
+        from testbed.config import RunConfig
+
+        return RunConfig
+    raise AttributeError(f"module 'testbed' has no attribute {name!r}")

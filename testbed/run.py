@@ -1,0 +1,145 @@
+"""The command line: `python -m testbed.run --stream okedit-yearly`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from streams.base import BadStream
+from testbed.config import BadConfig, RunConfig, set_fields
+from testbed.events import BadEvent, BadPicture
+from testbed.registry import EDITORS, PROBES, STREAMS, UnknownName
+from testbed.store import StoreError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0 done, 2 for a mistake of the user's (said in plain words), 130 when interrupted."""
+    console = Console(stderr=True)
+    try:
+        return _main(list(sys.argv[1:] if argv is None else argv), console)
+    except _errors() as e:
+        for line in str(e).splitlines():
+            console.print(f"error: {line}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+        return 2
+    except KeyboardInterrupt:
+        console.print("interrupted; what was saved is kept. Go on with --resume and the run folder.", markup=False)
+        return 130
+
+
+def _main(argv: list[str], console: Console) -> int:
+    config = parse(argv)
+    if config.list:
+        list_plugins(Console())
+        return 0
+    from testbed import runner
+
+    runner.check(config)
+    if config.dry_run:
+        from testbed.estimate import print_estimate
+
+        print_estimate(config, Console())
+        return 0
+
+    def say(line: str) -> None:
+        console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+    summary = runner.study(config, say)
+    _show(summary)
+    return 0
+
+
+def _show(summary: dict[str, Any]) -> None:
+    from analysis.tables import terminal_table
+
+    out = Console()
+    out.print(terminal_table(summary))
+    where = Path(summary["run"]["folder"]) if "folder" in summary["run"] else None
+    if where:
+        out.print(f"report: {where / 'report.html'}", markup=False, highlight=False, soft_wrap=True)
+
+
+def parse(argv: list[str]) -> RunConfig:
+    """Command line, over --config FILE or the stored configuration of --resume, over the defaults. Raises `BadConfig`."""
+    import tyro
+
+    from testbed.runner import resumed
+
+    default = RunConfig()
+    config_file, resume = _value_of(argv, "--config"), _value_of(argv, "--resume")
+    if config_file:
+        default = set_fields(default, read_yaml(Path(config_file)))
+    if resume:
+        default = resumed(Path(resume))
+    config = tyro.cli(RunConfig, args=_split_lists(argv), default=default, prog="python -m testbed.run")
+    if resume and config.identity() != default.identity():
+        changed = [k for k, v in config.identity().items() if v != default.identity()[k]]
+        raise BadConfig(f"--resume goes on with the stored configuration; it cannot change {', '.join(changed)}")
+    return config
+
+
+def _value_of(argv: list[str], option: str) -> str | None:
+    for i, a in enumerate(argv):
+        if a == option and i + 1 < len(argv):
+            return argv[i + 1]
+        if a.startswith(option + "="):
+            return a.partition("=")[2]
+    return None
+
+
+def _split_lists(argv: list[str]) -> list[str]:
+    """`--editor a,b` as `--editor a b`; several `--set` gathered behind the first."""
+    out: list[str] = []
+    sets: list[str] = []
+    rest = [part for a in argv for part in (a.split("=", 1) if a.startswith(("--editor=", "--set=")) else [a])]
+    while rest:
+        a = rest.pop(0)
+        if a == "--set":
+            while rest and not rest[0].startswith("--"):
+                sets.append(rest.pop(0))
+        elif a == "--editor" and rest:
+            out += [a, *filter(None, rest.pop(0).split(","))]
+        else:
+            out.append(a)
+    return [*out, "--set", *sets] if sets else out
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Fields of a run from a YAML file. Raises `BadConfig` for one that is absent, broken or not a mapping."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as e:
+        raise BadConfig(f"--config {path} cannot be read: {e}") from e
+    if not isinstance(values, dict):
+        raise BadConfig(f"--config {path} must hold fields and values, found {type(values).__name__}")
+    known = {f.name for f in fields(RunConfig)}
+    return {str(k).replace("-", "_") if str(k).replace("-", "_") in known else str(k): v for k, v in values.items()}
+
+
+def list_plugins(console: Console) -> None:
+    """Every editor, stream and probe with one line each."""
+    for registry in (EDITORS, STREAMS, PROBES):
+        table = Table(title=f"{registry.kind}s", title_justify="left", box=None, show_header=False, pad_edge=False)
+        for name, cls in registry.items():
+            time = f" [{cls.time_axis} time; {cls.licence}]" if registry is STREAMS else ""
+            table.add_row(f"  {name}", cls.summary + time)
+        console.print(table, markup=False, highlight=False)
+
+
+def _errors() -> tuple[type[Exception], ...]:
+    """What is a user's to mend, and so is told in one line and not as a traceback."""
+    from testbed.editors.base import BadEditor
+    from testbed.families import UnknownLayout
+    from testbed.models import BadModel
+
+    return (BadConfig, BadStream, BadEvent, BadPicture, BadEditor, BadModel, UnknownLayout, UnknownName, StoreError)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

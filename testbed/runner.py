@@ -1,0 +1,223 @@
+"""A whole run in Python: `testbed.study(RunConfig(...))` is what the command line calls."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from streams.base import Stream
+from testbed import grading, models, schedule
+from testbed.config import BadConfig, RunConfig, plain, set_fields
+from testbed.editors.base import Editor
+from testbed.events import EditEvent, content_id
+from testbed.loop import Context, answer_base, run_editor
+from testbed.models import ModelHandle
+from testbed.progress import Bars, bars
+from testbed.registry import EDITORS, STREAMS
+from testbed.schema import SCHEMA_VERSION, EventRow, QuestionRow, ScheduleRow
+from testbed.store import Phase, RunFolder, read_json, write_rows
+
+SAME = ("config", "model_hash", "stream_hash", "schedule_hash", "schema_version")
+"""What a resumed run must share with the stored one."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is decided before the first edit."""
+
+    config: RunConfig
+    stream: Stream
+    events: list[EditEvent]
+    schedule: schedule.Schedule
+    handle: ModelHandle
+    manifest: dict[str, Any]
+
+    @property
+    def out(self) -> Path:
+        return self.config.resume or self.config.out or Path("runs") / f"{self.config.stream}-{self.config.seed}-{self.manifest['run'][:8]}"
+
+
+def check(config: RunConfig) -> None:
+    """Raise `BadConfig` with every mistake at once."""
+    problems = config.problems()
+    if problems:
+        raise BadConfig("\n".join(problems))
+
+
+def prepare(config: RunConfig) -> Plan:
+    """Check the configuration, read the stream, fix the schedule, load the model. Nothing is written."""
+    check(config)
+    stream: Stream = STREAMS.get(config.stream)(config.stream_config())
+    events = stream.events(config.edits)
+    if not events:
+        raise BadConfig(f"{config.stream} ({stream.origin}) yields no edit; skipped records: {len(stream.skipped)}")
+    planned = schedule.build(stream, events, schedule.Plan(config.batch, config.seed, config.probe_budget))
+    handle = models.load(config.model, config.device, config.dtype)
+    manifest = _manifest(config, stream, events, planned, handle)
+    return Plan(config, stream, events, planned, handle, manifest)
+
+
+def study(config: RunConfig, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+    """Run every editor of the configuration over its stream and write the run folder.
+
+    Args:
+        config: what to run; with `resume`, the stored configuration is used (see `resumed`).
+        say: gets one line for each thing the user should know.
+
+    Returns the summary, as in summary.json. Raises `BadConfig`, `BadStream`, `BadModel`, `StoreError`.
+    """
+    plan = prepare(config)
+    folder = RunFolder(plan.out)
+    for note in plan.manifest["notes"]:
+        say(note)
+    if config.resume:
+        folder.check_same(plan.manifest, SAME)
+    else:
+        folder.create(plan.manifest)
+        _write_plan(plan, folder)
+    with bars() as progress:
+        _run(plan, folder, progress, phase_log(config.log))
+    _save_models(plan, folder, say)
+    return finish(plan.out)
+
+
+def finish(out: Path) -> dict[str, Any]:
+    """Summary, figures, tables and report from the stored answers of a run folder."""
+    from analysis.report import write_all
+
+    write_all([out])
+    return read_json(out / "summary.json")
+
+
+def resumed(out: Path) -> RunConfig:
+    """The configuration of a stored run, set to go on with it. Raises `StoreError`."""
+    stored = RunFolder(out).manifest()["config"]
+    known = {f.name for f in fields(RunConfig)}
+    return replace(set_fields(RunConfig(), {k: v for k, v in stored.items() if k in known}), resume=out)
+
+
+def make_editor(config: RunConfig, name: str) -> Editor:
+    """A fresh editor with its `--set` fields."""
+    return EDITORS.get(name)(config.editor_config(name), config.seed)
+
+
+def _run(plan: Plan, folder: RunFolder, progress: Bars, phase: Phase) -> None:
+    config = plan.config
+    base = folder.base_answers()
+    questions = list(plan.schedule.unique_questions.values())
+    if set(base) != {q.id for q in questions}:
+        answers = answer_base(plan.handle, questions, config.max_new_tokens, lambda *a: progress.advance("unedited model", *a))
+        folder.write_base_answers(answers)
+        base = {a.question_id: a for a in answers}
+    numbers = (config.max_new_tokens, config.save_every)
+    context = Context(plan.manifest["run"], config.seed, plan.handle, plan.stream, plan.schedule, base, *numbers)
+    for name in config.editor:
+        editor = make_editor(config, name)
+        run_editor(context, editor, folder.editor(name, phase), phase, lambda *a, name=name: progress.advance(name, *a))
+
+
+def _write_plan(plan: Plan, folder: RunFolder) -> None:
+    write_rows(folder.path / "schedule.parquet", ScheduleRow, plan.schedule.rows())
+    write_rows(folder.path / "events.parquet", EventRow, plan.schedule.event_rows())
+    write_rows(folder.path / "questions.parquet", QuestionRow, plan.schedule.question_rows())
+
+
+def _save_models(plan: Plan, folder: RunFolder, say: Callable[[str], None]) -> None:
+    """The edited model of every editor that changes weights, as save_pretrained writes it."""
+    target = plan.config.save_model
+    for name in plan.config.editor if target else ():
+        editor = make_editor(plan.config, name)
+        if not editor.traits.weights:
+            say(f"{name} changes no weights of the model, so there is no edited model to save")
+            continue
+        editor.prepare(plan.handle, plan.stream.train_pool())
+        editor.load_state_dict(folder.editor(name).newest_state())
+        with plan.handle.swapped(editor.edited_weights()):
+            plan.handle.model.save_pretrained(target / name)
+        (plan.handle.processor or plan.handle.tokenizer).save_pretrained(target / name)
+        say(f"{name}: edited model written to {target / name}")
+
+
+def _manifest(
+    config: RunConfig, stream: Stream, events: list[EditEvent], planned: schedule.Schedule, handle: ModelHandle
+) -> dict[str, Any]:
+    hashes = {"model_hash": handle.hash, "stream_hash": stream.stream_hash(events), "schedule_hash": planned.hash}
+    identity = config.identity()
+    return {
+        "run": content_id(identity, hashes),
+        "schema_version": SCHEMA_VERSION,
+        "grading_version": grading.VERSION,
+        "config": identity,
+        "editors": list(config.editor),
+        "editor_configs": {name: plain(config.editor_config(name)) for name in config.editor},
+        "stream": stream.manifest(),
+        "model": {"name": handle.name, "hash": handle.hash, "family": handle.family.name, "parameters": _size(handle)},
+        **hashes,
+        "seed": config.seed,
+        "edits": len(events),
+        "years": len({e.year for e in events}),
+        "steps": len(planned.steps),
+        "questions": planned.n_questions,
+        "panel_scale": planned.scale,
+        "device": str(handle.device),
+        "dtype": str(handle.dtype).removeprefix("torch."),
+        "versions": _versions(),
+        "git": git_commit(),
+        "notes": _notes(config, stream, events, planned, handle),
+    }
+
+
+def _notes(config: RunConfig, stream: Stream, events: list[EditEvent], planned: schedule.Schedule, handle: ModelHandle) -> list[str]:
+    """Everything that stands in, was skipped or cut, one line each: said on screen and kept."""
+    out = [f"{config.stream}: {stream.origin}; its time axis is {stream.time_axis}"]
+    if config.data_root is None:
+        out.append("no --data-root was given: the simulated world stands in for files")
+    if stream.skipped:
+        reasons = stream.manifest()["skipped_by_reason"]
+        out.append(f"{len(stream.skipped)} records were skipped: " + "; ".join(f"{n} x {r}" for r, n in sorted(reasons.items())))
+    if len(events) < config.edits:
+        out.append(f"the stream holds {len(events)} edits, {config.edits} were asked for")
+    if planned.scale < 1:
+        out.append(f"panels were shrunk to {planned.scale:.0%} to keep to {config.probe_budget} questions per 500 edits")
+    return out + handle.notes
+
+
+def _size(handle: ModelHandle) -> int:
+    return sum(p.numel() for p in handle.model.parameters())
+
+
+def _versions() -> dict[str, str]:
+    out = {"python": platform.python_version()}
+    for name in ("torch", "transformers", "numpy", "pyarrow", "pandas", "lifelong-editing-testbed"):
+        try:
+            out[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            out[name] = "not installed as a package"
+    return out
+
+
+def git_commit() -> str | None:
+    """Commit of the source tree, with + when it has changes; None outside a repository."""
+    here = Path(__file__).parent
+    try:
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=True, timeout=10)
+        dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit.stdout.strip() + ("+" if dirty.stdout.strip() else "")
+
+
+def phase_log(path: Path | None) -> Phase:
+    """A function that appends "phase step" lines to a file as phases begin; does nothing without a file."""
+
+    def write(name: str, step: int) -> None:
+        if path is not None:
+            with open(path, "a", encoding="utf-8") as f:
+                f.write(f"{name} {step}\n")
+
+    return write
