@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from testbed import families
@@ -166,10 +167,10 @@ def load(name: str, device: str = "auto", dtype: str = "auto") -> ModelHandle:
     kind = pick_dtype(dtype, place)
     try:
         return _load(name, source, place, kind)
-    except (OSError, ValueError, KeyError) as e:
-        if isinstance(e, BadModel | families.UnknownLayout):
-            raise
-        reason = str(e).strip().splitlines()[0]
+    except (BadModel, families.UnknownLayout):
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as e:
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise BadModel(f"model {name!r} cannot be loaded: {reason}. {_advice(source)}") from e
 
 
@@ -179,15 +180,19 @@ def _load(name: str, source: str, place: torch.device, kind: torch.dtype) -> Mod
     config = AutoConfig.from_pretrained(source)
     family = families.family_of(config)
     cls = AutoModelForImageTextToText if family.image is not None else AutoModelForCausalLM
-    model = cls.from_pretrained(source, dtype=kind).to(place)
+    model, info = cls.from_pretrained(source, dtype=kind, output_loading_info=True)
+    if info["missing_keys"]:
+        raise BadModel(f"model {name!r} lacks weights for {', '.join(sorted(info['missing_keys'])[:4])}: transformers would make them up")
     processor = AutoProcessor.from_pretrained(source) if family.image is not None else None
     tokenizer = processor.tokenizer if processor is not None else AutoTokenizer.from_pretrained(source)
+    if tokenizer.eos_token_id is None:
+        raise BadModel(f"model {name!r} has a tokenizer without an end-of-sequence token, so no answer could end")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     notes = []
     if family is families.DEFAULT:
         notes.append(f"model type {config.model_type!r} is not in the families table: the prompt is used as it is")
-    return ModelHandle(model, tokenizer, processor, name, family, place, notes)
+    return ModelHandle(model.to(place), tokenizer, processor, name, family, place, notes)
 
 
 def _advice(source: str) -> str:
