@@ -34,12 +34,22 @@ class Record:
     pred: str
     aliases: tuple[str, ...]
     target: str
-    held_out: tuple[str, ...]
-    train: tuple[str, ...]
+    rephrased: tuple[str, ...]
+    rephrased_train: tuple[str, ...]
     locality_answer: str | None
     photo: FilePicture | None
     role: str = "edit"
     """"edit", or for records that no event touches: "probe" (asked as a control) or "train" (in the train pool)."""
+
+    @property
+    def held_out(self) -> tuple[str, ...]:
+        """Paraphrases that probes ask."""
+        return distinct(self.rephrased, [self.question])
+
+    @property
+    def train(self) -> tuple[str, ...]:
+        """Paraphrases that editors may learn from: none equals one that probes ask."""
+        return distinct(self.rephrased_train, [self.question, *self.rephrased])
 
 
 @dataclass(frozen=True)
@@ -115,8 +125,10 @@ def _wrong_layout(root: Path) -> str:
 def _categories(top: Mapping[str, Any]) -> dict[str, str]:
     """OK-VQA's own table of question types, where the file carries it."""
     table = top.get("question_types")
+    if not isinstance(table, dict):
+        return {}
     names = {}
-    for code in table if isinstance(table, dict) else ():
+    for code in table:
         try:
             names[code] = text_of(table, code)
         except BadField:
@@ -166,7 +178,6 @@ class _Reader:
             raise BadField("image_id differs between question and annotation")
         question, target = text_of(q, "question"), text_of(a, "counterfact_answer")
         pred, aliases = _answers(a, target)
-        held_out = distinct(texts_of(q, "rephrased_questions"), [question])
         record = Record(
             qid=qid,
             image_id=image_id,
@@ -175,8 +186,8 @@ class _Reader:
             pred=pred,
             aliases=aliases,
             target=target,
-            held_out=held_out,
-            train=distinct(texts_of(q, "rephrased_questions_train"), [question, *held_out]),
+            rephrased=texts_of(q, "rephrased_questions"),
+            rephrased_train=texts_of(q, "rephrased_questions_train"),
             locality_answer=optional_text(a, "locality_answer"),
             photo=self._photo(image_id),
         )
@@ -214,7 +225,8 @@ def _answers(a: Mapping[str, Any], target: str) -> tuple[str, tuple[str, ...]]:
     pred = votes.most_common(1)[0][0]
     if plain(pred) == plain(target):
         raise BadField("counterfact_answer equals the answer before the edit")
-    return pred, distinct((v for v, n in votes.items() if n >= 2), [pred, target])
+    others = [v for v, n in votes.items() if n >= 2 and v != pred]
+    return pred, distinct(others, [pred, target]) if others else ()
 
 
 def assign_roles(records: list[Record]) -> tuple[Record, ...]:

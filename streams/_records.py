@@ -37,8 +37,9 @@ def distinct(texts: Iterable[str], taken: Iterable[str] = ()) -> tuple[str, ...]
     seen = {plain(t) for t in taken}
     out = []
     for text in texts:
-        if plain(text) not in seen:
-            seen.add(plain(text))
+        bare = plain(text)
+        if bare not in seen:
+            seen.add(bare)
             out.append(text)
     return tuple(out)
 
@@ -98,7 +99,7 @@ def clean(value: object, field: str) -> str:
     if not isinstance(value, str):
         raise BadField(f"{field} must be text, found {kind_of(value)}")
     text = html.unescape(value).strip()
-    if any("\ud800" <= c <= "\udfff" for c in text):
+    if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
         raise BadField(f"{field} holds half a character (a lone surrogate)")
     return text
 

@@ -7,6 +7,7 @@ one, the simulated world in the same form. `origin` and `time_axis` say which of
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -112,7 +113,7 @@ class OkeditFiles(Stream):
             order = transforms.shuffled(len(self._edited), rng)
         facts = (self._fact(self._edited[i]) for i in order)
         shares = transforms.Shares(c.revise, c.revert, c.retire)
-        changes = transforms.changes(facts, shares, self._values(), transforms.generator(c.seed, "okedit changes"))
+        changes = transforms.changes(facts, shares, self._values, transforms.generator(c.seed, "okedit changes"))
         return list(islice(transforms.dated(changes, c.edits_per_year), max(n, 0)))
 
     def questions(self, event: EditEvent) -> tuple[Question, ...]:
@@ -183,6 +184,7 @@ class OkeditFiles(Stream):
         subject = f"image {r.image_id}, question {r.qid}"
         return transforms.Fact(r.question, r.target, self._name_of(r), r.photo, r.pred, subject, r.category, r.aliases)
 
+    @cached_property
     def _values(self) -> dict[str, list[str]]:
         """What a revision may draw from: the counterfactual answers of each category, sorted."""
         pool: dict[str, dict[str, str]] = {}

@@ -167,7 +167,7 @@ def _change(kind: Kind, life: _Life, values: Mapping[str, Sequence[str]], rng: n
     """The next change of a fact, its life brought up to date; None when a revision finds no new value."""
     current = life.values[-1]
     life.changes += 1
-    if kind == "retire" and life.values[0] != current:
+    if kind == "retire" and current != life.fact.previous:
         return Change("retire", life.fact, "", current)
     earlier = list(dict.fromkeys(v for v in life.values if plain(v) != plain(current)))
     if kind == "revert" and earlier:

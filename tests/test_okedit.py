@@ -1,0 +1,246 @@
+"""`okedit-yearly`: the schedule's properties, the real files where TESTBED_DATA names them, the two origins."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from okedit_folder import make_folder
+
+from streams._records import distinct, plain
+from streams.base import StreamConfig
+from streams.okedit import OkeditYearly
+from streams.transforms import MAX_CHANGES, Change, Fact, Shares, changes, dated, drifting, generator, share, shuffled
+from testbed.events import EditEvent, check_order
+
+CARD = Path(__file__).parents[1] / "streams" / "cards" / "okedit-yearly.md"
+WORDS = ["cat", "dog", "The Cat!", "fish", "bird", "horse", "mouse", "Fish"]
+
+
+@st.composite
+def schedules(draw: st.DrawFn) -> tuple[list[Fact], Shares, dict[str, list[str]], int]:
+    n = draw(st.integers(0, 12))
+    facts = []
+    for i in range(n):
+        previous = draw(st.none() | st.just("rat"))
+        facts.append(Fact(f"q{i}?", draw(st.sampled_from(WORDS)), f"record {i}", None, previous, f"s{i}", draw(st.sampled_from("ab"))))
+    parts = draw(st.lists(st.floats(0, 0.33), min_size=3, max_size=3))
+    values = {c: draw(st.lists(st.sampled_from(WORDS), max_size=6)) for c in "ab"}
+    return facts, Shares(*parts), values, draw(st.integers(0, 2**32 - 1))
+
+
+def build(case: tuple[list[Fact], Shares, dict[str, list[str]], int], k: int | None = None) -> list[EditEvent]:
+    facts, shares, values, seed = case
+    order = shuffled(len(facts), generator(seed, "order"))
+    stream = changes((facts[i] for i in order), shares, values, generator(seed, "changes"))
+    return list(islice(dated(stream, 7), k))
+
+
+@settings(max_examples=200, deadline=None)
+@given(schedules())
+def test_every_life_of_a_fact_makes_sense(case: tuple[list[Fact], Shares, dict[str, list[str]], int]) -> None:
+    events = build(case)
+    check_order(events)
+    lives: dict[str, list[EditEvent]] = {}
+    for e in events:
+        lives.setdefault(e.source, []).append(e)
+    assert lives.keys() == {f.source for f in case[0]}
+    for life in lives.values():
+        assert len(life) <= MAX_CHANGES
+        assert [e.kind == "add" for e in life] == [True] + [False] * (len(life) - 1)
+        _follow(life)
+
+
+def _follow(life: list[EditEvent]) -> None:
+    values = [v for v in (life[0].previous, life[0].target) if v is not None]
+    for before, e in pairwise(life):
+        assert before.kind != "retire"
+        assert (e.revises, e.previous) == (before.id, values[-1])
+        had = {plain(v) for v in values}
+        if e.kind == "retire":
+            assert e.target == ""
+            assert values[-1] != life[0].previous
+        else:
+            assert plain(e.target) != plain(values[-1])
+            assert (plain(e.target) in had) == (e.kind == "revert")
+            values.append(e.target)
+
+
+@settings(max_examples=100, deadline=None)
+@given(schedules(), st.integers(0, 30))
+def test_a_prefix_is_a_prefix(case: tuple[list[Fact], Shares, dict[str, list[str]], int], k: int) -> None:
+    assert build(case, k) == build(case)[:k]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.sampled_from("abcd"), max_size=40), st.integers(0, 2**32 - 1))
+def test_orders_are_permutations(categories: list[str], seed: int) -> None:
+    for order in (drifting(categories, generator(seed, "x")), shuffled(len(categories), generator(seed, "x"))):
+        assert sorted(order) == list(range(len(categories)))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.text(min_size=1, max_size=6), max_size=8), st.lists(st.text(min_size=1, max_size=6), max_size=4))
+def test_distinct_keeps_the_first_of_equals(texts: list[str], taken: list[str]) -> None:
+    out = distinct(texts, taken)
+    assert len({plain(t) for t in out}) == len(out)
+    assert {plain(t) for t in out} == {plain(t) for t in texts} - {plain(t) for t in taken}
+
+
+def test_drift_moves_the_mix() -> None:
+    categories = [c for c in "abcdefgh" for _ in range(200)]
+    gaps = []
+    for seed in range(5):
+        for order in (drifting(categories, generator(seed, "o")), shuffled(len(categories), generator(seed, "o"))):
+            names = [categories[i] for i in order]
+            early, late = Counter(names[:400]), Counter(names[-400:])
+            gaps.append(sum(abs(early[c] - late[c]) for c in "abcdefgh") / 800)
+    assert min(gaps[0::2]) > 0.3
+    assert max(gaps[1::2]) < 0.2
+
+
+def test_shares_come_out_as_asked() -> None:
+    facts = (Fact(f"q{i}", f"t{i}", f"r{i}", relation="a", previous=f"p{i}") for i in range(100_000))
+    values = {"a": [f"t{i}" for i in range(500)]}
+    drawn = islice(changes(facts, Shares(0.15, 0.03, 0.02), values, generator(0, "x")), 10_000)
+    kinds = Counter(c.kind for c in drawn)
+    for kind, expected in {"add": 0.8, "revise": 0.15, "revert": 0.03, "retire": 0.02}.items():
+        assert kinds[kind] / 10_000 == pytest.approx(expected, abs=0.012)
+
+
+def test_a_share_is_uniform_and_fixed() -> None:
+    values = np.array([share("x", i) for i in range(4000)])
+    assert (values >= 0).all()
+    assert (values < 1).all()
+    assert np.histogram(values, 10, (0, 1))[0].min() > 330
+    assert share("x", 1) == share("x", 1) != share("y", 1)
+
+
+def test_dates_count_from_year_one() -> None:
+    fact = [Fact(f"q{i}", "t", f"r{i}") for i in range(21)]
+    events = list(dated((Change("add", f, f.target, None) for f in fact), 10))
+    assert [e.year for e in events] == [1] * 10 + [2] * 10 + [3]
+    assert [events[0].time, events[5].time, events[20].time] == [1.0, 1.5, 3.0]
+
+
+def test_files_and_world_never_share_an_origin(tmp_path: Path) -> None:
+    files = OkeditYearly(StreamConfig(data_root=make_folder(tmp_path, [1005, 1015, 1025])))
+    world = OkeditYearly(StreamConfig())
+    assert (files.time_axis, world.time_axis) == ("scheduled", "simulated")
+    assert files.manifest()["time_axis"] == "scheduled"
+    assert world.manifest()["time_axis"] == "simulated"
+    assert "simulated" in world.origin
+    assert "simulated" not in files.origin
+    assert str(tmp_path) not in files.origin
+    assert files.data_hash() != world.data_hash()
+
+
+def test_the_place_of_the_folder_does_not_matter(tmp_path: Path) -> None:
+    ids = list(range(1005, 1255, 10))
+    one = OkeditYearly(StreamConfig(data_root=make_folder(tmp_path / "one", ids)))
+    two = OkeditYearly(StreamConfig(data_root=make_folder(tmp_path / "deep" / "two", ids)))
+    assert one.data_hash() == two.data_hash()
+    assert one.stream_hash(one.events(50)) == two.stream_hash(two.events(50))
+    assert [q.id for e in one.events(9) for q in one.questions(e)] == [q.id for e in two.events(9) for q in two.questions(e)]
+
+
+def test_a_copy_of_an_edited_photo_is_no_locality_picture(tmp_path: Path) -> None:
+    """Where the locality picture is, byte for byte, the photo of a record that asks the same, it is not asked."""
+    ids = list(range(1005, 1105, 10))
+    make_folder(tmp_path, ids)
+    event = OkeditYearly(StreamConfig(data_root=tmp_path)).events(1)[0]
+    qid = int(event.source.split()[-1])
+    target = tmp_path / "locality_images_dalle2" / str(qid)
+    (target / "0.webp").unlink()
+    (target / "0.jpg").write_bytes((tmp_path / "val2014" / f"COCO_val2014_{qid // 10:012d}.jpg").read_bytes())
+    stream = OkeditYearly(StreamConfig(data_root=tmp_path))
+    assert "locality_hard" not in {q.split for q in stream.questions(event)}
+
+
+# the real files ----------------------------------------------------------------------------------------------
+
+
+def card_counts() -> dict[str, dict[str, int]]:
+    """The card's table of counts: split name to column to number."""
+    rows = [line.strip("| ").split("|") for line in CARD.read_text().splitlines() if line.startswith("|")]
+    head = [c.strip() for c in rows[0]]
+    return {r[0].strip(): {h: int(re.sub(r"\D", "", v)) for h, v in zip(head[1:], r[1:])} for r in rows[2:]}
+
+
+@pytest.fixture(params=["val2014", "train2014"])
+def real(request: pytest.FixtureRequest, data_root: Path) -> OkeditYearly:
+    return OkeditYearly(StreamConfig(data_root=data_root / "okedit_form" / request.param))
+
+
+def _counted(stream: OkeditYearly) -> tuple[str, dict[str, Any]]:
+    data = stream._source._data  # pyright: ignore[reportAttributeAccessIssue]
+    asked = Counter(q.split for e in stream.events(500) for q in stream.questions(e))
+    counts = {
+        "records": data.total,
+        "usable": len(data.records),
+        "edited": sum(r.role == "edit" for r in data.records),
+        "asked as controls": len(stream.general()),
+        "in the train pool": sum(r.role == "train" for r in data.records),
+        "most edits": len(stream.events(10**6)),
+        "hard locality of 500": asked["locality_hard"],
+    }
+    return data.split, counts
+
+
+def test_the_card_counts_what_the_files_hold(real: OkeditYearly) -> None:
+    split, counts = _counted(real)
+    assert card_counts()[split] == counts
+    assert not real.skipped
+
+
+def test_five_hundred_edits_fit(real: OkeditYearly) -> None:
+    events = real.events(500)
+    assert len(events) == 500
+    assert events[-1].year == 10
+    kinds = Counter(e.kind for e in events)
+    assert kinds["add"] >= 300
+    assert min(kinds.values()) > 0
+    by_split = Counter(q.split for e in events for q in real.questions(e))
+    assert by_split["edit"] == by_split["stale"] == by_split["locality_far"] == 500
+    assert by_split["text_generality"] == by_split["image_generality"] == 1000
+    assert all(q.answer for e in events[:50] for q in real.questions(e))
+    assert all(len(real.paraphrases(e)) == 3 for e in events)
+
+
+def test_real_photos_decode_and_differ(real: OkeditYearly) -> None:
+    events = [e for e in real.events(60) if e.kind == "add" and e.image is not None]
+    assert len(events) > 30
+    assert len({e.image.key for e in events if e.image}) == len(events)
+    for event in events[:8]:
+        pictures = [q.image for q in real.questions(event) if q.image is not None]
+        assert all(min(p.load().shape[:2]) > 50 for p in pictures)
+
+
+def test_real_controls_are_never_edited(real: OkeditYearly) -> None:
+    edited = {(e.image.key, e.prompt) for e in real.events(10**6) if e.image}
+    kept = [q for e in real.events(10**6) for q in real.questions(e) if q.split.startswith("locality")]
+    assert kept
+    assert not edited & {(q.image.key, q.prompt) for q in (*kept, *real.general(), *real.train_pool().questions) if q.image}
+
+
+def test_the_beliefs_of_the_real_files_agree(real: OkeditYearly) -> None:
+    beliefs = list(real.beliefs())
+    places = {(q.image.key if q.image else "", plain(q.prompt)) for q in beliefs}
+    assert len(places) == len(beliefs)
+    known = {(q.image.key if q.image else "", q.prompt): q.answer for q in beliefs}
+    adds = [e for e in real.events(300) if e.kind == "add"]
+    assert all(known[(e.image.key, e.prompt)] == e.previous for e in adds if e.image)
+
+
+def test_one_level_too_high_lists_both_splits(data_root: Path) -> None:
+    from streams.base import BadStream
+
+    with pytest.raises(BadStream, match=r"one level too high.*train2014.*val2014"):
+        OkeditYearly(StreamConfig(data_root=data_root / "okedit_form"))

@@ -1,0 +1,286 @@
+"""One suite for every registered stream: a new stream is enrolled by lying in its folder."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from okedit_folder import make_folder
+
+from streams.base import BadStream, Stream, StreamConfig
+from testbed.events import LOCALITY_SPLITS, EditBatch, EditEvent, Picture, Question, check_order
+from testbed.registry import STREAMS
+
+N = 300
+FILES = "okedit-yearly on files"
+CASES = [*STREAMS.names(), FILES]
+Make = Callable[..., Stream]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("files") / "okedit", [*range(1005, 2405, 10), 1006, 1016])
+
+
+@pytest.fixture(scope="module", params=CASES)
+def make(request: pytest.FixtureRequest, folder: Path) -> Make:
+    """Makes a fresh instance of one stream: `make(seed=1)`."""
+    if request.param == FILES:
+        return lambda **config: STREAMS.get("okedit-yearly")(StreamConfig(data_root=folder, **config))
+    return lambda **config: STREAMS.get(request.param)(StreamConfig(**config))
+
+
+@pytest.fixture(scope="module")
+def stream(make: Make) -> Stream:
+    return make()
+
+
+@pytest.fixture(scope="module")
+def asked(stream: Stream) -> list[tuple[EditEvent, tuple[Question, ...]]]:
+    return [(e, stream.questions(e)) for e in stream.events(N)]
+
+
+@cache
+def key(picture: Picture | None) -> str:
+    return "" if picture is None else picture.key
+
+
+def place(item: EditEvent | Question) -> tuple[str, str]:
+    """What is asked: the picture and the prompt."""
+    return key(item.image), item.prompt
+
+
+def texts(value: Any) -> Iterable[str]:
+    """Every string that can be reached from a value made of tuples, lists and mappings."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for item in (*value.keys(), *value.values()):
+            yield from texts(item)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from texts(item)
+
+
+def test_the_main_streams_are_registered() -> None:
+    names = STREAMS.names()
+    assert names
+    assert {"okedit-yearly", "world-yearly"} <= set(names)
+
+
+def test_every_stream_has_a_card() -> None:
+    cards = Path(__file__).parents[1] / "streams" / "cards"
+    missing = [name for name in STREAMS.names() if not (cards / f"{name}.md").is_file()]
+    assert not missing
+
+
+def test_it_says_what_it_is(stream: Stream) -> None:
+    assert "\n" not in stream.summary
+    assert stream.summary
+    assert stream.time_axis in ("dated", "scheduled", "simulated")
+    assert ("simulated" in stream.origin) == (stream.time_axis == "simulated")
+    manifest = json.loads(json.dumps(stream.manifest()))
+    assert (manifest["time_axis"], manifest["origin"]) == (stream.time_axis, stream.origin)
+    assert manifest["licence"]
+
+
+def test_order_ids_and_years(stream: Stream) -> None:
+    events = stream.events(N)
+    assert 100 < len(events) <= N
+    check_order(events)
+    assert events[0].year == 1
+    per_year = [e.year for e in events].count(1)
+    assert per_year == stream.config.edits_per_year
+    assert {"add", "revise"} <= {e.kind for e in events}
+
+
+def test_the_same_events_twice(make: Make) -> None:
+    one, two = make(), make()
+    assert one.stream_hash(one.events(N)) == two.stream_hash(two.events(N))
+    assert one.data_hash() == two.data_hash()
+    assert [q.id for q in one.general()] == [q.id for q in two.general()]
+    event = one.events(20)[-1]
+    assert [q.id for q in one.questions(event)] == [q.id for q in two.questions(event)]
+
+
+@pytest.mark.parametrize("k", [0, 1, 37, 150])
+def test_the_first_events_do_not_depend_on_how_many(make: Make, k: int) -> None:
+    short, long = make(), make()
+    assert short.events(k) == long.events(N)[:k]
+    again = short.events(N)
+    assert again[:k] == short.events(k)
+    assert again == long.events(N)
+
+
+def test_a_drifting_stream_is_a_stream(make: Make) -> None:
+    one, two = make(drift=True), make(drift=True)
+    check_order(one.events(N))
+    assert two.events(40) == one.events(N)[:40]
+    assert {e.fact for e in one.events(N)} - {e.fact for e in one.events(40)}
+
+
+def test_another_seed_is_another_order_of_the_same_data(make: Make) -> None:
+    one, two = make(seed=0), make(seed=1)
+    assert one.data_hash() == two.data_hash()
+    assert [e.id for e in one.events(50)] != [e.id for e in two.events(50)]
+
+
+def test_a_change_starts_from_the_value_before_it(stream: Stream) -> None:
+    by_id: dict[str, EditEvent] = {}
+    for e in stream.events(N):
+        if e.revises:
+            before = by_id[e.revises]
+            assert before.fact == e.fact
+            assert before.kind == "retire" or e.previous == before.target
+        assert e.target != e.previous
+        by_id[e.id] = e
+    replaced = [e.revises for e in by_id.values() if e.revises]
+    assert len(set(replaced)) == len(replaced)
+
+
+def test_questions_belong_to_their_event(asked: list[tuple[EditEvent, tuple[Question, ...]]]) -> None:
+    ids: set[str] = set()
+    for event, questions in asked:
+        assert all(q.event_id == event.id for q in questions)
+        assert not ids & {q.id for q in questions}
+        ids |= {q.id for q in questions}
+        edit = [q for q in questions if q.split == "edit"]
+        assert [place(q) for q in edit] == [place(event)]
+        assert event.kind == "retire" or edit[0].answer == event.target
+        assert "text_generality" in {q.split for q in questions}
+
+
+def test_stale_answers_are_the_previous_value(asked: list[tuple[EditEvent, tuple[Question, ...]]]) -> None:
+    stale = [(e, q) for e, questions in asked for q in questions if q.split == "stale"]
+    assert len(stale) == len([e for e, _ in asked if e.previous is not None])
+    for event, question in stale:
+        assert question.answer == event.previous
+        assert event.target not in question.golds
+        assert place(question) == place(event)
+
+
+def test_paraphrases_are_not_asked(stream: Stream, asked: list[tuple[EditEvent, tuple[Question, ...]]]) -> None:
+    given: set[str] = set()
+    for event, questions in asked:
+        paraphrases = stream.paraphrases(event)
+        assert not set(paraphrases) & {q.prompt for q in questions}
+        given |= set(paraphrases)
+    held_out = {q.prompt for _, questions in asked for q in questions if q.split == "text_generality"}
+    assert given
+    assert not given & held_out
+
+
+def test_the_editors_view_holds_no_question(stream: Stream, asked: list[tuple[EditEvent, tuple[Question, ...]]]) -> None:
+    for event, questions in asked[:100]:
+        batch = EditBatch((event,), 1, {event.id: stream.paraphrases(event)})
+        seen = {t for e in batch.events for t in texts([getattr(e, f) for f in e.__dataclass_fields__])}
+        seen |= set(texts(dict(batch.paraphrases)))
+        assert event.prompt in seen
+        assert not (seen - {event.prompt}) & {q.prompt for q in questions}
+        assert not seen & {q.id for q in questions}
+
+
+def test_what_must_stay_is_never_edited(stream: Stream, asked: list[tuple[EditEvent, tuple[Question, ...]]]) -> None:
+    edited = {place(e) for e in stream.events(3 * N)}
+    local = {place(q) for _, questions in asked for q in questions if q.split in LOCALITY_SPLITS}
+    assert local
+    assert not local & edited
+    assert not {place(q) for q in stream.general()} & edited
+
+
+def test_a_leak_into_locality_would_show(asked: list[tuple[EditEvent, tuple[Question, ...]]]) -> None:
+    """A locality question whose right answer were the edit's target could not tell a leak from a hit."""
+    told = [(e, q) for e, questions in asked for q in questions if q.split == "locality_hard" and q.answer is not None]
+    blind = [q for e, q in told if q.answer == e.target]
+    assert len(blind) <= 0.05 * len(told)
+
+
+def test_the_train_pool_is_asked_by_no_probe(stream: Stream, asked: list[tuple[EditEvent, tuple[Question, ...]]]) -> None:
+    pool = {place(q) for q in stream.train_pool().questions}
+    probes = {place(q) for _, questions in asked for q in questions} | {place(q) for q in stream.general()}
+    assert pool
+    assert not pool & probes
+    assert not pool & {place(e) for e in stream.events(3 * N)}
+
+
+def test_general_questions_have_topics_and_answers(stream: Stream) -> None:
+    general = stream.general()
+    assert general
+    assert {q.split for q in general} <= {"general", "text"}
+    assert all(q.topic and q.event_id is None for q in general)
+    assert len({q.id for q in general}) == len(general)
+
+
+def test_beliefs_do_not_contradict_each_other(stream: Stream) -> None:
+    answers: dict[tuple[str, str], str | None] = {}
+    for q in stream.beliefs():
+        assert answers.setdefault(place(q), q.answer) == q.answer
+    assert len(answers) > 50
+    first = [e for e in stream.events(N) if e.kind == "add"]
+    assert any(answers.get(place(e)) == e.previous for e in first)
+
+
+def test_pictures_load(stream: Stream, asked: list[tuple[EditEvent, tuple[Question, ...]]]) -> None:
+    pictures = {key(q.image): q.image for _, questions in asked[:3] for q in questions if q.image is not None}
+    for name, picture in pictures.items():
+        pixels = picture.load()
+        assert (pixels.dtype, pixels.ndim, pixels.shape[2]) == (np.uint8, 3, 3), name
+        assert np.array_equal(pixels, picture.load())
+    assert (asked[0][0].image is None) or pictures
+
+
+def test_no_global_generator_is_touched(make: Make) -> None:
+    before = random.getstate(), np.random.get_state()  # noqa: NPY002
+    s = make(seed=3)
+    for event in s.events(30):
+        s.questions(event)
+        s.paraphrases(event)
+    s.general(), s.train_pool()
+    after = random.getstate(), np.random.get_state()  # noqa: NPY002
+    assert before[0] == after[0]
+    assert str(before[1]) == str(after[1])
+
+
+def test_two_thousand_edits_take_seconds(stream: Stream) -> None:
+    start = time.perf_counter()
+    events = stream.events(2000)
+    check_order(events)
+    for event in events[::10]:
+        stream.questions(event)
+    assert time.perf_counter() - start < 15
+    assert stream.time_axis != "simulated" or len(events) == 2000
+
+
+def test_a_foreign_event_is_refused(stream: Stream) -> None:
+    foreign = EditEvent("add", 1.0, 0, "Who is it?", "nobody", source="elsewhere")
+    with pytest.raises(BadStream):
+        stream.questions(foreign)
+
+
+def test_shares_of_the_schedule_are_kept(make: Make) -> None:
+    """No revision, revert or retirement where their shares are zero and fresh facts are left."""
+    events = make(revise=0.0, revert=0.0, retire=0.0).events(60)
+    assert {e.kind for e in events} == {"add"}
+    assert len({e.fact for e in events}) == 60
+
+
+def test_importing_streams_loads_no_torch() -> None:
+    code = "import sys, testbed.registry as r; r.STREAMS.names(); print(sorted({'torch', 'transformers', 'PIL'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+    assert done.stdout.strip() == "[]"
+
+
+def test_edits_per_year_moves_dates_and_nothing_else(make: Make) -> None:
+    slow, fast = make(edits_per_year=10), make(edits_per_year=100)
+    assert [e.id for e in slow.events(40)] == [e.id for e in fast.events(40)]
+    assert slow.events(40)[-1].year == 4
+    assert fast.events(40)[-1].year == 1
