@@ -100,7 +100,7 @@ def prompt_inputs(handle: ModelHandle, ask: Ask) -> dict[str, torch.Tensor]:
     short = _tokens(handle, handle.family.image, ask.prompt)
     seen = pictures.get(ask.image.key)
     if seen is None:
-        full = _process(handle, handle.family.image.format(prompt=ask.prompt), ask.image)
+        full = _process(handle, _worded(handle, handle.family.image, ask.prompt), ask.image)
         seen = _split(full, short, image_token(handle))
         if seen is None:
             return full
@@ -114,8 +114,16 @@ def _tokens(handle: ModelHandle, template: str, prompt: str) -> list[int]:
     if key not in cache:
         while len(cache) >= _CACHED:
             cache.pop(next(iter(cache)))
-        cache[key] = handle.tokenizer(template.format(prompt=prompt))["input_ids"]
+        cache[key] = handle.tokenizer(_worded(handle, template, prompt))["input_ids"]
     return cache[key]
+
+
+def _worded(handle: ModelHandle, template: str, prompt: str) -> str:
+    """The prompt in its template. A prompt that itself spells the image token does not get a second picture."""
+    if handle.reads_pictures:
+        token = handle.tokenizer.convert_ids_to_tokens(image_token(handle))
+        prompt = prompt.replace(token, token.strip("<|>"))
+    return template.format(prompt=prompt)
 
 
 def _process(handle: ModelHandle, text: str, picture: Picture) -> dict[str, torch.Tensor]:
@@ -162,7 +170,7 @@ class _Blank:
 def answer_ids(handle: ModelHandle, ask: Ask, answer: str) -> list[int]:
     """Token ids of the answer as it follows this prompt. Raises `BadModel` when it tokenises to nothing."""
     cache = handle.cache.setdefault("answers", {})
-    tail = handle.family.text.format(prompt=ask.prompt)[-24:]
+    tail = _worded(handle, handle.family.text, ask.prompt)[-24:]
     key = (tail, answer)
     if key not in cache:
         tok = handle.tokenizer
