@@ -95,18 +95,18 @@ def _masks() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return np.stack([_supersample(m) for m in patterns]), np.stack([_supersample(m) for m in charges]), _supersample(roundel)
 
 
-def draw(code: Code) -> np.ndarray:
-    """The flat emblem: float32 (96, 96, 3), 0 to 255."""
+def _blend(code: Code, row: np.ndarray, column: np.ndarray) -> np.ndarray:
+    """Colours of the flat emblem at places of its 96x96 grid: float32 (*places, 3), 0 to 255."""
     patterns, charges, roundel = _masks()
     colours = np.array(list(COLOURS.values()), np.float32)
-    image = np.broadcast_to(colours[code.field], (_MASTER, _MASTER, 3))
+    image = np.broadcast_to(colours[code.field], (*row.shape, 3))
     for mask, colour in (
         (patterns[code.pattern], colours[code.second]),
         (roundel, colours[0]),
         (charges[code.charge], colours[code.charge_colour + 1]),
     ):
-        image = image + mask[..., None] * (colour - image)
-    return image.astype(np.float32)
+        image = image + mask[row, column][..., None] * (colour - image)
+    return image
 
 
 def photograph(code: Code, rng: np.random.Generator) -> np.ndarray:
@@ -114,7 +114,7 @@ def photograph(code: Code, rng: np.random.Generator) -> np.ndarray:
     scale, turn, light = rng.uniform(0.74, 0.98), rng.uniform(-0.2, 0.2), rng.uniform(0.75, 1.12)
     shift = rng.uniform(-0.08, 0.08, 2)
     ends, direction = rng.uniform(20, 235, (2, 3)), rng.uniform(0, 2 * math.pi)
-    noise = rng.normal(0, 8, (SIDE, SIDE, 3))
+    noise = 8 * rng.standard_normal((SIDE, SIDE, 3), np.float32)
     axis = (np.arange(SIDE) + 0.5) / SIDE - 0.5
     y, x = np.meshgrid(axis, axis, indexing="ij")
     mix = np.clip(0.5 + x * math.cos(direction) + y * math.sin(direction), 0, 1)[..., None]
@@ -124,7 +124,7 @@ def photograph(code: Code, rng: np.random.Generator) -> np.ndarray:
     inside = (np.maximum(abs(u), abs(v)) < 0.5)[..., None]
     column = np.clip(((u + 0.5) * _MASTER).astype(int), 0, _MASTER - 1)
     row = np.clip(((v + 0.5) * _MASTER).astype(int), 0, _MASTER - 1)
-    image = np.where(inside, draw(code)[row, column], background) * light + noise
+    image = np.where(inside, _blend(code, row, column), background) * light + noise
     return np.clip(image, 0, 255).astype(np.uint8)
 
 

@@ -107,7 +107,7 @@ def text_orders(entity: Entity) -> list[tuple[int, int]]:
 
 def running_text(world: World, entity: Entity, order: tuple[int, int], rng: np.random.Generator) -> str:
     """A text of three sentences about an entity: what it is, and two of its facts."""
-    out = [f"{entity.name} is a {entity.kind}."]
+    out = [f"There is a {entity.kind} called {entity.name}."]
     for slot in order:
         relation = entity.relations[slot]
         form, noun = SENTENCES[int(rng.integers(len(SENTENCES)))], relation.nouns[int(rng.integers(3))]

@@ -1,0 +1,143 @@
+"""Teaching the tiny model the pre-edit beliefs of any stream, real photos included.
+
+Starts from given weights. Photos are seen through random crops; each belief is also asked with stated
+facts before it, so that editors that work through the prompt can be measured on this model too. A quarter
+of the rows rehearses the simulated world.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from testbed import prompts
+from testbed._curriculum import Curriculum
+from testbed._gates import Asked
+from testbed._packing import Example, Packed, Packer
+from testbed._tiny_model import SIDE
+from testbed.events import BadPicture, Picture, Question
+
+KEPT_SIDE = 2 * SIDE
+"""Photos are held in memory with this short side, in pixels."""
+SMALLEST_CROP = 0.85
+PHOTO_ROWS, TEXT_ROWS, WORLD_ROWS = 24, 4, 8
+
+
+@dataclass(frozen=True, slots=True)
+class PhotoBeliefs:
+    """What is believed about one photo (uint8, short side 96); no photo for text beliefs."""
+
+    photo: np.ndarray | None
+    examples: tuple[Example, ...]
+
+
+def shrink(photo: np.ndarray) -> np.ndarray:
+    """uint8 (h, w, 3) with its short side at most 96 pixels, its shape kept."""
+    factor = KEPT_SIDE / min(photo.shape[:2])
+    if factor >= 1:
+        return photo
+    size = (max(KEPT_SIDE, round(photo.shape[1] * factor)), max(KEPT_SIDE, round(photo.shape[0] * factor)))
+    return np.asarray(Image.fromarray(photo).resize(size, Image.Resampling.BICUBIC))
+
+
+def crop(photo: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A random square of 85 to 100 % of the short side, uint8 (48, 48, 3)."""
+    height, width = photo.shape[:2]
+    side = round(min(height, width) * rng.uniform(SMALLEST_CROP, 1.0))
+    top, left = (height - side) / 2 * rng.uniform(0.5, 1.5), (width - side) / 2 * rng.uniform(0.5, 1.5)
+    box = (left, top, left + side, top + side)
+    return np.asarray(Image.fromarray(photo).resize((SIDE, SIDE), Image.Resampling.BICUBIC, box=box))
+
+
+def gather(beliefs: Sequence[Question]) -> tuple[list[PhotoBeliefs], list[str]]:
+    """Beliefs by photo, and one line for each photo that cannot be read.
+
+    Raises ValueError where a belief has no answer, or where two answers are given to one question.
+    """
+    photos: dict[str, Picture] = {}
+    told: dict[str, dict[str, str]] = {}
+    for q in beliefs:
+        if q.answer is None:
+            raise ValueError(f"belief {q.id} has no answer ({q.prompt!r}): beliefs() must say what the model answers before any edit")
+        key = q.image.key if q.image is not None else ""
+        if q.image is not None:
+            photos[key] = q.image
+        old = told.setdefault(key, {}).setdefault(q.prompt, q.answer)
+        if old != q.answer:
+            raise ValueError(f"beliefs give two answers to {q.prompt!r} of picture {key or 'none'}: {old!r} and {q.answer!r}")
+    out, lost = [], []
+    for key, answers in told.items():
+        try:
+            photo = shrink(photos[key].load()) if key else None
+        except BadPicture as e:
+            lost.append(str(e))
+            continue
+        out.append(PhotoBeliefs(photo, tuple(Example(p, a) for p, a in answers.items())))
+    return out, lost
+
+
+class Beliefs:
+    """Draws training examples of beliefs."""
+
+    def __init__(self, groups: list[PhotoBeliefs], rng: np.random.Generator) -> None:
+        self.rng = rng
+        self.pictured = [g for g in groups if g.photo is not None]
+        self.told = [e for g in groups if g.photo is None for e in g.examples]
+        self._all = [e for g in groups for e in g.examples]
+        self._order: list[int] = []
+
+    def photo_row(self) -> tuple[np.ndarray, list[Example]]:
+        """A new crop of the next photo, with its beliefs in random order and one question in context."""
+        if not self._order:
+            self._order = [int(i) for i in self.rng.permutation(len(self.pictured))]
+        group = self.pictured[self._order.pop()]
+        examples = [group.examples[int(i)] for i in self.rng.permutation(len(group.examples))]
+        if group.photo is None:
+            raise ValueError("a pictured belief has no photo")
+        return crop(group.photo, self.rng), [*examples[:3], self.in_context(examples[0]), *examples[3:]]
+
+    def text_row(self, n: int) -> list[Example]:
+        return [self.told[int(i)] for i in self.rng.integers(0, len(self.told), n)]
+
+    def in_context(self, asked: Example) -> Example:
+        """The question after stated facts: one that overrides the belief, or none that bears on it."""
+        overrides = self.rng.random() < 0.6
+        others = [self._all[int(i)] for i in self.rng.integers(0, len(self._all), int(self.rng.integers(1, 4)))]
+        stated = {e.prompt: self._answer() for e in others if e.prompt != asked.prompt}
+        if overrides:
+            stated[asked.prompt] = self._answer()
+        keys = list(stated)
+        order = [keys[int(i)] for i in self.rng.permutation(len(keys))]
+        facts = [prompts.statement(p, stated[p]) for p in order]
+        if self.rng.random() < 0.3 and facts:
+            number = str(1 + order.index(asked.prompt)) if overrides else prompts.NONE
+            return Example(prompts.which_fact(facts, asked.prompt), number)
+        return Example(prompts.in_context(facts, asked.prompt), stated[asked.prompt] if overrides else asked.answer)
+
+    def _answer(self) -> str:
+        return self._all[int(self.rng.integers(len(self._all)))].answer or ""
+
+
+def belief_batches(beliefs: Beliefs, packer: Packer, world: Curriculum | None) -> Callable[[float], Packed]:
+    """A maker of batches of beliefs, with rehearsal of the simulated world where one is given."""
+    texts = world.text() if world is not None else iter(())
+    if world is not None:
+        world.progress = 1.0
+
+    def batch(progress: float) -> Packed:
+        rows = [packer.row(examples, photo) for photo, examples in (beliefs.photo_row() for _ in range(PHOTO_ROWS if beliefs.pictured else 0))]
+        rows += [packer.row(beliefs.text_row(16)) for _ in range(TEXT_ROWS if beliefs.told else 0)]
+        if world is not None:
+            rows += [packer.row([next(texts) for _ in range(16)]) for _ in range(WORLD_ROWS // 2)]
+            rows += [packer.row(examples, photo) for photo, examples in (world.photo() for _ in range(WORLD_ROWS // 2))]
+        return packer.batch(rows)
+
+    return batch
+
+
+def belief_questions(groups: list[PhotoBeliefs], rng: np.random.Generator) -> list[Asked]:
+    """Every belief as a gate question, each pictured one of a new crop."""
+    return [Asked(e.prompt, e.answer or "", None if g.photo is None else crop(g.photo, rng)) for g in groups for e in g.examples]

@@ -1,0 +1,106 @@
+"""The two courses that `testbed.pretrain` runs: the simulated world from scratch, or a stream's beliefs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from streams._world_facts import World
+from testbed._belief_training import Beliefs, belief_batches, belief_questions, gather
+from testbed._curriculum import Curriculum, corpus
+from testbed._damage import sibling_damage
+from testbed._gates import GateRow, measure, share_right
+from testbed._packing import Packer
+from testbed._tiny_model import build_model, build_processor, build_tokenizer, load, save
+from testbed._tiny_training import Schedule, train, train_tower, world_batches
+from testbed.events import Question
+
+Progress = Callable[[str, float, float], None]
+"""Called with the stage, the share of it that is done, and the loss."""
+TOWER_STEPS = 1400
+WORLD = Schedule(steps=3600, minutes=28)
+BELIEFS = Schedule(steps=900, minutes=10, rate=1e-3, warm=0.05)
+BELIEF_GATE = 0.95
+
+
+@dataclass(frozen=True, slots=True)
+class Course:
+    """What a course leaves behind: gate rows, optimiser steps taken, and notes for the model card."""
+
+    rows: list[GateRow]
+    steps: int
+    notes: tuple[str, ...] = ()
+
+
+def rng_of(seed: int, purpose: int) -> np.random.Generator:
+    """The generator of one purpose of one run: 1 tower, 2 lessons, 5 tokenizer, 7 rehearsal."""
+    return np.random.default_rng(10 * seed + purpose)
+
+
+def teach_world(world: World, out: Path, seed: int, schedule: Schedule, questions: int, progress: Progress) -> Course:
+    """Train the tiny model on a world from nothing, save it to `out`, and measure what was saved."""
+    tokenizer = build_tokenizer(corpus(world, rng_of(seed, 5)))
+    processor, model, packer = build_processor(tokenizer), build_model(tokenizer, seed), Packer(tokenizer)
+    seen = train_tower(model, rng_of(seed, 1), TOWER_STEPS, lambda _, done, loss: progress("vision tower", done, loss))
+    batches = world_batches(Curriculum(world, rng_of(seed, 2)), packer, schedule)
+    steps = train(model, packer, batches, schedule, lambda _, done, loss: progress("everything", done, loss))
+    save(model, processor, out)
+    rows = world_gates(out, world, questions)
+    return Course(rows, steps, (f"The tower alone told {seen:.1%} of the parts of random emblems.",))
+
+
+def world_gates(folder: Path, world: World, questions: int) -> list[GateRow]:
+    """Every row of the table of gates, for the model in a folder."""
+    model, processor = load(folder)
+    return [*measure(model, processor, world, questions), *sibling_damage(model, processor, world, questions)]
+
+
+@dataclass(frozen=True, slots=True)
+class BeliefCourse:
+    """Where a course of beliefs starts and what it rehearses.
+
+    `start` is a folder with a model; `world` is rehearsed, so that skills are not lost (None: they may be).
+    """
+
+    start: Path
+    world: World | None
+    seed: int
+    schedule: Schedule = BELIEFS
+
+
+def teach_beliefs(course: BeliefCourse, beliefs: Sequence[Question], out: Path, progress: Progress) -> Course:
+    """Train a model to hold the beliefs, save it to `out`, and measure what was saved with new crops.
+
+    Raises ValueError where there are none, or none that can be used.
+    """
+    groups, lost = gather(beliefs)
+    if not groups:
+        raise ValueError(f"none of the {len(beliefs)} beliefs can be used: {'; '.join(lost[:3]) or 'there are none'}")
+    model, processor = load(course.start)
+    packer = Packer(processor.tokenizer)
+    rehearsal = None if course.world is None else Curriculum(course.world, rng_of(course.seed, 7))
+    batches = belief_batches(Beliefs(groups, rng_of(course.seed, 2)), packer, rehearsal)
+    steps = train(model, packer, batches, course.schedule, lambda _, done, loss: progress("beliefs", done, loss))
+    save(model, processor, out)
+    notes = tuple(f"Left out: {line}" for line in lost)
+    return Course(belief_gates(out, groups, course.seed), steps, notes)
+
+
+def belief_gates(folder: Path, groups: list[Any], seed: int) -> list[GateRow]:
+    """The share of beliefs that a model gives by free generation, with new crops of the photos."""
+    model, processor = load(folder)
+    asked = belief_questions(groups, rng_of(seed, 9))
+    return [GateRow("beliefs, new crops", share_right(model, processor, asked), len(asked), BELIEF_GATE)]
+
+
+def cut(schedule: Schedule, steps: int, minutes: float) -> Schedule:
+    """The schedule with another length; 0 keeps the course's own. Raises ValueError for a negative one."""
+    if steps < 0 or not minutes >= 0 or math.isinf(minutes):
+        raise ValueError(f"--steps and --minutes must be 0 (the course's own) or more, got {steps} and {minutes}")
+    own = schedule.__dict__
+    return Schedule(**{**own, "steps": steps or schedule.steps, "minutes": minutes or schedule.minutes})

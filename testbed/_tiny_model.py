@@ -1,0 +1,136 @@
+"""The tiny image-text model's parts: tokenizer, processor, `LlavaForConditionalGeneration` of 3.6 M parameters.
+
+All of them are plain transformers objects, saved and loaded like any hub model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+PAD, BOS, EOS, IMAGE = "<pad>", "<s>", "</s>", "<image>"
+ROLES = ("USER:", " ASSISTANT:")
+WITH_IMAGE = "USER: <image>\n{prompt} ASSISTANT:"
+TEXT_ONLY = "USER: {prompt} ASSISTANT:"
+SIDE = 48
+PATCH = 8
+IMAGE_TOKENS = (SIDE // PATCH) ** 2
+VOCABULARY = 4096
+LONGEST = 512
+
+
+def build_tokenizer(texts: Iterable[str], vocabulary: int = VOCABULARY) -> PreTrainedTokenizerFast:
+    """Byte-level BPE trained on `texts`: spells any text; frequent names are one token with their space."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary - len(ROLES),
+        special_tokens=[PAD, BOS, EOS, IMAGE],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(texts, trainer)
+    core.add_tokens([AddedToken(role, normalized=False) for role in ROLES])
+    core.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, core.token_to_id(BOS))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        padding_side="left",
+        model_max_length=LONGEST,
+        extra_special_tokens={"image_token": IMAGE},
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
+    """Tokenizer and a PIL image processor (48x48, one picture = 36 tokens)."""
+    images = CLIPImageProcessorPil(
+        size={"shortest_edge": SIDE},
+        crop_size={"height": SIDE, "width": SIDE},
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+    )
+    return LlavaProcessor(
+        image_processor=images,
+        tokenizer=tokenizer,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        image_token=IMAGE,
+        num_additional_image_tokens=1,
+    )
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlavaForConditionalGeneration:
+    """A new fp32 model; its weights depend on `seed` alone (the global generator is put back)."""
+    vision = CLIPVisionConfig(
+        hidden_size=96, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4, image_size=SIDE,
+        patch_size=PATCH, projection_dim=96, initializer_range=0.08,
+    )  # fmt: skip
+    text = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=4, initializer_range=0.08, max_position_embeddings=LONGEST, tie_word_embeddings=False,
+        pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+        image_seq_length=IMAGE_TOKENS,
+        tie_word_embeddings=False,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(seed)
+        model = LlavaForConditionalGeneration(config)
+    return model.float()
+
+
+def pixels(images: list[np.ndarray]) -> Tensor:
+    """uint8 photos (48, 48, 3) as the processor would give them: float32 (n, 3, 48, 48) in [-1, 1]."""
+    stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float()
+    return (stacked / 255 - 0.5) / 0.5
+
+
+def image_features(model: LlavaForConditionalGeneration, values: Tensor) -> Tensor:
+    """Projected patches: (n, 3, 48, 48) to (n, 36, width)."""
+    return torch.stack(list(model.model.get_image_features(pixel_values=values).pooler_output))
+
+
+def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: Path) -> None:
+    """Write weights (bf16, half the size), tokenizer and processor; the config says fp32, so they load as fp32."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {k: v.to(torch.bfloat16) for k, v in model.state_dict().items()}
+    model.config.dtype = model.config.text_config.dtype = model.config.vision_config.dtype = torch.float32
+    model.generation_config.max_new_tokens = None
+    model.save_pretrained(folder, state_dict=state)
+    processor.save_pretrained(folder)
+
+
+def load(folder: Path) -> tuple[Any, Any]:
+    """(model, processor) of a folder, through the same calls as any hub model. Raises OSError where there is none."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    return model.eval(), AutoProcessor.from_pretrained(folder)

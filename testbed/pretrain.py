@@ -1,0 +1,219 @@
+"""Train the tiny model: on the simulated world, or on the pre-edit beliefs of any stream.
+
+    python -m testbed.pretrain --stream world-yearly --out DIR
+    python -m testbed.pretrain --stream okedit-yearly --data-root FILES --out DIR
+
+The first trains from nothing (half an hour on two cores), the second starts from the committed weights
+(ten minutes). Both save a folder that `--model DIR` of `testbed.run` takes, with a model card that holds
+the gates, measured by free generation after the weights were read back.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from streams._world_facts import World, world
+from streams.base import BadStream, Stream, StreamConfig
+from testbed import _courses
+from testbed._gates import GateRow
+from testbed.registry import STREAMS, UnknownName
+
+if TYPE_CHECKING:
+    from testbed._courses import Progress as Report
+
+ASSETS = Path(__file__).parent / "assets"
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Train the tiny model on the simulated world or on a stream's beliefs."""
+
+    stream: str
+    """Name of a stream, as `python -m testbed.run --list` shows them."""
+    out: Path
+    """Folder for weights, tokenizer, processor and model card."""
+    data_root: Path | None = None
+    """Folder of the stream's official files; without it the simulated world is learned."""
+    start: Path = ASSETS
+    """Folder of the weights that a course of beliefs starts from."""
+    seed: int = 0
+    """Seed of weights, lessons and crops."""
+    steps: int = 0
+    """Optimiser steps; 0 is the course's own number."""
+    minutes: float = 0.0
+    """Wall-clock limit of the training in minutes; the rate falls to zero by then. 0 is the course's own."""
+    threads: int = 2
+    """Threads of torch."""
+    questions: int = 1000
+    """Questions a row of the gates."""
+    world_seed: int = 0
+    """Which simulated world."""
+    world_size: int = 0
+    """Its number of entities; 0 is the default."""
+
+    def stream_config(self) -> StreamConfig:
+        return StreamConfig(data_root=self.data_root, seed=self.seed, world_seed=self.world_seed, world_size=self.world_size)
+
+    def problems(self) -> list[str]:
+        """Every mistake in the values, as sentences."""
+        out = [f"--{name} must be {least} or more, got {getattr(self, name)}" for name, least in (("threads", 1), ("questions", 1), ("seed", 0)) if getattr(self, name) < least]
+        if self.steps < 0 or not self.minutes >= 0:
+            out.append(f"--steps and --minutes must be 0 (the course's own) or more, got {self.steps} and {self.minutes}")
+        if self.out.exists() and not self.out.is_dir():
+            out.append(f"--out {self.out} is a file: give a folder")
+        return out
+
+
+class BadPretrain(ValueError):
+    """A course that cannot be given; the message lists every reason."""
+
+
+def evaluate_gates(model_dir: Path, questions: int = 1000, of: World | None = None) -> list[GateRow]:
+    """Measure a saved model against the table of gates of the simulated world.
+
+    Args:
+        model_dir: folder with weights, tokenizer and processor.
+        questions: questions a row (fewer where the world has fewer, as for two-hop).
+        of: the world; by default the one that the committed weights know.
+    """
+    return _courses.world_gates(model_dir, of or world(0, 0), questions)
+
+
+def pretrain(config: PretrainConfig, report: Report = lambda stage, done, loss: None) -> list[GateRow]:
+    """Run a course, write folder and model card, return the gates.
+
+    Raises `BadPretrain` for a configuration or stream that cannot be learned, `UnknownName` for a stream
+    that does not exist, `BadStream` for data that cannot be read.
+    """
+    if problems := config.problems():
+        raise BadPretrain("; ".join(problems))
+    torch.set_num_threads(config.threads)
+    stream: Stream = STREAMS.get(config.stream)(config.stream_config())
+    began = time.monotonic()
+    try:
+        course = _run_course(config, stream, report)
+    except ValueError as e:
+        raise BadPretrain(str(e)) from e
+    config.out.mkdir(parents=True, exist_ok=True)
+    (config.out / "README.md").write_text(model_card(config, stream, course, (time.monotonic() - began) / 60))
+    return course.rows
+
+
+def _run_course(config: PretrainConfig, stream: Stream, report: Report) -> _courses.Course:
+    try:
+        known = world(config.world_seed, config.world_size)
+    except ValueError as e:
+        raise BadPretrain(str(e)) from e
+    if stream.data_hash() == known.content_hash():
+        schedule = _courses.cut(_courses.WORLD, config.steps, config.minutes)
+        return _courses.teach_world(known, config.out, config.seed, schedule, config.questions, report)
+    beliefs = list(stream.beliefs())
+    if not beliefs:
+        raise BadPretrain(f"stream {config.stream} says nothing about what a model believes before its edits, so there is nothing to learn")
+    if not (config.start / "config.json").is_file():
+        raise BadPretrain(f"no model lies in {config.start}: make one with python -m testbed.pretrain --stream world-yearly --out {config.start}")
+    schedule = _courses.cut(_courses.BELIEFS, config.steps, config.minutes)
+    return _courses.teach_beliefs(_courses.BeliefCourse(config.start, known, config.seed, schedule), beliefs, config.out, report)
+
+
+def weights_sha256(folder: Path) -> str:
+    """SHA-256 of the folder's weight file (64 hex digits)."""
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+
+
+def command_of(config: PretrainConfig) -> str:
+    """The command that gives this configuration."""
+    parts = [f"python -m testbed.pretrain --stream {config.stream} --out {config.out} --seed {config.seed}"]
+    for name in ("data_root", "steps", "minutes", "world_seed", "world_size"):
+        if value := getattr(config, name):
+            parts.append(f"--{name.replace('_', '-')} {value}")
+    return " ".join(parts)
+
+
+def model_card(config: PretrainConfig, stream: Stream, course: _courses.Course, minutes: float) -> str:
+    """The model card as Markdown: how it was made, what it holds, its gates."""
+    lines = [
+        "# Tiny image-text model",
+        "",
+        "`LlavaForConditionalGeneration` (CLIP tower 3x96, Llama 4x192), byte-level BPE tokenizer, PIL image processor;",
+        "48x48 pictures, 36 image tokens. Weights are stored in bf16 and load as fp32.",
+        "",
+        f"- Made by: `{command_of(config)}`",
+        f"- Learned: {stream.origin}",
+        f"- Seed {config.seed}; {course.steps:,} steps after the tower; {minutes:.1f} minutes, measuring included, on {config.threads} threads of a CPU",
+        f"- SHA-256 of `model.safetensors`: `{weights_sha256(config.out)}`",
+        f"- Licence: MIT, as the project. {stream.licence}",
+        *(f"- {note}" for note in course.notes),
+        "",
+        "Training ends by the clock or by steps, whichever is first, so another machine gives other weights from the same",
+        "command; the gates are what must hold. Answers below are free greedy generation and exact match, n questions a row.",
+        "",
+        *gate_table(course.rows),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def gate_table(rows: Sequence[GateRow]) -> list[str]:
+    """The gates as a Markdown table, a line each."""
+    out = ["| ability | value | gate | n | |", "|---|---|---|---|---|"]
+    for r in rows:
+        passed = {True: "met", False: "MISSED", None: "reported"}[r.passed]
+        out.append(f"| {r.ability} ({r.unit}) | {r.value:.3f} | {'' if r.gate is None else r.gate} | {r.n:,} | {passed} |")
+    return out
+
+
+@contextmanager
+def _bars(console: Console) -> Iterator[Report]:
+    columns = (TextColumn("{task.description:>14}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%  loss {task.fields[loss]:.3f}"), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        tasks: dict[str, TaskID] = {}
+
+        def report(stage: str, done: float, loss: float) -> None:
+            if stage not in tasks:
+                tasks[stage] = progress.add_task(stage, total=1.0, loss=loss)
+            progress.update(tasks[stage], completed=done, loss=loss)
+
+        yield report
+
+
+def show(rows: Sequence[GateRow], console: Console) -> None:
+    """Print the gates."""
+    table = Table("ability", "value", "gate", "n", "")
+    for r in rows:
+        colour = {True: "green", False: "red", None: "dim"}[r.passed]
+        table.add_row(r.ability, f"{r.value:.3f}", "" if r.gate is None else f"{r.gate}", f"{r.n:,}", {True: "met", False: "MISSED", None: ""}[r.passed], style=colour)
+    console.print(table)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; 0 when every gate is met, 1 when one is missed, 2 for a configuration that cannot be used."""
+    config = tyro.cli(PretrainConfig, args=None if argv is None else list(argv), prog="python -m testbed.pretrain")
+    console = Console()
+    try:
+        with _bars(console) as report:
+            rows = pretrain(config, report)
+    except (BadPretrain, BadStream, UnknownName) as e:
+        console.print(f"pretrain: {e}", style="red", markup=False)
+        return 2
+    show(rows, console)
+    missed = [r.ability for r in rows if r.passed is False]
+    console.print(f"Model and card are in {config.out}. " + (f"Missed: {'; '.join(missed)}." if missed else "Every gate is met."))
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
