@@ -10,39 +10,43 @@ Unit = Literal["share", "difference", "ratio", "count", "edits", "seconds", "byt
 
 @dataclass(frozen=True)
 class Metric:
-    """`better` is 1 where more is better, -1 where less is, 0 where neither; `readings` tells that twins exist."""
+    """A long and a short title; `better` is 1 where more is better, -1 where less is, 0 where neither.
+
+    `readings` tells that there are twins for the other readings of "right".
+    """
 
     title: str
+    short: str
     unit: Unit
     better: int
     readings: bool = False
 
 
 METRICS: dict[str, Metric] = {
-    "edit_success": Metric("Edit success at the end", "share", 1, True),
-    "edit_success_now": Metric("Edit success right after", "share", 1, True),
-    "text_generality": Metric("Text generality", "share", 1, True),
-    "image_generality": Metric("Image generality", "share", 1, True),
-    "locality_hard": Metric("Locality, same question, other picture", "share", 1, True),
-    "locality_sibling": Metric("Locality, same picture, other question", "share", 1, True),
-    "locality_far": Metric("Locality, unrelated picture", "share", 1, True),
-    "locality_text": Metric("Locality, text only", "share", 1, True),
-    "portability": Metric("Portability", "share", 1, True),
-    "stale_rate": Metric("Stale answers", "share", -1, True),
-    "harmonic_mean": Metric("Harmonic mean", "share", 1, True),
-    "forgetting": Metric("Forgetting, first minus last", "difference", -1, True),
-    "forgetting_max": Metric("Forgetting, best minus last", "difference", -1, True),
-    "backward_transfer": Metric("Backward transfer", "difference", 1, True),
-    "forward_transfer": Metric("Forward transfer", "difference", 0, True),
-    "half_life": Metric("Half-life", "edits", 1, True),
-    "general_score": Metric("General ability", "share", 1, True),
-    "general_drop": Metric("General ability lost", "difference", -1, True),
-    "perplexity_ratio": Metric("Perplexity ratio", "ratio", -1),
-    "collapse_step": Metric("Collapse at step", "count", 1),
-    "edits": Metric("Edits applied", "count", 0),
-    "seconds_per_edit": Metric("Seconds per edit", "seconds", -1),
-    "state_bytes": Metric("Editor state", "bytes", -1),
-    "peak_bytes": Metric("Peak memory", "bytes", -1),
+    "edit_success": Metric("Edit success at the end", "Success, end", "share", 1, True),
+    "edit_success_now": Metric("Edit success right after", "Success, now", "share", 1, True),
+    "text_generality": Metric("Text generality", "Text generality", "share", 1, True),
+    "image_generality": Metric("Image generality", "Image generality", "share", 1, True),
+    "locality_hard": Metric("Locality, same question, other picture", "Locality, hard", "share", 1, True),
+    "locality_sibling": Metric("Locality, same picture, other question", "Locality, sibling", "share", 1, True),
+    "locality_far": Metric("Locality, unrelated picture", "Locality, far", "share", 1, True),
+    "locality_text": Metric("Locality, text only", "Locality, text", "share", 1, True),
+    "portability": Metric("Portability", "Portability", "share", 1, True),
+    "stale_rate": Metric("Stale answers", "Stale answers", "share", -1, True),
+    "harmonic_mean": Metric("Harmonic mean", "Harmonic mean", "share", 1, True),
+    "forgetting": Metric("Forgetting, first minus last", "Forgetting", "difference", -1, True),
+    "forgetting_max": Metric("Forgetting, best minus last", "Forgetting, max", "difference", -1, True),
+    "backward_transfer": Metric("Backward transfer", "Backward transfer", "difference", 1, True),
+    "forward_transfer": Metric("Forward transfer", "Forward transfer", "difference", 0, True),
+    "half_life": Metric("Half-life", "Half-life", "edits", 1, True),
+    "general_score": Metric("General ability", "Ability", "share", 1, True),
+    "general_drop": Metric("General ability lost", "Ability lost", "difference", -1, True),
+    "perplexity_ratio": Metric("Perplexity ratio", "Perplexity", "ratio", -1),
+    "collapse_step": Metric("Collapse at step", "Collapse at step", "count", 1),
+    "edits": Metric("Edits applied", "Edits applied", "count", 0),
+    "seconds_per_edit": Metric("Seconds per edit", "Cost of an edit", "seconds", -1),
+    "state_bytes": Metric("Editor state", "Editor state", "bytes", -1),
+    "peak_bytes": Metric("Peak memory", "Peak memory", "bytes", -1),
 }
 SUFFIXES = ("", "_exact", "_gen")
 READING_TITLES = {"": "token accuracy", "_exact": "all tokens", "_gen": "free generation"}
@@ -70,8 +74,16 @@ def show(name: str, value: float | None) -> str:
     if unit == "share":
         return f"{100 * value:.1f}"
     if unit == "difference":
-        return f"{100 * value:+.1f}".replace("-", "−")
+        return f"{100 * value:.1f}".replace("-", "−").replace("−0.0", "0.0")
     return _plain(value, unit)
+
+
+def show_briefly(name: str, value: float) -> str:
+    """An end of an interval in as few digits as a terminal has room for."""
+    unit = METRICS[split_name(name)[0]].unit
+    if unit in ("share", "difference"):
+        return f"{100 * value:.0f}".replace("-", "−").replace("−0", "0")
+    return f"{value:.2g}" if unit == "ratio" else show(name, value)
 
 
 def _plain(value: float, unit: Unit) -> str:
@@ -91,8 +103,13 @@ def human_bytes(value: float) -> str:
     return f"{value:.3g} TB"
 
 
+def unit_of(name: str) -> str:
+    """The unit that a reader sees beside the title; empty where values carry it or need none."""
+    shown = {"share": "%", "difference": "points", "ratio": "×", "seconds": "s", "edits": "edits"}
+    return shown.get(METRICS[split_name(name)[0]].unit, "")
+
+
 def header(name: str) -> str:
-    """Column title with unit."""
-    metric = METRICS[split_name(name)[0]]
-    unit = {"share": "%", "difference": "points", "ratio": "×", "seconds": "s"}.get(metric.unit)
-    return f"{metric.title} ({unit})" if unit else metric.title
+    """Short title with unit."""
+    title, unit = METRICS[split_name(name)[0]].short, unit_of(name)
+    return f"{title} ({unit})" if unit else title

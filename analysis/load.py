@@ -104,13 +104,9 @@ def load_runs(paths: Sequence[str | Path]) -> Run:
 def texts(editor: EditorRun, question_ids: Iterable[str], steps: Iterable[int]) -> pd.DataFrame:
     """What was generated for a few questions at a few steps: question_id, probe_step, probe, target, answer, generated."""
     columns = ["question_id", "probe_step", "probe", "target", "answer", "generated"]
-    ids, moments = pa.array(list(question_ids), pa.string()), pa.array(list(steps), pa.int64())
-    kept = []
-    for part in sorted((editor.folder / "records").glob("step-*.parquet")):
-        table = pq.readread_table(part, columns=columns)
-        keep = pc.and_(pc.is_in(table["question_id"], ids), pc.is_in(table["probe_step"].cast(pa.int64()), moments))
-        kept.append(table.filter(keep).to_pandas())
-    return pd.concat(kept, ignore_index=True)
+    wanted = [("probe_step", "in", list(steps)), ("question_id", "in", list(question_ids))]
+    parts = sorted((editor.folder / "records").glob("step-*.parquet"))
+    return pd.concat([pq.read_table(p, columns=columns, filters=wanted).to_pandas() for p in parts], ignore_index=True)
 
 
 def _manifest(folder: Path) -> dict[str, Any]:

@@ -18,6 +18,8 @@ ARROW = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_(
 TOKENS = 3
 ABILITIES = ("arithmetic", "reading", "logic")
 AT_YEAR_END = ("locality_hard", "locality_sibling", "locality_far", "locality_text", "portability", "stale")
+COSTS = {"noop": (0.0, 0), "oracle": (0.0001, 100), "finetune": (0.4, 20_000), "balancedit": (0.9, 1000)}
+"""Seconds an edit and bytes of state an edit."""
 EDITORS = ("noop", "oracle", "finetune", "balancedit")
 
 
@@ -100,10 +102,11 @@ def write_editor(folder: Path, editor: str, events: list[dict], rows: list[dict]
     for step in sorted({r["probe_step"] for r in rows}):
         part = [r | {"editor": editor} for r in rows if r["probe_step"] == step]
         write_rows(folder / "records" / f"step-{step:06d}.parquet", Record, part)
+    seconds, size = COSTS.get(editor, (0.02, 1000))
     lines = []
     for step in sorted({e["step"] for e in events}):
         ids = [e["edit_id"] for e in events if e["step"] == step]
-        report = {"step": step, "event_ids": ids, "seconds": 0.02 * len(ids), "peak_bytes": 4_000_000, "state_bytes": 1000 * step}
+        report = {"step": step, "event_ids": ids, "seconds": seconds * len(ids), "peak_bytes": 4_000_000, "state_bytes": size * step}
         lines.append(json.dumps(report | {"delta_norm": None, "failed": {}, "skipped": {}, "notes": {}}))
     (folder / "edits.jsonl").write_text("\n".join(lines) + "\n")
 

@@ -1,0 +1,51 @@
+"""python -m analysis OUT [OUT ...]: summary, figures, tables and report again, from stored answers alone."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from analysis.bootstrap import REPLICATES
+from analysis.load import BadRun
+from analysis.report import COMPARISON, FORMATS, TABLES, write_all
+from analysis.tables import terminal_table
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0 when everything was written, 2 when a run cannot be analysed."""
+    given = parser().parse_args(argv)
+    to = given.out or (given.runs[0] if len(given.runs) == 1 else given.runs[0] / COMPARISON)
+    try:
+        summary = write_all(given.runs, _list(given.format), _list(given.tables), to, given.seed, given.replicates)
+    except BadRun as error:
+        print(error, file=sys.stderr)
+        return 2
+    console = Console()
+    console.print(terminal_table(summary))
+    for note in summary["run"]["notes"]:
+        console.print(f"note: {note}", markup=False, highlight=False)
+    console.print(f"report: {to / 'report.html'}", markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="python -m analysis", description=__doc__)
+    p.add_argument("runs", nargs="+", type=Path, metavar="OUT", help="run folder; several must share their schedule")
+    p.add_argument("--format", default="png,pdf", help=f"figure formats, of {', '.join(FORMATS)} (default: png,pdf)")
+    p.add_argument("--tables", default="csv,latex", help=f"kinds of tables, of {', '.join(TABLES)} (default: both)")
+    p.add_argument("--out", type=Path, help=f"where to write (default: the run itself, or OUT/{COMPARISON} for several)")
+    p.add_argument("--seed", type=int, default=0, help="seed of the bootstrap (default: 0)")
+    p.add_argument("--replicates", type=int, default=REPLICATES, help=f"bootstrap replicates (default: {REPLICATES})")
+    return p
+
+
+def _list(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,173 @@
+"""Tables of a summary: for the terminal (rich), for a paper (LaTeX, booktabs) and for other programs (CSV)."""
+
+from __future__ import annotations
+
+import csv
+import io
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.table import Table
+from rich.text import Text
+
+from analysis.catalogue import METRICS, READING_TITLES, SUFFIXES, header, show, show_briefly, split_name
+
+Summary = dict[str, Any]
+MAIN = (
+    "edit_success_now",
+    "edit_success",
+    "forgetting",
+    "text_generality",
+    "image_generality",
+    "locality_hard",
+    "harmonic_mean",
+    "portability",
+    "stale_rate",
+    "general_drop",
+    "perplexity_ratio",
+    "collapse_step",
+    "seconds_per_edit",
+    "state_bytes",
+)
+"""Metrics of the main table, in reading order."""
+_LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"}
+_LATEX |= {"−": "$-$", "×": r"$\times$", "–": "--", "≥": r"$\geq$"}
+
+
+def main_reading(summary: Summary) -> str:
+    """Suffix of the reading that tables lead with: free generation where it was measured, else token accuracy."""
+    return "_gen" if any(f"{m}_gen" in e for e in summary["editors"].values() for m in MAIN) else ""
+
+
+def main_columns(summary: Summary, suffix: str) -> list[str]:
+    """The main metrics under one reading; those that no editor has are left out."""
+    names = [m + suffix if METRICS[m].readings else m for m in MAIN]
+    return [n for n in names if any(n in e for e in summary["editors"].values())]
+
+
+def best(summary: Summary, name: str) -> str | None:
+    """The editor whose paired difference to every other editor excludes zero on the better side, if there is one.
+
+    Editors that the manifest lists under "references" (bounds, not rivals) do not take part.
+    """
+    better = METRICS[split_name(name)[0]].better
+    rivals = [e for e, m in summary["editors"].items() if name in m and e not in summary["run"].get("references", ())]
+    if better == 0 or len(rivals) < 2:
+        return None
+    return next((e for e in rivals if all(_beats(summary, e, o, name, better) for o in rivals if o != e)), None)
+
+
+def _beats(summary: Summary, ours: str, theirs: str, name: str, better: int) -> bool:
+    pairs, sign = summary["pairs"], better
+    entry = pairs.get(f"{ours} - {theirs}", {}).get(name)
+    if entry is None:
+        entry, sign = pairs.get(f"{theirs} - {ours}", {}).get(name), -better
+    if entry is None or entry["low"] is None or entry["high"] is None:
+        return False
+    return entry["low"] > 0 if sign > 0 else entry["high"] < 0
+
+
+def terminal_table(summary: Summary) -> Table:
+    """Metrics down, editors across; the best where the paired interval allows it is bold."""
+    suffix = main_reading(summary)
+    table = Table(box=SIMPLE, caption=_caption(suffix), caption_justify="left", padding=(0, 1, 0, 0))
+    table.add_column("")
+    for editor in summary["editors"]:
+        table.add_column(editor, justify="right")
+    for name in _terminal_rows(summary, suffix):
+        winner = best(summary, name)
+        cells = [Text(cell(m, name, brief=True), style="bold" if e == winner else "") for e, m in summary["editors"].items()]
+        table.add_row(_row_title(name, suffix), *cells)
+    return table
+
+
+def cell(metrics: dict[str, Any], name: str, brief: bool = False) -> str:
+    """Value with its interval, e.g. "41.8 [36.9, 46.5]" (brief: "41.8 [37, 47]"); a dash where not measured."""
+    entry = metrics.get(name)
+    if entry is None:
+        return "–"
+    return f"{show(name, entry['value'])} {interval(name, entry, brief)}".replace("100.0", "100").rstrip()
+
+
+def interval(name: str, entry: dict[str, Any], brief: bool = False) -> str:
+    """[low, high], or nothing where there is none or it is as narrow as the digits shown; an open end reads "…"."""
+    if entry["low"] is None and entry["high"] is None:
+        return ""
+    write = show_briefly if brief else show
+    low, high = ("…" if entry[k] is None else write(name, entry[k]) for k in ("low", "high"))
+    return f"[{low}, {high}]" if low != high else ""
+
+
+def latex(summary: Summary, suffix: str) -> str:
+    """A booktabs table, metrics down and editors across; the best in bold where the paired interval allows it."""
+    editors = summary["editors"]
+    lines = [r"% needs \usepackage{booktabs}", f"% {_caption(suffix)}", rf"\begin{{tabular}}{{l{'r' * len(editors)}}}", r"\toprule"]
+    lines += [" & ".join(["", *map(_escape, editors)]) + r" \\", r"\midrule"]
+    for name in main_columns(summary, suffix):
+        winner = best(summary, name)
+        cells = [_latex_cell(m, name, e == winner) for e, m in editors.items()]
+        lines.append(" & ".join([_escape(header(name)), *cells]) + r" \\")
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
+
+
+def metrics_csv(summary: Summary) -> str:
+    """Long form: editor, metric, reading, value, low, high, n."""
+    return _csv("editor", summary["editors"])
+
+
+def pairs_csv(summary: Summary) -> str:
+    """Long form of the paired differences (first minus second)."""
+    return _csv("pair", summary["pairs"])
+
+
+def files(summary: Summary, kinds: tuple[str, ...]) -> dict[str, str]:
+    """File name to content, for the kinds asked for ("csv", "latex")."""
+    out = {}
+    if "csv" in kinds:
+        out |= {"metrics.csv": metrics_csv(summary), "pairs.csv": pairs_csv(summary)}
+    if "latex" in kinds:
+        readings = [s for s in SUFFIXES if any(n.endswith(s) for n in main_columns(summary, s))]
+        out |= {f"main{s or '_tokens'}.tex": latex(summary, s) for s in readings}
+    return out
+
+
+def _csv(first: str, groups: dict[str, dict[str, Any]]) -> str:
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow([first, "metric", "reading", "value", "low", "high", "n"])
+    for group, metrics in groups.items():
+        for name, entry in metrics.items():
+            base, suffix = split_name(name)
+            reading = READING_TITLES[suffix] if METRICS[base].readings else ""
+            writer.writerow([group, name, reading, *("" if entry[k] is None else entry[k] for k in ("value", "low", "high", "n"))])
+    return out.getvalue()
+
+
+def _latex_cell(metrics: dict[str, Any], name: str, bold: bool) -> str:
+    entry = metrics.get(name)
+    if entry is None:
+        return "--"
+    value, reach = _escape(show(name, entry["value"])), _escape(interval(name, entry))
+    return (rf"\textbf{{{value}}}" if bold else value) + (rf" {{\scriptsize {reach}}}" if reach else "")
+
+
+def _escape(text: str) -> str:
+    return "".join(_LATEX.get(c, c) for c in text)
+
+
+def _terminal_rows(summary: Summary, suffix: str) -> list[str]:
+    """The main metrics, and success under the other readings, which is what papers mean by accuracy."""
+    names = main_columns(summary, suffix)
+    at = names.index("edit_success" + suffix) + 1 if "edit_success" + suffix in names else 0
+    others = ["edit_success" + s for s in SUFFIXES if s != suffix]
+    return names[:at] + [n for n in others if any(n in e for e in summary["editors"].values())] + names[at:]
+
+
+def _row_title(name: str, suffix: str) -> str:
+    base, own = split_name(name)
+    other = METRICS[base].readings and own != suffix
+    return f"  {READING_TITLES[own]}" if other else header(name)
+
+
+def _caption(suffix: str) -> str:
+    return f"Right by {READING_TITLES[suffix]}; 95 % intervals in brackets; bold: better than every other editor by the paired interval."
