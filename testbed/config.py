@@ -97,8 +97,15 @@ class RunConfig:
         out += _tried(lambda: STREAMS.get(self.stream))
         out += _tried(lambda: self.stream_config().problems())
         for name in self.editor:
-            out += _tried(lambda name=name: self.editor_config(name).problems())
+            out += _tried(lambda name=name: self._editor_problems(name))
         out += self._set_problems()
+        return out
+
+    def _editor_problems(self, name: str) -> list[str]:
+        out = [f"{name}: {problem}" for problem in self.editor_config(name).problems()]
+        limit = EDITORS.get(name).traits.max_batch
+        if limit is not None and self.batch > limit:
+            out.append(f"{name} takes at most {limit} edits at once, got --batch {self.batch}")
         return out
 
     def _set_problems(self) -> list[str]:
@@ -172,18 +179,37 @@ def parse_value(text: Any, hint: Any) -> Any:
             raise ValueError(f"expected one of {', '.join(map(str, args))}")
         return text
     if origin in (tuple, frozenset):
-        parts = text.split(",") if isinstance(text, str) else list(text)
-        return origin(parse_value(p, args[0]) for p in parts if p != "")
+        return origin(parse_value(p, args[0]) for p in _parts(text) if p != "")
+    if text is None or isinstance(text, (list, tuple, dict)):
+        raise ValueError(f"expected one value, got {text!r}")
     if hint is bool:
         if str(text).lower() not in _BOOLS:
             raise ValueError("expected true or false")
         return _BOOLS[str(text).lower()]
-    if hint in (int, float):
-        try:
-            return hint(text)
-        except ValueError as e:
-            raise ValueError(f"expected {'a whole number' if hint is int else 'a number'}") from e
-    return hint(text)
+    return _number(text, hint) if hint in (int, float) else hint(str(text))
+
+
+def _parts(text: Any) -> list[Any]:
+    """The items of a list, or of text separated by commas."""
+    if isinstance(text, str):
+        return [p.strip() for p in text.split(",")]
+    if not isinstance(text, (list, tuple, frozenset)):
+        raise ValueError("expected a list")
+    return list(text)
+
+
+def _number(text: Any, hint: type) -> int | float:
+    """A number as it was written: a fraction is no whole number, and "nan" is none at all."""
+    wanted = "a whole number" if hint is int else "a number"
+    if isinstance(text, bool) or (hint is int and isinstance(text, float) and not text.is_integer()):
+        raise ValueError(f"expected {wanted}")
+    try:
+        value = hint(text)
+    except (ValueError, OverflowError) as e:
+        raise ValueError(f"expected {wanted}") from e
+    if value != value:
+        raise ValueError(f"expected {wanted}")
+    return value
 
 
 _BOOLS = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}

@@ -46,9 +46,11 @@ class Context:
 
 def run_editor(context: Context, editor: Editor, folder: EditorFolder, phase: Phase = silent, progress: Progress = silent) -> None:
     """Take one editor through the schedule, from the newest saved step on."""
-    editor.prepare(context.handle, context.stream.train_pool())
     phase("resume", 0)
     done, state = folder.resume()
+    if done == len(context.schedule.steps):
+        return
+    editor.prepare(context.handle, context.stream.train_pool())
     if state is not None:
         editor.load_state_dict(state)
     records: list[Record] = []

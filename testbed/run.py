@@ -41,6 +41,7 @@ def _main(argv: list[str], console: Console) -> int:
     from testbed import runner
 
     runner.check(config)
+    _no_foreign_bars()
     if config.dry_run:
         from testbed.estimate import print_estimate
 
@@ -53,6 +54,13 @@ def _main(argv: list[str], console: Console) -> int:
     summary = runner.study(config, say)
     _show(summary)
     return 0
+
+
+def _no_foreign_bars() -> None:
+    """Loading bars of transformers: ours says what takes time, and nothing does where output is no terminal."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def _show(summary: dict[str, Any]) -> None:
@@ -104,7 +112,7 @@ def _split_lists(argv: list[str]) -> list[str]:
             while rest and not rest[0].startswith("--"):
                 sets.append(rest.pop(0))
         elif a == "--editor" and rest:
-            out += [a, *filter(None, rest.pop(0).split(","))]
+            out += [a, *filter(None, map(str.strip, rest.pop(0).split(",")))]
         else:
             out.append(a)
     return [*out, "--set", *sets] if sets else out

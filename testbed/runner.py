@@ -20,7 +20,7 @@ from testbed.models import ModelHandle
 from testbed.progress import Bars, bars
 from testbed.registry import EDITORS, STREAMS
 from testbed.schema import SCHEMA_VERSION, EventRow, QuestionRow, ScheduleRow
-from testbed.store import Phase, RunFolder, read_json, write_rows
+from testbed.store import Phase, RunFolder, StoreError, read_json, write_rows
 
 SAME = ("config", "model_hash", "stream_hash", "schedule_hash", "schema_version")
 """What a resumed run must share with the stored one."""
@@ -79,7 +79,7 @@ def study(config: RunConfig, say: Callable[[str], None] = lambda line: None) -> 
         folder.check_same(plan.manifest, SAME)
     else:
         folder.create(plan.manifest)
-        _write_plan(plan, folder)
+    _write_plan(plan, folder)
     with bars() as progress:
         _run(plan, folder, progress, phase_log(config.log))
     _save_models(plan, folder, say)
@@ -87,16 +87,22 @@ def study(config: RunConfig, say: Callable[[str], None] = lambda line: None) -> 
 
 
 def finish(out: Path) -> dict[str, Any]:
-    """Summary, figures, tables and report from the stored answers of a run folder."""
+    """Summary, figures, tables and report from the stored answers of a run folder.
+
+    Returns the summary as stored; its `run` also says in which `folder` it lies.
+    """
     from analysis.report import write_all
 
     write_all([out])
-    return read_json(out / "summary.json")
+    summary = read_json(out / "summary.json")
+    return {**summary, "run": {**summary["run"], "folder": str(out)}}
 
 
 def resumed(out: Path) -> RunConfig:
     """The configuration of a stored run, set to go on with it. Raises `StoreError`."""
-    stored = RunFolder(out).manifest()["config"]
+    stored = RunFolder(out).manifest().get("config")
+    if not isinstance(stored, dict):
+        raise StoreError(f"{out / 'manifest.json'} holds no configuration: it is not the manifest of a run")
     known = {f.name for f in fields(RunConfig)}
     return replace(set_fields(RunConfig(), {k: v for k, v in stored.items() if k in known}), resume=out)
 
@@ -130,7 +136,9 @@ def _write_plan(plan: Plan, folder: RunFolder) -> None:
 def _save_models(plan: Plan, folder: RunFolder, say: Callable[[str], None]) -> None:
     """The edited model of every editor that changes weights, as save_pretrained writes it."""
     target = plan.config.save_model
-    for name in plan.config.editor if target else ():
+    if target is None:
+        return
+    for name in plan.config.editor:
         editor = make_editor(plan.config, name)
         if not editor.traits.weights:
             say(f"{name} changes no weights of the model, so there is no edited model to save")
@@ -175,7 +183,7 @@ def _manifest(
 def _notes(config: RunConfig, stream: Stream, events: list[EditEvent], planned: schedule.Schedule, handle: ModelHandle) -> list[str]:
     """Everything that stands in, was skipped or cut, one line each: said on screen and kept."""
     out = [f"{config.stream}: {stream.origin}; its time axis is {stream.time_axis}"]
-    if config.data_root is None:
+    if config.data_root is None and stream.time_axis != type(stream).time_axis:
         out.append("no --data-root was given: the simulated world stands in for files")
     if stream.skipped:
         reasons = stream.manifest()["skipped_by_reason"]
@@ -183,7 +191,7 @@ def _notes(config: RunConfig, stream: Stream, events: list[EditEvent], planned: 
     if len(events) < config.edits:
         out.append(f"the stream holds {len(events)} edits, {config.edits} were asked for")
     if planned.scale < 1:
-        out.append(f"panels were shrunk to {planned.scale:.0%} to keep to {config.probe_budget} questions per 500 edits")
+        out.append(f"panels were shrunk to {100 * planned.scale:.2g} % to keep to {config.probe_budget} questions per 500 edits")
     return out + handle.notes
 
 

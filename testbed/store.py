@@ -11,13 +11,14 @@ import errno
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from safetensors import SafetensorError
 
 from testbed.schema import BaseAnswer, EditReport, Record, columns
 
@@ -37,9 +38,9 @@ def arrow_schema(row: type) -> pa.Schema:
 @contextmanager
 def replacing(path: Path, phase: Phase | None = None, step: int = 0) -> Iterator[Path]:
     """A temporary path that becomes `path` when the block ends well. Raises `StoreError` on a full disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         if phase:
             phase("write", step)
         yield temporary
@@ -48,11 +49,22 @@ def replacing(path: Path, phase: Phase | None = None, step: int = 0) -> Iterator
         if phase:
             phase("rename", step)
         os.replace(temporary, path)
-    except OSError as e:
-        temporary.unlink(missing_ok=True)
-        if e.errno == errno.ENOSPC or "No space left" in str(e):
+        _flush_folder(path.parent)
+    except (OSError, SafetensorError) as e:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if getattr(e, "errno", None) == errno.ENOSPC or "No space left" in str(e):
             raise StoreError(f"no space left on the disk of {path.parent}: free some and go on with --resume") from e
         raise StoreError(f"{path} cannot be written: {e}") from e
+
+
+def _flush_folder(path: Path) -> None:
+    """The names in a folder on disk, so that a later file never outlives an earlier one in a power cut."""
+    at = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(at)
+    finally:
+        os.close(at)
 
 
 def write_rows(path: Path, row: type, rows: Iterable[Any], phase: Phase | None = None, step: int = 0) -> None:
@@ -65,6 +77,14 @@ def write_rows(path: Path, row: type, rows: Iterable[Any], phase: Phase | None =
 
 def _as_dict(row: Any) -> dict[str, Any]:
     return {name: getattr(row, name) for name in row.__slots__}
+
+
+def _whole(path: Path) -> bool:
+    """True for a parquet file that is there and was not cut: its footer stands last."""
+    try:
+        return pq.ParquetFile(path).metadata is not None
+    except (OSError, pa.ArrowException):
+        return False
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -92,7 +112,7 @@ class RunFolder:
         """Write the manifest into an empty or new folder. Raises `StoreError` when it holds another run or anything else."""
         if (self.path / "manifest.json").exists():
             raise StoreError(f"{self.path} holds a run already: go on with --resume {self.path}, or choose another --out")
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        if self.path.exists() and (not self.path.is_dir() or any(p.name != ".manifest.json.tmp" for p in self.path.iterdir())):
             raise StoreError(f"{self.path} is not an empty folder: choose another --out")
         write_json(self.path / "manifest.json", manifest)
 
@@ -102,21 +122,29 @@ class RunFolder:
     def check_same(self, manifest: dict[str, Any], keys: Sequence[str]) -> None:
         """Raise `StoreError` naming every entry in which the stored manifest and this one differ."""
         stored = self.manifest()
-        differ = [f"{k}: stored {stored.get(k)!r}, now {manifest.get(k)!r}" for k in keys if stored.get(k) != manifest.get(k)]
+        differ = [line for k in keys for line in _differences(k, stored.get(k), manifest.get(k))]
         if differ:
             text = "\n  ".join(differ)
             raise StoreError(f"{self.path} cannot go on, it was made with another configuration, data or model:\n  {text}")
 
     def base_answers(self) -> dict[str, BaseAnswer]:
-        """The unedited model's answers by question id; empty when they are not there yet."""
+        """The stored answers of the unedited model by question id; none where the file is absent or damaged."""
         path = self.path / "base" / "answers.parquet"
-        return {r["question_id"]: BaseAnswer(**r) for r in pq.read_table(path).to_pylist()} if path.exists() else {}
+        rows = pq.read_table(path).to_pylist() if _whole(path) else []
+        return {r["question_id"]: BaseAnswer(**r) for r in rows}
 
     def write_base_answers(self, answers: Iterable[BaseAnswer]) -> None:
         write_rows(self.path / "base" / "answers.parquet", BaseAnswer, answers)
 
     def editor(self, name: str, phase: Phase | None = None) -> EditorFolder:
         return EditorFolder(self.path / name.replace(":", "-"), phase)
+
+
+def _differences(name: str, stored: Any, now: Any) -> list[str]:
+    """One line for every value in which two entries differ."""
+    if isinstance(stored, dict) and isinstance(now, dict):
+        return [line for k in sorted({*stored, *now}) for line in _differences(f"{name}.{k}", stored.get(k), now.get(k))]
+    return [] if stored == now else [f"{name}: stored {stored!r}, now {now!r}"]
 
 
 class EditorFolder:
@@ -135,25 +163,35 @@ class EditorFolder:
             old.unlink()
 
     def resume(self) -> tuple[int, dict[str, Any] | None]:
-        """The newest saved step and its state, after setting aside all that is newer; (0, None) when there is none."""
+        """The newest saved step and its state, after setting aside all that is newer; (0, None) when there is none.
+
+        Where a record file or the reports up to that step are damaged, everything is made again from the start.
+        """
         for leftover in self.path.rglob(".*.tmp"):
             leftover.unlink()
-        step, state = 0, None
-        for path in reversed(self._states()):
-            try:
-                state = read_state(path)
-            except StoreError:
+        step, state = self._newest_readable()
+        if not self._complete(step):
+            step, state = 0, None
+        for path in [*self._parts(), *self._states()]:
+            if _step_of(path) > step:
                 path.unlink()
-                continue
-            step = _step_of(path)
-            break
-        for part in sorted((self.path / "records").glob("step-*.parquet")):
-            if _step_of(part) > step:
-                part.unlink()
         kept = [line for line in self._reports() if line["step"] <= step]
         if kept != self._reports(damaged=True):
             self._write_reports(kept)
         return step, state
+
+    def _newest_readable(self) -> tuple[int, dict[str, Any] | None]:
+        for path in reversed(self._states()):
+            try:
+                return _step_of(path), read_state(path)
+            except StoreError:
+                path.unlink()
+        return 0, None
+
+    def _complete(self, step: int) -> bool:
+        """True when the reports count up to this step and no record file up to it is damaged."""
+        steps = [line["step"] for line in self._reports() if line["step"] <= step]
+        return steps == list(range(1, step + 1)) and all(_whole(p) for p in self._parts() if _step_of(p) <= step)
 
     def newest_state(self) -> dict[str, Any]:
         """The newest state. Raises `StoreError` when there is none."""
@@ -161,6 +199,9 @@ class EditorFolder:
         if not states:
             raise StoreError(f"{self.path} holds no saved state: the run stopped before its first save")
         return read_state(states[-1])
+
+    def _parts(self) -> list[Path]:
+        return sorted((self.path / "records").glob("step-*.parquet"))
 
     def _states(self) -> list[Path]:
         return sorted((self.path / "state").glob("step-*.safetensors"))
@@ -203,7 +244,7 @@ def write_state(path: Path, state: dict[str, Any], phase: Phase | None = None) -
 
 def read_state(path: Path) -> dict[str, Any]:
     """The reverse. Raises `StoreError` for a file that is absent, cut or not a state."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     try:
         with safe_open(path, "pt") as f:
