@@ -1,4 +1,4 @@
-"""Shared fixtures: two threads, no network, the real files where TESTBED_DATA names them."""
+"""Shared fixtures: one thread, no network, the real files where TESTBED_DATA names them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 def _few_threads() -> None:
     import torch
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -77,7 +77,7 @@ class Finetune(Editor):
         for _ in range(self.config.steps):
             adam.zero_grad()
             loss = tail.loss(lambda act: project(module, act, weight)).mean()
-            value = float(loss)
+            value = float(loss.detach())
             if not torch.isfinite(loss):
                 raise EditFailed(f"the loss became {value} at lr {self.config.lr}; try a smaller one")
             loss.backward()
