@@ -12,7 +12,7 @@ VERSION = 1
 """Raised whenever a verdict can change; recorded in the manifest."""
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
-_PUNCTUATION = str.maketrans({c: " " for c in string.punctuation})
+_PUNCTUATION = str.maketrans(dict.fromkeys(string.punctuation, " "))
 
 
 def normalise(text: str) -> str:
@@ -21,9 +21,14 @@ def normalise(text: str) -> str:
     An answer that is nothing but punctuation or articles ("A", "+") is kept as it is, lower-cased: it would
     otherwise equal every other such answer.
     """
-    base = unicodedata.normalize("NFKC", text).casefold().strip()
+    base = " ".join(_fold(_fold(text)).split())
     plain = " ".join(_ARTICLES.sub(" ", base.translate(_PUNCTUATION)).split())
     return plain or base
+
+
+def _fold(text: str) -> str:
+    """Case folded and composed; once is not enough, as folding can take a composed letter apart."""
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
 
 
 def natural_stop(text: str) -> str:
