@@ -90,7 +90,7 @@ def _plain(value: float, unit: Unit) -> str:
     if unit == "bytes":
         return human_bytes(value)
     if unit == "seconds":
-        return f"{value:.3g}"
+        return f"{value:.3g} s"
     return f"{value:.3f}" if unit == "ratio" and value < 1000 else f"{value:,.0f}" if value < 1e7 else f"{value:.2g}"
 
 
@@ -105,7 +105,7 @@ def human_bytes(value: float) -> str:
 
 def unit_of(name: str) -> str:
     """The unit that a reader sees beside the title; empty where values carry it or need none."""
-    shown = {"share": "%", "difference": "points", "ratio": "×", "seconds": "s", "edits": "edits"}
+    shown = {"share": "%", "difference": "points", "ratio": "×", "edits": "edits"}
     return shown.get(METRICS[split_name(name)[0]].unit, "")
 
 

@@ -169,7 +169,14 @@ def draw_all(s: Scene) -> dict[str, Figure]:
     """All figures for which something was measured."""
     with style.paper():
         drawn = {name: make(s) for name, (make, _) in FIGURES.items()}
-    return {name: figure for name, figure in drawn.items() if figure is not None}
+        return {name: _settled(figure) for name, figure in drawn.items() if figure is not None}
+
+
+def _settled(figure: Figure) -> Figure:
+    """The figure with its layout fixed, so that every file made of it looks alike."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    return figure
 
 
 def save(figure: Figure, path: Path) -> None:

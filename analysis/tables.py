@@ -70,7 +70,9 @@ def _beats(summary: Summary, ours: str, theirs: str, name: str, better: int) -> 
 def terminal_table(summary: Summary) -> Table:
     """Metrics down, editors across; the best where the paired interval allows it is bold."""
     suffix = main_reading(summary)
-    table = Table(box=SIMPLE, caption=_caption(suffix), caption_justify="left", padding=(0, 1, 0, 0))
+    table = Table(
+        box=SIMPLE, caption="Shares in %, differences in points. " + _caption(suffix), caption_justify="left", padding=(0, 1, 0, 0)
+    )
     table.add_column("")
     for editor in summary["editors"]:
         table.add_column(editor, justify="right")
@@ -166,7 +168,7 @@ def _terminal_rows(summary: Summary, suffix: str) -> list[str]:
 def _row_title(name: str, suffix: str) -> str:
     base, own = split_name(name)
     other = METRICS[base].readings and own != suffix
-    return f"  {READING_TITLES[own]}" if other else header(name)
+    return f"  {READING_TITLES[own]}" if other else METRICS[base].short
 
 
 def _caption(suffix: str) -> str:
