@@ -194,6 +194,15 @@ def collate(
     tails = [list(x) for x in answers] if answers is not None else [[] for _ in rows]
     if end:
         tails = [[*t, handle.tokenizer.eos_token_id] for t in tails]
+    return _pad(handle, rows, tails, side, tuple(asks))
+
+
+def text_batch(handle: ModelHandle, ids: Sequence[Sequence[int]]) -> Batch:
+    """Running text as a right-padded batch: all of it counts as prompt."""
+    return _pad(handle, [{"input_ids": torch.tensor([list(x)])} for x in ids], [[] for _ in ids], "right", ())
+
+
+def _pad(handle: ModelHandle, rows: list[dict[str, torch.Tensor]], tails: list[list[int]], side: Side, asks: tuple[Ask, ...]) -> Batch:
     lengths = [r["input_ids"].shape[1] for r in rows]
     total = max(n + len(t) for n, t in zip(lengths, tails))
     ids = torch.full((len(rows), total), handle.tokenizer.pad_token_id, dtype=torch.long)
@@ -207,13 +216,13 @@ def collate(
     inputs: dict[str, torch.Tensor] = {"input_ids": ids, "attention_mask": (prompt | answer).long()}
     if side == "left" and handle.family.counts_positions:
         inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
-    if handle.family.needs_picture and all(a.image is None for a in asks):
+    if handle.family.needs_picture and all(len(r) == 1 for r in rows):
         blank = prompt_inputs(handle, Ask("", _Blank()))
         inputs.update({k: v for k, v in blank.items() if v.shape != blank["input_ids"].shape})
     inputs.update(_pictures(rows, inputs))
     inputs = {k: v.to(handle.device, handle.dtype if v.is_floating_point() else None) for k, v in inputs.items()}
     picture = (inputs["input_ids"] == image_token(handle)) & prompt.to(handle.device)
-    return Batch(inputs, prompt.to(handle.device), picture, answer.to(handle.device), tuple(asks))
+    return Batch(inputs, prompt.to(handle.device), picture, answer.to(handle.device), asks)
 
 
 def _pictures(rows: list[dict[str, torch.Tensor]], padded: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

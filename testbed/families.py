@@ -23,8 +23,6 @@ class Family:
     """Template of a prompt with a picture; None for text-only models."""
     answer: str = " {answer}"
     """How the answer follows the prompt."""
-    stop: tuple[str, ...] = ("\n",)
-    """Strings that end a generation besides the end-of-sequence token."""
     needs_picture: bool = False
     """True where the forward wants pixels even if no row has a picture: it is given a blank one that no position reads."""
     counts_positions: bool = False

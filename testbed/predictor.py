@@ -8,6 +8,7 @@ a sequence, before the first new token.
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from testbed.encode import Ask, Batch, answer_ids, collate, prompt_inputs
+from testbed.encode import Ask, Batch, answer_ids, collate, prompt_inputs, text_batch
 from testbed.grading import natural_stop
 from testbed.models import ModelHandle
 
@@ -137,9 +138,9 @@ class ModelPredictor(Predictor):
         out: list[np.ndarray] = []
         for at in range(0, len(ids), self.rows):
             part = ids[at : at + self.rows]
-            batch = _plain_batch(self.handle, part)
+            batch = text_batch(self.handle, part)
             with self.around(batch):
-                logits = self.handle.model(**batch.inputs).logits
+                logits = self.handle.model(**batch.inputs, use_cache=False).logits
             for row, seq in zip(logits.float().log_softmax(-1), part):
                 target = torch.tensor(seq[1:], device=row.device, dtype=torch.long)
                 out.append(row[: len(seq) - 1].gather(1, target[:, None])[:, 0].double().cpu().numpy())
@@ -149,12 +150,11 @@ class ModelPredictor(Predictor):
     def inspect(self, asks: Sequence[Ask], layers: Sequence[int] = (), top_k: int = 10) -> list[Inspection]:
         out: list[Inspection | None] = [None] * len(asks)
         for chunk in self._chunks(asks):
-            batch = collate(self.handle, [asks[i] for i in chunk])
-            rows = torch.arange(len(chunk), device=batch.last_prompt.device)
+            batch = collate(self.handle, [asks[i] for i in chunk], side="left")
             with self.around(batch), self._watched(layers) as seen:
-                logits = self.handle.model(**batch.inputs, use_cache=False).logits
-            logp = logits[rows, batch.last_prompt].float().log_softmax(-1)
-            states = [seen[n][rows, batch.last_prompt] for n in layers]
+                logits = self._last_logits(batch, 1)
+            logp = logits[:, -1].float().log_softmax(-1)
+            states = [seen[n][:, -1] for n in layers]
             hidden = torch.stack(states, 1).float() if states else torch.zeros(len(chunk), 0, self.handle.width)
             entropy = -(logp.exp() * logp).sum(-1)
             for j, i in enumerate(chunk):
@@ -193,27 +193,25 @@ class ModelPredictor(Predictor):
         """One prefill for both readings: where the generation follows the answer, its logits are the teacher-forced ones."""
         batch = collate(self.handle, asks, side="left")
         watch = _AnswerWatch(ids)
-        with self.around(batch):
-            tokens = self.handle.model.generate(
-                **batch.inputs,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                num_beams=1,
-                logits_processor=[watch],
-                pad_token_id=self.handle.tokenizer.pad_token_id,
-            )
+        with self.around(batch), _plain_decoding(self.handle):
+            tokens = self.handle.model.generate(**batch.inputs, max_new_tokens=max_new_tokens, logits_processor=[watch])
             extras = self.explain(batch) if self.explain else [{} for _ in asks]
         new = tokens[:, batch.inputs["input_ids"].shape[1] :]
         texts = self.handle.tokenizer.batch_decode(new, skip_special_tokens=True)
         return [natural_stop(t) for t in texts], watch.scores(), extras
 
+    def _last_logits(self, batch: Batch, n: int) -> torch.Tensor:
+        """Logits of a left-padded batch: of the last n positions where the model can leave out the others, else of all."""
+        can = "logits_to_keep" in inspect.signature(self.handle.model.forward).parameters
+        return self.handle.model(**batch.inputs, use_cache=False, **({"logits_to_keep": n} if can else {})).logits
+
     def _score(self, asks: Sequence[Ask], ids: Sequence[list[int]]) -> list[Score]:
         out: list[Score | None] = [None] * len(asks)
         for chunk in self._chunks(asks, [len(x) for x in ids]):
-            batch = collate(self.handle, [asks[i] for i in chunk], [ids[i] for i in chunk])
+            batch = collate(self.handle, [asks[i] for i in chunk], [ids[i] for i in chunk], side="left")
             with self.around(batch):
-                logits = self.handle.model(**batch.inputs).logits
-            logp = logits[batch.before_answer].float().log_softmax(-1)
+                logits = self._last_logits(batch, 1 + max(len(ids[i]) for i in chunk))
+            logp = logits[batch.before_answer[:, -logits.shape[1] :]].float().log_softmax(-1)
             target = batch.answer_ids
             hits = (logp.argmax(-1) == target).cpu().numpy()
             logprobs = logp.gather(1, target[:, None])[:, 0].double().cpu().numpy()
@@ -222,6 +220,25 @@ class ModelPredictor(Predictor):
                 out[i] = Score(hits[at : at + len(ids[i])], logprobs[at : at + len(ids[i])])
                 at += len(ids[i])
         return [s for s in out if s is not None]
+
+
+@contextmanager
+def _plain_decoding(handle: ModelHandle) -> Iterator[None]:
+    """Greedy decoding, whatever a checkpoint's own settings (sampling, penalties, beams) are; its end tokens are kept."""
+    from transformers import GenerationConfig
+
+    owners = [m for m in handle.model.modules() if isinstance(getattr(m, "generation_config", None), GenerationConfig)]
+    kept = [m.generation_config for m in owners]
+    own = handle.model.generation_config.eos_token_id
+    ends = {handle.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+    plain = GenerationConfig(do_sample=False, num_beams=1, eos_token_id=sorted(ends), pad_token_id=handle.tokenizer.pad_token_id)
+    try:
+        for m in owners:
+            m.generation_config = plain
+        yield
+    finally:
+        for m, config in zip(owners, kept):
+            m.generation_config = config
 
 
 class _AnswerWatch:
@@ -255,16 +272,3 @@ class _AnswerWatch:
             known = 0 < n <= hits.shape[1] and bool(hits[i, : n - 1].all())
             out.append(Score(hits[i, :n].copy(), logp[i, :n].copy()) if known else None)
         return out
-
-
-def _plain_batch(handle: ModelHandle, ids: list[list[int]]) -> Batch:
-    """Running text as a right-padded batch: all of it counts as prompt."""
-    total = max(len(x) for x in ids)
-    full = torch.full((len(ids), total), handle.tokenizer.pad_token_id, dtype=torch.long)
-    mask = torch.zeros_like(full, dtype=torch.bool)
-    for i, x in enumerate(ids):
-        full[i, : len(x)] = torch.tensor(x, dtype=torch.long)
-        mask[i, : len(x)] = True
-    full, mask = full.to(handle.device), mask.to(handle.device)
-    none = torch.zeros_like(mask)
-    return Batch({"input_ids": full, "attention_mask": mask.long()}, mask, none, none)
