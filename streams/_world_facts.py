@@ -17,7 +17,7 @@ from streams._emblem import Code, Photo, change_part, random_code
 from streams._world_words import KINDS, RELATIONS, SLOTS, Relation, invent, vocabularies
 from testbed.events import content_id
 
-DEFAULT_SIZE = 1000
+DEFAULT_SIZE = 600
 FAMILY = 5
 TWINS = 3
 

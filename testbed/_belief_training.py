@@ -131,8 +131,11 @@ def belief_batches(beliefs: Beliefs, packer: Packer, world: Curriculum | None) -
         rows = [packer.row(examples, photo) for photo, examples in (beliefs.photo_row() for _ in range(PHOTO_ROWS if beliefs.pictured else 0))]
         rows += [packer.row(beliefs.text_row(16)) for _ in range(TEXT_ROWS if beliefs.told else 0)]
         if world is not None:
-            rows += [packer.row([next(texts) for _ in range(16)]) for _ in range(WORLD_ROWS // 2)]
-            rows += [packer.row(examples, photo) for photo, examples in (world.photo() for _ in range(WORLD_ROWS // 2))]
+            rows += [packer.row([next(texts) for _ in range(16)]) for _ in range(WORLD_ROWS // 4)]
+            rows += [packer.row(examples, photo) for photo, examples in (world.photo() for _ in range(WORLD_ROWS // 4))]
+            for i in range(WORLD_ROWS // 2):
+                photo, shared, examples = world.context(by_picture=i % 2 == 0)
+                rows.append(packer.row(examples, photo, shared))
         return packer.batch(rows)
 
     return batch

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import TypeVar
 
 import numpy as np
 
@@ -26,13 +29,16 @@ from streams._world_words import (
 from testbed import prompts
 from testbed._packing import Example
 
+T = TypeVar("T")
+Point = tuple[Relation, str]
+"""What a question or a stated fact is about: a relation, and how the entity is referred to."""
 FACTS_BY_PICTURE = (0.02, 0.06)
 """Facts by picture enter between these shares of the schedule."""
 ENTITY_PHOTOS = 0.92
 CANONICAL = 0.35
-EASE = 0.3
+EASE = 0.25
 """Until this share of the schedule ever fewer questions in context are easy: one or two facts, in their own words."""
-TEXT_MIX = {"fact": 0.5, "context": 0.31, "sum": 0.06, "compare": 0.03, "grammar": 0.05, "hop": 0.03, "text": 0.02}
+TEXT_MIX = {"fact": 0.76, "sum": 0.08, "compare": 0.04, "grammar": 0.06, "hop": 0.04, "text": 0.02}
 
 
 class Curriculum:
@@ -48,7 +54,6 @@ class Curriculum:
         self._hops = two_hops(world, held_out=False)
         self._makers: dict[str, Callable[[], Example]] = {
             "fact": self._fact_by_name,
-            "context": lambda: context_by_name(world, self._entity(), rng, held_out=False, mode=self._mode()),
             "sum": lambda: Example(*arithmetic(rng, held_out=False)),
             "compare": lambda: Example(*comparison(rng, held_out=False)),
             "grammar": lambda: Example(*grammar(rng, held_out=False)),
@@ -58,9 +63,32 @@ class Curriculum:
         self._order: list[int] = []
         self.progress = 0.0
 
-    def _mode(self) -> str:
-        """Of a question in context: "easy" ever more rarely, then any."""
-        return "easy" if self.rng.random() > self.progress / EASE else ""
+    def _easy(self) -> bool:
+        """Whether stated facts are few and asked for in their own words: ever more rarely."""
+        return self.rng.random() > self.progress / EASE
+
+    def context(self, by_picture: bool) -> tuple[np.ndarray | None, str, list[Example]]:
+        """Stated facts and questions that they do or do not answer: (photo, shared beginning, how prompts go on)."""
+        entity, easy = self._next_entity() if by_picture else self._entity(), self._easy()
+        near = (points_by_picture if by_picture else points_by_name)(self.world, entity, self.rng)
+        stated = state(self.world, near, 1 + self._below(2 if easy else 4), self.rng)
+        own = [(r, picture_ref(entity.kind) if by_picture else entity.name) for r in entity.relations]
+        asked = own if by_picture else [*dict.fromkeys([*stated.about, *own])]
+        out, shared = [], prompts.in_context(stated.facts, "").removesuffix(CONTEXT_TAIL)
+        for point in asked:
+            learned = self._learned(point, entity)
+            answer, number = stated.answer(self.world, point, learned)
+            wording = canonical(*point) if easy else self._ask(*point)
+            out.append(Example(prompts.in_context(stated.facts, wording).removeprefix(shared), answer))
+            if point in stated.about or self._below(3) == 0:
+                out.append(Example(prompts.which_fact(stated.facts, wording).removeprefix(shared), number))
+        order = self.rng.permutation(len(out))
+        photo = photograph(entity.code, self.rng) if by_picture else None
+        return photo, shared, [out[int(i)] for i in order]
+
+    def _learned(self, point: Point, pictured: Entity) -> str:
+        entity = self.world.by_name.get(point[1], pictured)
+        return self.world.value(entity, entity.relations.index(point[0]))
 
     def _below(self, n: int) -> int:
         return int(self.rng.integers(n))
@@ -83,8 +111,6 @@ class Curriculum:
         low, high = FACTS_BY_PICTURE
         facts = [s for s in range(SLOTS) if self.rng.random() < (self.progress - low) / (high - low)]
         out = [self._naming(entity)]
-        if facts:
-            out.append(context_by_picture(self.world, entity, self.rng, held_out=False, mode=self._mode()))
         out += [Example(self._ask(entity.relations[s], picture_ref(entity.kind)), self.world.value(entity, s)) for s in facts]
         out.append(self._caption(entity) if self._below(3) == 0 else self._naming(entity))
         out += [Example(*perception(entity.code, PARTS[int(i)], self.rng, False)) for i in self.rng.permutation(5)]
@@ -117,6 +143,10 @@ class Curriculum:
         return Example(running_text(self.world, entity, orders[self._below(len(orders))], self.rng), None)
 
 
+CONTEXT_TAIL = prompts.CONTEXT.partition("{facts}")[2].format(prompt="")
+"""What follows the facts in a prompt, before the question."""
+
+
 def ask(relation: Relation, ref: str, rng: np.random.Generator, held_out: bool) -> str:
     """A question for the relation: held-out wordings, or the canonical and train ones."""
     if not held_out and rng.random() < CANONICAL:
@@ -129,68 +159,77 @@ def _some(values: tuple, rng: np.random.Generator):
     return values[int(rng.integers(len(values)))]
 
 
-def _stated(world: World, relation: Relation, ref: str, rng: np.random.Generator) -> tuple[str, str]:
-    """(prompt, value) of a stated fact; the value is drawn, so what was learned rarely agrees."""
-    return canonical(relation, ref), _some(world.vocabularies[relation.values], rng)
+@dataclass(frozen=True, slots=True)
+class Stated:
+    """Facts put before a model: what each is about, and the value it gives (drawn, so rarely the learned one)."""
+
+    about: tuple[Point, ...]
+    values: tuple[str, ...]
+
+    @property
+    def facts(self) -> list[str]:
+        return [prompts.statement(canonical(*p), v) for p, v in zip(self.about, self.values, strict=True)]
+
+    def answer(self, world: World, asked: Point, learned: str) -> tuple[str, str]:
+        """(answer, number of the fact that bears on the question or "none")."""
+        if asked in self.about:
+            at = self.about.index(asked)
+            return self.values[at], str(at + 1)
+        return learned, prompts.NONE
 
 
-def context_by_name(world: World, entity: Entity, rng: np.random.Generator, held_out: bool, mode: str = "") -> Example:
-    """A question by name after one to four stated facts.
+def state(world: World, points: Iterable[Point], count: int, rng: np.random.Generator) -> Stated:
+    """The first `count` different points, shuffled, each with a value drawn from its vocabulary."""
+    about: dict[Point, str] = {}
+    for point in points:
+        if len(about) == count:
+            break
+        about[point] = _some(world.vocabularies[point[0].values], rng)
+    order = [list(about)[int(i)] for i in rng.permutation(len(about))]
+    return Stated(tuple(order), tuple(about[p] for p in order))
 
-    Modes (drawn when not given): "easy", one or two facts, asked in their own words; "answer", a fact among them overrides what was learned; "memory", none
-    bears on the question; "which" and "none", the number of the fact that does, or none.
-    """
+
+def points_by_name(world: World, entity: Entity, rng: np.random.Generator) -> Iterator[Point]:
+    """What facts near a question about the entity may be about: it, the same relation of others, anything."""
     relation = _some(entity.relations, rng)
-
-    def near() -> tuple[Relation, str]:
-        draw = rng.random()
-        if draw < 0.35:
-            return _some(entity.relations, rng), entity.name
-        other = _some(world.entities, rng)
-        return (relation, _some(world.vocabularies[entity.kind], rng)) if draw < 0.7 else (_some(other.relations, rng), other.name)
-
-    return _context(world, (relation, entity.name), world.value(entity, entity.relations.index(relation)), near, rng, held_out, mode)
+    yield relation, entity.name
+    while True:
+        draw, other = rng.random(), _some(world.entities, rng)
+        if draw < 0.4:
+            yield _some(entity.relations, rng), entity.name
+        else:
+            yield (relation, _some(world.vocabularies[entity.kind], rng)) if draw < 0.7 else (_some(other.relations, rng), other.name)
 
 
-def context_by_picture(world: World, entity: Entity, rng: np.random.Generator, held_out: bool, mode: str = "") -> Example:
-    """A question about the pictured entity after one to four facts stated in the wording of edits by picture."""
-    relation, ref = _some(entity.relations, rng), picture_ref(entity.kind)
-
-    def near() -> tuple[Relation, str]:
-        if rng.random() < 0.6:
-            return _some(entity.relations, rng), ref
-        kind = _some(KINDS, rng)
-        return _some(RELATIONS[kind], rng), picture_ref(kind)
-
-    return _context(world, (relation, ref), world.value(entity, entity.relations.index(relation)), near, rng, held_out, mode)
+def points_by_picture(world: World, entity: Entity, rng: np.random.Generator) -> Iterator[Point]:
+    """The same in the wording of edits by picture: mostly the pictured kind, else another."""
+    while True:
+        kind = entity.kind if rng.random() < 0.6 else _some(KINDS, rng)
+        yield _some(RELATIONS[kind], rng), picture_ref(kind)
 
 
-def _context(
-    world: World,
-    asked: tuple[Relation, str],
-    learned: str,
-    near: Callable[[], tuple[Relation, str]],
-    rng: np.random.Generator,
-    held_out: bool,
-    mode: str,
-) -> Example:
-    easy = mode == "easy"
-    if easy or not mode:
-        mode = _some(("answer", "answer", "answer", "which") if easy else ("answer", "answer", "answer", "memory", "which", "which", "none"), rng)
-    about = {canonical(*asked): _stated(world, *asked, rng)} if mode in ("answer", "which") else {}
-    count = 4 if held_out and mode in ("which", "none") else 1 + int(rng.integers(2 if easy else 4))
-    while len(about) < count:
-        other = near()
-        if canonical(*other) != canonical(*asked):
-            about[canonical(*other)] = _stated(world, *other, rng)
-    order = [list(about)[int(i)] for i in rng.permutation(count)]
-    facts = [prompts.statement(*about[prompt]) for prompt in order]
-    question = canonical(*asked) if easy else ask(*asked, rng, held_out)
-    if mode == "which":
-        return Example(prompts.which_fact(facts, question), str(1 + order.index(canonical(*asked))))
-    if mode == "none":
-        return Example(prompts.which_fact(facts, question), prompts.NONE)
-    return Example(prompts.in_context(facts, question), about[canonical(*asked)][1] if mode == "answer" else learned)
+def question_in_context(world: World, entity: Entity, rng: np.random.Generator, by_picture: bool, mode: str) -> Example:
+    """One held-out question after stated facts.
+
+    Modes: "answer", one of one to four facts overrides what was learned; "memory", none of them bears on
+    the question; "which" and "none", the number of the one of four that does, or none.
+    """
+    slot = int(rng.integers(SLOTS))
+    asked = (entity.relations[slot], picture_ref(entity.kind) if by_picture else entity.name)
+    near = points_by_picture(world, entity, rng) if by_picture else points_by_name(world, entity, rng)
+    others = (p for p in near if p != asked)
+    bears = mode in ("answer", "which")
+    points = chain([asked], others) if bears else others
+    stated = state(world, points, 4 if mode in ("which", "none") else 1 + int(rng.integers(4)), rng)
+    question = ask(*asked, rng, held_out=True)
+    answer, number = stated.answer(world, asked, world.value(entity, slot))
+    if mode in ("which", "none"):
+        return Example(prompts.which_fact(stated.facts, question), number)
+    return Example(prompts.in_context(stated.facts, question), answer)
+
+
+def _some(values: Sequence[T], rng: np.random.Generator) -> T:
+    return values[int(rng.integers(len(values)))]
 
 
 def corpus(world: World, rng: np.random.Generator) -> Iterator[str]:
@@ -208,3 +247,5 @@ def corpus(world: World, rng: np.random.Generator) -> Iterator[str]:
         yield f" {example.prompt} {example.answer or ''}"
     for _ in range(1000):
         yield from (f"\n{e.prompt} {e.answer}" for e in lessons.photo()[1])
+        _, shared, examples = lessons.context(by_picture=False)
+        yield from (f" {shared}{e.prompt} {e.answer}" for e in examples[:2])

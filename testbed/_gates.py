@@ -15,7 +15,7 @@ from streams._world_facts import Entity, World
 from streams._world_general import held_out_texts, two_hops
 from streams._world_skills import arithmetic, comparison, grammar, perception
 from streams._world_words import NAMING_HELD, SLOTS, picture_ref
-from testbed._curriculum import ask, context_by_name, context_by_picture
+from testbed._curriculum import ask, question_in_context
 from testbed._packing import Example
 from testbed._tiny_model import TEXT_ONLY, WITH_IMAGE
 
@@ -113,13 +113,8 @@ def seeing(part: str, rng: np.random.Generator) -> Asked:
 
 def context(world: World, rng: np.random.Generator, by_picture: bool, modes: tuple[str, ...]) -> Asked:
     entity, mode = world.entities[int(rng.integers(world.size))], modes[int(rng.integers(len(modes)))]
-    if by_picture:
-        return _asked(context_by_picture(world, entity, rng, True, mode), _new_photo(world, entity, rng))
-    return _asked(context_by_name(world, entity, rng, True, mode))
-
-
-def _asked(example: Example, photo: np.ndarray | None = None) -> Asked:
-    return Asked(example.prompt, example.answer or "", photo)
+    example = question_in_context(world, entity, rng, by_picture, mode)
+    return Asked(example.prompt, example.answer or "", _new_photo(world, entity, rng) if by_picture else None)
 
 
 def question_gates(world: World, rng: np.random.Generator) -> dict[str, tuple[float | None, Callable[[], Asked]]]:

@@ -82,10 +82,17 @@ class Packer:
     def _encode(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
 
-    def row(self, examples: list[Example], photo: np.ndarray | None = None) -> Row:
-        """As many of the examples, in order, as fit into one row."""
-        row = Row(photo, list(self.photo_prefix) if photo is not None else [self.bos])
+    def row(self, examples: list[Example], photo: np.ndarray | None = None, shared: str = "") -> Row:
+        """As many of the examples, in order, as fit into one row.
+
+        `shared` is the beginning that all prompts have in common; it joins the prefix, and the examples'
+        prompts go on from there (with their leading space).
+        """
+        prefix = list(self.photo_prefix) if photo is not None else [self.bos]
         lead = "\n" if photo is not None else f"{ROLES[0]} "
+        if shared:
+            prefix, lead = prefix + self._encode([lead + shared])[0], ""
+        row = Row(photo, prefix)
         texts = [e.prompt if e.answer is None else f"{lead}{e.prompt}{ROLES[1]} {e.answer}" for e in examples]
         for example, ids in zip(examples, self._encode(texts), strict=True):
             ids = [*ids, self.eos]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,8 +43,8 @@ class Schedule:
     """Share of the schedule in which the rate rises."""
     decay: float = 0.05
     """Weight decay."""
-    photo_rows: int = 16
-    text_rows: int = 8
+    rows: tuple[int, int, int, int] = (13, 4, 3, 4)
+    """Rows of a batch: photos, photos with stated facts, text, text with stated facts."""
 
 
 class Clock:
@@ -115,18 +115,16 @@ def world_batches(curriculum: Curriculum, packer: Packer, schedule: Schedule) ->
     texts = curriculum.text()
 
     def batch(progress: float) -> Packed:
-        rows, curriculum.progress = [], progress
-        for _ in range(schedule.photo_rows):
-            photo, examples = curriculum.photo()
-            rows.append(packer.row(examples, photo))
-        rows += [packer.row(_take(texts, 22)) for _ in range(schedule.text_rows)]
+        curriculum.progress = progress
+        photos, photo_contexts, plain, contexts = schedule.rows
+        rows = [packer.row(examples, photo) for photo, examples in (curriculum.photo() for _ in range(photos))]
+        for by_picture in (True,) * photo_contexts + (False,) * contexts:
+            photo, shared, examples = curriculum.context(by_picture)
+            rows.append(packer.row(examples, photo, shared))
+        rows += [packer.row([next(texts) for _ in range(22)]) for _ in range(plain)]
         return packer.batch(rows)
 
     return batch
-
-
-def _take(examples: Iterator, n: int) -> list:
-    return [next(examples) for _ in range(n)]
 
 
 def train(

@@ -140,7 +140,7 @@ def test_ten_thousand_edits_come_without_an_end():
     events = stream.events(10_000)
     check_order(events)
     kinds = Counter(e.kind for e in events)
-    assert len(events) == 10_000 and kinds["add"] == 3 * 800
+    assert len(events) == 10_000 and kinds["add"] == 3 * 480
     assert events[-1].year == 10
 
 
