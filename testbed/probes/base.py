@@ -112,15 +112,16 @@ def by_age(past: Past, moment: Moment, n: int, panel: str) -> list[tuple[Applied
 
     Strata of ages [0, 64), [64, 128), [128, 256), ... edits. With H strata of N_h live edits among N,
     n_h = max(12, n/2H + n/2 * N_h/N): half spread over ages, half in proportion, so that both the average
-    and the newest edits are measured well.
+    and the newest edits are measured well. The 12 shrinks with the budget too, down to 2.
     """
     strata: dict[int, list[Applied]] = defaultdict(list)
     for a in past.live:
         age = moment.edits - a.position
         strata[0 if age < FIRST_STRATUM else math.floor(math.log2(age / FIRST_STRATUM)) + 1].append(a)
+    least = max(2, round(MIN_STRATUM * past.scale))
     out: list[tuple[Applied, float]] = []
     for _, group in sorted(strata.items(), reverse=True):
-        want = max(MIN_STRATUM, round(n / (2 * len(strata)) + n / 2 * len(group) / len(past.live)))
+        want = max(least, round(n / (2 * len(strata)) + n / 2 * len(group) / len(past.live)))
         chosen = smallest(group, min(want, len(group)), lambda a: draw(past.seed, panel, a.event.id))
         out += [(a, len(chosen) / len(group)) for a in chosen]
     return out
