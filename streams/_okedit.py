@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from streams._pictures import FilePicture, coco_photos, list_folder
+from streams._pictures import FilePicture, coco_photos, list_folder, same_pixels
 from streams._records import BadField, clean, distinct, id_of, optional_text, plain, read_table, reasons, text_of, texts_of, votes_of
 from streams.base import BadStream, MissingImages, Skipped
 from streams.transforms import share
-from testbed.events import content_id
+from testbed.events import BadPicture, content_id
 
 CONTROL_SHARE = 0.15
 """Share of records that no stream ever edits: half are asked as controls, half go to the train pool."""
@@ -65,7 +65,7 @@ class OkeditData:
 
 
 def load(data_root: Path, missing: MissingImages) -> OkeditData:
-    """Read a folder of the OKEDIT layout (or its annotation file). No picture is opened.
+    """Read a folder of the OKEDIT layout (or its annotation file). No picture is decoded.
 
     Raises `BadStream` for a wrong layout, an unreadable file, or when no record can be used.
     """
@@ -143,7 +143,7 @@ class _Reader:
         self.root, self.missing, self.photos, self.categories = root, missing, photos, categories
         self.skipped: list[Skipped] = []
         self.ids: set[int] = set()
-        self._facts: set[tuple[int | None, str]] = set()
+        self._facts: dict[tuple[int | None, str], list[FilePicture | None]] = {}
 
     def index(self, rows: list[Any], field: str, file: str) -> dict[int, Mapping[str, Any]]:
         """Rows by question id; the first of a repeated id stays."""
@@ -168,7 +168,7 @@ class _Reader:
             if qid not in questions:
                 raise BadField("no question has this question_id")
             return self._build(qid, _row(row), questions[qid])
-        except BadField as e:
+        except (BadField, BadPicture) as e:
             self.skipped.append(Skipped(f"{file} annotations[{i}]{_named(row)}", str(e)))
             return None
 
@@ -212,11 +212,15 @@ class _Reader:
         raise BadField(f"{why}, and OKEDIT has no captions: choose skip or text" if self.missing == "caption" else why)
 
     def _once(self, record: Record) -> None:
-        """One question of one photo may have one answer only: the second record would edit the first one's fact."""
-        fact = (record.image_id if record.photo else None, plain(record.question))
-        if fact in self._facts:
+        """One question of one photo may have one answer only: a second record would edit the first one's fact.
+
+        Copies under two names are one photo; files are read only where question and size are equal.
+        """
+        photo = record.photo
+        earlier = self._facts.setdefault((photo.size if photo else None, plain(record.question)), [])
+        if any(photo is None or other is None or same_pixels(photo, other) for other in earlier):
             raise BadField("the same question about the same photo stands in an earlier record")
-        self._facts.add(fact)
+        earlier.append(photo)
 
 
 def _answers(a: Mapping[str, Any], target: str) -> tuple[str, tuple[str, ...]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from collections import Counter
 from itertools import islice, pairwise
 from pathlib import Path
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from okedit_folder import make_folder
+from okedit_folder import ANNOTATIONS, QUESTIONS, make_folder
 
 from streams._records import distinct, plain
 from streams.base import StreamConfig
@@ -106,6 +108,16 @@ def test_drift_moves_the_mix() -> None:
     assert max(gaps[1::2]) < 0.2
 
 
+def test_drift_starts_at_its_first_mix() -> None:
+    categories = [c for c in "abcd" for _ in range(20_000)]
+    rng = generator(5, "o")
+    rng.permutation(len(categories))
+    a = rng.normal(0.0, 2.0, (2, 4))[0]
+    early = Counter(categories[i] for i in islice(drifting(categories, generator(5, "o")), 2000))
+    expected = np.exp(a) / np.exp(a).sum()
+    assert np.allclose([early[c] / 2000 for c in "abcd"], expected, atol=0.05)
+
+
 def test_shares_come_out_as_asked() -> None:
     facts = (Fact(f"q{i}", f"t{i}", f"r{i}", relation="a", previous=f"p{i}") for i in range(100_000))
     values = {"a": [f"t{i}" for i in range(500)]}
@@ -162,6 +174,79 @@ def test_a_copy_of_an_edited_photo_is_no_locality_picture(tmp_path: Path) -> Non
     (target / "0.jpg").write_bytes((tmp_path / "val2014" / f"COCO_val2014_{qid // 10:012d}.jpg").read_bytes())
     stream = OkeditYearly(StreamConfig(data_root=tmp_path))
     assert "locality_hard" not in {q.split for q in stream.questions(event)}
+
+
+def test_the_order_of_the_file_does_not_matter(tmp_path: Path) -> None:
+    make_folder(tmp_path, list(range(1005, 1405, 10)))
+    before = OkeditYearly(StreamConfig(data_root=tmp_path)).events(60)
+    top = json.loads((tmp_path / ANNOTATIONS).read_text())
+    top["annotations"].reverse()
+    (tmp_path / ANNOTATIONS).write_text(json.dumps(top))
+    assert OkeditYearly(StreamConfig(data_root=tmp_path)).events(60) == before
+
+
+def test_after_a_retire_the_old_answer_is_right_again(tmp_path: Path) -> None:
+    make_folder(tmp_path, list(range(1005, 1405, 10)))
+    stream = OkeditYearly(StreamConfig(data_root=tmp_path, retire=0.3))
+    retired = [e for e in stream.events(100) if e.kind == "retire"]
+    assert len(retired) > 5
+    for event in retired:
+        by_split = {q.split: q for q in stream.questions(event)}
+        assert by_split["edit"].answer == by_split["text_generality"].answer == "dog"
+        assert by_split["stale"].answer == event.previous != "dog"
+
+
+def test_two_answers_to_one_question_are_no_belief(tmp_path: Path) -> None:
+    """Two questions of one photo share a train paraphrase and differ in their answers: a model can hold neither."""
+    make_folder(tmp_path, [1000, 1001, 1025])
+    questions = json.loads((tmp_path / QUESTIONS).read_text())
+    for row in questions["questions"]:
+        row["rephrased_questions_train"] = ["Name it.", f"Name {row['question_id']}."]
+    (tmp_path / QUESTIONS).write_text(json.dumps(questions))
+    top = json.loads((tmp_path / ANNOTATIONS).read_text())
+    top["annotations"][1]["answers"] = [{"answer": "wolf"}]
+    (tmp_path / ANNOTATIONS).write_text(json.dumps(top))
+    beliefs = list(OkeditYearly(StreamConfig(data_root=tmp_path)).beliefs())
+    assert [q.answer for q in beliefs if q.prompt == "Name it."] == ["dog"]
+    assert sorted(q.prompt for q in beliefs if q.answer == "wolf") == ["Name 1001.", "What animal is number 1001?"]
+
+
+def test_a_copied_photo_with_the_same_question_is_one_fact(tmp_path: Path) -> None:
+    make_folder(tmp_path, [1005, 1015, 1025])
+    photos = [tmp_path / "val2014" / f"COCO_val2014_{i:012d}.jpg" for i in (100, 101)]
+    photos[1].write_bytes(photos[0].read_bytes())
+    questions = json.loads((tmp_path / QUESTIONS).read_text())
+    for row in questions["questions"]:
+        row["question"] = "What is it?"
+    (tmp_path / QUESTIONS).write_text(json.dumps(questions))
+    stream = OkeditYearly(StreamConfig(data_root=tmp_path))
+    assert [s.reason for s in stream.skipped] == ["the same question about the same photo stands in an earlier record"]
+    assert "question 1015" in stream.skipped[0].where
+
+
+def test_without_a_photo_there_is_no_question_about_it(tmp_path: Path) -> None:
+    make_folder(tmp_path, [q for i in range(1000, 1400, 10) for q in (i, i + 1)])
+    shutil.rmtree(tmp_path / "val2014")
+    stream = OkeditYearly(StreamConfig(data_root=tmp_path, missing_images="text"))
+    asked = [q for e in stream.events(60) for q in stream.questions(e)]
+    assert {q.split for q in asked} == {"edit", "text_generality", "stale", "locality_far"}
+    assert all(q.image is None for q in asked)
+
+
+def test_every_photo_with_two_questions_has_a_sibling_control(tmp_path: Path) -> None:
+    make_folder(tmp_path, [q for i in range(1000, 1400, 10) for q in (i, i + 1)])
+    edit_answers = json.loads((tmp_path / ANNOTATIONS).read_text())
+    for row in edit_answers["annotations"]:
+        row["answers"] = [{"answer": f"animal {row['question_id']}"}]
+    (tmp_path / ANNOTATIONS).write_text(json.dumps(edit_answers))
+    stream = OkeditYearly(StreamConfig(data_root=tmp_path))
+    events = stream.events(40)
+    for event in events:
+        siblings = [q for q in stream.questions(event) if q.split == "locality_sibling"]
+        assert len(siblings) == 1
+        assert siblings[0].image is not None
+        assert siblings[0].image.key == (event.image.key if event.image else "")
+        assert siblings[0].prompt != event.prompt
 
 
 # the real files ----------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from okedit_folder import make_folder
 
+from streams._records import plain
 from streams.base import BadStream, Stream, StreamConfig
 from testbed.events import LOCALITY_SPLITS, EditBatch, EditEvent, Picture, Question, check_order
 from testbed.registry import STREAMS
@@ -172,7 +173,7 @@ def test_paraphrases_are_not_asked(stream: Stream, asked: list[tuple[EditEvent, 
     given: set[str] = set()
     for event, questions in asked:
         paraphrases = stream.paraphrases(event)
-        assert not set(paraphrases) & {q.prompt for q in questions}
+        assert not {plain(p) for p in paraphrases} & {plain(q.prompt) for q in questions}
         given |= set(paraphrases)
     held_out = {q.prompt for _, questions in asked for q in questions if q.split == "text_generality"}
     assert given
@@ -251,12 +252,12 @@ def test_no_global_generator_is_touched(make: Make) -> None:
 
 
 def test_two_thousand_edits_take_seconds(stream: Stream) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     events = stream.events(2000)
     check_order(events)
     for event in events[::10]:
         stream.questions(event)
-    assert time.perf_counter() - start < 15
+    assert time.process_time() - start < 10
     assert stream.time_axis != "simulated" or len(events) == 2000
 
 
