@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from dataclasses import replace
 
 import pytest
+from _plain import Line, PlainStream, lines, plain
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,7 +14,6 @@ from testbed.events import BadEvent
 from testbed.probes.base import FIRST_STRATUM, Past, Planned, Probe, by_age, draw
 from testbed.registry import PROBES
 from testbed.schedule import GRID, Plan, Schedule, build, moments
-from _plain import Line, PlainStream, lines, plain
 
 some = settings(max_examples=15, deadline=None)
 
