@@ -95,14 +95,14 @@ def test_generation_is_the_argmax_of_plain_forwards(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_probing_leaves_model_and_generators_alone(kind: str) -> None:
     handle = build(kind)
-    before = (torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate(), handle.hash)  # noqa: NPY002
+    before = (torch.get_rng_state(), np.random.get_state(legacy=False)["state"]["key"].copy(), random.getstate(), handle.hash)  # noqa: NPY002
     predictor, some = ModelPredictor(handle), asks(kind)
     predictor.respond(some, ANSWERS, NEW)
     predictor.score(some, ANSWERS)
     predictor.inspect(some, [0, -1])
     predictor.text_logprobs(["the old bridge"])
     assert torch.equal(torch.get_rng_state(), before[0])
-    assert (np.random.get_state()[1] == before[1]).all()  # noqa: NPY002
+    assert (np.random.get_state(legacy=False)["state"]["key"] == before[1]).all()  # noqa: NPY002
     assert random.getstate() == before[2]
     assert weights_hash(handle.model) == before[3]
     assert not any(m._forward_hooks or m._forward_pre_hooks for layer in handle.layers for m in layer.modules())
