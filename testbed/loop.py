@@ -42,6 +42,8 @@ class Context:
     base: Mapping[str, BaseAnswer]
     max_new_tokens: int = 16
     save_every: int = 50
+    say: Callable[[str], None] = silent
+    """Gets what an editor has to say of itself (a stand-in, derived defaults)."""
 
 
 def run_editor(context: Context, editor: Editor, folder: EditorFolder, phase: Phase = silent, progress: Progress = silent) -> None:
@@ -51,6 +53,8 @@ def run_editor(context: Context, editor: Editor, folder: EditorFolder, phase: Ph
     if done == len(context.schedule.steps):
         return
     editor.prepare(context.handle, context.stream.train_pool())
+    for note in editor.notes:
+        context.say(f"{editor.name}: {note}")
     if state is not None:
         editor.load_state_dict(state)
     records: list[Record] = []

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from streams.base import Stream
-from testbed import grading, models, schedule
+from testbed import grading, models, preflight, schedule
 from testbed.config import BadConfig, RunConfig, plain, set_fields
 from testbed.editors.base import Editor
 from testbed.events import EditEvent, content_id
@@ -58,6 +58,7 @@ def prepare(config: RunConfig) -> Plan:
         raise BadConfig(f"{config.stream} ({stream.origin}) yields no edit; skipped records: {len(stream.skipped)}")
     planned = schedule.build(stream, events, schedule.Plan(config.batch, config.seed, config.probe_budget))
     handle = models.load(config.model, config.device, config.dtype)
+    preflight.check(planned, handle)
     manifest = _manifest(config, stream, events, planned, handle)
     return Plan(config, stream, events, planned, handle, manifest)
 
@@ -81,7 +82,7 @@ def study(config: RunConfig, say: Callable[[str], None] = lambda line: None) -> 
         folder.create(plan.manifest)
     _write_plan(plan, folder)
     with bars() as progress:
-        _run(plan, folder, progress, phase_log(config.log))
+        _run(plan, folder, progress, say)
     _save_models(plan, folder, say)
     return finish(plan.out)
 
@@ -112,15 +113,20 @@ def make_editor(config: RunConfig, name: str) -> Editor:
     return EDITORS.get(name)(config.editor_config(name), config.seed)
 
 
-def _run(plan: Plan, folder: RunFolder, progress: Bars, phase: Phase) -> None:
-    config = plan.config
+def _run(plan: Plan, folder: RunFolder, progress: Bars, say: Callable[[str], None]) -> None:
+    config, phase = plan.config, phase_log(plan.config.log)
+
+    def note(line: str) -> None:
+        say(line)
+        folder.add_note(line)
+
     base = folder.base_answers()
     questions = list(plan.schedule.unique_questions.values())
     if set(base) != {q.id for q in questions}:
         answers = answer_base(plan.handle, questions, config.max_new_tokens, lambda *a: progress.advance("unedited model", *a))
         folder.write_base_answers(answers)
         base = {a.question_id: a for a in answers}
-    numbers = (config.max_new_tokens, config.save_every)
+    numbers = (config.max_new_tokens, config.save_every, note)
     context = Context(plan.manifest["run"], config.seed, plan.handle, plan.stream, plan.schedule, base, *numbers)
     for name in config.editor:
         editor = make_editor(config, name)

@@ -119,6 +119,12 @@ class RunFolder:
     def manifest(self) -> dict[str, Any]:
         return read_json(self.path / "manifest.json")
 
+    def add_note(self, line: str) -> None:
+        """Add a line to the manifest's notes, once."""
+        manifest = self.manifest()
+        if line not in manifest["notes"]:
+            write_json(self.path / "manifest.json", {**manifest, "notes": [*manifest["notes"], line]})
+
     def check_same(self, manifest: dict[str, Any], keys: Sequence[str]) -> None:
         """Raise `StoreError` naming every entry in which the stored manifest and this one differ."""
         stored = self.manifest()

@@ -59,7 +59,7 @@ class Retrieve(Editor):
     def _prepare(self, pool: TrainPool) -> None:
         self.facts: dict[str, Fact] = {}
         self._hidden: dict[str, Fact] = {}
-        self.notes = ["retrieve: a lexical retriever (word overlap) compares texts"]
+        self.notes = ["a lexical retriever (word overlap) stands in for a sentence encoder"]
 
     def _edit(self, batch: EditBatch) -> dict[str, float]:
         facts, hidden = dict(self.facts), dict(self._hidden)
