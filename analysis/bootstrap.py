@@ -100,8 +100,8 @@ class Resampler:
         self.replicates = replicates
         self._groups = groups
         self._group_of = rng.permutation(self.clusters) % groups
-        counts = rng.multinomial(groups, np.full(groups, 1 / groups), size=replicates)
-        self._weights = counts.astype(np.float32)
+        drawn = rng.integers(0, groups, (replicates, groups)) + np.arange(replicates)[:, None] * groups
+        self._weights = np.bincount(drawn.ravel(), minlength=replicates * groups).reshape(replicates, groups).astype(np.float32)
 
     def ratios(self, cluster: np.ndarray, top: np.ndarray, bottom: np.ndarray) -> list[Draws | None]:
         """Column by column sum(top) / sum(bottom) with replicates; None for a column with nothing under it.

@@ -42,7 +42,7 @@ METRICS: dict[str, Metric] = {
     "general_score": Metric("General ability", "Ability", "share", 1, True),
     "general_drop": Metric("General ability lost", "Ability lost", "difference", -1, True),
     "perplexity_ratio": Metric("Perplexity ratio", "Perplexity", "ratio", -1),
-    "collapse_step": Metric("Collapse at step", "Collapse at step", "count", 1),
+    "collapse_step": Metric("Collapse at step", "Collapse step", "count", 1),
     "edits": Metric("Edits applied", "Edits applied", "count", 0),
     "seconds_per_edit": Metric("Seconds per edit", "Cost of an edit", "seconds", -1),
     "state_bytes": Metric("Editor state", "Editor state", "bytes", -1),
@@ -90,7 +90,7 @@ def _plain(value: float, unit: Unit) -> str:
     if unit == "bytes":
         return human_bytes(value)
     if unit == "seconds":
-        return f"{value:.3g} s"
+        return f"{value:.3g} s" if value >= 0.1 or value == 0 else f"{1000 * value:.3g} ms"
     return f"{value:.3f}" if unit == "ratio" and value < 1000 else f"{value:,.0f}" if value < 1e7 else f"{value:.2g}"
 
 

@@ -58,7 +58,7 @@ def read_records(folder: Path, events: pd.DataFrame, questions: pd.DataFrame) ->
     if table is None or not table.num_rows:
         return None, ["no records yet, left out"]
     broken = _count(pc.is_in(table["logprob"], pa.array([-np.inf])))
-    notes = [f"{broken} answers had a log-probability that is not a number: the model is broken there"] if broken else []
+    notes = [f"{broken} answers have a log-probability that is not finite"] if broken else []
     every = _with_scores(_numbered(table, events, questions, folder))
     frame = _once(every)
     lost = len(every) - len(frame)

@@ -30,6 +30,8 @@ MAIN = (
     "state_bytes",
 )
 """Metrics of the main table, in reading order."""
+MOST_WITH_INTERVALS = 4
+"""More editors than this leave a terminal no room for intervals."""
 _LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"}
 _LATEX |= {"−": "$-$", "×": r"$\times$", "–": "--", "≥": r"$\geq$"}
 
@@ -70,15 +72,16 @@ def _beats(summary: Summary, ours: str, theirs: str, name: str, better: int) -> 
 def terminal_table(summary: Summary) -> Table:
     """Metrics down, editors across; the best where the paired interval allows it is bold."""
     suffix = main_reading(summary)
-    table = Table(
-        box=SIMPLE, caption="Shares in %, differences in points. " + _caption(suffix), caption_justify="left", padding=(0, 1, 0, 0)
-    )
+    many = len(summary["editors"]) > MOST_WITH_INTERVALS
+    caption = _caption(suffix, "±: half the 95 % interval" if many else "95 % intervals in brackets")
+    table = Table(box=SIMPLE, caption=f"Shares in %, differences in points. {caption}", caption_justify="left", padding=(0, 1, 0, 0))
     table.add_column("")
     for editor in summary["editors"]:
         table.add_column(editor, justify="right")
     for name in _terminal_rows(summary, suffix):
         winner = best(summary, name)
-        cells = [Text(cell(m, name, brief=True), style="bold" if e == winner else "") for e, m in summary["editors"].items()]
+        texts = [half_width_cell(m, name) if many else cell(m, name, brief=True) for m in summary["editors"].values()]
+        cells = [Text(t, style="bold" if e == winner else "") for e, t in zip(summary["editors"], texts)]
         table.add_row(_row_title(name, suffix), *cells)
     return table
 
@@ -88,7 +91,20 @@ def cell(metrics: dict[str, Any], name: str, brief: bool = False) -> str:
     entry = metrics.get(name)
     if entry is None:
         return "–"
-    return f"{show(name, entry['value'])} {interval(name, entry, brief)}".replace("100.0", "100").rstrip()
+    reach = "" if brief and METRICS[split_name(name)[0]].unit == "seconds" else interval(name, entry, brief)
+    return f"{show(name, entry['value'])} {reach}".replace("100.0", "100").rstrip()
+
+
+def half_width_cell(metrics: dict[str, Any], name: str) -> str:
+    """Value and half the width of its interval, where there is little room: "41.8 ±5"."""
+    entry = metrics.get(name)
+    if entry is None:
+        return "–"
+    unit, value = METRICS[split_name(name)[0]].unit, show(name, entry["value"])
+    if unit not in ("share", "difference", "ratio") or entry["low"] is None or entry["high"] is None:
+        return value
+    half = show_briefly(name, (entry["high"] - entry["low"]) / 2)
+    return (value if half == "0" else f"{value} ±{half}").replace("100.0", "100")
 
 
 def interval(name: str, entry: dict[str, Any], brief: bool = False) -> str:
@@ -171,5 +187,5 @@ def _row_title(name: str, suffix: str) -> str:
     return f"  {READING_TITLES[own]}" if other else METRICS[base].short
 
 
-def _caption(suffix: str) -> str:
-    return f"Right by {READING_TITLES[suffix]}; 95 % intervals in brackets; bold: better than every other editor by the paired interval."
+def _caption(suffix: str, signs: str = "95 % intervals in brackets") -> str:
+    return f"Right by {READING_TITLES[suffix]}; {signs}; bold: better than every other editor by the paired interval."

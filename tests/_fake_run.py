@@ -88,7 +88,9 @@ def write_run(
     write_rows(out / "questions.parquet", QuestionRow, questions)
     write_rows(out / "base" / "answers.parquet", BaseAnswer, base or [{"question_id": q["question_id"]} for q in questions])
     plain = {"panel": "all", "incl_prob": 1.0, "reason": "end", "probe": "retention"}
-    write_rows(out / "schedule.parquet", ScheduleRow, [{"step": last, "action": "probe", "question_id": questions[0]["question_id"], **plain}])
+    write_rows(
+        out / "schedule.parquet", ScheduleRow, [{"step": last, "action": "probe", "question_id": questions[0]["question_id"], **plain}]
+    )
     for editor, rows in records.items():
         write_editor(out / editor, editor, events, rows)
     known = {"run": "fake", "schema_version": SCHEMA_VERSION, "editors": list(records), "schedule_hash": "s", "seed": 0, "notes": []}
@@ -163,9 +165,15 @@ class World:
         if q["split"] == "text":
             slope = 0.9 * (editor == "finetune") * step / self.plan.edits
             return shared | same | {"logprob": -80.0 - 40 * slope * self.rng.uniform(0.8, 1.2)}
-        if editor == "noop" or (editor == "oracle" and q["split"] not in ("edit", "text_generality", "image_generality", "portability", "stale")):
+        if editor == "noop" or (
+            editor == "oracle" and q["split"] not in ("edit", "text_generality", "image_generality", "portability", "stale")
+        ):
             return shared | same
-        right = q["split"] != "stale" if editor == "oracle" else self.rng.random() < self.chance(editor, q["split"], step - (e["step"] if e else 0), step)
+        right = (
+            q["split"] != "stale"
+            if editor == "oracle"
+            else self.rng.random() < self.chance(editor, q["split"], step - (e["step"] if e else 0), step)
+        )
         hits = TOKENS if right else int(self.rng.integers(0, TOKENS))
         text = str(q["answer"]) if right else "<script>alert(1)</script>"
         return shared | {"token_hits": hits, "n_tokens": TOKENS, "logprob": -0.3 - TOKENS + hits, "generated": text, "exact": bool(right)}
@@ -206,5 +214,10 @@ def fake_run(out: Path, plan: Plan = Plan(), **manifest: Any) -> Path:
     records = {editor: world.records(editor) for editor in plan.editors}
     stream = {"name": "fake-yearly", "origin": "made up for tests", "time_axis": plan.time_axis, "licence": "MIT", "skipped": 2}
     stream |= {"skipped_by_reason": {"no answer": 2}, "skipped_records": ["file.json:3: no answer", "file.json:8: no answer"]}
-    given = {"stream": stream, "years": plan.years, "edits": plan.edits, "config": {"stream": "fake-yearly", "edits": plan.edits}} | manifest
+    given = {
+        "stream": stream,
+        "years": plan.years,
+        "edits": plan.edits,
+        "config": {"stream": "fake-yearly", "edits": plan.edits},
+    } | manifest
     return write_run(out, world.events, world.questions, records, list(world.base.values()), **given)

@@ -136,7 +136,7 @@ def test_a_broken_model_has_no_perplexity_but_a_collapse_and_a_note(tmp_path: Pa
     summary = summarise(run, replicates=FEW)
     assert "perplexity_ratio" not in summary["editors"]["e"]
     assert summary["editors"]["e"]["collapse_step"] == {"value": 2.0, "low": 1.0, "high": 2.0, "n": 3}
-    assert any("not a number" in n for n in summary["run"]["notes"])
+    assert any("not finite" in n for n in summary["run"]["notes"])
 
 
 @pytest.mark.parametrize(

@@ -167,6 +167,15 @@ def test_the_terminal_table_fits_eighty_columns_and_dashes_what_is_absent(summar
     assert "–" in row
 
 
+def test_many_editors_fit_a_terminal_without_intervals(summary: dict) -> None:
+    many = summary | {"editors": summary["editors"] | {"another": summary["editors"]["finetune"]}, "pairs": {}}
+    console = Console(width=80, file=io.StringIO(), force_terminal=False)
+    console.print(tables.terminal_table(many))
+    row = next(line for line in console.file.getvalue().splitlines() if "Success, end" in line)
+    assert row.count("±") == 5
+    assert tables.half_width_cell({}, "edit_success") == "–"
+
+
 class Tags(HTMLParser):
     def __init__(self) -> None:
         super().__init__()
