@@ -70,7 +70,7 @@ class Editor(ABC):
     handle: ModelHandle
 
     def __init__(self, config: Any = None, seed: int = 0) -> None:
-        self.config = config if config is not None else self.Config()
+        self.config: Any = config if config is not None else self.Config()
         self.seed = seed
         self.notes: list[str] = []
         self._revises: dict[str, str | None] = {}
