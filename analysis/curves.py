@@ -16,7 +16,7 @@ from analysis.load import READINGS, EditorRun, Run
 
 RIGHT_AFTER_AGE = 0.5
 """Where "right after" stands on a logarithmic axis of ages."""
-MOST_TOPICS = 6
+MOST_TOPICS = 5
 
 
 def by_year(run: Run, rows: pd.DataFrame, split: str, reading: str, resampler: Resampler) -> pd.DataFrame:

@@ -100,7 +100,7 @@ def name_lines(figure: Figure, ax: Axes, frame: pd.DataFrame, of: Looks) -> None
 def legend(figure: Figure, of: Looks) -> None:
     """One legend above the figure, with the colour, marker and dash of every editor."""
     handles = [_handle(n, look) for n, look in of.items()]
-    columns = min(len(handles), 4 if figure.get_figwidth() > ONE_COLUMN else 2)
+    columns = min(len(handles), 5 if figure.get_figwidth() >= TWO_COLUMNS else 3)
     figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False, handlelength=3.2)
 
 
