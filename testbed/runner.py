@@ -168,6 +168,7 @@ def _manifest(
         "grading_version": grading.VERSION,
         "config": identity,
         "editors": list(config.editor),
+        "references": [name for name in config.editor if EDITORS.get(name).traits.told_truth],
         "editor_configs": {name: plain(config.editor_config(name)) for name in config.editor},
         "stream": stream.manifest(),
         "model": {"name": handle.name, "hash": handle.hash, "family": handle.family.name, "parameters": _size(handle)},
