@@ -1,0 +1,127 @@
+"""A run killed anywhere and gone on with equals the run that was not, bit for bit but for time and memory."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from _models import folder
+from _warm import Done, command
+
+EDITORS = ("finetune", "balancedit")
+SMALL = ("--edits", 20, "--editor", ",".join(EDITORS), "--save-every", 5, "--max-new-tokens", 2, "--probe-budget", 10, "--device", "cpu")
+FAST = ("--set", "finetune.steps=4", "--set", "balancedit.steps=4", "--set", "stream.edits_per_year=8")
+TIMED = ("seconds", "bytes")
+"""Words in the names of fields of time and memory."""
+
+
+def run(out: Path, kill: str = "") -> Done:
+    log = out.with_suffix(".log")
+    return command("--model", folder("llava"), "--out", out, "--log", log, *SMALL, *FAST, kill=kill, figures=False)
+
+
+def go_on(out: Path, kill: str = "") -> Done:
+    return command("--resume", out, "--save-every", 5, "--log", out.with_suffix(".log"), kill=kill, figures=False)
+
+
+@cache
+def uninterrupted() -> Path:
+    out = Path(mkdtemp(prefix="whole-")) / "run"
+    done = run(out)
+    assert done.code == 0, done.err
+    return out
+
+
+def untimed(value: Any) -> Any:
+    """A summary without its fields of time and memory, and without the commit: other people may commit meanwhile."""
+    if isinstance(value, dict):
+        return {k: untimed(v) for k, v in value.items() if not any(t in k for t in TIMED) and k != "git"}
+    return [untimed(v) for v in value] if isinstance(value, list) else value
+
+
+def records(out: Path, editor: str) -> list[dict[str, Any]]:
+    rows = [r for p in sorted((out / editor / "records").glob("*.parquet")) for r in pq.read_table(p).to_pylist()]
+    assert rows
+    return [{k: v for k, v in r.items() if k != "seconds"} for r in rows]
+
+
+def reports(out: Path, editor: str) -> list[Any]:
+    return [untimed(json.loads(line)) for line in (out / editor / "edits.jsonl").read_text().splitlines()]
+
+
+def assert_same(out: Path) -> None:
+    whole = uninterrupted()
+    for editor in EDITORS:
+        assert records(out, editor) == records(whole, editor)
+        assert reports(out, editor) == reports(whole, editor)
+        state = [p.read_bytes() for x in (out, whole) for p in (x / editor / "state").iterdir()]
+        assert len(state) == 2
+        assert state[0] == state[1]
+    for name in ("schedule.parquet", "events.parquet", "questions.parquet", "base/answers.parquet"):
+        assert pq.read_table(out / name).equals(pq.read_table(whole / name)), name
+    summaries = [untimed(json.loads((x / "summary.json").read_text())) for x in (out, whole)]
+    assert summaries[0]["editors"].keys() == set(EDITORS)
+    assert summaries[0] == summaries[1]
+    assert not list(out.rglob(".*"))
+
+
+CHAINS = {
+    "a weight editor": ["resume 0", "apply 2 adam 3", "probe 8 generate 2", "rename 10", "resume 0", "write 15 again", "apply 14 adam 1"],
+    "a codebook editor": ["rename 20 again", "probe 20 generate 1", "apply 7 adam 4", "rename 10 again", "probe 9 generate 1"],
+}
+"""Places at which one process after another is killed. The second chain spares the first editor from its second kill on."""
+
+
+@pytest.mark.parametrize("name", list(CHAINS))
+def test_killed_again_and_again(tmp_path: Path, name: str) -> None:
+    out = tmp_path / "run"
+    first, *others = CHAINS[name]
+    assert run(out, first).code == -9
+    for kill in others:
+        assert go_on(out, kill).code == -9, kill
+        assert not (out / "summary.json").exists()
+    done = go_on(out)
+    assert done.code == 0, done.err
+    assert_same(out)
+
+
+def test_the_log_tells_every_phase_in_order() -> None:
+    """With save_every 5: apply and probe of each step, then two files written and renamed."""
+    lines = uninterrupted().with_suffix(".log").read_text().splitlines()
+    once = ["resume 0"]
+    for step in range(1, 21):
+        once += [f"apply {step}", f"probe {step}"]
+        once += [f"{phase} {step}" for _ in range(2) for phase in ("write", "rename")] if step % 5 == 0 else []
+    assert lines == once * 2
+
+
+def test_a_finished_run_can_be_gone_on_with_and_stays_as_it_is(tmp_path: Path) -> None:
+    whole = uninterrupted()
+    before = {p: p.stat().st_mtime_ns for e in EDITORS for p in (whole / e).rglob("*") if p.is_file()}
+    assert go_on(whole).code == 0
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+def test_cut_files_are_made_again(tmp_path: Path) -> None:
+    """The base's answers, a record file and the reports of a finished run, cut in the middle."""
+    import shutil
+
+    out = tmp_path / "run"
+    shutil.copytree(uninterrupted(), out)
+    for name in (
+        "base/answers.parquet",
+        "schedule.parquet",
+        "finetune/records/step-000010.parquet",
+        "balancedit/edits.jsonl",
+        "summary.json",
+    ):
+        raw = (out / name).read_bytes()
+        (out / name).write_bytes(raw[: len(raw) // 2])
+    done = go_on(out)
+    assert done.code == 0, done.err
+    assert_same(out)
