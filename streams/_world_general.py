@@ -17,7 +17,7 @@ from streams._world_skills import (
     two_hop,
     two_hop_held_out,
 )
-from streams._world_words import SLOTS, canonical, phrasings, picture_ref
+from streams._world_words import SLOTS, phrasings, picture_ref
 from testbed.events import Question
 
 PER_TOPIC = 60

@@ -39,15 +39,27 @@ class Relation:
 RELATIONS: dict[str, tuple[Relation, ...]] = {
     "country": (
         Relation("leader", "country", "person", ("leader", "ruler", "president"), "Who leads {ref}?", 0.25, cascade=3),
-        Relation("capital", "country", "city", ("capital", "capital city", "seat of government"), "Which city is the capital of {ref}?", 0.03),
+        Relation(
+            "capital", "country", "city", ("capital", "capital city", "seat of government"), "Which city is the capital of {ref}?", 0.03
+        ),
         Relation("currency", "country", "currency", ("currency", "money", "legal tender"), "What money is used in {ref}?", 0.05),
         Relation("ally", "country", "country", ("ally", "main ally", "closest friend"), "Which country is allied with {ref}?", 0.15),
     ),
     "company": (
         Relation("director", "company", "person", ("director", "manager", "chief executive"), "Who runs {ref}?", 0.3, cascade=2),
-        Relation("headquarters", "company", "city", ("headquarters", "main office", "head office"), "In which city is {ref} based?", 0.08, cascade=3),
+        Relation(
+            "headquarters",
+            "company",
+            "city",
+            ("headquarters", "main office", "head office"),
+            "In which city is {ref} based?",
+            0.08,
+            cascade=3,
+        ),
         Relation("product", "company", "product", ("product", "main good", "best seller"), "What does {ref} make?", 0.15),
-        Relation("market", "company", "country", ("market", "main market", "largest market"), "In which country does {ref} sell most?", 0.2),
+        Relation(
+            "market", "company", "country", ("market", "main market", "largest market"), "In which country does {ref} sell most?", 0.2
+        ),
     ),
     "club": (
         Relation("coach", "club", "person", ("coach", "trainer", "head coach"), "Who trains {ref}?", 0.5),
@@ -77,11 +89,21 @@ STRUCTURES = (
 
 LED_BY = {"country": "led by", "company": "run by", "club": "trained by", "university": "headed by"}
 CAPTION_PROMPT = "Describe this emblem in one sentence."
-CAPTION_TRAIN = ("Write one sentence about this emblem.", "Give a caption for this emblem.", "Describe the picture in one sentence.", "Caption this emblem.")
+CAPTION_TRAIN = (
+    "Write one sentence about this emblem.",
+    "Give a caption for this emblem.",
+    "Describe the picture in one sentence.",
+    "Caption this emblem.",
+)
 CAPTION_HELD = ("Write one sentence about this picture.", "Give a caption for the picture.", "Describe this picture in one sentence.")
 
 NAMING_PROMPT = "Which {kind} has this emblem?"
-NAMING_TRAIN = ("Name the {kind} with this emblem.", "Tell me which {kind} has this emblem.", "The {kind} with this emblem is", "Say which {kind} this is.")
+NAMING_TRAIN = (
+    "Name the {kind} with this emblem.",
+    "Tell me which {kind} has this emblem.",
+    "The {kind} with this emblem is",
+    "Say which {kind} this is.",
+)
 NAMING_HELD = ("Say which {kind} has this emblem.", "Tell me the {kind} with this emblem.", "Name the {kind} this is.")
 
 

@@ -1,39 +1,79 @@
-"""MMEdit's two forms, E-VQA and E-IC, over the simulated world: `mmedit-yearly`, `mmedit-caption-yearly`."""
+"""`mmedit-yearly` (E-VQA) and `mmedit-caption-yearly` (E-IC): the MMEdit files, or the simulated world in their form."""
 
 from __future__ import annotations
 
-from streams.base import BadStream, StreamConfig
-from streams.world import WorldStream
+from streams._either import Either
+from streams._entries import Data, EntryStream
+from streams._mmedit import Layout, load
+from streams.base import Stream, StreamConfig
 from testbed.registry import STREAMS
 
+_LICENCE = "MMEdit (EasyEdit): MIT; questions, captions: VQAv2, COCO, OK-VQA, CC BY 4.0; photos: Flickr terms; simulated world: MIT"
+_NUMBERS = frozenset("zero one two three four five six seven eight nine ten eleven twelve".split())
 
-def _no_files(config: StreamConfig, name: str) -> None:
-    if config.data_root is not None:
-        raise BadStream(
-            f"{name} reads only the simulated world so far, got data_root {config.data_root}: leave --data-root out, "
-            "or use okedit-yearly for questions about real photos"
-        )
+
+def answer_type(question: str, target: str) -> str:
+    """VQAv2's three types of answer: yes/no, number, other."""
+    bare = target.casefold().strip(" .")
+    if bare in ("yes", "no"):
+        return "yes/no"
+    return "number" if bare in _NUMBERS or bare.replace(",", "").replace(".", "", 1).isdigit() else "other"
+
+
+VQA = Layout(
+    name="MMEdit E-VQA",
+    parts=(("vqa/vqa_train.json", "vqa_train.json"), ("vqa/vqa_eval.json", "vqa_eval.json")),
+    pictures=("", "images"),
+    category=answer_type,
+    beside=("_balancedit",),
+)
+CAPTION = Layout(
+    name="MMEdit E-IC",
+    parts=(("caption/caption_train_edit.json", "caption_train_edit.json"), ("caption/caption_eval_edit.json", "caption_eval_edit.json")),
+    pictures=("", "images"),
+    category=lambda question, target: "caption",
+    bare=False,
+)
+
+
+class MMEditFiles(EntryStream):
+    """The official files of one of the two sets. Raises `BadStream` where they cannot be used."""
+
+    name = "mmedit"
+    summary = "MMEdit files"
+    licence = _LICENCE
+    far_controls = False
+    """`locality_far` is MMEdit's own M-Locality and nothing else."""
+
+    def __init__(self, config: StreamConfig, layout: Layout) -> None:
+        self._layout = layout
+        super().__init__(config)
+
+    def read(self, config: StreamConfig) -> Data:
+        return load(self._layout, config)
 
 
 @STREAMS.register("mmedit-yearly")
-class MMEditYearly(WorldStream):
+class MMEditYearly(Either):
     """E-VQA form: a picture, a question, an answer."""
 
-    summary = "MMEdit E-VQA form over the simulated world: edits by picture and question. No files needed."
+    summary = "MMEdit E-VQA: answers about photos (files with --data-root, else the simulated world)"
+    time_axis = "scheduled"
+    licence = _LICENCE
     form = "vqa"
 
-    def __init__(self, config: StreamConfig) -> None:
-        _no_files(config, self.name)
-        super().__init__(config)
+    def files(self, config: StreamConfig) -> Stream:
+        return MMEditFiles(config, VQA)
 
 
 @STREAMS.register("mmedit-caption-yearly")
-class MMEditCaptionYearly(WorldStream):
-    """E-IC form: a picture, a fixed instruction, a caption that names who is in charge."""
+class MMEditCaptionYearly(Either):
+    """E-IC form: a picture, a fixed instruction, a caption."""
 
-    summary = "MMEdit E-IC form over the simulated world: captions that change with the facts. No files needed."
+    summary = "MMEdit E-IC: captions of photos (files with --data-root, else the simulated world)"
+    time_axis = "scheduled"
+    licence = _LICENCE
     form = "caption"
 
-    def __init__(self, config: StreamConfig) -> None:
-        _no_files(config, self.name)
-        super().__init__(config)
+    def files(self, config: StreamConfig) -> Stream:
+        return MMEditFiles(config, CAPTION)

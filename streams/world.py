@@ -11,9 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-
 from streams._world_ask import Asker, Form
-from streams._world_facts import Fact, World, world
+from streams._world_facts import World, world
 from streams._world_general import general_questions, pool_questions, pool_texts
 from streams._world_history import Change, History
 from streams.base import BadStream, Stream, StreamConfig, TrainPool

@@ -128,7 +128,9 @@ def belief_batches(beliefs: Beliefs, packer: Packer, world: Curriculum | None) -
         world.progress = 1.0
 
     def batch(progress: float) -> Packed:
-        rows = [packer.row(examples, photo) for photo, examples in (beliefs.photo_row() for _ in range(PHOTO_ROWS if beliefs.pictured else 0))]
+        rows = [
+            packer.row(examples, photo) for photo, examples in (beliefs.photo_row() for _ in range(PHOTO_ROWS if beliefs.pictured else 0))
+        ]
         rows += [packer.row(beliefs.text_row(16)) for _ in range(TEXT_ROWS if beliefs.told else 0)]
         if world is not None:
             rows += [packer.row([next(texts) for _ in range(16)]) for _ in range(WORLD_ROWS // 4)]

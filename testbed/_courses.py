@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 
 from streams._world_facts import World
 from testbed._belief_training import Beliefs, belief_batches, belief_questions, gather
-from testbed._curriculum import Curriculum, corpus
+from testbed._curriculum import Curriculum, Pace, corpus
 from testbed._damage import sibling_damage
 from testbed._gates import GateRow, measure, share_right
 from testbed._packing import Packer
@@ -23,7 +22,22 @@ from testbed.events import Question
 Progress = Callable[[str, float, float], None]
 """Called with the stage, the share of it that is done, and the loss."""
 TOWER_STEPS = 1400
-WORLD = Schedule(steps=3600, minutes=28)
+
+
+@dataclass(frozen=True, slots=True)
+class Leg:
+    """A part of the course about the world."""
+
+    name: str
+    schedule: Schedule
+    pace: Pace
+
+
+WORLD = (
+    Leg("facts", Schedule(steps=2460, stop=0.64), Pace()),
+    Leg("context", Schedule(steps=1600, rate=1.5e-3, warm=0.03, rows=(6, 7, 3, 8)), Pace(facts=(-1.0, -0.5), easy=(0.0, 0.4))),
+)
+"""Copying from the prompt is found late and needs many rows of stated facts: they get a leg of their own."""
 BELIEFS = Schedule(steps=900, minutes=10, rate=1e-3, warm=0.05)
 BELIEF_GATE = 0.95
 
@@ -38,17 +52,19 @@ class Course:
 
 
 def rng_of(seed: int, purpose: int) -> np.random.Generator:
-    """The generator of one purpose of one run: 1 tower, 2 lessons, 5 tokenizer, 7 rehearsal."""
+    """The generator of one purpose of one run: 1 tower, 2 and 3 lessons, 5 tokenizer, 7 rehearsal, 9 new crops."""
     return np.random.default_rng(10 * seed + purpose)
 
 
-def teach_world(world: World, out: Path, seed: int, schedule: Schedule, questions: int, progress: Progress) -> Course:
+def teach_world(world: World, out: Path, seed: int, legs: Sequence[Leg], questions: int, progress: Progress) -> Course:
     """Train the tiny model on a world from nothing, save it to `out`, and measure what was saved."""
     tokenizer = build_tokenizer(corpus(world, rng_of(seed, 5)))
     processor, model, packer = build_processor(tokenizer), build_model(tokenizer, seed), Packer(tokenizer)
     seen = train_tower(model, rng_of(seed, 1), TOWER_STEPS, lambda _, done, loss: progress("vision tower", done, loss))
-    batches = world_batches(Curriculum(world, rng_of(seed, 2)), packer, schedule)
-    steps = train(model, packer, batches, schedule, lambda _, done, loss: progress("everything", done, loss))
+    steps = 0
+    for i, leg in enumerate(legs):
+        batches = world_batches(Curriculum(world, rng_of(seed, 2 + i), leg.pace), packer, leg.schedule)
+        steps += train(model, packer, batches, leg.schedule, lambda _, done, loss, leg=leg: progress(leg.name, done, loss))
     save(model, processor, out)
     rows = world_gates(out, world, questions)
     return Course(rows, steps, (f"The tower alone told {seen:.1%} of the parts of random emblems.",))
@@ -98,9 +114,14 @@ def belief_gates(folder: Path, groups: list[Any], seed: int) -> list[GateRow]:
     return [GateRow("beliefs, new crops", share_right(model, processor, asked), len(asked), BELIEF_GATE)]
 
 
-def cut(schedule: Schedule, steps: int, minutes: float) -> Schedule:
-    """The schedule with another length; 0 keeps the course's own. Raises ValueError for a negative one."""
-    if steps < 0 or not minutes >= 0 or math.isinf(minutes):
-        raise ValueError(f"--steps and --minutes must be 0 (the course's own) or more, got {steps} and {minutes}")
-    own = schedule.__dict__
-    return Schedule(**{**own, "steps": steps or schedule.steps, "minutes": minutes or schedule.minutes})
+def cut(schedule: Schedule, steps: float, minutes: float) -> Schedule:
+    """The schedule with another length in steps and another limit in minutes; 0 keeps its own."""
+    return replace(schedule, steps=max(1, round(steps)) if steps else schedule.steps, minutes=minutes or schedule.minutes)
+
+
+def cut_legs(legs: Sequence[Leg], steps: int, minutes: float) -> tuple[Leg, ...]:
+    """The legs with `steps` and `minutes` shared out in proportion to the steps that each takes; 0 keeps their own."""
+    whole = sum(leg.schedule.steps * leg.schedule.stop for leg in legs)
+    return tuple(
+        replace(leg, schedule=cut(leg.schedule, leg.schedule.steps * steps / whole, leg.schedule.steps * minutes / whole)) for leg in legs
+    )

@@ -32,13 +32,19 @@ from testbed._packing import Example
 T = TypeVar("T")
 Point = tuple[Relation, str]
 """What a question or a stated fact is about: a relation, and how the entity is referred to."""
-FACTS_BY_PICTURE = (0.02, 0.06)
-"""Facts by picture enter between these shares of the schedule."""
 ENTITY_PHOTOS = 0.92
 CANONICAL = 0.35
-EASE = 0.25
-"""Until this share of the schedule ever fewer questions in context are easy: one or two facts, in their own words."""
 TEXT_MIX = {"fact": 0.76, "sum": 0.08, "compare": 0.04, "grammar": 0.06, "hop": 0.04, "text": 0.02}
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """What enters and leaves between which shares of the schedule."""
+
+    facts: tuple[float, float] = (0.02, 0.06)
+    """Facts by picture enter."""
+    easy: tuple[float, float] = (0.06, 0.3)
+    """Ever fewer rows of stated facts are easy: one or two facts, each asked for in its own words and nothing else."""
 
 
 class Curriculum:
@@ -47,10 +53,11 @@ class Curriculum:
     Args:
         world: what is true.
         rng: every draw comes from it.
+        pace: when things enter; `progress` is set by whoever trains.
     """
 
-    def __init__(self, world: World, rng: np.random.Generator) -> None:
-        self.world, self.rng = world, rng
+    def __init__(self, world: World, rng: np.random.Generator, pace: Pace = Pace()) -> None:
+        self.world, self.rng, self.pace = world, rng, pace
         self._hops = two_hops(world, held_out=False)
         self._makers: dict[str, Callable[[], Example]] = {
             "fact": self._fact_by_name,
@@ -64,8 +71,9 @@ class Curriculum:
         self.progress = 0.0
 
     def _easy(self) -> bool:
-        """Whether stated facts are few and asked for in their own words: ever more rarely."""
-        return self.rng.random() > self.progress / EASE
+        """Whether the next row of stated facts is an easy one."""
+        low, high = self.pace.easy
+        return self.rng.random() > (self.progress - low) / (high - low)
 
     def context(self, by_picture: bool) -> tuple[np.ndarray | None, str, list[Example]]:
         """Stated facts and questions that they do or do not answer: (photo, shared beginning, how prompts go on)."""
@@ -74,6 +82,8 @@ class Curriculum:
         stated = state(self.world, near, 1 + self._below(2 if easy else 4), self.rng)
         own = [(r, picture_ref(entity.kind) if by_picture else entity.name) for r in entity.relations]
         asked = own if by_picture else [*dict.fromkeys([*stated.about, *own])]
+        if easy and (bearing := [p for p in asked if p in stated.about]):
+            asked = bearing
         out, shared = [], prompts.in_context(stated.facts, "").removesuffix(CONTEXT_TAIL)
         for point in asked:
             learned = self._learned(point, entity)
@@ -108,7 +118,7 @@ class Curriculum:
             code = random_code(self.rng)
             return photograph(code, self.rng), [Example(*perception(code, p, self.rng, False)) for p in PARTS * 2]
         entity = self._next_entity()
-        low, high = FACTS_BY_PICTURE
+        low, high = self.pace.facts
         facts = [s for s in range(SLOTS) if self.rng.random() < (self.progress - low) / (high - low)]
         out = [self._naming(entity)]
         out += [Example(self._ask(entity.relations[s], picture_ref(entity.kind)), self.world.value(entity, s)) for s in facts]

@@ -16,7 +16,6 @@ from streams._world_general import held_out_texts, two_hops
 from streams._world_skills import arithmetic, comparison, grammar, perception
 from streams._world_words import NAMING_HELD, SLOTS, picture_ref
 from testbed._curriculum import ask, question_in_context
-from testbed._packing import Example
 from testbed._tiny_model import TEXT_ONLY, WITH_IMAGE
 
 NEW_PHOTO = 500

@@ -1,4 +1,4 @@
-"""The tiny image-text model's parts: tokenizer, processor, `LlavaForConditionalGeneration` of 3.6 M parameters.
+"""The tiny image-text model's parts: tokenizer, processor, `LlavaForConditionalGeneration` of 2.6 M parameters.
 
 All of them are plain transformers objects, saved and loaded like any hub model.
 """
@@ -81,14 +81,17 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlavaForConditionalGeneration:
-    """A new fp32 model; its weights depend on `seed` alone (the global generator is put back)."""
+    """A new fp32 model; its weights depend on `seed` alone (the global generator is put back).
+
+    Input and output embeddings are one: with two of them the model did not learn to copy a stated value.
+    """
     vision = CLIPVisionConfig(
         hidden_size=96, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4, image_size=SIDE,
         patch_size=PATCH, projection_dim=96, initializer_range=0.08,
     )  # fmt: skip
     text = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=4, initializer_range=0.08, max_position_embeddings=LONGEST, tie_word_embeddings=False,
+        num_key_value_heads=4, initializer_range=0.08, max_position_embeddings=LONGEST, tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
     config = LlavaConfig(
@@ -98,7 +101,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlavaForCondit
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
         image_seq_length=IMAGE_TOKENS,
-        tie_word_embeddings=False,
+        tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,
     )
     with torch.random.fork_rng(devices=[]):
@@ -121,7 +124,8 @@ def image_features(model: LlavaForConditionalGeneration, values: Tensor) -> Tens
 def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: Path) -> None:
     """Write weights (bf16, half the size), tokenizer and processor; the config says fp32, so they load as fp32."""
     folder.mkdir(parents=True, exist_ok=True)
-    state = {k: v.to(torch.bfloat16) for k, v in model.state_dict().items()}
+    tied = "lm_head.weight"
+    state = {k: v.to(torch.bfloat16) for k, v in model.state_dict().items() if k != tied}
     model.config.dtype = model.config.text_config.dtype = model.config.vision_config.dtype = torch.float32
     model.generation_config.max_new_tokens = None
     model.save_pretrained(folder, state_dict=state)

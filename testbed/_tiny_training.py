@@ -41,6 +41,8 @@ class Schedule:
     tower_share: float = 0.3
     warm: float = 0.04
     """Share of the schedule in which the rate rises."""
+    stop: float = 1.0
+    """Share of the schedule at which training stops; below 1 another leg goes on from a rate that is not zero."""
     decay: float = 0.05
     """Weight decay."""
     rows: tuple[int, int, int, int] = (13, 4, 3, 4)
@@ -142,7 +144,7 @@ def train(
     optimizer = torch.optim.AdamW(groups, lr=schedule.rate, betas=BETAS, weight_decay=schedule.decay, fused=True)
     clock, step = Clock(schedule.steps, schedule.minutes), 0
     model.train()
-    while (progress := clock.progress(step)) < 1.0:
+    while (progress := clock.progress(step)) < schedule.stop:
         for group in optimizer.param_groups:
             group["lr"] = schedule.rate * group["share"] * rate_factor(progress, schedule.warm)
         packed = batches(progress)
@@ -154,6 +156,6 @@ def train(
         optimizer.step()
         optimizer.zero_grad()
         step += 1
-        report(step, progress, loss.item())
+        report(step, progress / schedule.stop, loss.item())
     model.eval()
     return step

@@ -69,7 +69,11 @@ class PretrainConfig:
 
     def problems(self) -> list[str]:
         """Every mistake in the values, as sentences."""
-        out = [f"--{name} must be {least} or more, got {getattr(self, name)}" for name, least in (("threads", 1), ("questions", 1), ("seed", 0)) if getattr(self, name) < least]
+        out = [
+            f"--{name} must be {least} or more, got {getattr(self, name)}"
+            for name, least in (("threads", 1), ("questions", 1), ("seed", 0))
+            if getattr(self, name) < least
+        ]
         if self.steps < 0 or not self.minutes >= 0:
             out.append(f"--steps and --minutes must be 0 (the course's own) or more, got {self.steps} and {self.minutes}")
         if self.out.exists() and not self.out.is_dir():
@@ -118,13 +122,15 @@ def _run_course(config: PretrainConfig, stream: Stream, report: Report) -> _cour
     except ValueError as e:
         raise BadPretrain(str(e)) from e
     if stream.data_hash() == known.content_hash():
-        schedule = _courses.cut(_courses.WORLD, config.steps, config.minutes)
-        return _courses.teach_world(known, config.out, config.seed, schedule, config.questions, report)
+        legs = _courses.cut_legs(_courses.WORLD, config.steps, config.minutes)
+        return _courses.teach_world(known, config.out, config.seed, legs, config.questions, report)
     beliefs = list(stream.beliefs())
     if not beliefs:
         raise BadPretrain(f"stream {config.stream} says nothing about what a model believes before its edits, so there is nothing to learn")
     if not (config.start / "config.json").is_file():
-        raise BadPretrain(f"no model lies in {config.start}: make one with python -m testbed.pretrain --stream world-yearly --out {config.start}")
+        raise BadPretrain(
+            f"no model lies in {config.start}: make one with python -m testbed.pretrain --stream world-yearly --out {config.start}"
+        )
     schedule = _courses.cut(_courses.BELIEFS, config.steps, config.minutes)
     return _courses.teach_beliefs(_courses.BeliefCourse(config.start, known, config.seed, schedule), beliefs, config.out, report)
 
@@ -153,13 +159,13 @@ def model_card(config: PretrainConfig, stream: Stream, course: _courses.Course, 
         "",
         f"- Made by: `{command_of(config)}`",
         f"- Learned: {stream.origin}",
-        f"- Seed {config.seed}; {course.steps:,} steps after the tower; {minutes:.1f} minutes, measuring included, on {config.threads} threads of a CPU",
+        f"- Seed {config.seed}; {course.steps:,} steps after the tower; {minutes:.1f} minutes in all, on {config.threads} threads",
         f"- SHA-256 of `model.safetensors`: `{weights_sha256(config.out)}`",
         f"- Licence: MIT, as the project. {stream.licence}",
         *(f"- {note}" for note in course.notes),
         "",
-        "Training ends by the clock or by steps, whichever is first, so another machine gives other weights from the same",
-        "command; the gates are what must hold. Answers below are free greedy generation and exact match, n questions a row.",
+        "Sums of bf16 products depend on the machine, so another one gives other weights from the same command; the gates are",
+        "what must hold. Answers below are free greedy generation and exact match, n questions a row.",
         "",
         *gate_table(course.rows),
         "",
@@ -178,7 +184,12 @@ def gate_table(rows: Sequence[GateRow]) -> list[str]:
 
 @contextmanager
 def _bars(console: Console) -> Iterator[Report]:
-    columns = (TextColumn("{task.description:>14}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%  loss {task.fields[loss]:.3f}"), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description:>14}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%  loss {task.fields[loss]:.3f}"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         tasks: dict[str, TaskID] = {}
 
@@ -195,7 +206,14 @@ def show(rows: Sequence[GateRow], console: Console) -> None:
     table = Table("ability", "value", "gate", "n", "")
     for r in rows:
         colour = {True: "green", False: "red", None: "dim"}[r.passed]
-        table.add_row(r.ability, f"{r.value:.3f}", "" if r.gate is None else f"{r.gate}", f"{r.n:,}", {True: "met", False: "MISSED", None: ""}[r.passed], style=colour)
+        table.add_row(
+            r.ability,
+            f"{r.value:.3f}",
+            "" if r.gate is None else f"{r.gate}",
+            f"{r.n:,}",
+            {True: "met", False: "MISSED", None: ""}[r.passed],
+            style=colour,
+        )
     console.print(table)
 
 

@@ -77,8 +77,9 @@ def _alone(model, processor, example: Example, photo: np.ndarray | None) -> torc
     prompt = "" if example.answer is None else template.format(prompt=example.prompt)
     whole = example.prompt if example.answer is None else f"{prompt} {example.answer}"
     pictures = {} if photo is None else {"images": [photo]}
-    give = (lambda t: processor(text=[t], return_tensors="pt", **pictures)) if photo is not None else (lambda t: processor.tokenizer([t], return_tensors="pt"))
-    inputs, start = give(whole), give(prompt)["input_ids"].shape[1] - 1
+    read = processor if photo is not None else processor.tokenizer
+    inputs, shown = (read(text=[t], return_tensors="pt", **pictures) for t in (whole, prompt))
+    start = shown["input_ids"].shape[1] - 1
     inputs = {k: v for k, v in inputs.items() if k in ("input_ids", "attention_mask", "pixel_values")}
     return model(**inputs).logits[0, start:]
 
@@ -116,7 +117,12 @@ def test_a_saved_model_comes_back_in_fp32_with_its_own_answers(saved, parts):
 def test_batching_does_not_change_answers(saved):
     model, processor = load(saved)
     photo = np.zeros((48, 48, 3), np.uint8)
-    asked = [Asked("What is 2 plus 3?", "5"), Asked("Who?", "x", photo), Asked("Which is larger, 3 or 12?", "12"), Asked("Tell me the name of it.", "y", photo)]
+    asked = [
+        Asked("What is 2 plus 3?", "5"),
+        Asked("Who?", "x", photo),
+        Asked("Which is larger, 3 or 12?", "12"),
+        Asked("Tell me the name of it.", "y", photo),
+    ]
     together = generate(model, processor, asked, new_tokens=4)
     assert together == [generate(model, processor, [a], new_tokens=4)[0] for a in asked]
 
@@ -311,7 +317,9 @@ def test_the_committed_weights_are_small_and_are_those_of_the_card():
     assert command.weights_sha256(command.ASSETS) in card and "MISSED" not in card
 
 
-@pytest.mark.parametrize("ability", ["facts by name, held-out paraphrase", "facts by picture, new photo, held-out paraphrase", "naming the pictured entity"])
+@pytest.mark.parametrize(
+    "ability", ["facts by name, held-out paraphrase", "facts by picture, new photo, held-out paraphrase", "naming the pictured entity"]
+)
 def test_the_committed_weights_know_the_world(committed, ability):
     gate, make = question_gates(world(0, 0), np.random.default_rng(71))[ability]
     assert gate is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streams._emblem import PARTS, Code, Photo, change_part, random_code
-from streams._world_facts import World, world
+from streams._world_facts import World
 from streams._world_words import KINDS, RELATIONS, SLOTS, canonical, phrasings
 from streams.base import BadStream, StreamConfig
 from streams.world import FORMS, WorldStream
@@ -123,7 +124,7 @@ def test_after_a_retire_the_answer_is_the_one_before_any_edit():
 
 def test_some_changes_bring_another_of_the_same_entity():
     events = make().events(400)
-    following = [(a, b) for a, b in zip(events, events[1:], strict=False) if "follows from" in b.source]
+    following = [(a, b) for a, b in pairwise(events) if "follows from" in b.source]
     assert len(following) > 10
     assert all(a.subject == b.subject and a.relation != b.relation and a.id in b.source for a, b in following)
 
@@ -254,7 +255,10 @@ def test_mmedit_streams_say_that_they_read_no_files(name, tmp_path):
 
 
 def test_the_world_needs_no_torch():
-    code = "import streams.world, sys; from streams.base import StreamConfig; streams.world.WorldYearly(StreamConfig()).events(9); print('torch' in sys.modules)"
+    code = (
+        "import streams.world, sys; from streams.base import StreamConfig; "
+        "streams.world.WorldYearly(StreamConfig()).events(9); print('torch' in sys.modules)"
+    )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "False"
 
