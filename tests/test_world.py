@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streams._emblem import PARTS, Code, Photo, change_part, random_code
-from streams._world_facts import World
+from streams._world_facts import World, world
 from streams._world_words import KINDS, RELATIONS, SLOTS, canonical, phrasings
 from streams.base import BadStream, StreamConfig
 from streams.world import FORMS, WorldStream
@@ -246,12 +246,10 @@ def test_an_event_of_another_stream_is_refused():
         make("text", seed=6).questions(foreign)
 
 
-@pytest.mark.parametrize("name", ["mmedit-yearly", "mmedit-caption-yearly"])
-def test_mmedit_streams_say_that_they_read_no_files(name, tmp_path):
-    cls = STREAMS.get(name)
-    assert isinstance(cls(StreamConfig(world_size=SIZE)).events(1)[0].image, Photo)
-    with pytest.raises(BadStream, match="okedit-yearly"):
-        cls(StreamConfig(data_root=tmp_path))
+@pytest.mark.parametrize("name", ["mmedit-yearly", "mmedit-caption-yearly", "okedit-yearly"])
+def test_streams_of_files_come_from_the_world_without_files(name):
+    stream = STREAMS.get(name)(StreamConfig(world_size=SIZE))
+    assert isinstance(stream.events(1)[0].image, Photo) and stream.data_hash() == world(0, SIZE).content_hash()
 
 
 def test_the_world_needs_no_torch():
