@@ -40,7 +40,7 @@ def shrink(photo: np.ndarray) -> np.ndarray:
     if factor >= 1:
         return photo
     size = (max(KEPT_SIDE, round(photo.shape[1] * factor)), max(KEPT_SIDE, round(photo.shape[0] * factor)))
-    return np.asarray(Image.fromarray(photo).resize(size, Image.Resampling.BICUBIC))
+    return np.array(Image.fromarray(photo).resize(size, Image.Resampling.BICUBIC))
 
 
 def crop(photo: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -49,7 +49,7 @@ def crop(photo: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     side = round(min(height, width) * rng.uniform(SMALLEST_CROP, 1.0))
     top, left = (height - side) / 2 * rng.uniform(0.5, 1.5), (width - side) / 2 * rng.uniform(0.5, 1.5)
     box = (left, top, left + side, top + side)
-    return np.asarray(Image.fromarray(photo).resize((SIDE, SIDE), Image.Resampling.BICUBIC, box=box))
+    return np.array(Image.fromarray(photo).resize((SIDE, SIDE), Image.Resampling.BICUBIC, box=box))
 
 
 def gather(beliefs: Sequence[Question]) -> tuple[list[PhotoBeliefs], list[str]]:

@@ -225,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _bars(console) as report:
             rows = pretrain(config, report)
     except (BadPretrain, BadStream, UnknownName) as e:
-        console.print(f"pretrain: {e}", style="red", markup=False)
+        console.print(f"pretrain: {e}", style="red", markup=False, soft_wrap=True)
         return 2
     show(rows, console)
     missed = [r.ability for r in rows if r.passed is False]
