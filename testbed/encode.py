@@ -126,6 +126,14 @@ def _worded(handle: ModelHandle, template: str, prompt: str) -> str:
     return template.format(prompt=prompt)
 
 
+def worded(handle: ModelHandle, ask: Ask) -> tuple[str, int, int]:
+    """The prompt as the tokenizer reads it, template included, and where in it the prompt itself begins and ends."""
+    template = handle.family.text if ask.image is None else handle.family.image or handle.family.text
+    text, bare = _worded(handle, template, ask.prompt), _worded(handle, "{prompt}", ask.prompt)
+    end = len(text) - len(template.partition("{prompt}")[2])
+    return text, end - len(bare), end
+
+
 def _process(handle: ModelHandle, text: str, picture: Picture) -> dict[str, torch.Tensor]:
     from PIL import Image
 

@@ -8,7 +8,7 @@ final norm and the head, at the few positions that predict the answer.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,6 +126,61 @@ def _check(tail: Tail) -> None:
             f"layer {tail.layer} of {type(handle.model).__name__} cannot be trained from its down-projection up: under a changed weight "
             f"the result is off by {share:.0%} of the change. Use one whose layers add the MLP's output as it is (Llama, GPT-2, OPT)"
         )
+
+
+class _Enough(Exception):
+    """Ends a forward whose remaining layers are not needed."""
+
+
+@dataclass
+class Above:
+    """Decoder layers from `first` on, with everything below them run once.
+
+    hidden: (B, T, d) what enters layer `first`. calls: the other arguments of layers `first`, `first` + 1, ...
+    """
+
+    handle: ModelHandle
+    first: int
+    hidden: Tensor
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
+
+    def layer(self, n: int, hidden: Tensor) -> Tensor:
+        """(B, T, d) output of layer `n` for another input."""
+        args, kwargs = self.calls[n - self.first]
+        out = self.handle.layers[n](hidden, *args, **kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    def through(self, hidden: Tensor, start: int, stop: int) -> Tensor:
+        """(B, T, d) output of layers `start` to `stop` - 1."""
+        for n in range(start, stop):
+            hidden = self.layer(n, hidden)
+        return hidden
+
+    def logits(self, hidden: Tensor, at: Tensor) -> Tensor:
+        """(n, V) logits at the positions `at` (B, T) bool, from the output of the last layer."""
+        return self.handle.head(self.handle.norm(hidden[at]))
+
+
+@torch.no_grad()
+def enter(handle: ModelHandle, batch: Batch, first: int, last: int) -> Above:
+    """Run the model up to layer `first` and note how it calls layers `first` to `last`; those above `last` are not run."""
+    hidden: list[Tensor] = []
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def keep(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        kwargs = dict(kwargs)
+        entering, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
+        hidden.append(entering.clone() if not hidden else entering)
+        calls.append((rest, kwargs))
+        if len(calls) == last - first + 1:
+            raise _Enough
+
+    with ExitStack() as stack:
+        for layer in handle.layers[first : last + 1]:
+            stack.callback(layer.register_forward_pre_hook(keep, with_kwargs=True).remove)
+        with suppress(_Enough):
+            handle.model(**batch.inputs, use_cache=False)
+    return Above(handle, first, hidden[0], calls)
 
 
 def pooled(act: Tensor, batch: Batch) -> Tensor:

@@ -1,0 +1,192 @@
+"""Targets: for each edit the change of one layer's output, at the subject's last token, under which the model gives the new answer.
+
+    L(delta) = mean over contexts [-(1/m) sum_t log p(o_t | ...)] + kl KL(p_delta || p_0) + decay ||delta|| / ||h_0||^2
+
+(Meng et al. 2022, 2023, as released: the decay is the first power over the square.) All edits of a batch are
+optimised together, each with its own Adam moments, clamp and stop, so an edit's target does not depend on its
+batch mates. Layers up to the one that is changed run once; the head runs at answer positions only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from testbed.editors._locate_rows import Rows, answer_rows, prompt_rows, subject_rows
+from testbed.editors.base import EditFailed
+from testbed.events import EditEvent
+from testbed.models import ModelHandle
+from testbed.tail import Above, enter, row_mean
+
+
+class Search(Protocol):
+    """What the search for a target is told (fields of `Hyper`)."""
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def lr(self) -> float: ...
+    @property
+    def decay(self) -> float: ...
+    @property
+    def clamp(self) -> float: ...
+    @property
+    def kl(self) -> float: ...
+    @property
+    def stop(self) -> float: ...
+
+
+@dataclass(frozen=True)
+class Task:
+    """One search: which edits, at which layer's output, in which contexts, whether the end token is part of the answer."""
+
+    handle: ModelHandle
+    events: Sequence[EditEvent]
+    layer: int
+    contexts: Sequence[str]
+    end: bool = True
+
+    def part(self, keep: list[int]) -> Task:
+        """The same for some of the edits."""
+        return Task(self.handle, [self.events[i] for i in keep], self.layer, self.contexts, self.end)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search found for n edits.
+
+    delta: (n, d) float32 change of the layer's output. loss: (n,) last loss (nats). steps: (n,) optimiser steps taken.
+    """
+
+    delta: Tensor
+    loss: Tensor
+    steps: Tensor
+
+
+class Forward:
+    """The loss of a delta for each edit, with the layers below run once."""
+
+    def __init__(self, task: Task) -> None:
+        self.n, self.top = len(task.events), task.handle.n_layers
+        self.rows = answer_rows(task.handle, task.events, task.contexts, task.end)
+        self.essence = subject_rows(task.handle, task.events)
+        self.answers = self._enter(task, self.rows)
+        self.plain = self._enter(task, self.essence) if self.essence is not None else None
+        self.before: Tensor | None = None
+
+    def _enter(self, task: Task, rows: Rows) -> Above:
+        return enter(task.handle, rows.batch, task.layer + 1, self.top - 1)
+
+    def losses(self, delta: Tensor, kl: float) -> Tensor:
+        """(n,) negative log-likelihood of the answers, mean over tokens then contexts, plus kl times the drift of the essence."""
+        at = self.rows.batch.before_answer
+        logits = _run(self.answers, self.rows, delta, at, self.top)
+        nll = torch.nn.functional.cross_entropy(logits.float(), self.rows.batch.answer_ids, reduction="none")
+        loss = row_mean(row_mean(nll, at.nonzero()[:, 0], len(self.rows.edit)), self.rows.edit, self.n)
+        return loss + kl * self._drift(delta) if kl and self.essence is not None else loss
+
+    def _drift(self, delta: Tensor) -> Tensor:
+        """(n,) KL(p_delta || p_0) of the next token after the subject; 0 for edits whose prompt names none."""
+        if self.plain is None or self.essence is None:
+            return torch.zeros(self.n, device=delta.device)
+        at = torch.zeros_like(self.essence.batch.prompt)
+        at[torch.arange(len(at), device=at.device), self.essence.at] = True
+        logp = _run(self.plain, self.essence, delta, at, self.top).float().log_softmax(-1)
+        if self.before is None:
+            self.before = logp.detach()
+        drift = (logp.exp() * (logp - self.before)).sum(-1)
+        return torch.zeros(self.n, device=delta.device).index_add(0, self.essence.edit, drift)
+
+
+def _run(above: Above, rows: Rows, delta: Tensor, at: Tensor, top: int) -> Tensor:
+    """(n, V) logits at `at` with each row's delta added where its subject ends."""
+    hidden = above.hidden.clone()
+    each = torch.arange(len(rows.at), device=hidden.device)
+    hidden[each, rows.at] = hidden[each, rows.at] + delta[rows.edit].to(hidden.dtype)
+    return above.logits(above.through(hidden, above.first, top), at)
+
+
+class Adam:
+    """Adam with moments a row, so that rows can stop and leave (beta 0.9 and 0.999, eps 1e-8)."""
+
+    def __init__(self, like: Tensor, lr: float) -> None:
+        self.lr, self.t = lr, 0
+        self.m, self.v = torch.zeros_like(like), torch.zeros_like(like)
+
+    def step(self, grad: Tensor) -> Tensor:
+        """What to add to the parameter."""
+        self.t += 1
+        self.m = 0.9 * self.m + 0.1 * grad
+        self.v = 0.999 * self.v + 0.001 * grad.square()
+        m, v = self.m / (1 - 0.9**self.t), self.v / (1 - 0.999**self.t)
+        return -self.lr * m / (v.sqrt() + 1e-8)
+
+    def keep(self, rows: Tensor) -> None:
+        self.m, self.v = self.m[rows], self.v[rows]
+
+
+def search(task: Task, h: Search, scale: Tensor) -> Found:
+    """Optimise one delta an edit until its loss is under `h.stop` or `h.steps - 1` steps are taken (the last only reads).
+
+    scale: (n,) norm of what the delta is added to: the clamp's and the decay's unit.
+    Raises `EditFailed` when a loss is not finite.
+    """
+    n, device = len(task.events), scale.device
+    found = Found(torch.zeros(n, task.handle.width, device=device), torch.zeros(n, device=device), torch.zeros(n, device=device))
+    live = torch.arange(n, device=device)
+    forward, adam, delta = Forward(task), Adam(found.delta, h.lr), found.delta.clone()
+    for step in range(h.steps):
+        loss, grad = _value(forward, delta, h, scale[live])
+        _finite(loss + grad.sum(1), [task.events[i] for i in live.tolist()], h.lr)
+        found.loss[live], found.delta[live] = loss, delta
+        going = loss >= h.stop
+        if step == h.steps - 1 or not going.any():
+            break
+        found.steps[live[going]] += 1
+        delta = torch.where(going[:, None], _clamped(delta + adam.step(grad), h.clamp * scale[live]), delta)
+        if 2 * int(going.sum()) <= len(going):
+            rows = going.nonzero()[:, 0]
+            live, delta, before = live[rows], delta[rows], forward.before
+            adam.keep(rows)
+            forward = _smaller(Forward(task.part(live.tolist())), before, rows, forward)
+    return found
+
+
+def _value(forward: Forward, delta: Tensor, h: Search, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """(n,) losses and (n, d) gradient."""
+    with torch.enable_grad():
+        own = delta.detach().requires_grad_(True)
+        loss = forward.losses(own, h.kl) + h.decay * own.norm(dim=1) / scale.square()
+        (grad,) = torch.autograd.grad(loss.sum(), own)
+    return loss.detach(), grad
+
+
+def _smaller(new: Forward, before: Tensor | None, rows: Tensor, old: Forward) -> Forward:
+    """Carry the essence of the unchanged model over to the edits that go on."""
+    if before is not None and old.essence is not None:
+        new.before = before[torch.isin(old.essence.edit, rows)]
+    return new
+
+
+def _clamped(delta: Tensor, limit: Tensor) -> Tensor:
+    """Rows no longer than their limit."""
+    norm = delta.norm(dim=1)
+    return delta * (limit / norm.clamp(min=1e-30)).clamp(max=1)[:, None]
+
+
+def _finite(loss: Tensor, events: list[EditEvent], lr: float) -> None:
+    bad = [e.prompt for e, ok in zip(events, torch.isfinite(loss).tolist()) if not ok]
+    if bad:
+        raise EditFailed(f"the loss of {bad[0]!r} is not finite at lr {lr}; try a smaller one")
+
+
+@torch.no_grad()
+def heights(handle: ModelHandle, events: Sequence[EditEvent], layer: int) -> Tensor:
+    """(n, d) float32 output of the layer where each bare prompt's subject ends."""
+    rows = prompt_rows(handle, events, [""])
+    above = enter(handle, rows.batch, layer + 1, layer + 1)
+    return above.hidden[torch.arange(len(events), device=above.hidden.device), rows.at].float()
