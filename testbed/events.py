@@ -102,7 +102,9 @@ class EditEvent:
 
     def _content_id(self) -> str:
         key = self.image.key if self.image is not None else None
-        return content_id("edit", self.kind, self.prompt, key, self.target, self.previous, self.subject, self.relation, self.revises, self.source)
+        return content_id(
+            "edit", self.kind, self.prompt, key, self.target, self.previous, self.subject, self.relation, self.revises, self.source
+        )
 
     @property
     def year(self) -> int:
