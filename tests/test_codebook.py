@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from testbed.editors.balancedit import radius
-from testbed.editors.codebook import Codebook, Entry, direct
+from testbed.editors._nearest import direct
+from testbed.editors.codebook import Codebook, Entry
 
 WIDTH = 3
 grid = st.tuples(*[st.integers(-8, 8)] * WIDTH)
@@ -27,7 +28,7 @@ def book(rows: list[tuple[tuple[int, ...], float, int]], positive: float = 0.0) 
 
 def reference(c: Codebook, x: tuple[int, ...]) -> str | None:
     """Nearest-then-check in pure Python float64; of equal distances the lowest entry."""
-    alive = [(math.dist(k.tolist(), x), i) for i, (k, e) in enumerate(zip(c.keys, c.entries)) if e.superseded_by is None]
+    alive = [(math.dist(k.tolist(), x), i) for i, k in enumerate(c.keys) if c.active[i]]
     if not alive:
         return None
     d, i = min(alive)
@@ -83,11 +84,12 @@ def test_radii_do_not_depend_on_the_order_of_insertion(rows: list, rng: object) 
 @given(entries, st.tuples(grid, st.integers(0, 6), st.integers(1, 3)), st.integers(0, 4))
 def test_delete_restores_every_field(rows: list, new: tuple, positive: int) -> None:
     c = book(rows, positive=0.0)
-    before = (c.keys, c.raw, c.caps, c.entries, c.radii)
+    before = (c.alive, c.superseded, c.caps, c.capped_by, c.radii)
     c.insert(torch.tensor(new[0], dtype=torch.float), float(new[1]), Entry("new", (new[2],), True, float(positive)))
     c.remove({"new"})
-    after = (c.keys, c.raw, c.caps, c.entries, c.radii)
-    assert all(torch.allclose(x, y, rtol=1e-5) if isinstance(x, torch.Tensor) else x == y for x, y in zip(before, after))
+    after = (c.alive, c.superseded, c.caps, c.capped_by, c.radii)
+    assert all(torch.equal(x, y[:-1]) for x, y in zip(before, after))
+    assert not c.alive[-1]
 
 
 @settings(max_examples=200, deadline=None)
@@ -98,7 +100,7 @@ def test_no_action_at_a_distance(rows: list, new: tuple) -> None:
     c.insert(torch.tensor(new[0], dtype=torch.float), float(new[1]), Entry("new", (new[2],), True, 0.0))
     for i, e in enumerate(c.entries[:-1]):
         far = math.dist(c.keys[i].tolist(), new[0]) >= float(c.raw[i]) + new[1]
-        if e.superseded_by is None and (far or e.label == (new[2],)):
+        if c.active[i] and (far or e.label == (new[2],)):
             assert float(c.radii[i]) == float(before[i])
 
 

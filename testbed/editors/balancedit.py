@@ -5,28 +5,34 @@ the answer's excluded. Value: that layer's weights, tuned on the one edit. Radiu
 paraphrase (positive anchor) and that of a black picture with the same question (negative anchor),
 eps = w_pos * d(pos) + (1 - w_pos) * d(neg). The paper prints the formula both ways round; this is the
 orientation of its Appendix D, its ablation and its Table 10 (w_pos = alpha).
+
+`balancedit-plus` is not published: keys that see the question and the picture apart, more anchors, null
+entries and low-rank values, each a field that can be set on either name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from streams.base import TrainPool
+from testbed.editors import _sites
+from testbed.editors._gate import Gate, Hits
+from testbed.editors._nearest import Metric, Rule, direct
+from testbed.editors._values import FullCopies, LowRank, Values, train
 from testbed.editors.base import BadEditor, EditFailed, Editor, EditorConfig, Traits, need
-from testbed.editors.codebook import Codebook, Entry, Metric, direct
-from testbed.encode import Ask, Batch, answer_ids, collate
+from testbed.editors.codebook import Codebook, Entry
+from testbed.encode import Ask, answer_ids
 from testbed.events import EditBatch, EditEvent
-from testbed.models import project
 from testbed.predictor import ModelPredictor, Predictor
 from testbed.registry import EDITORS
-from testbed.tail import Tail, capture, pooled
+from testbed.tail import capture
+
+_TEXT_NEGATIVES = 32
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,26 @@ class BalancEditConfig(EditorConfig):
     """Optimiser steps an edit (paper: 50)."""
     metric: Metric = "euclidean"
     """Distance between keys (paper: Euclidean; cosine ablated)."""
+    rule: Rule = "nearest-then-check"
+    """Which ball answers (paper: the nearest key's, if it holds the query)."""
+    overlap: Literal["continue", "fresh"] = "continue"
+    """Where an edit falls into the scope of an entry with the same answer, tune on from that entry's weights (paper) or from the base's."""
+    negative: Literal["black", "white", "random"] = "black"
+    """The negative anchor's picture (paper: black; white and a random one ablated)."""
+    key: Literal["mean", "blocks"] = "mean"
+    """h: mean over all prompt positions (paper), or last prompt token beside the picture's mean, each divided by its spread."""
+    positives: int = 1
+    """Paraphrases used as positive anchors; the farthest counts (paper: 1)."""
+    jitter: bool = False
+    """Use the picture at nine tenths of its brightness as a positive anchor too."""
+    others: int = 0
+    """Pictures of the train pool, with the edit's question, used as negative anchors; the nearest counts."""
+    siblings: int = 0
+    """Questions of the train pool, with the edit's picture, used as negative anchors; the nearest counts."""
+    nulls: int = 0
+    """Un-edited questions of the train pool that silence an edit which is not nearer than they are."""
+    rank: int = 0
+    """r: rank of an entry's addition to the layer; 0 is a full copy (paper)."""
 
     def problems(self) -> list[str]:
         out = []
@@ -48,23 +74,24 @@ class BalancEditConfig(EditorConfig):
             out.append(f"w_pos must lie in [0, 1], got {self.w_pos}")
         if self.lr <= 0 or self.steps < 1:
             out.append(f"lr must be positive and steps 1 or more, got {self.lr} and {self.steps}")
+        if self.positives < 1:
+            out.append(f"positives must be 1 or more, got {self.positives}")
+        out += [f"{n} must be 0 or more, got {getattr(self, n)}" for n in ("others", "siblings", "nulls", "rank") if getattr(self, n) < 0]
         return out
 
 
-class Black:
-    """A black picture of the size of another: the paper's negative anchor."""
+@dataclass(frozen=True)
+class Scope:
+    """Where an edit will answer: its key (f,), the radius, and what the codebook notes of it."""
 
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        self.shape = shape
-        self.key = f"black-{shape[0]}x{shape[1]}"
-
-    def load(self) -> np.ndarray:
-        return np.zeros(self.shape, dtype=np.uint8)
+    key: Tensor
+    radius: float
+    entry: Entry
 
 
 @EDITORS.register("balancedit")
 class BalancEdit(Editor):
-    """One entry an edit; the nearest key fires within its radius, decided once at prefill."""
+    """One row of the codebook an edit; the nearest key fires within its radius, decided once at prefill."""
 
     summary = "codebook of tuned copies of one layer, radius between a paraphrase and a black picture (BalancEdit)"
     traits = Traits(gated=True, undo=True, uses=frozenset({"paraphrase", "train_pool"}))
@@ -72,105 +99,158 @@ class BalancEdit(Editor):
 
     def _prepare(self, pool: TrainPool) -> None:
         self.module = self.handle.down(self.config.layer)
-        self.base = self.handle.parameter(self.handle.down_weight(self.config.layer)).detach().float()
-        self.book = Codebook(self._key_width(), self.config.metric)
+        self.weight = self.handle.parameter(self.handle.down_weight(self.config.layer)).detach().float()
+        self.family: Values = (
+            LowRank(self.module, self.weight, self.config.rank) if self.config.rank else FullCopies(self.module, self.weight)
+        )
         self.values: dict[str, Tensor] = {}
-        self._others = [Ask(q.prompt) for q in pool.questions if q.image is None][:32]
+        seen = [q for q in pool.questions if self.handle.reads_pictures or q.image is None]
+        self._words = list(dict.fromkeys(q.prompt for q in seen))
+        self._pictures = list({q.image.key: q.image for q in seen if q.image is not None}.values())
+        self._prepare_keys([Ask(q.prompt, q.image) for q in seen])
+        self._text = self._read([Ask(w) for w in self._words[:_TEXT_NEGATIVES] or ["What is this?"]])
 
-    def _key_width(self) -> int:
-        return self.base.shape[1] if isinstance(self.module, torch.nn.Linear) else self.base.shape[0]
+    def _prepare_keys(self, bank: list[Ask]) -> None:
+        width = self.weight.numel() // self.handle.width
+        self._key = _sites.mean
+        nulls = None
+        if self.config.key == "blocks":
+            width *= 2
+            sample = (
+                _sites.read(self.handle, self.module, _spaced(bank, 256), _sites.Blocks(torch.ones(2))) if bank else torch.zeros(0, width)
+            )
+            self._key = _sites.Blocks(_sites.spread_of(sample))
+        if self.config.nulls and bank:
+            nulls = self._read(_spaced(bank, self.config.nulls))
+        self.book = Codebook(width, self.config.metric, self.config.rule, nulls)
+
+    def _read(self, asks: Sequence[Ask]) -> Tensor:
+        return _sites.read(self.handle, self.module, asks, self._key)
 
     def _edit(self, batch: EditBatch) -> dict[str, float]:
-        notes = {"loss": 0.0, "radius": 0.0, "superseded": 0.0, "not_separable": 0.0}
+        scopes = self._scopes(batch)
+        near = [self.book.overlapping(s.key, s.radius, s.entry.label) if self.config.overlap == "continue" else None for s in scopes]
+        fresh = self.generator(batch.step)
+        starts = [self.values[i] if i is not None else self.family.fresh(fresh) for i in near]
         tail = capture(self.handle, [_ask(e) for e in batch.events], [e.target for e in batch.events], self.config.layer)
-        values, losses = self._train(tail)
-        for event, value, loss in zip(batch.events, values, losses):
-            entry, superseded = self._insert(event, batch.paraphrases.get(event.id, ()), value)
-            notes["superseded"] += len(superseded)
-            notes["loss"] += loss / len(batch)
-            notes["radius"] += float(self.book.raw[-1]) / len(batch)
-            notes["not_separable"] += not entry.separable
-        return {**notes, "entries": float(len(self.book))}
+        trained = train(self.family, tail, starts, self.config.lr, self.config.steps)
+        superseded = [self._insert(scope, value) for scope, value in zip(scopes, trained.values)]
+        return {
+            "loss": sum(trained.losses) / len(scopes),
+            "radius": sum(s.radius for s in scopes) / len(scopes),
+            "continued": float(sum(i is not None for i in near)),
+            "superseded": float(sum(map(len, superseded))),
+            "not_separable": float(sum(not s.entry.separable for s in scopes)),
+            "entries": float(len(self.book)),
+        }
 
-    def _train(self, tail: Tail) -> tuple[list[Tensor], list[float]]:
-        """A tuned copy of the layer for every row, all rows together. Raises `EditFailed` on a loss that is not finite."""
-        rows = tail.batch.answer.shape[0]
-        weights = self.base.expand(rows, *self.base.shape).clone().requires_grad_(True)
-        adam = torch.optim.Adam([weights], lr=self.config.lr)
-        losses = torch.zeros(rows)
-        for _ in range(self.config.steps):
-            adam.zero_grad()
-            losses = tail.loss(lambda act: self._rowwise(act, tail, weights))
-            if not torch.isfinite(losses).all():
-                raise EditFailed(f"the loss became {losses.tolist()} at lr {self.config.lr}; try a smaller one")
-            losses.sum().backward()
-            adam.step()
-        return list(weights.detach()), losses.tolist()
+    def _insert(self, scope: Scope, value: Tensor) -> list[str]:
+        try:
+            superseded = self.book.insert(scope.key, scope.radius, scope.entry)
+        except ValueError as e:
+            raise EditFailed(str(e)) from e
+        self.values = {**self.values, scope.entry.event_id: value}
+        return superseded
 
-    def _rowwise(self, act: Tensor, tail: Tail, weights: Tensor) -> Tensor:
-        """The projection with each row's own weight; `act` is (B, T, f), or (n, f) at the last layer."""
-        if weights.shape[0] == 1:
-            return project(self.module, act, weights[0])
-        if act.ndim == 3:
-            return torch.stack([project(self.module, a, w) for a, w in zip(act, weights)])
-        parts = [project(self.module, act[tail.row == i], w) for i, w in enumerate(weights)]
-        return torch.cat(parts)
-
-    def _insert(self, event: EditEvent, paraphrases: tuple[str, ...], value: Tensor) -> tuple[Entry, list[str]]:
-        key, positive, negative = self._anchors(event, paraphrases)
-        d_pos, d_neg = float(direct(positive, key, self.config.metric).max()), float(direct(negative, key, self.config.metric).min())
-        label = tuple(answer_ids(self.handle, _ask(event), event.target))
-        entry = Entry(event.id, label, d_pos < d_neg, d_pos)
-        superseded = self.book.insert(key, radius(self.config.w_pos, d_pos, d_neg), entry)
-        self.values = {**self.values, event.id: value}
-        return entry, superseded
-
-    def _anchors(self, event: EditEvent, paraphrases: tuple[str, ...]) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys of the edit (f,), of its paraphrases (p, f) and of its negative anchors (n, f)."""
-        positive = [Ask(p, event.image) for p in paraphrases[:1]] or [_ask(event)]
-        if event.image is not None:
-            negative = [Ask(event.prompt, Black(event.image.load().shape))]
-        else:
-            negative = [a for a in self._others if a.prompt != event.prompt] or [Ask("What is this?")]
-        keys = self._keys([_ask(event), *positive, *negative])
+    def _scopes(self, batch: EditBatch) -> list[Scope]:
+        """Keys and radii of a batch's edits, all prompts read together. Raises `EditFailed` where a key is not finite."""
+        positive = [self._positive(e, batch.paraphrases.get(e.id, ())) for e in batch.events]
+        negative = [self._negative(e) for e in batch.events]
+        keys = self._read([a for e, p, n in zip(batch.events, positive, negative) for a in (_ask(e), *p, *n)])
         if not torch.isfinite(keys).all():
-            raise EditFailed("activations of the edit are not finite")
-        return keys[0], keys[1 : 1 + len(positive)], keys[1 + len(positive) :]
+            raise EditFailed("activations of the edit or its anchors are not finite")
+        parts = keys.split([1 + len(p) + len(n) for p, n in zip(positive, negative)])
+        return [self._scope(e, part[0], part[1 : 1 + len(p)], part[1 + len(p) :]) for e, p, part in zip(batch.events, positive, parts)]
 
-    @torch.no_grad()
-    def _keys(self, asks: list[Ask]) -> Tensor:
-        """(n, f) float32 keys of prompts, none of which holds an answer."""
-        out = []
-        for ask in asks:
-            batch = collate(self.handle, [ask], side="left")
-            kept: list[Tensor] = []
-            with self.handle.hooked(self.module, lambda m, args, kept=kept: kept.append(args[0]), pre=True):
-                self.handle.model(**batch.inputs, use_cache=False)
-            out.append(pooled(kept[0].reshape(*batch.prompt.shape, -1), batch)[0].cpu())
-        return torch.stack(out)
+    def _scope(self, event: EditEvent, key: Tensor, positive: Tensor, negative: Tensor) -> Scope:
+        if not len(negative):
+            others = [i for i, w in enumerate(self._words[:_TEXT_NEGATIVES]) if w != event.prompt]
+            negative = self._text[others] if others else self._text
+        metric = self.config.metric
+        least = _sites.slack(key, metric)
+        d_pos, d_neg = float(direct(positive, key, metric).max()), float(direct(negative, key, metric).min())
+        label = tuple(answer_ids(self.handle, _ask(event), event.target))
+        entry = Entry(event.id, label, d_pos < d_neg, max(d_pos, least))
+        return Scope(key, max(radius(self.config.w_pos, d_pos, d_neg), least), entry)
+
+    def _positive(self, event: EditEvent, paraphrases: tuple[str, ...]) -> list[Ask]:
+        out = [Ask(p, event.image) for p in paraphrases[: self.config.positives]] or [_ask(event)]
+        if self.config.jitter and event.image is not None:
+            out.append(Ask(event.prompt, _sites.Dimmed(event.image.key, event.image.load())))
+        return out
+
+    def _negative(self, event: EditEvent) -> list[Ask]:
+        """Prompts that the entry must not answer; none of its own for an edit without a picture (see `_scope`)."""
+        if event.image is None:
+            return []
+        first, second = self.config.others, self.config.siblings
+        pictures = [p for p in self._pictures if p.key != event.image.key]
+        plain = _sites.Plain(event.image.load().shape, 255 if self.config.negative == "white" else 0)
+        drawn = pictures[int(event.id, 16) % len(pictures)] if self.config.negative == "random" and pictures else plain
+        words = [w for w in self._words if w != event.prompt]
+        return [
+            Ask(event.prompt, drawn),
+            *(Ask(event.prompt, p) for p in pictures[:first]),
+            *(Ask(w, event.image) for w in words[:second]),
+        ]
 
     def predictor(self) -> Predictor:
-        gate = Gate(self)
+        return self._through(self.book)
+
+    def as_of(self, operation: int) -> Predictor:
+        """The edited model as it was after the first so many operations of the log (insertions and removals)."""
+        return self._through(self.book.as_of(operation))
+
+    def gate(self, book: Codebook) -> Gate:
+        """A codebook laid around the layer, with the values that its entries have."""
+        return Gate(self.handle, self.module, book, self._key, lambda hits: self._answer(hits, book))
+
+    def _answer(self, hits: Hits, book: Codebook) -> Tensor:
+        return self.family.answer(hits, [self.values[book.entries[i].event_id] for i in hits.rows])
+
+    def _through(self, book: Codebook) -> Predictor:
+        gate = self.gate(book)
         return ModelPredictor(self.handle, gate.around, gate.explain)
 
     def revert(self, event_ids: Iterable[str]) -> None:
         """Take entries out; those they superseded come back. Raises `BadEditor` for an unknown id."""
-        ids = set(event_ids)
         try:
-            self.book.remove(ids)
+            self.book.remove(event_ids)
         except KeyError as e:
             raise BadEditor(f"cannot undo: {e.args[0]}") from e
-        self.values = {k: v for k, v in self.values.items() if k not in ids}
 
     def _state(self) -> dict[str, Any]:
-        return {**self.book.state(), **{f"value.{k}": v for k, v in self.values.items()}}
+        where = {"model": self.handle.hash, "layer": self.handle.down_weight(self.config.layer)}
+        return {**self.book.state(), **where, **{f"value.{k}": v for k, v in self.values.items()}}
 
     def _load(self, state: dict[str, Any]) -> None:
         need(state, "keys", (None, self.book.width))
-        if state["metric"] != self.config.metric:
-            raise BadEditor(f"the state was made with {state['metric']} distances, the config says {self.config.metric}")
+        need(state, "nulls", (None, self.book.width))
+        mine = {"model": self.handle.hash, "layer": self.handle.down_weight(self.config.layer)}
+        for name, value in {**mine, "metric": self.config.metric, "rule": self.config.rule}.items():
+            if state[name] != value:
+                raise BadEditor(f"the state was made with {name} {state[name]}, this editor has {value}")
         self.book.load(state)
-        self.values = {e.event_id: need(state, f"value.{e.event_id}", tuple(self.base.shape)) for e in self.book.entries}
+        self.values = {e.event_id: need(state, f"value.{e.event_id}", self.family.shape).to(self.weight.device) for e in self.book.entries}
+
+
+@dataclass(frozen=True)
+class BalancEditPlusConfig(BalancEditConfig):
+    key: Literal["mean", "blocks"] = "blocks"
+    positives: int = 4
+    jitter: bool = True
+    others: int = 4
+    siblings: int = 4
+    nulls: int = 256
+    rank: int = 4
+
+
+@EDITORS.register("balancedit-plus")
+class BalancEditPlus(BalancEdit):
+    """The same machinery with the unpublished fields on."""
+
+    summary = "BalancEdit with keys by modality, several anchors, null entries and low-rank values (ours)"
+    Config = BalancEditPlusConfig
 
 
 def radius(w_pos: float, d_pos: float, d_neg: float) -> float:
@@ -183,47 +263,6 @@ def _ask(event: EditEvent) -> Ask:
     return Ask(event.prompt, event.image)
 
 
-class Gate:
-    """Decides for each row of a batch which entry fires: once, at the first call of the wrapped layer."""
-
-    def __init__(self, editor: BalancEdit) -> None:
-        self.editor, self.book, self.values = editor, editor.book, editor.values
-        self.index = self.distance = torch.zeros(0)
-        self.decided = False
-
-    @contextmanager
-    def around(self, batch: Batch) -> Iterator[None]:
-        self.decided = False
-
-        def hook(module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            if not self.decided:
-                act = args[0].reshape(*batch.prompt.shape, -1)
-                self.index, self.distance = self.book.retrieve(pooled(act, batch))
-                self.decided = True
-            return self._replace(args[0], output)
-
-        with ExitStack() as stack:
-            if len(self.book):
-                stack.enter_context(self.editor.handle.hooked(self.editor.module, hook))
-            yield
-
-    def _replace(self, act: Tensor, output: Tensor) -> Tensor | None:
-        """The layer's output with the rows that hit computed by their entry; None (the base's own tensor) when none does."""
-        rows = (self.index >= 0).nonzero()[:, 0].tolist()
-        if not rows:
-            return None
-        b = len(self.index)
-        x, out = act.reshape(b, -1, act.shape[-1]), output.clone().reshape(b, -1, output.shape[-1])
-        for i in rows:
-            value = self.values[self.book.entries[int(self.index[i])].event_id].to(act.device)
-            out[i] = project(self.editor.module, x[i], value)
-        return out.reshape(output.shape)
-
-    def explain(self, batch: Batch) -> list[dict[str, Any]]:
-        """The entry that fired (its edit's id) or null, and the distance to the nearest key."""
-        if not len(self.book):
-            return [{} for _ in batch.asks]
-        return [
-            {"entry": self.book.entries[int(i)].event_id if i >= 0 else None, "distance": round(float(d), 6)}
-            for i, d in zip(self.index, self.distance)
-        ]
+def _spaced(asks: list[Ask], n: int) -> list[Ask]:
+    """At most n of them, evenly spaced."""
+    return [asks[i * len(asks) // n] for i in range(n)] if len(asks) > n else asks

@@ -1,160 +1,295 @@
 """A codebook: keys with radii, the one core of the editors that answer near what they were taught.
 
-An entry holds a key, a raw radius, the answer's tokens (its label) and the edit it came from. Radii in force
-are derived, never overwritten: where two balls with different labels meet, each is capped in proportion to
-its raw radius, so caps are a function of the set of entries. Hence insertion order does not matter, deleting
-an entry restores its neighbours exactly, and no two balls with different labels overlap.
+Every edit is a row: a key, a raw radius, the answer's tokens (its label). Nothing is overwritten. A log of
+insertions and removals says which rows are alive, and all else is a function of the alive rows in their
+order, so that taking rows out leaves what would be there had they never been put in:
 
-Retrieval is nearest-then-check (GRACE, BalancEdit): the nearest key, the lowest entry on a tie, hits when its
-distance is at most its radius. Distances are fp32 whatever the model's dtype; the nearest candidates are
-measured again by direct differences, so a key's distance to itself is exactly zero.
+* a later row with another label, where one lies in the other's positive zone, supersedes the earlier row;
+* where the balls of two active rows with different labels meet, each is capped in proportion to its raw
+  radius: no two overlap, whatever the order of insertion;
+* null keys (inputs that no edit is about) silence an edit that is not nearer than they are, unless they lie in
+  the positive zone of an active row.
+
+Retrieval is nearest-then-check (GRACE, BalancEdit): the nearest key, the lowest row on a tie, hits when its
+distance is at most its radius. Containing-nearest, the nearest of the balls that hold the query, is the other
+rule; under the first a small ball punches a hole into a larger one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-Metric = Literal["euclidean", "cosine"]
-RULE = "nearest-then-check"
-_RECHECK = 4
+from testbed.editors._nearest import Metric, Nearest, Rule, to_all
+
+NONE = -1
+_SHARE = 1 - 1e-12
+_TENSORS = ("keys", "raw", "caps", "alive", "superseded", "capped_by", "nulls", "silenced")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What is known of an entry besides its key and radius."""
+    """What is known of a row besides its key and radius."""
 
     event_id: str
     label: tuple[int, ...]
-    separable: bool
-    positive: float
+    separable: bool = True
+    positive: float = 0.0
     """Distance of the farthest positive anchor: the zone in which the entry must answer."""
-    superseded_by: str | None = None
-    """The edit that took this one's place; it comes back when that edit is removed."""
+    member_of: str | None = None
+    """The older entry with the same label whose scope it fell into when it was inserted."""
 
 
 class Codebook:
-    """Entries in insertion order. All changes make new tensors; old ones stay as they were."""
+    """Rows in insertion order, n of them alive or not. All changes make new tensors; old ones stay as they were.
 
-    def __init__(self, width: int, metric: Metric = "euclidean") -> None:
-        self.width, self.metric = width, metric
-        self.keys = torch.zeros(0, width)
-        self.raw = torch.zeros(0)
-        self.caps = torch.zeros(0)
-        self.entries: tuple[Entry, ...] = ()
-        self._find: tuple[Tensor, Tensor] | None = None
+    keys: (n, width) float32. raw, caps: (n,) float64 radii. alive: (n,) bool.
+    superseded: (n,) the row that took this one's place, or -1. capped_by: (n,) the row of the binding cap, or -1.
+    """
+
+    def __init__(self, width: int, metric: Metric = "euclidean", rule: Rule = "nearest-then-check", nulls: Tensor | None = None) -> None:
+        self.width = width
+        self.metric: Metric = metric
+        self.rule: Rule = rule
+        self.nulls = torch.zeros(0, width) if nulls is None else nulls
+        self._clear()
+
+    def _clear(self) -> None:
+        real = torch.zeros(0, dtype=torch.float64)
+        self.keys, self.raw, self.caps, self._positive = torch.zeros(0, self.width), real, real, real
+        self.alive = torch.zeros(0, dtype=torch.bool)
+        self.superseded = self.capped_by = self._label = torch.zeros(0, dtype=torch.long)
+        self.entries: list[Entry] = []
+        self._json: list[list[Any]] = []
+        self.log: list[list[Any]] = []
+        self.silenced = torch.zeros(len(self.nulls), dtype=torch.long)
+        self._labels: dict[tuple[int, ...], int] = {}
+        self._row: dict[str, int] = {}
+        self._room: Tensor | None = None
+        self._find: dict[torch.device, tuple[Tensor, Nearest, Nearest]] = {}
 
     def __len__(self) -> int:
-        return len(self.entries)
+        """Alive rows, superseded ones included."""
+        return len(self._row)
+
+    @property
+    def active(self) -> Tensor:
+        """(n,) bool: alive and not superseded."""
+        return self.alive & (self.superseded == NONE)
 
     @property
     def radii(self) -> Tensor:
-        """(n,) radii in force: raw radii under the caps of conflicting neighbours; -1 for superseded entries."""
-        gone = torch.tensor([e.superseded_by is not None for e in self.entries], dtype=torch.bool)
-        return torch.where(gone, -1.0, torch.minimum(self.raw, self.caps))
+        """(n,) radii in force: raw radii under the caps of conflicting neighbours; -1 for rows that are not active."""
+        return torch.where(self.active, torch.minimum(self.raw, self.caps), -1.0)
 
     def insert(self, key: Tensor, radius: float, entry: Entry) -> list[str]:
-        """Add an entry. Returns the edits it supersedes: those with another label so near that each lies in
-        the other's positive zone."""
-        key = key.detach().float().cpu()
-        d = direct(self.keys, key, self.metric) if self.entries else torch.zeros(0)
-        stale = {i for i, e in enumerate(self.entries) if _replaces(entry, e, float(d[i]))}
-        old = [replace(e, superseded_by=entry.event_id) if i in stale else e for i, e in enumerate(self.entries)]
-        self.keys = torch.cat([self.keys, key.reshape(1, -1)])
-        self.raw = torch.cat([self.raw, torch.tensor([radius])])
-        self.caps = torch.cat([self.caps, torch.tensor([torch.inf])])
-        self.entries = (*old, entry)
-        self._find = None
-        if stale:
-            self._cap_all()
-        else:
-            self._cap(len(self) - 1, d)
-        return [self.entries[i].event_id for i in sorted(stale)]
+        """Add a row, as a member of the entry into whose scope it falls, if there is one. Returns the edits it
+        supersedes. Raises ValueError for a key, radius or id that cannot be."""
+        key = self._checked(key, radius, entry)
+        d = self._to_alive(key)
+        near = self._scope(d, radius, entry.label)
+        head = self.entry_of(near) if near is not None else None
+        self.log = [*self.log, ["insert", len(self.entries)]]
+        self._append(key, radius, replace(entry, member_of=head))
+        return [self.entries[i].event_id for i in self._enter(len(self.entries) - 1, d)]
 
-    def remove(self, event_ids: set[str]) -> None:
-        """Take entries out. Neighbours get back the reach, and superseded ones the place, that they had without
-        them. Raises KeyError for unknown ids and changes nothing."""
-        missing = event_ids - {e.event_id for e in self.entries}
+    def remove(self, event_ids: Iterable[str]) -> None:
+        """Take rows out, in one operation; a superseded row too. Raises KeyError for an id that is unknown or
+        already out, and changes nothing."""
+        ids = sorted(set(event_ids))
+        missing = [i for i in ids if i not in self._row]
         if missing:
-            raise KeyError(f"no entry of {', '.join(sorted(missing))}")
-        keep = [i for i, e in enumerate(self.entries) if e.event_id not in event_ids]
-        self.keys, self.raw = self.keys[keep], self.raw[keep]
-        left = [self.entries[i] for i in keep]
-        self.entries = tuple(replace(e, superseded_by=None) if e.superseded_by in event_ids else e for e in left)
-        self._find = None
-        self._cap_all()
+            raise KeyError(f"no entry of {', '.join(missing)}")
+        self.log = [*self.log, ["remove", ids]]
+        self._leave([self._row.pop(i) for i in ids])
 
-    def _cap(self, new: int, d: Tensor) -> None:
-        """Cap entry `new` and the entries before it where their balls meet under different labels; d: (new,) distances."""
-        e = self.entries[new]
-        other = torch.tensor([o.label != e.label and o.superseded_by is None for o in self.entries[:new]], dtype=torch.bool)
-        both = self.raw[:new] + self.raw[new]
-        meets = other & (both > d)
-        if e.superseded_by is not None or not bool(meets.any()):
-            return
-        share = d.double() / both.double().clamp_min(1e-300) * (1 - 1e-6)
-        caps = self.caps.clone()
-        caps[:new] = torch.where(meets, torch.minimum(caps[:new], (share * self.raw[:new]).float()), caps[:new])
-        caps[new] = (share * self.raw[new])[meets].min().float()
-        self.caps = caps
+    def overlapping(self, key: Tensor, radius: float, label: tuple[int, ...]) -> str | None:
+        """The edit whose scope a new key falls into: the nearest active row whose ball meets the new one, if it has this label."""
+        row = self._scope(self._to_alive(key.detach().float().cpu()), radius, label)
+        return None if row is None else self.entries[row].event_id
 
-    def _cap_all(self) -> None:
-        """All caps afresh from the raw radii; the same whatever the order."""
-        self.caps = torch.full((len(self),), torch.inf)
-        for i in range(1, len(self)):
-            self._cap(i, direct(self.keys[:i], self.keys[i], self.metric))
+    def _scope(self, d: Tensor, radius: float, label: tuple[int, ...]) -> int | None:
+        d = torch.where(self.active & (d <= self.raw + radius), d, torch.inf)
+        if not len(d) or not bool(d.isfinite().any()):
+            return None
+        row = int(d.argmin())
+        return row if self.entries[row].label == label else None
 
     def retrieve(self, queries: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, f) queries to (B,) index of the entry that fires, or -1, and (B,) distance of the nearest key (inf if none)."""
-        b = queries.shape[0]
-        if not self.entries:
-            return torch.full((b,), -1, dtype=torch.long), torch.full((b,), torch.inf)
-        if self._find is None:
-            live = (self.radii >= 0).nonzero()[:, 0]
-            self._find = live, self.radii
-        live, radii = self._find
-        q = queries.detach().float().cpu()
-        near = live[distances(q, self.keys[live], self.metric).topk(min(_RECHECK, len(live)), largest=False).indices].sort(1).values
-        exact = direct(q.unsqueeze(1), self.keys[near], self.metric)
-        best = exact.argmin(1, keepdim=True)
-        index, d = near.gather(1, best)[:, 0], exact.gather(1, best)[:, 0]
-        return torch.where(d <= radii[index], index, -1), d
+        """Queries (B, width) to (B,) the row that fires, or -1, and (B,) the distance that was decisive, on their device."""
+        q = queries.detach().float()
+        rows, book, nulls = self._search(q.device)
+        found = book(q)
+        row = torch.where(found.row >= 0, rows[found.row], NONE) if len(rows) else found.row
+        return torch.where(found.distance < nulls(q).distance, row, NONE), found.distance
+
+    def entry_of(self, row: int) -> str:
+        """The id that a row answers under: of the entry that absorbed it while that one is active, else its own."""
+        e = self.entries[row]
+        head = self._row.get(e.member_of or "")
+        return e.event_id if head is None or self.superseded[head] != NONE else self.entries[head].event_id
+
+    def members(self, event_id: str) -> list[str]:
+        """The alive edits that were absorbed by an entry, oldest first."""
+        return [e for e, row in self._row.items() if self.entries[row].member_of == event_id]
+
+    def history(self, event_id: str) -> list[str]:
+        """The edits whose place this one took, newest first. Raises KeyError for an unknown id."""
+        older = (self.superseded == self._row[event_id]) & self.alive
+        return [self.entries[i].event_id for i in reversed(older.nonzero()[:, 0].tolist())]
+
+    def as_of(self, step: int) -> Codebook:
+        """The codebook as it was after the first `step` operations of its log."""
+        if not 0 <= step <= len(self.log):
+            raise ValueError(f"the log has {len(self.log)} operations, there is no state after {step}")
+        out = Codebook(self.width, self.metric, self.rule, self.nulls)
+        for op, what in self.log[:step]:
+            if op == "remove":
+                out.remove(what)
+            else:
+                out.insert(self.keys[what], float(self.raw[what]), self.entries[what])
+        return out
+
+    def _checked(self, key: Tensor, radius: float, entry: Entry) -> Tensor:
+        key = key.detach().float().cpu().reshape(-1)
+        if key.shape != (self.width,) or not bool(key.isfinite().all()):
+            raise ValueError(f"a key must be {self.width} finite numbers")
+        if self.metric == "cosine" and not bool(key.any()):
+            raise ValueError("a key of zeros has no direction: it cannot be used with the cosine metric")
+        if not 0 <= radius < float("inf") or not 0 <= entry.positive < float("inf"):
+            raise ValueError(f"radius and positive distance must be finite and 0 or more, got {radius} and {entry.positive}")
+        if entry.event_id in self._row:
+            raise ValueError(f"{entry.event_id} is in the codebook already")
+        return key
+
+    def _to_alive(self, key: Tensor) -> Tensor:
+        """(n,) distances of a key to all rows, inf to those not alive."""
+        return torch.where(self.alive, to_all(self.keys, key, self.metric), torch.inf)
+
+    def _append(self, key: Tensor, radius: float, entry: Entry) -> None:
+        """A row that is not yet alive. Keys grow in a buffer that is written only past every view handed out."""
+        n = len(self.entries)
+        room = self._room
+        if room is None or n == len(room):
+            room = torch.zeros(max(16, 2 * n), self.width)
+            room[:n] = self.keys
+        room[n] = key
+        self._room, self.keys = room, room[: n + 1]
+        self.raw = torch.cat([self.raw, torch.tensor([radius], dtype=torch.float64)])
+        self.caps = torch.cat([self.caps, torch.tensor([torch.inf], dtype=torch.float64)])
+        self._note(entry)
+        none = torch.tensor([NONE])
+        self.superseded, self.capped_by = torch.cat([self.superseded, none]), torch.cat([self.capped_by, none])
+        self.alive = torch.cat([self.alive, torch.tensor([False])])
+
+    def _note(self, *entries: Entry) -> None:
+        self.entries = [*self.entries, *entries]
+        self._json = [*self._json, *([e.event_id, list(e.label), e.separable, e.positive, e.member_of] for e in entries)]
+        labels = [self._labels.setdefault(e.label, len(self._labels)) for e in entries]
+        self._label = torch.cat([self._label, torch.tensor(labels, dtype=torch.long)])
+        self._positive = torch.cat([self._positive, torch.tensor([e.positive for e in entries], dtype=torch.float64)])
+
+    def _enter(self, row: int, d: Tensor) -> list[int]:
+        """Make the newest row alive; d: (row,) distances to those before it. Returns the rows it supersedes."""
+        self._row[self.entries[row].event_id] = row
+        self.alive = _set(self.alive, [row], True)
+        d = torch.cat([d, torch.zeros(1, dtype=torch.float64)])
+        stale = (self.active & self._rivals(row, d)).nonzero()[:, 0].tolist()
+        self.superseded = _set(self.superseded, stale, row)
+        self._release(stale)
+        self._silence(stale, -1)
+        self._settle(row, d)
+        self._find = {}
+        return stale
+
+    def _leave(self, rows: list[int]) -> None:
+        """Take rows out of the living; what they superseded comes back or passes to the next that supersedes it."""
+        self._silence([r for r in rows if bool(self.active[r])], -1)
+        gone = torch.tensor(rows)
+        self.alive = _set(self.alive, rows, False)
+        back = (self.alive & torch.isin(self.superseded, gone)).nonzero()[:, 0].tolist()
+        self.superseded = _set(self.superseded, rows, NONE)
+        self._release(rows)
+        distances = {i: self._to_alive(self.keys[i]) for i in back}
+        for i, d in distances.items():
+            later = (self.alive & self._rivals(i, d))[i:].nonzero()[:, 0]
+            self.superseded = _set(self.superseded, [i], i + int(later[0]) if len(later) else NONE)
+        for i, d in distances.items():
+            if self.superseded[i] == NONE:
+                self._settle(i, d)
+        self._find = {}
+
+    def _rivals(self, row: int, d: Tensor) -> Tensor:
+        """(n,) bool: rows with another label of which one lies in the other's positive zone."""
+        return (self._label != self._label[row]) & (d <= self._positive.clamp_min(float(self._positive[row])))
+
+    def _shares(self, row: int, d: Tensor) -> Tensor:
+        """(n,) the part of their raw radii that a row and each active rival may keep where their balls meet; inf where not."""
+        both = self.raw + self.raw[row]
+        meets = self.active & (self._label != self._label[row]) & (both > d)
+        return torch.where(meets, d / both.clamp_min(torch.finfo(torch.float64).tiny) * _SHARE, torch.inf)
+
+    def _cap(self, row: int, share: Tensor) -> None:
+        by = int(share.argmin())
+        bound = bool(share[by].isfinite())
+        self.caps = _set(self.caps, [row], float(share[by] * self.raw[row]) if bound else torch.inf)
+        self.capped_by = _set(self.capped_by, [row], by if bound else NONE)
+
+    def _settle(self, row: int, d: Tensor) -> None:
+        """Caps between a row that became active and all others; the nulls that it silences."""
+        share = self._shares(row, d)
+        tighter = share.isfinite() & (share * self.raw < self.caps)
+        self.caps = torch.where(tighter, share * self.raw, self.caps)
+        self.capped_by = torch.where(tighter, row, self.capped_by)
+        self._cap(row, share)
+        self._silence([row], 1)
+
+    def _release(self, gone: list[int]) -> None:
+        """Rows that no longer take space: those whose binding cap came from them find their next one."""
+        freed = (self.active & torch.isin(self.capped_by, torch.tensor(gone, dtype=torch.long))).nonzero()[:, 0].tolist()
+        self.caps, self.capped_by = _set(self.caps, gone, torch.inf), _set(self.capped_by, gone, NONE)
+        for i in freed:
+            self._cap(i, self._shares(i, self._to_alive(self.keys[i])))
+
+    def _silence(self, rows: list[int], sign: int) -> None:
+        """Count the nulls in the positive zones of rows in or out: a counted null does not speak."""
+        for i in rows if len(self.nulls) else []:
+            self.silenced = self.silenced + sign * (to_all(self.nulls, self.keys[i], self.metric) <= self._positive[i])
+
+    def _search(self, device: torch.device) -> tuple[Tensor, Nearest, Nearest]:
+        """The active rows and their keys, and the nulls that speak, ready for search."""
+        if device not in self._find:
+            rows = self.active.nonzero()[:, 0]
+            book = Nearest(self.keys[rows].to(device), self.radii[rows].to(device), self.metric, self.rule)
+            null = self.nulls[self.silenced == 0].to(device)
+            self._find[device] = rows.to(device), book, Nearest(null, torch.full((len(null),), torch.inf, device=device), self.metric)
+        return self._find[device]
 
     def state(self) -> dict[str, Any]:
         """Tensors and JSON values that make the codebook again."""
-        rows = [[e.event_id, list(e.label), e.separable, e.positive, e.superseded_by] for e in self.entries]
-        return {"keys": self.keys, "raw": self.raw, "caps": self.caps, "entries": rows, "metric": self.metric, "rule": RULE}
+        tensors = {name: getattr(self, name) for name in _TENSORS}
+        return {**tensors, "entries": list(self._json), "log": self.log, "metric": self.metric, "rule": self.rule}
 
     def load(self, state: dict[str, Any]) -> None:
-        """The reverse of `state`; the caller has checked the shapes."""
-        self.keys, self.raw, self.caps, self.metric = state["keys"], state["raw"], state["caps"], state["metric"]
-        self.entries = tuple(Entry(i, tuple(label), sep, pos, by) for i, label, sep, pos, by in state["entries"])
-        self._find = None
+        """The reverse of `state`; the caller has checked that it fits."""
+        nulls = state["nulls"]
+        self._clear()
+        self.nulls = nulls
+        for name in _TENSORS:
+            setattr(self, name, state[name])
+        self._note(*(Entry(i, tuple(label), *rest) for i, label, *rest in state["entries"]))
+        self._row = {self.entries[i].event_id: i for i in self.alive.nonzero()[:, 0].tolist()}
+        self.log = [list(op) for op in state["log"]]
 
 
-def _replaces(new: Entry, old: Entry, d: float) -> bool:
-    return old.superseded_by is None and old.label != new.label and d <= max(new.positive, old.positive)
-
-
-def distances(a: Tensor, b: Tensor, metric: Metric) -> Tensor:
-    """(B, n) distances by one matrix product; good enough to choose candidates, not to judge them."""
-    if metric == "cosine":
-        return 1 - unit(a) @ unit(b).T
-    return torch.cdist(a, b, compute_mode="use_mm_for_euclid_dist")
-
-
-def direct(a: Tensor, b: Tensor, metric: Metric) -> Tensor:
-    """(...,) distances by direct differences along the last axis. Cosine of a zero vector counts as distance 1."""
-    if metric == "euclidean":
-        return (a - b).square().sum(-1).sqrt()
-    # half the squared chord: exactly zero for equal vectors, 1 - cosine otherwise
-    chord = (unit(a) - unit(b)).square().sum(-1) / 2
-    zero = (a.abs().amax(-1) == 0) | (b.abs().amax(-1) == 0)
-    return torch.where(zero, torch.ones_like(chord), chord)
-
-
-def unit(x: Tensor) -> Tensor:
-    return x / x.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+def _set(t: Tensor, rows: list[int], value: Any) -> Tensor:
+    """A copy with some rows changed."""
+    if not rows:
+        return t
+    out = t.clone()
+    out[rows] = value
+    return out
