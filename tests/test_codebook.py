@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from testbed.editors.balancedit import radius
 from testbed.editors._nearest import direct
+from testbed.editors.balancedit import radius
 from testbed.editors.codebook import Codebook, Entry
 
 WIDTH = 3
