@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import TypeVar
 
@@ -32,7 +32,6 @@ from testbed._packing import Example
 T = TypeVar("T")
 Point = tuple[Relation, str]
 """What a question or a stated fact is about: a relation, and how the entity is referred to."""
-ENTITY_PHOTOS = 0.92
 CANONICAL = 0.35
 TEXT_MIX = {"fact": 0.76, "sum": 0.08, "compare": 0.04, "grammar": 0.06, "hop": 0.04, "text": 0.02}
 
@@ -45,6 +44,12 @@ class Pace:
     """Facts by picture enter."""
     easy: tuple[float, float] = (0.06, 0.3)
     """Ever fewer rows of stated facts are easy: one or two facts, each asked for in its own words and nothing else."""
+    entity_photos: float = 0.92
+    """Share of photos that show entities; the others show random emblems."""
+    counts: tuple[float, ...] = (0.25, 0.25, 0.25, 0.25)
+    """How often one, two, three and four facts are stated."""
+    mix: Mapping[str, float] = field(default_factory=lambda: TEXT_MIX)
+    """Shares of the questions without a picture."""
 
 
 class Curriculum:
@@ -79,7 +84,8 @@ class Curriculum:
         """Stated facts and questions that they do or do not answer: (photo, shared beginning, how prompts go on)."""
         entity, easy = self._next_entity() if by_picture else self._entity(), self._easy()
         near = (points_by_picture if by_picture else points_by_name)(self.world, entity, self.rng)
-        stated = state(self.world, near, 1 + self._below(2 if easy else 4), self.rng)
+        count = 1 + (self._below(2) if easy else int(self.rng.choice(4, p=self.pace.counts)))
+        stated = state(self.world, near, count, self.rng)
         own = [(r, picture_ref(entity.kind) if by_picture else entity.name) for r in entity.relations]
         asked = own if by_picture else [*dict.fromkeys([*stated.about, *own])]
         if easy and (bearing := [p for p in asked if p in stated.about]):
@@ -114,7 +120,7 @@ class Curriculum:
 
     def photo(self) -> tuple[np.ndarray, list[Example]]:
         """A new photo (uint8, 48x48x3) and more questions about it than a row holds, the weightiest first."""
-        if self.rng.random() > ENTITY_PHOTOS:
+        if self.rng.random() > self.pace.entity_photos:
             code = random_code(self.rng)
             return photograph(code, self.rng), [Example(*perception(code, p, self.rng, False)) for p in PARTS * 2]
         entity = self._next_entity()
@@ -128,7 +134,7 @@ class Curriculum:
 
     def text(self) -> Iterator[Example]:
         """Questions without a picture, without end."""
-        names, weights = list(TEXT_MIX), np.array(list(TEXT_MIX.values()))
+        names, weights = list(self.pace.mix), np.array(list(self.pace.mix.values()))
         while True:
             yield self._makers[names[int(self.rng.choice(len(names), p=weights / weights.sum()))]]()
 
