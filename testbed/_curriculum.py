@@ -171,10 +171,6 @@ def ask(relation: Relation, ref: str, rng: np.random.Generator, held_out: bool) 
     return forms[int(rng.integers(len(forms)))]
 
 
-def _some(values: tuple, rng: np.random.Generator):
-    return values[int(rng.integers(len(values)))]
-
-
 @dataclass(frozen=True, slots=True)
 class Stated:
     """Facts put before a model: what each is about, and the value it gives (drawn, so rarely the learned one)."""

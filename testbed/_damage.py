@@ -19,13 +19,13 @@ from testbed._tiny_model import WITH_IMAGE
 EDITS, RATE, STEPS = 50, 2.5e-3, 20
 
 
-def sibling_damage(model: Any, processor: Any, world: World, n: int) -> list[GateRow]:
-    """Fine-tune the last down-projection on 50 edits by picture, one after another; sibling facts before and after.
+def sibling_damage(model: Any, processor: Any, world: World, n: int, edits: int = EDITS) -> list[GateRow]:
+    """Fine-tune the last down-projection on `edits` edits by picture, one after another; sibling facts before and after.
 
     The model's weights are put back. Siblings are the other relations of the edited entities, asked by
     picture in held-out wordings and of new photos; changed ones are left out.
     """
-    changes = History(world, StreamConfig(revise=0, revert=0, retire=0)).first(EDITS)
+    changes = History(world, StreamConfig(revise=0, revert=0, retire=0)).first(edits)
     asked = _siblings(world, changes, n)
     weight = model.model.language_model.layers[-1].mlp.down_proj.weight
     kept = weight.detach().clone()
@@ -41,7 +41,7 @@ def sibling_damage(model: Any, processor: Any, world: World, n: int) -> list[Gat
         p.requires_grad_(True)
     with torch.no_grad():
         weight.copy_(kept)
-    title = f"plain fine-tuning of the last down-projection, {EDITS} edits at {RATE}"
+    title = f"plain fine-tuning of the last down-projection, {edits} edits at {RATE}"
     return [
         GateRow(f"{title}: sibling facts before", before, len(asked)),
         GateRow(f"{title}: sibling facts lost", before - after, len(asked), 0.1, "share lost"),

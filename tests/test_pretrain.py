@@ -196,7 +196,7 @@ def test_the_rate_rises_then_falls_to_zero():
 def test_measuring_the_damage_puts_the_weights_back(small, saved):
     model, processor = load(saved)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    rows = sibling_damage(model, processor, small, n=4)
+    rows = sibling_damage(model, processor, small, n=4, edits=2)
     assert [r.unit for r in rows] == ["share right", "share lost"]
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
@@ -247,8 +247,11 @@ def test_beliefs_in_context_are_overridden_or_kept():
 def made_up_stream(monkeypatch):
     class MadeUp(Stream):
         summary, time_axis, licence = "made up", "scheduled", "none"
-        origin = "made-up photos"
         told = True
+
+        @property
+        def origin(self) -> str:
+            return "made-up photos"
 
         def events(self, n: int) -> list[EditEvent]:
             return []
@@ -323,7 +326,8 @@ def test_the_committed_weights_are_small_and_are_those_of_the_card():
 def test_the_committed_weights_know_the_world(committed, ability):
     gate, make = question_gates(world(0, 0), np.random.default_rng(71))[ability]
     assert gate is not None
-    assert share_right(*committed, [make() for _ in range(100)]) >= gate - 0.05
+    model, processor = committed
+    assert share_right(model, processor, [make() for _ in range(100)]) >= gate - 0.05
 
 
 @pytest.mark.slow
