@@ -148,7 +148,12 @@ class Stream(ABC):
             "skipped": len(self.skipped),
             "skipped_by_reason": reasons,
             "skipped_records": [f"{s.where}: {s.reason}" for s in self.skipped],
+            **self.counts(),
         }
+
+    def counts(self) -> dict[str, Any]:
+        """What else the manifest should count, by name."""
+        return {}
 
 
 @dataclass

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from streams._either import Either
-from streams._entries import Data, EntryStream
+from streams._entries import EntryStream
+from streams._entry import Data
 from streams._mmedit import Layout, load
 from streams.base import Stream, StreamConfig
 from testbed.registry import STREAMS
 
 _LICENCE = "MMEdit (EasyEdit): MIT; questions, captions: VQAv2, COCO, OK-VQA, CC BY 4.0; photos: Flickr terms; simulated world: MIT"
-_NUMBERS = frozenset("zero one two three four five six seven eight nine ten eleven twelve".split())
+_NUMBERS = frozenset(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"])
 
 
 def answer_type(question: str, target: str) -> str:

@@ -1,0 +1,122 @@
+"""What a usable record of any source is, which records are never edited, and how questions are collected."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from streams._pictures import FilePicture
+from streams._records import plain
+from streams.base import Skipped
+from streams.transforms import share
+from testbed.events import EditEvent, Question, Split
+
+CONTROL_SHARE = 0.15
+"""Share of records that no event touches: half are asked as controls, half go to the train pool."""
+Role = Literal["edit", "probe", "train"]
+Place = tuple[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A question that a record brings with it. A `portability` answer holds for the record's own target only."""
+
+    split: Split
+    prompt: str
+    answer: str | None
+    image: FilePicture | None = None
+    aliases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One usable record: `previous` is what was right before any edit (None where the source does not say), with
+    `aliases` beside it; `held_out` paraphrases are asked, `train` paraphrases are for editors."""
+
+    name: str
+    prompt: str
+    target: str
+    previous: str | None = None
+    subject: str | None = None
+    category: str = "other"
+    image: FilePicture | None = None
+    aliases: tuple[str, ...] = ()
+    held_out: tuple[str, ...] = ()
+    train: tuple[str, ...] = ()
+    asks: tuple[Ask, ...] = ()
+    role: Role = "edit"
+
+    @property
+    def place(self) -> Place:
+        return place_of(self.image, self.prompt)
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a loader returns. `digest` is a hash of the content, `missing` counts absent pictures by field."""
+
+    origin: str
+    entries: tuple[Entry, ...]
+    skipped: tuple[Skipped, ...]
+    digest: str
+    missing: Mapping[str, int] = field(default_factory=dict)
+
+
+def place_of(image: FilePicture | None, prompt: str) -> Place:
+    """What is asked: the picture, by its name under the root, and the bare prompt."""
+    return (image.name if image is not None else ""), plain(prompt)
+
+
+def with_roles(entries: Iterable[Entry]) -> tuple[Entry, ...]:
+    """Set aside the records that are never edited, by a hash of their names: the same ones under every seed.
+
+    Of a picture with several records one is set aside and asked (same picture, other question), and the
+    others are edited.
+    """
+    entries = tuple(entries)
+    by_picture: dict[str, list[Entry]] = {}
+    for e in entries:
+        if e.image is not None:
+            by_picture.setdefault(e.image.name, []).append(e)
+    roles = {e.name: _role(e.name) for e in entries}
+    for group in by_picture.values():
+        if len(group) > 1:
+            chosen = min(group, key=lambda e: share("sibling", e.name))
+            roles |= {e.name: "probe" if e is chosen else "edit" for e in group}
+    return tuple(replace(e, role=roles[e.name]) for e in entries)
+
+
+def _role(name: str) -> Role:
+    u = share("control", name)
+    return "edit" if u >= CONTROL_SHARE else ("probe" if u < CONTROL_SHARE / 2 else "train")
+
+
+class Asker:
+    """Collects the questions of one event, each once; places that are edited or trained on are not asked."""
+
+    def __init__(self, event: EditEvent, value: str | None, topic: str, reserved: set[Place]) -> None:
+        self.event, self.topic, self.reserved = event, topic, reserved
+        self.asked: list[Question] = []
+        self._ids: set[str] = set()
+        self._value = plain(value) if value else None
+        self._values = {plain(v) for v in (value, event.previous) if v}
+
+    def tells_apart(self, answer: str) -> bool:
+        """Whether an answer differs from the edit's new and old value, so that a leak would show."""
+        return bool(answer) and plain(answer) not in self._values
+
+    def differs(self, answer: str) -> bool:
+        """Whether an answer differs from the value that must not leak."""
+        return plain(answer) != self._value
+
+    def add_free(self, ask: Ask) -> None:
+        """Add, unless the very question is an edit's or of the train pool."""
+        if place_of(ask.image, ask.prompt) not in self.reserved:
+            self.add(ask)
+
+    def add(self, ask: Ask) -> None:
+        q = Question(ask.split, ask.prompt, ask.answer, self.event.id, ask.image, ask.aliases, self.topic)
+        if q.id not in self._ids:
+            self._ids.add(q.id)
+            self.asked.append(q)

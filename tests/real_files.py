@@ -1,0 +1,53 @@
+"""Which streams read files, where the real ones lie under TESTBED_DATA, and small copies of them for the shared suite."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Case:
+    """A stream on real files. `lacks` says what its source does not have: "paraphrases" for training, "rephrased" to ask."""
+
+    stream: str
+    folder: str
+    files: tuple[str, ...]
+    config: dict[str, Any] = field(default_factory=dict)
+    lacks: frozenset[str] = frozenset()
+    linked: tuple[str, ...] = ()
+
+
+_MMEDIT = ("vqa/vqa_train.json", "vqa/vqa_eval.json", "vqa/vqa_eval_balancedit.json")
+_CAPTION = ("caption/caption_train_edit.json", "caption/caption_eval_edit.json")
+_KNOWEDIT = ("data/ZsRE/ZsRE-test-all.json", "data/wiki_counterfact/test_cf.json")
+_ZSRE = ("data/zsre/fullTest/edit_data.json", "data/zsre/fullTest/query_data.json")
+_NO_TRAIN = frozenset({"paraphrases"})
+
+CASES: dict[str, Case] = {
+    "mmedit-yearly on files": Case("mmedit-yearly", "mmedit", _MMEDIT, {"missing_images": "text"}, linked=("images",)),
+    "mmedit-caption-yearly on files": Case(
+        "mmedit-caption-yearly", "mmedit", _CAPTION, {"missing_images": "caption"}, _NO_TRAIN, linked=("images",)
+    ),
+    "counterfact-yearly": Case("counterfact-yearly", "counterfact", ("counterfact-train.json",), lacks=_NO_TRAIN),
+    "zsre-yearly": Case("zsre-yearly", "zsre", _ZSRE, lacks=_NO_TRAIN | {"rephrased"}),
+    "knowedit-yearly": Case("knowedit-yearly", "knowedit_portability", _KNOWEDIT, lacks=_NO_TRAIN),
+}
+
+
+def small_copy(case: Case, data_root: Path, to: Path, most: int = 400) -> Path:
+    """The case's files under `to`, lists cut to `most` records; the folder to give as data root."""
+    for name in case.files:
+        source, target = data_root / case.folder / name, to / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.suffix != ".json":
+            shutil.copyfile(source, target)
+            continue
+        top = json.loads(source.read_text(encoding="utf-8"))
+        target.write_text(json.dumps(top[:most] if isinstance(top, list) else top), encoding="utf-8")
+    for name in case.linked:
+        (to / name).symlink_to(data_root / case.folder / name, target_is_directory=True)
+    return to
