@@ -48,6 +48,8 @@ class Pace:
     """Share of photos that show entities; the others show random emblems."""
     counts: tuple[float, ...] = (0.25, 0.25, 0.25, 0.25)
     """How often one, two, three and four facts are stated."""
+    near: tuple[float, float] = (0.4, 0.3)
+    """Shares of stated facts about the same entity, and of the same relation of another one."""
     mix: Mapping[str, float] = field(default_factory=lambda: TEXT_MIX)
     """Shares of the questions without a picture."""
 
@@ -83,7 +85,7 @@ class Curriculum:
     def context(self, by_picture: bool) -> tuple[np.ndarray | None, str, list[Example]]:
         """Stated facts and questions that they do or do not answer: (photo, shared beginning, how prompts go on)."""
         entity, easy = self._next_entity() if by_picture else self._entity(), self._easy()
-        near = (points_by_picture if by_picture else points_by_name)(self.world, entity, self.rng)
+        near = points_by_picture(entity, self.rng) if by_picture else points_by_name(self.world, entity, self.rng, self.pace.near)
         count = 1 + (self._below(2) if easy else int(self.rng.choice(4, p=self.pace.counts)))
         stated = state(self.world, near, count, self.rng)
         own = [(r, picture_ref(entity.kind) if by_picture else entity.name) for r in entity.relations]
@@ -201,19 +203,20 @@ def state(world: World, points: Iterable[Point], count: int, rng: np.random.Gene
     return Stated(tuple(order), tuple(about[p] for p in order))
 
 
-def points_by_name(world: World, entity: Entity, rng: np.random.Generator) -> Iterator[Point]:
+def points_by_name(world: World, entity: Entity, rng: np.random.Generator, near: tuple[float, float] = Pace().near) -> Iterator[Point]:
     """What facts near a question about the entity may be about: it, the same relation of others, anything."""
+    own, rival = near
     relation = _some(entity.relations, rng)
     yield relation, entity.name
     while True:
         draw, other = rng.random(), _some(world.entities, rng)
-        if draw < 0.4:
+        if draw < own:
             yield _some(entity.relations, rng), entity.name
         else:
-            yield (relation, _some(world.vocabularies[entity.kind], rng)) if draw < 0.7 else (_some(other.relations, rng), other.name)
+            yield (relation, _some(world.vocabularies[entity.kind], rng)) if draw < own + rival else (_some(other.relations, rng), other.name)
 
 
-def points_by_picture(world: World, entity: Entity, rng: np.random.Generator) -> Iterator[Point]:
+def points_by_picture(entity: Entity, rng: np.random.Generator) -> Iterator[Point]:
     """The same in the wording of edits by picture: mostly the pictured kind, else another."""
     while True:
         kind = entity.kind if rng.random() < 0.6 else _some(KINDS, rng)
@@ -228,7 +231,7 @@ def question_in_context(world: World, entity: Entity, rng: np.random.Generator, 
     """
     slot = int(rng.integers(SLOTS))
     asked = (entity.relations[slot], picture_ref(entity.kind) if by_picture else entity.name)
-    near = points_by_picture(world, entity, rng) if by_picture else points_by_name(world, entity, rng)
+    near = points_by_picture(entity, rng) if by_picture else points_by_name(world, entity, rng)
     others = (p for p in near if p != asked)
     bears = mode in ("answer", "which")
     points = chain([asked], others) if bears else others
