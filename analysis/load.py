@@ -74,7 +74,7 @@ def load_run(path: str | Path) -> Run:
     run = Run((folder,), manifest, events, questions, {}, 0, _number_clusters(events, questions))
     for name in _editor_names(folder, manifest):
         records, more = read_records(folder / name, events, questions)
-        notes += [f"{name}: {m}" for m in more]
+        notes += [f"{name}: {m}" for m in more if name not in manifest.get("references", ())]
         if records is not None:
             run.editors[name] = EditorRun(name, folder / name, records, _reports(folder / name), base)
     if not run.editors:
