@@ -29,11 +29,14 @@ class Registry:
         kind: what the entries are, for messages ("editor").
         package: dotted name of the folder whose modules are scanned ("testbed.editors").
         needs: attributes that every entry must have; checked when it registers.
+        wrappers: registry of what may stand behind a name after a plus ("alphaedit+blue"); each entry has
+            `over(host, name)`, which gives the class of the host inside the wrapper.
     """
 
-    def __init__(self, kind: str, package: str, needs: tuple[str, ...] = ()) -> None:
-        self.kind, self.package, self.needs = kind, package, needs
+    def __init__(self, kind: str, package: str, needs: tuple[str, ...] = (), wrappers: Registry | None = None) -> None:
+        self.kind, self.package, self.needs, self.wrappers = kind, package, needs, wrappers
         self._entries: dict[str, type] = {}
+        self._wrapped: dict[str, type] = {}
         self._scanned = False
 
     def register(self, name: str) -> Callable[[C], C]:
@@ -75,15 +78,28 @@ class Registry:
             yield name, self._entries[name]
 
     def get(self, name: str) -> Any:
-        """The class registered as `name`. Raises `UnknownName` with near matches and the list."""
+        """The class registered as `name`, or made of those in "host+wrapper". Raises `UnknownName` with near matches and the list."""
         self.scan()
+        if self.wrappers is not None and "+" in name:
+            return self._wrap(name, self.wrappers)
         if name not in self._entries:
             near = difflib.get_close_matches(name, self._entries, n=3, cutoff=0.5)
             hint = f" Did you mean {' or '.join(near)}?" if near else ""
             raise UnknownName(f"no {self.kind} is called {name!r}.{hint} There are: {', '.join(self.names())}.")
         return self._entries[name]
 
+    def _wrap(self, name: str, wrappers: Registry) -> Any:
+        """The class of "host+wrapper", made once. Raises `UnknownName` where the two do not go together."""
+        if name not in self._wrapped:
+            host, _, wrapper = name.rpartition("+")
+            try:
+                self._wrapped[name] = wrappers.get(wrapper).over(self.get(host), name)
+            except TypeError as e:
+                raise UnknownName(f"{name!r} cannot be made: {e}") from e
+        return self._wrapped[name]
 
-EDITORS = Registry("editor", "testbed.editors", needs=("summary", "traits", "Config"))
+
+WRAPPERS = Registry("wrapper", "testbed.editors", needs=("summary", "Config", "over", "example"))
+EDITORS = Registry("editor", "testbed.editors", needs=("summary", "traits", "Config"), wrappers=WRAPPERS)
 PROBES = Registry("probe", "testbed.probes", needs=("summary", "version"))
 STREAMS = Registry("stream", "streams", needs=("summary", "time_axis", "licence"))
