@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from _models import build
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
