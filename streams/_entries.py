@@ -15,7 +15,7 @@ from itertools import islice
 from typing import Any
 
 from streams import transforms
-from streams._entry import Ask, Asker, Data, Entry, Place
+from streams._entry import Ask, Asker, Data, Entry, consistent
 from streams._records import distinct, plain
 from streams.base import BadStream, Stream, StreamConfig, TrainPool
 from testbed.events import EditEvent, Question, Split
@@ -146,14 +146,7 @@ class EntryStream(Stream):
 
         Where one question of one picture has two answers, neither is a belief. Reads every picture file.
         """
-        answers: dict[Place, set[str]] = {}
-        for q in self._all_beliefs():
-            answers.setdefault(_seen(q), set()).add(plain(q.answer or ""))
-        given: set[Place] = set()
-        for q in self._all_beliefs():
-            if len(answers[_seen(q)]) == 1 and _seen(q) not in given:
-                given.add(_seen(q))
-                yield q
+        return consistent(self._all_beliefs())
 
     def _all_beliefs(self) -> Iterator[Question]:
         for e in self._data.entries:
@@ -189,7 +182,3 @@ def _control(e: Entry, split: Split) -> Ask:
 
 def _belief(e: Entry, prompt: str, topic: str) -> Question:
     return Question("general", prompt, e.previous, image=e.image, aliases=e.aliases, topic=topic)
-
-
-def _seen(q: Question) -> Place:
-    return (q.image.key if q.image is not None else ""), plain(q.prompt)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -120,3 +120,20 @@ class Asker:
         if q.id not in self._ids:
             self._ids.add(q.id)
             self.asked.append(q)
+
+
+def consistent(beliefs: Iterable[Question]) -> Iterator[Question]:
+    """The beliefs in order, each place once; where one question of one picture has two answers, neither is given.
+
+    Reads every picture file.
+    """
+    beliefs = list(beliefs)
+    places = [((q.image.key if q.image is not None else ""), plain(q.prompt)) for q in beliefs]
+    answers: dict[Place, set[str]] = {}
+    for q, place in zip(beliefs, places):
+        answers.setdefault(place, set()).add(plain(q.answer or ""))
+    given: set[Place] = set()
+    for q, place in zip(beliefs, places):
+        if len(answers[place]) == 1 and place not in given:
+            given.add(place)
+            yield q

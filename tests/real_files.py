@@ -25,6 +25,15 @@ _MMEDIT = ("vqa/vqa_train.json", "vqa/vqa_eval.json", "vqa/vqa_eval_balancedit.j
 _CAPTION = ("caption/caption_train_edit.json", "caption/caption_eval_edit.json")
 _KNOWEDIT = ("data/ZsRE/ZsRE-test-all.json", "data/wiki_counterfact/test_cf.json")
 _ZSRE = ("data/zsre/fullTest/edit_data.json", "data/zsre/fullTest/query_data.json")
+_YAGO = ("yago/triple2id.txt", "yago/entity2id.txt", "yago/relation2id.txt")
+_REIGN = "data_sets/leaderlist_3_21.csv"
+_ALL_DATED = (
+    "templama/time_editing.json",
+    "dyknow/qa_generated.json",
+    "dyknow/grc_generated.json",
+    *(f"yago11k/{name}" for name in _YAGO),
+    f"reign/{_REIGN}",
+)
 _NO_TRAIN = frozenset({"paraphrases"})
 
 CASES: dict[str, Case] = {
@@ -34,6 +43,12 @@ CASES: dict[str, Case] = {
     ),
     "counterfact-yearly": Case("counterfact-yearly", "counterfact", ("counterfact-train.json",), lacks=_NO_TRAIN),
     "zsre-yearly": Case("zsre-yearly", "zsre", _ZSRE, lacks=_NO_TRAIN | {"rephrased"}),
+    "templama": Case("templama", "templama", ("time_editing.json",)),
+    "dyknow": Case("dyknow", "dyknow", ("qa_generated.json", "grc_generated.json")),
+    "yago": Case("yago", "yago11k", _YAGO),
+    "leaders": Case("leaders", "reign", (_REIGN,)),
+    "dated-facts": Case("dated-facts", ".", _ALL_DATED),
+    "leaders-flags": Case("leaders-flags", ".", (f"reign/{_REIGN}",), linked=("flags",)),
     "knowedit-yearly": Case("knowedit-yearly", "knowedit_portability", _KNOWEDIT, lacks=_NO_TRAIN),
 }
 
@@ -43,6 +58,9 @@ def small_copy(case: Case, data_root: Path, to: Path, most: int = 400) -> Path:
     for name in case.files:
         source, target = data_root / case.folder / name, to / name
         target.parent.mkdir(parents=True, exist_ok=True)
+        if source.name == "triple2id.txt":
+            target.write_text("".join(source.read_text(encoding="utf-8").splitlines(keepends=True)[: 15 * most]), encoding="utf-8")
+            continue
         if source.suffix != ".json":
             shutil.copyfile(source, target)
             continue

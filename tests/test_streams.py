@@ -158,6 +158,9 @@ def test_a_drifting_stream_is_a_stream(make: Make) -> None:
 def test_another_seed_is_another_order_of_the_same_data(make: Make) -> None:
     one, two = make(seed=0), make(seed=1)
     assert one.data_hash() == two.data_hash()
+    if one.time_axis == "dated":  # the seed orders changes of one date only
+        assert {e.id for e in one.events(10**6)} == {e.id for e in two.events(10**6)}
+        return
     assert [e.id for e in one.events(50)] != [e.id for e in two.events(50)]
 
 
