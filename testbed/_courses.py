@@ -41,11 +41,13 @@ POLISH = Pace(
     counts=(0.1, 0.2, 0.3, 0.4),
     mix={"fact": 0.5, "sum": 0.08, "compare": 0.25, "grammar": 0.06, "hop": 0.06, "text": 0.05},
 )
+WHICH = replace(POLISH, near=(0.25, 0.5), counts=(0.0, 0.1, 0.3, 0.6), which=(0.35, 0.5))
 WORLD = (
     Leg("facts", Schedule(steps=2460, stop=0.64), Pace()),
     Leg("context", Schedule(steps=1628, rate=1.5e-3, warm=0.03, rows=(6, 7, 3, 8)), Pace(facts=NOW, easy=(0.0, 0.4))),
     Leg("polish", Schedule(steps=1542, rate=1.5e-3, warm=0.03, rows=(6, 6, 4, 8)), POLISH),
     Leg("names", Schedule(steps=1600, rate=1.5e-3, warm=0.03, rows=(4, 5, 3, 14)), replace(POLISH, near=(0.25, 0.5))),
+    Leg("which fact", Schedule(steps=1600, rate=1.5e-3, warm=0.03, rows=(3, 4, 2, 17)), WHICH),
 )
 """Copying from the prompt is found late and needs many rows of stated facts: they get a leg of their own."""
 BELIEFS = Schedule(steps=900, minutes=10, rate=1e-3, warm=0.05)
