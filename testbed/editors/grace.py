@@ -1,0 +1,253 @@
+"""GRACE (Hartvigsen et al., NeurIPS 2023, arXiv 2211.11031): a codebook of output vectors of one layer.
+
+Key: what enters the layer at the last prompt token. Value: a vector that takes the place of the layer's output
+there, tuned on the one edit. Every entry starts with the radius eps_init. An edit within eps_init of the
+nearest ball becomes a new entry beside it where the answers differ (both balls end halfway: split), and
+widens it where they agree (expand). Only the nearest entry is ever looked at, which is why GRACE, alone among
+the codebooks here, breaks two of their promises: a split may leave a third ball overlapping a new one with
+another answer, and expanding may swallow a neighbour's ground. The tests assert that it does.
+
+Not taken over from the public copies: labels stored in another order than keys; labels compared by the mean of
+their token ids; a random draw at every forward; a key position remembered from the call before; the first
+row's label used for a whole batch; a rollback that fails; retrieval repeated for every generated token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from streams.base import TrainPool
+from testbed.editors import _sites
+from testbed.editors._gate import Gate, Hits
+from testbed.editors._nearest import Nearest, to_all
+from testbed.editors.base import BadEditor, EditFailed, Editor, EditorConfig, Traits, need
+from testbed.encode import Ask, answer_ids
+from testbed.events import EditBatch
+from testbed.models import project
+from testbed.predictor import ModelPredictor, Predictor
+from testbed.registry import EDITORS
+from testbed.tail import Tail, capture
+
+_SPLIT = 1e-5
+
+
+@dataclass(frozen=True)
+class GraceConfig(EditorConfig):
+    layer: int = -2
+    """Decoder layer whose down-projection is wrapped (paper: three quarters up); layers above must be able to read the vector."""
+    eps_init: float = 1.0
+    """Radius of a new entry (paper: 1.0)."""
+    lr: float = 1.0
+    """Adam's step size (paper: 1.0)."""
+    steps: int = 100
+    """Optimiser steps of a new entry (paper: 100)."""
+    replace: Literal["last", "prompt"] = "last"
+    """Prompt positions whose output is replaced: the last (later copies), or all up to it (original)."""
+    expand: Literal["coverage", "average"] = "coverage"
+    """How a ball widens to take an edit in: until it reaches the edit's key (paper), or half the way."""
+
+    def problems(self) -> list[str]:
+        out = [f"{name} must be positive, got {getattr(self, name)}" for name in ("eps_init", "lr") if getattr(self, name) <= 0]
+        return out if self.steps >= 1 else [*out, f"steps must be 1 or more, got {self.steps}"]
+
+
+class Scopes:
+    """Keys (n, f) with radii and labels in insertion order. An edit that widened a ball is a member of it.
+
+    Everything is a replay of `edits`: taking edits out replays the others, so that splits and widenings that
+    they caused are gone.
+    """
+
+    def __init__(self, eps_init: float, expand: str) -> None:
+        self.eps_init, self.expand = eps_init, expand
+        self.edits: list[tuple[str, tuple[int, ...]]] = []
+        self.keys = torch.zeros(0)
+        self._reset()
+
+    def _reset(self) -> None:
+        self.eps = torch.zeros(0, dtype=torch.float64)
+        self.owner: list[int] = []
+        """Of each entry, its row among the edits."""
+        self.inside: list[int] = []
+        """Of each edit, its entry."""
+        self._find: Nearest | None = None
+
+    def __len__(self) -> int:
+        return len(self.owner)
+
+    def entry_of(self, row: int) -> str:
+        return self.edits[self.owner[row]][0]
+
+    def takes(self, key: Tensor, label: tuple[int, ...]) -> int | None:
+        """The entry that an edit would widen, or None where it becomes an entry of its own."""
+        near, d = self._nearest(key)
+        same = near is not None and self.edits[self.owner[near]][1] == label
+        return near if same and d <= self.eps_init + float(self.eps[near]) else None
+
+    def insert(self, key: Tensor, label: tuple[int, ...], event_id: str) -> None:
+        """Add an edit: new, split or expand."""
+        self.edits = [*self.edits, (event_id, label)]
+        self.keys = key[None] if len(self.edits) == 1 else torch.cat([self.keys, key[None]])
+        self._place(len(self.edits) - 1)
+
+    def _place(self, row: int) -> None:
+        key, label = self.keys[row], self.edits[row][1]
+        near, d = self._nearest(key)
+        taken, eps, new = self.takes(key, label), self.eps.clone(), self.eps_init
+        if taken is not None and d > float(eps[taken]):
+            eps[taken] = d if self.expand == "coverage" else (float(eps[taken]) + d) / 2
+        elif taken is None and near is not None and d <= self.eps_init + float(eps[near]):
+            least = _sites.slack(key, "euclidean")  # an entry hits its own key however the batch is padded
+            eps[near], new = max(least, d / 2 - _SPLIT), max(least, d / 2)
+        if taken is None:
+            eps, self.owner = torch.cat([eps, torch.tensor([new], dtype=torch.float64)]), [*self.owner, row]
+        self.eps, self.inside = eps, [*self.inside, len(self.owner) - 1 if taken is None else taken]
+        self._find = None
+
+    def _nearest(self, key: Tensor) -> tuple[int | None, float]:
+        """The nearest entry and its distance; of equally near ones the newest, so that an answer can be changed."""
+        if not self.owner:
+            return None, float("inf")
+        d = to_all(self.keys[self.owner], key, "euclidean")
+        return len(d) - 1 - int(d.flip(0).argmin()), float(d.min())
+
+    def remove(self, event_ids: Iterable[str]) -> None:
+        """Take edits out and replay the others. Raises KeyError for an unknown id and changes nothing."""
+        ids = set(event_ids)
+        missing = ids - {e for e, _ in self.edits}
+        if missing:
+            raise KeyError(f"no edit {', '.join(sorted(missing))}")
+        keep = [i for i, (e, _) in enumerate(self.edits) if e not in ids]
+        self.edits, self.keys = [self.edits[i] for i in keep], self.keys[keep]
+        self._reset()
+        for row in range(len(self.edits)):
+            self._place(row)
+
+    def retrieve(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, f) queries to the entry that fires, or -1, and the distance of the nearest key."""
+        if self._find is None:  # newest first: of equal distances the newest answers
+            rows = list(reversed(self.owner))
+            self._find = Nearest(self.keys[rows].to(queries.device), self.eps.flip(0).to(queries.device))
+        found = self._find(queries.float())
+        return torch.where(found.row >= 0, len(self) - 1 - found.row, -1), found.distance
+
+
+@EDITORS.register("grace")
+class Grace(Editor):
+    """One value vector an entry, at the prompt's positions; decided once at prefill."""
+
+    summary = "codebook of output vectors at the last prompt token, balls split and expand (GRACE)"
+    traits = Traits(gated=True, undo=True)
+    Config = GraceConfig
+
+    def _prepare(self, pool: TrainPool) -> None:
+        self.layer = self.handle.layer_index(self.config.layer)
+        self.module = self.handle.down(self.layer)
+        self.weight = self.handle.parameter(self.handle.down_weight(self.layer)).detach()
+        self.width = self.weight.numel() // self.handle.width
+        self.book = Scopes(self.config.eps_init, self.config.expand)
+        self.values: dict[str, Tensor] = {}
+
+    def _edit(self, batch: EditBatch) -> dict[str, float]:
+        asks = [Ask(e.prompt, e.image) for e in batch.events]
+        keys = _sites.read(self.handle, self.module, asks, _sites.last)
+        if not torch.isfinite(keys).all():
+            raise EditFailed("activations of the edit are not finite")
+        labels = [tuple(answer_ids(self.handle, a, e.target)) for a, e in zip(asks, batch.events)]
+        vectors, losses = self._train(capture(self.handle, asks, [e.target for e in batch.events], self.layer), batch.step)
+        before = len(self.book)
+        for event, key, label, vector in zip(batch.events, keys, labels, vectors):
+            self.book.insert(key, label, event.id)
+            self.values = {**self.values, event.id: vector}
+        return {
+            "loss": sum(losses) / len(losses),
+            "entries": float(len(self.book)),
+            "expanded": float(before + len(batch) - len(self.book)),
+        }
+
+    def _train(self, tail: Tail, step: int) -> tuple[Tensor, list[float]]:
+        """(B, d) a vector for each row, from a cold start. Raises `EditFailed` on a loss that is not finite."""
+        d, rows = self.handle.width, len(tail.batch.prompt)
+        cold = torch.rand(rows, d, generator=self.generator(step)).to(tail.act.device)
+        vectors = cold.requires_grad_(True)
+        adam = torch.optim.Adam([vectors], lr=self.config.lr)
+        with torch.no_grad():
+            own = project(self.module, tail.act, self.weight)
+        at, row = self._places(tail)
+        losses = torch.zeros(rows)
+        for _ in range(self.config.steps):
+            adam.zero_grad()
+            put = own.index_put(at, vectors[row].to(own.dtype))
+            losses = tail.loss(lambda act, put=put: put)
+            if not torch.isfinite(losses).all():
+                raise EditFailed(f"the loss became {losses.tolist()} at lr {self.config.lr}; try a smaller one")
+            losses.sum().backward()
+            adam.step()
+        return vectors.detach(), losses.tolist()
+
+    def _places(self, tail: Tail) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Where vectors go among the tail's activations, and which row's each is."""
+        prompt = tail.batch.prompt
+        spots = torch.zeros_like(prompt).index_put(
+            (torch.arange(len(prompt), device=prompt.device), tail.batch.last_prompt), torch.tensor(True)
+        )
+        if tail.act.ndim == 2:  # the last layer keeps the positions before the answer only
+            spots = spots[tail.batch.before_answer]
+            return (spots.nonzero()[:, 0],), tail.row[spots]
+        places = (prompt if self.config.replace == "prompt" else spots).nonzero(as_tuple=True)
+        return places, places[0]
+
+    def predictor(self) -> Predictor:
+        gate = self.gate(self.book)
+        return ModelPredictor(self.handle, gate.around, gate.explain)
+
+    def gate(self, book: Scopes) -> Gate:
+        return Gate(self.handle, self.module, book, _sites.last, lambda hits: self._answer(hits, book))
+
+    def _answer(self, hits: Hits, book: Scopes) -> Tensor:
+        """The output with the entry's vector at the prompt's positions; later tokens keep the base's."""
+        if hits.prompt is None:
+            return hits.out
+        spots = hits.prompt
+        if self.config.replace == "last":
+            later = spots.flip(1).cumsum(1).flip(1)
+            spots = spots & (later == 1)
+        vectors = torch.stack([self.values[book.entry_of(i)] for i in hits.rows]).to(hits.out)
+        return torch.where(spots[..., None], vectors[:, None], hits.out)
+
+    def revert(self, event_ids: Iterable[str]) -> None:
+        """Take edits out and replay the others. Raises `BadEditor` for an unknown id."""
+        try:
+            self.book.remove(event_ids)
+        except KeyError as e:
+            raise BadEditor(f"cannot undo: {e.args[0]}") from e
+
+    def _state(self) -> dict[str, Any]:
+        ids = [e for e, _ in self.book.edits]
+        values = torch.stack([self.values[i] for i in ids]) if ids else torch.zeros(0, self.handle.width)
+        rows = [[e, list(label)] for e, label in self.book.edits]
+        keys = self.book.keys if ids else torch.zeros(0, self.width)
+        where = {
+            "model": self.handle.hash,
+            "layer": self.handle.down_weight(self.layer),
+            "owner": self.book.owner,
+            "inside": self.book.inside,
+        }
+        return {"keys": keys, "eps": self.book.eps, "values": values, "edits": rows, **where}
+
+    def _load(self, state: dict[str, Any]) -> None:
+        keys, values = need(state, "keys", (None, self.width)), need(state, "values", (None, self.handle.width))
+        mine = {"model": self.handle.hash, "layer": self.handle.down_weight(self.layer)}
+        for name, value in mine.items():
+            if state[name] != value:
+                raise BadEditor(f"the state was made with {name} {state[name]}, this editor has {value}")
+        self.book = Scopes(self.config.eps_init, self.config.expand)
+        self.book.edits = [(e, tuple(label)) for e, label in state["edits"]]
+        self.book.keys, self.book.eps = keys, need(state, "eps", (None,))
+        self.book.owner, self.book.inside = list(state["owner"]), list(state["inside"])
+        self.values = {e: v.to(self.weight.device) for (e, _), v in zip(self.book.edits, values)}
