@@ -41,15 +41,14 @@ POLISH = Pace(
     counts=(0.1, 0.2, 0.3, 0.4),
     mix={"fact": 0.5, "sum": 0.08, "compare": 0.25, "grammar": 0.06, "hop": 0.06, "text": 0.05},
 )
-WHICH = replace(POLISH, near=(0.25, 0.5), counts=(0.0, 0.1, 0.3, 0.6), which=(0.35, 0.5))
 WORLD = (
     Leg("facts", Schedule(steps=2460, stop=0.64), Pace()),
     Leg("context", Schedule(steps=1628, rate=1.5e-3, warm=0.03, rows=(6, 7, 3, 8)), Pace(facts=NOW, easy=(0.0, 0.4))),
     Leg("polish", Schedule(steps=1542, rate=1.5e-3, warm=0.03, rows=(6, 6, 4, 8)), POLISH),
-    Leg("names", Schedule(steps=1600, rate=1.5e-3, warm=0.03, rows=(4, 5, 3, 14)), replace(POLISH, near=(0.25, 0.5))),
-    Leg("which fact", Schedule(steps=1600, rate=1.5e-3, warm=0.03, rows=(3, 4, 2, 17)), WHICH),
+    Leg("names", Schedule(steps=1679, rate=1.5e-3, warm=0.03, rows=(4, 5, 3, 14)), replace(POLISH, near=(0.25, 0.5))),
 )
-"""Copying from the prompt is found late and needs many rows of stated facts: they get a leg of their own."""
+"""Copying from the prompt is found late and needs many rows of stated facts, so legs of their own. A fifth leg, of mostly
+"which fact" by name, brought that gate from 0.80 to 0.83 and lost others; it is left out."""
 BELIEFS = Schedule(steps=900, minutes=10, rate=1e-3, warm=0.05)
 BELIEF_GATE = 0.95
 
@@ -68,13 +67,13 @@ class Course:
 
 
 def rng_of(seed: int, purpose: int) -> np.random.Generator:
-    """The generator of one purpose of one run: 1 tower, 2 and 3 lessons, 5 tokenizer, 7 rehearsal, 9 new crops."""
+    """The generator of one purpose of one run: 1 tower, 2 to 5 lessons, 6 tokenizer, 7 rehearsal, 9 new crops."""
     return np.random.default_rng(10 * seed + purpose)
 
 
 def teach_world(world: World, out: Path, seed: int, legs: Sequence[Leg], questions: int, progress: Progress) -> Course:
     """Train the tiny model on a world from nothing, save it to `out`, and measure what was saved."""
-    tokenizer = build_tokenizer(corpus(world, rng_of(seed, 5)))
+    tokenizer = build_tokenizer(corpus(world, rng_of(seed, 6)))
     processor, model, packer = build_processor(tokenizer), build_model(tokenizer, seed), Packer(tokenizer)
     seen = train_tower(model, rng_of(seed, 1), TOWER_STEPS, lambda _, done, loss: progress("vision tower", done, loss))
     steps = 0

@@ -50,8 +50,6 @@ class Pace:
     """How often one, two, three and four facts are stated."""
     near: tuple[float, float] = (0.4, 0.3)
     """Shares of stated facts about the same entity, and of the same relation of another one."""
-    which: tuple[float, float] = (1.0, 1 / 3)
-    """How often a point is asked for its answer where a fact states it, and for "none" where no fact does."""
     mix: Mapping[str, float] = field(default_factory=lambda: TEXT_MIX)
     """Shares of the questions without a picture."""
 
@@ -99,10 +97,8 @@ class Curriculum:
             learned = self._learned(point, entity)
             answer, number = stated.answer(self.world, point, learned)
             wording = canonical(*point) if easy else self._ask(*point)
-            told, (answers, nones) = point in stated.about, self.pace.which
-            if not told or self.rng.random() < answers:
-                out.append(Example(prompts.in_context(stated.facts, wording).removeprefix(shared), answer))
-            if told or self.rng.random() < nones:
+            out.append(Example(prompts.in_context(stated.facts, wording).removeprefix(shared), answer))
+            if point in stated.about or self._below(3) == 0:
                 out.append(Example(prompts.which_fact(stated.facts, wording).removeprefix(shared), number))
         order = self.rng.permutation(len(out))
         photo = photograph(entity.code, self.rng) if by_picture else None
