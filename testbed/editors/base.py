@@ -183,7 +183,7 @@ class Editor(ABC):
 
 def need(state: dict[str, Any], name: str, shape: tuple[int | None, ...]) -> torch.Tensor:
     """The tensor of this name from a state. Raises `BadEditor` unless it has the shape (None matches any size)."""
-    t = state.get(name)
+    t: Any = state.get(name)
     if not isinstance(t, torch.Tensor):
         raise BadEditor(f"the state has no tensor {name!r}; it holds {', '.join(map(repr, state)) or 'nothing'}")
     if t.ndim != len(shape) or any(want is not None and want != got for want, got in zip(shape, t.shape)):
