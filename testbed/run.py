@@ -15,7 +15,7 @@ from rich.table import Table
 from streams.base import BadStream
 from testbed.config import BadConfig, RunConfig, set_fields
 from testbed.events import BadEvent, BadPicture
-from testbed.registry import EDITORS, PROBES, STREAMS, UnknownName
+from testbed.registry import EDITORS, PROBES, STREAMS, WRAPPERS, UnknownName
 from testbed.store import StoreError
 
 
@@ -132,7 +132,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def list_plugins(console: Console) -> None:
     """Every editor, stream and probe with one line each."""
-    for registry in (EDITORS, STREAMS, PROBES):
+    for registry in (EDITORS, WRAPPERS, STREAMS, PROBES):
         table = Table(title=f"{registry.kind}s", title_justify="left", box=None, show_header=False, pad_edge=False)
         for name, cls in registry.items():
             time = f" [{cls.time_axis} time; {cls.licence}]" if registry is STREAMS else ""

@@ -30,6 +30,8 @@ class Hyper:
     """v_weight_decay, on ||delta|| / ||h_0||^2."""
     clamp: float = 0.75
     """clamp_norm_factor: longest delta, as a multiple of ||h_0||."""
+    clamp_rome: float = 4.0
+    """clamp_norm_factor of ROME, a multiple of the norm of the MLP's output."""
     kl: float = 0.0625
     """kl_factor: weight of the drift of "{subject} is a"."""
     stop: float = 0.05
@@ -48,6 +50,8 @@ class Hyper:
     """lambda of MEMIT with BLUE."""
     threshold: float = 2e-2
     """nullspace_threshold of AlphaEdit: directions of C with a larger eigenvalue are excluded."""
+    contexts: int = 5
+    """Sampled sentences before the prompt, beside the bare prompt."""
     relative: bool = False
     """lambda is a multiple of the key width, L2 and the threshold are multiples of the mean eigenvalue of C."""
 
@@ -68,19 +72,26 @@ def hyper_of(handle: ModelHandle) -> tuple[Hyper, str]:
     return (row, "") if row is not None else derived(kind, handle.n_layers)
 
 
-def derived(kind: str, depth: int) -> tuple[Hyper, str]:
-    """Values for a model nobody tuned: layers from an eighth to a quarter of the depth, weights relative to its keys.
+SHALLOW = 8
+"""Layers under which a model reads a subject in its first layer and has no room to spread a change."""
 
+
+def derived(kind: str, depth: int) -> tuple[Hyper, str]:
+    """Values for a model nobody tuned: layers up to a quarter of the depth, weights relative to its keys.
+
+    Shallow models, the committed one among them, are edited in their first layer, without sampled contexts and
+    with longer searches (chosen on a development stream of the tiny model).
     Raises `BadEditor` for a model of one layer, where nothing lies above the change.
     """
     if depth < 2:
         raise BadEditor("locate-then-edit methods need a decoder layer above the one they change; this model has a single layer")
-    last = min(max(1, round(depth * 0.28)), depth - 2)
-    layers = tuple(range(max(0, last - 4, round(depth * 0.12)), last + 1))
+    last = 0 if depth < SHALLOW else round(depth * 0.28)
+    layers = tuple(range(max(0, last - 4, round(depth * 0.12)), last + 1)) if last else (0,)
+    weights = {"lam": 0.03, "lam_pmet": 0.03, "lam_emmet": 0.03, "lam_blue": 0.03, "l2": 0.03, "l2_blue": 0.03, "threshold": 10.0}
+    plain = Hyper(layers, layers[len(layers) // 2], relative=True, **weights)
+    found = replace(plain, steps=80, lr=1.0, clamp=10.0, clamp_rome=20.0, contexts=0) if depth < SHALLOW else plain
     shown = ", ".join(map(str, layers))
-    note = f"no published hyper-parameters for {kind} with {depth} layers: layers {shown}, weights relative to its keys"
-    small = Hyper(layers, layers[len(layers) // 2], lam=1.0, lam_pmet=1.0, lam_emmet=0.1, l2=1.0, l2_blue=1.0, lam_blue=1.0, threshold=10.0)
-    return replace(small, relative=True), note
+    return found, f"no published hyper-parameters for {kind} with {depth} layers: layers {shown}, weights relative to its keys"
 
 
 def overlaid(h: Hyper, config: Any) -> Hyper:

@@ -57,7 +57,7 @@ class LocateConfig(EditorConfig):
     """kl_factor."""
     stop: float | None = None
     """Loss (nats) under which a target counts as found."""
-    contexts: int = 5
+    contexts: int | None = None
     """Sampled sentences before the prompt, beside the bare prompt."""
     context_tokens: int = 10
     """Length of each, in tokens."""
@@ -160,7 +160,7 @@ class LocateEditor(Editor):
     def _set_up(self, event: EditEvent) -> None:
         """What the first edit needs: contexts, statistics, and a check that the layers have the form that is assumed."""
         if not self.contexts:
-            self.contexts = ["", *draw_contexts(self.handle, self.config.contexts, self.config.context_tokens, self.generator(0))]
+            self.contexts = ["", *draw_contexts(self.handle, self.hyper.contexts, self.config.context_tokens, self.generator(0))]
         if self.priors:
             return
         for layer in self.changes.layers:

@@ -8,6 +8,7 @@ denominator from the bare prompt's; where the two differ much, a single edit can
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,10 +28,6 @@ from testbed.registry import EDITORS
 class RomeConfig(LocateConfig):
     layer: int | None = None
     """The layer that is edited."""
-    clamp: float | None = 4.0
-    """clamp_norm_factor, on the norm of the MLP's output."""
-    lr: float | None = 0.5
-    """v_lr."""
     eta: float = 1e-4
     """Added to C's diagonal, as a share of its mean."""
     compat: bool = False
@@ -48,12 +45,16 @@ class Rome(LocateEditor):
     Config = RomeConfig
 
     def _tuned(self, hyper: Hyper) -> Hyper:
-        return hyper if self.config.layers is None else replace(hyper, layer=self.config.layers[-1])
+        """ROME's own step size and clamp, the latter on the norm of the MLP's output."""
+        own: dict[str, Any] = {"layer": self.config.layers[-1] if self.config.layers is not None else hyper.layer}
+        own |= {"lr": 0.5} if self.config.lr is None and not hyper.relative else {}
+        own |= {"clamp": hyper.clamp_rome} if self.config.clamp is None else {}
+        return replace(hyper, **own)
 
     @property
     def bare_share(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
         """All prompts count alike in the averaged key."""
-        return 1 / (1 + self.config.contexts)
+        return 1 / (1 + self.hyper.contexts)
 
     def _groups(self, events: list[EditEvent]) -> list[list[EditEvent]]:
         """One by one, whatever the batch: each is met exactly, so a later one may undo part of an earlier."""
