@@ -38,6 +38,8 @@ class StreamConfig:
     """Let the mix of categories move over the years (scheduled streams)."""
     missing_images: MissingImages = "skip"
     """What to do with a record whose picture is absent: skip it, ask without, or put its caption."""
+    fields: tuple[str, ...] = ()
+    """For `jsonl:` and `hub:`: which of the source's fields is which of ours, as OURS=THEIRS, separated by commas."""
     world_seed: int = 0
     """Which simulated world; the committed tiny model knows world 0."""
     world_size: int = 0

@@ -1,7 +1,8 @@
 """One registry for editors, streams and probes: a decorator, a folder scan, near matches for a wrong name.
 
 A plug-in exists by lying in its folder. A file that cannot be imported raises at the first look-up, with
-its path: a broken plug-in never vanishes from a list.
+its path: a broken plug-in never vanishes from a list. An entry whose name ends in a colon takes the rest of
+a name as its argument: `jsonl:FILE` is the class registered as `jsonl:` with `argument` set to FILE.
 """
 
 from __future__ import annotations
@@ -82,6 +83,10 @@ class Registry:
         self.scan()
         if self.wrappers is not None and "+" in name:
             return self._wrap(name, self.wrappers)
+        head, colon, argument = name.partition(":")
+        if argument and head + colon in self._entries:
+            base = self._entries[head + colon]
+            return type(base.__name__, (base,), {"name": name, "argument": argument, "__doc__": base.__doc__})
         if name not in self._entries:
             near = difflib.get_close_matches(name, self._entries, n=3, cutoff=0.5)
             hint = f" Did you mean {' or '.join(near)}?" if near else ""

@@ -49,6 +49,7 @@ CASES: dict[str, Case] = {
     "leaders": Case("leaders", "reign", (_REIGN,)),
     "dated-facts": Case("dated-facts", ".", _ALL_DATED),
     "leaders-flags": Case("leaders-flags", ".", (f"reign/{_REIGN}",), linked=("flags",)),
+    "vlkeb-yearly": Case("vlkeb-yearly", "vlkeb", ("train.json",), {"missing_images": "text"}, _NO_TRAIN),
     "knowedit-yearly": Case("knowedit-yearly", "knowedit_portability", _KNOWEDIT, lacks=_NO_TRAIN),
 }
 

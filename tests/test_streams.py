@@ -25,13 +25,22 @@ from testbed.registry import STREAMS
 
 N = 300
 FILES = "okedit-yearly on files"
-CASES = [*STREAMS.names(), FILES, *(name for name in REAL if name not in STREAMS.names())]
+OWN = "jsonl:records.jsonl"
+_NAMES = [name for name in STREAMS.names() if not name.endswith(":")]
+CASES = [*_NAMES, FILES, OWN, *(name for name in REAL if name not in _NAMES)]
 Make = Callable[..., Stream]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_folder(tmp_path_factory.mktemp("files") / "okedit", [*range(1005, 2405, 10), 1006, 1016])
+
+
+def own_record(i: int) -> dict[str, Any]:
+    """A record in the words of `jsonl:`."""
+    asked = {"prompt": f"Who owns shop {i}?", "target": f"Ann {i}", "previous": f"Bob {i}", "relation": f"kind {i % 3}"}
+    more = {"rephrase": [f"The owner of shop {i} is"], "train": [f"Name the owner of shop {i}."]}
+    return {**asked, **more, "subject": f"shop {i}", "hard": f"Who owns stall {i}?", "hard_answer": f"Cy {i}"}
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -44,6 +53,10 @@ def make(request: pytest.FixtureRequest, case: str, folder: Path, tmp_path_facto
     """Makes a fresh instance of one stream: `make(seed=1)`."""
     if case == FILES:
         return lambda **config: STREAMS.get("okedit-yearly")(StreamConfig(data_root=folder, **config))
+    if case == OWN:
+        records = tmp_path_factory.mktemp("own")
+        (records / "records.jsonl").write_text("\n".join(json.dumps(own_record(i)) for i in range(300)))
+        return lambda **config: STREAMS.get(OWN)(StreamConfig(data_root=records, **config))
     if case in REAL:
         real = REAL[case]
         root = small_copy(real, request.getfixturevalue("data_root"), tmp_path_factory.mktemp("real"))
@@ -105,6 +118,9 @@ def test_every_stream_runs_without_files_or_says_what_it_needs() -> None:
     for name, cls in STREAMS.items():
         if name in REAL:
             with pytest.raises(BadStream, match="--data-root"):
+                cls(StreamConfig())
+        elif name.endswith(":"):
+            with pytest.raises(BadStream, match=f"needs its source in its name: {name}"):
                 cls(StreamConfig())
         else:
             assert cls(StreamConfig()).events(1)
