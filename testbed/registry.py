@@ -104,7 +104,7 @@ class Registry:
         return self._wrapped[name]
 
 
-WRAPPERS = Registry("wrapper", "testbed.editors", needs=("summary", "Config", "over", "example"))
+WRAPPERS = Registry("wrapper", "testbed.editors", needs=("summary", "Config", "over"))
 EDITORS = Registry("editor", "testbed.editors", needs=("summary", "traits", "Config"), wrappers=WRAPPERS)
 PROBES = Registry("probe", "testbed.probes", needs=("summary", "version"))
 STREAMS = Registry("stream", "streams", needs=("summary", "time_axis", "licence"))

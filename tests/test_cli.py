@@ -49,7 +49,7 @@ def test_list_names_every_plug_in_with_one_line() -> None:
 def test_an_unknown_editor_is_told_in_one_line_with_near_matches() -> None:
     done = fresh("--editor", "balancdit")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: no editor is called 'balancdit'. Did you mean balancedit?")
+    assert done.stderr.startswith("error: no editor is called 'balancdit'. Did you mean balancedit")
     assert "Traceback" not in done.stderr
 
 

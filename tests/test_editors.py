@@ -16,10 +16,16 @@ from testbed.encode import Ask
 from testbed.events import EditBatch, EditEvent
 from testbed.models import ModelHandle, weights_hash
 from testbed.predictor import Response
-from testbed.registry import EDITORS, STREAMS
+from testbed.registry import EDITORS, STREAMS, WRAPPERS
 from testbed.store import read_state, write_state
 
-NAMES = EDITORS.names()
+
+def _host_of(wrapper: Any) -> str:
+    """The first editor that a wrapper takes."""
+    return next(name for name, cls in EDITORS.items() if issubclass(cls, wrapper.hosts))
+
+
+NAMES = [*EDITORS.names(), *(f"{_host_of(wrapper)}+{name}" for name, wrapper in WRAPPERS.items())]
 STREAM = {"llava": "okedit-yearly", "gpt2": "world-yearly"}
 
 

@@ -19,8 +19,6 @@ class Wrapper:
     Config: ClassVar[Any]
     hosts: ClassVar[type[Editor]] = Editor
     """What it can wrap."""
-    example: ClassVar[str]
-    """An editor it is tested on."""
 
     @classmethod
     def over(cls, host: type[Editor], name: str) -> type[Editor]:

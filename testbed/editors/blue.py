@@ -26,7 +26,6 @@ class Blue(Wrapper, LocateEditor):
 
     summary = "first and last critical layer only, each with its own target (BLUE)"
     hosts = LocateEditor
-    example = "alphaedit"
     Config = BlueConfig
 
     def _tuned(self, hyper: Hyper) -> Hyper:

@@ -35,7 +35,6 @@ class Prune(Wrapper, Editor):
     """Restrains the spectrum of what any weight editor has changed so far."""
 
     summary = "large singular values of the whole change restrained (PRUNE)"
-    example = "memit"
     Config = PruneConfig
 
     @classmethod

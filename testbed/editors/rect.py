@@ -33,7 +33,6 @@ class Rect(Wrapper, LocateEditor):
 
     summary = "only entries that change most relative to the weight (RECT)"
     hosts = LocateEditor
-    example = "memit"
     Config = RectConfig
 
     def _keep(self, layer: int, step: int, solution: Solution, keys: Tensor | None) -> None:
