@@ -65,7 +65,7 @@ class Plain:
 def book(
     rows: list[Row], cls: type[Codebook] = Codebook, metric: Metric = "euclidean", rule: Rule = "nearest-then-check", **kw: Any
 ) -> Any:
-    out = cls(len(rows[0].key) if rows else kw.pop("width", 3), metric, rule, **kw)
+    out = cls(DIM, metric, rule, **kw)
     for r in rows:
         add(out, r)
     return out
