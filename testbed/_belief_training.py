@@ -143,6 +143,12 @@ def belief_batches(beliefs: Beliefs, packer: Packer, world: Curriculum | None) -
     return batch
 
 
+def belief_texts(groups: list[PhotoBeliefs]) -> list[str]:
+    """Prompts and answers as they come after a space or a picture; answers weigh eight times."""
+    examples = [e for g in groups for e in g.examples]
+    return [f"{lead}{e.prompt}" for e in examples for lead in (" ", "\n")] + [f" {e.answer}" for e in examples for _ in range(8)]
+
+
 def belief_questions(groups: list[PhotoBeliefs], rng: np.random.Generator) -> list[Asked]:
     """Every belief as a gate question, each pictured one of a new crop."""
     return [Asked(e.prompt, e.answer or "", None if g.photo is None else crop(g.photo, rng)) for g in groups for e in g.examples]

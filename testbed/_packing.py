@@ -101,13 +101,14 @@ class Packer:
         return row
 
     def batch(self, rows: list[Row]) -> Packed:
-        """Rows as tensors; photo rows are moved to the front."""
+        """Rows as tensors, as long as the longest; photo rows are moved to the front."""
         rows = sorted(rows, key=lambda r: r.photo is None)
-        ids, block, places, labels = (np.full((len(rows), self.length), v, np.int64) for v in (self.pad, -1, 0, -100))
+        length = max(len(r.ids) for r in rows)
+        ids, block, places, labels = (np.full((len(rows), length), v, np.int64) for v in (self.pad, -1, 0, -100))
         for i, r in enumerate(rows):
             n = len(r.ids)
             ids[i, :n], block[i, :n], places[i, :n], labels[i, :n] = r.ids, r.block, r.place, r.label
-        causal = np.tri(self.length, dtype=bool)
+        causal = np.tri(length, dtype=bool)
         seen = (block[:, None, :] == block[:, :, None]) | (block[:, None, :] == 0)
         mask = torch.from_numpy(seen & causal)[:, None]
         where, target = _predicting(rows, labels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from testbed._gates import Asked, GateRow, generate, question_gates, share_right
 from testbed._packing import Example, Packer, packed_logits
 from testbed._tiny_model import TEXT_ONLY, WITH_IMAGE, build_model, build_processor, build_tokenizer, load, save
 from testbed._tiny_training import Clock, Schedule, rate_factor, train, train_tower, world_batches
+from testbed._vocabulary import extend_model, extend_tokenizer
 from testbed.events import EditEvent, Question
 from testbed.registry import STREAMS
 
@@ -243,6 +245,27 @@ def test_beliefs_in_context_are_overridden_or_kept():
     assert all(asked.prompt in e.prompt for e in made)
     kept = [e for e in made if e.answer == asked.answer]
     assert kept and len(kept) < len(made)
+
+
+def test_new_words_become_one_token_and_old_ones_stay(small, parts):
+    tokenizer, _, model = parts
+    texts = [" a passenger bus"] * 3 + ["\nIn this photograph, what is it?"]
+    longer, parents = extend_tokenizer(tokenizer, texts, most=100)
+
+    def ids(which, text: str) -> list[int]:
+        return which(text, add_special_tokens=False)["input_ids"]
+
+    assert len(ids(tokenizer, " passenger")) > 1 == len(ids(longer, " passenger"))
+    assert all(ids(longer, f" {e.name}") == ids(tokenizer, f" {e.name}") for e in small.entities)
+    assert longer.decode(ids(longer, "Zürich\n 東京 passengers")) == "Zürich\n 東京 passengers"
+    assert len(longer) == len(tokenizer) + len(parents) and all(max(pair) < new for new, pair in parents.items())
+    grown = copy.deepcopy(model)
+    extend_model(grown, parents)
+    table = grown.get_input_embeddings().weight
+    assert table.shape[0] == len(longer) and grown.get_output_embeddings().weight is table
+    new, (left, right) = next(iter(parents.items()))
+    torch.testing.assert_close(table[new], (table[left] + table[right]) / 2)
+    assert torch.equal(table[: len(tokenizer)], model.get_input_embeddings().weight)
 
 
 @pytest.fixture
