@@ -62,7 +62,8 @@ def _candidates(question: str) -> Iterator[tuple[Span, Frame]]:
         if not _is_name(question[start:first]):
             continue
         for _, stop in words[i : i + MAX_WORDS]:
-            bare = question[start:stop].rstrip(_TAIL).removesuffix("'s").removesuffix("’s")
-            if bare:
-                end = start + len(bare)
-                yield (start, end), (question[:start], question[end:])
+            whole = question[start:stop]
+            bare = whole.rstrip(_TAIL).removesuffix("'s").removesuffix("’s")
+            for text in {bare: 0, whole: 0} if whole.endswith(".") else (bare,):  # "Jr." is a name's own point
+                if text:
+                    yield (start, start + len(text)), (question[:start], question[start + len(text) :])
