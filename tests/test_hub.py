@@ -96,8 +96,8 @@ def test_a_dataset_on_disk(tmp_path: Path) -> None:
 
 def test_a_name_with_a_colon_carries_an_argument() -> None:
     registry = Registry("thing", "streams")
-    base = registry.register("from:")(type("Base", (), {"summary": "x"}))
-    made = registry.get("from:a:b/c")
+    base: Any = registry.register("from:")(type("Base", (), {"summary": "x"}))
+    made: Any = registry.get("from:a:b/c")
     assert issubclass(made, base)
     assert (made.name, made.argument, base.name) == ("from:a:b/c", "a:b/c", "from:")
     assert registry.get("from:") is base
