@@ -87,7 +87,15 @@ def derived(kind: str, depth: int) -> tuple[Hyper, str]:
         raise BadEditor("locate-then-edit methods need a decoder layer above the one they change; this model has a single layer")
     last = 0 if depth < SHALLOW else round(depth * 0.28)
     layers = tuple(range(max(0, last - 4, round(depth * 0.12)), last + 1)) if last else (0,)
-    weights = {"lam": 0.03, "lam_pmet": 0.03, "lam_emmet": 0.03, "lam_blue": 0.03, "l2": 0.03, "l2_blue": 0.03, "threshold": 10.0}
+    weights: dict[str, Any] = {
+        "lam": 0.03,
+        "lam_pmet": 0.03,
+        "lam_emmet": 0.03,
+        "lam_blue": 0.03,
+        "l2": 0.03,
+        "l2_blue": 0.03,
+        "threshold": 10.0,
+    }
     plain = Hyper(layers, layers[len(layers) // 2], relative=True, **weights)
     found = replace(plain, steps=80, lr=1.0, clamp=10.0, clamp_rome=20.0, contexts=0) if depth < SHALLOW else plain
     shown = ", ".join(map(str, layers))
