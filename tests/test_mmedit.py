@@ -152,8 +152,10 @@ def test_any_value_may_have_any_type(tmp_path: Path, field: str, value: Any, pol
     folder(root, [r | {field: value} if i % 3 == 0 else r for i, r in enumerate(ROWS[:12])], pictures=False)
     s = stream(root, missing_images=policy)
     for e in s.events(20):
-        s.questions(e), s.paraphrases(e)
-    s.general(), s.train_pool(), list(s.beliefs()), s.manifest()
+        assert all(q.event_id == e.id for q in s.questions(e))
+        assert isinstance(s.paraphrases(e), tuple)
+    assert all(q.answer for q in (*s.general(), *s.train_pool().questions, *s.beliefs()))
+    assert s.manifest()["skipped"] == len(s.skipped)
 
 
 @pytest.mark.parametrize(
