@@ -196,6 +196,19 @@ def test_a_retire_is_undone_or_counted_as_skipped(name: str, handle: ModelHandle
         assert same(respond(fresh, what), respond(editor, what))
 
 
+def test_a_fact_may_be_retired_taken_up_and_retired_again(name: str, handle: ModelHandle, stream: Any, edits: list[EditEvent]) -> None:
+    editor, first = make(name, handle, stream), edits[0]
+    life = [first]
+    for i, kind in enumerate(("retire", "revise", "retire"), 1):
+        target = "" if kind == "retire" else first.target
+        life.append(EditEvent(kind, first.time, i, first.prompt, target, first.image, revises=life[-1].id))  # type: ignore[arg-type]
+    reports = [editor.apply(batch(stream, [first]))] + [editor.apply(EditBatch((e,), i + 2)) for i, e in enumerate(life[1:])]
+    assert [r.failed for r in reports] == [{}] * 4
+    if editor.traits.undo:
+        what = [replace(a, truth=None) for a in asks(stream, edits[:1], editor)]
+        assert same(respond(make(name, handle, stream), what), respond(editor, what))
+
+
 def test_the_old_answer_is_hidden_unless_declared(name: str, handle: ModelHandle, stream: Any, edits: list[EditEvent]) -> None:
     editor = make(name, handle, stream)
     seen: list[EditBatch] = []

@@ -101,7 +101,8 @@ class Editor(ABC):
         except EditFailed as e:
             self.load_state_dict(before)
             return replace(report, failed={e2.id: str(e) for e2 in batch.events})
-        self._revises.update({e.id: e.revises for e in batch.events if e.id not in skipped})
+        made = {e.id: e.revises for e in batch.events if e.kind != "retire"}
+        self._revises = {**self._revises, **made}
         return replace(report, notes=notes, skipped=skipped, delta_norm=self.delta_norm(), state_bytes=self.state_bytes())
 
     def _allowed(self, events: Iterable[EditEvent]) -> tuple[EditEvent, ...]:
@@ -115,7 +116,9 @@ class Editor(ABC):
         if not self.traits.undo:
             return {e.id: "retire: this method has no undo" for e in events}
         for e in events:
-            self.revert(self._lineage(e.revises))
+            gone = self._lineage(e.revises)
+            self.revert(gone)
+            self._revises = {k: v for k, v in self._revises.items() if k not in gone}
         return {}
 
     def _lineage(self, event_id: str | None) -> list[str]:
