@@ -97,7 +97,7 @@ def derived(kind: str, depth: int) -> tuple[Hyper, str]:
         "threshold": 10.0,
     }
     plain = Hyper(layers, layers[len(layers) // 2], relative=True, **weights)
-    found = replace(plain, steps=80, lr=1.0, clamp=10.0, clamp_rome=20.0, contexts=0) if depth < SHALLOW else plain
+    found = replace(plain, steps=150, lr=0.5, clamp=10.0, clamp_rome=20.0, contexts=0) if depth < SHALLOW else plain
     shown = ", ".join(map(str, layers))
     return found, f"no published hyper-parameters for {kind} with {depth} layers: layers {shown}, weights relative to its keys"
 
