@@ -3,7 +3,7 @@
     python -m testbed.pretrain --stream world-yearly --out DIR
     python -m testbed.pretrain --stream okedit-yearly --data-root FILES --out DIR
 
-The first trains from nothing (half an hour on two cores), the second starts from the committed weights
+The first trains from nothing (the committed weights took 49 minutes on two busy cores), the second starts from the committed weights
 (ten minutes). Both save a folder that `--model DIR` of `testbed.run` takes, with a model card that holds
 the gates, measured by free generation after the weights were read back.
 """
