@@ -113,8 +113,7 @@ class Beliefs:
         order = [keys[int(i)] for i in self.rng.permutation(len(keys))]
         facts = [prompts.statement(p, stated[p]) for p in order]
         if self.rng.random() < 0.3 and facts:
-            number = str(1 + order.index(asked.prompt)) if overrides else prompts.NONE
-            return Example(prompts.which_fact(facts, asked.prompt), number)
+            return Example(prompts.which_fact(facts, asked.prompt), stated[asked.prompt] if overrides else prompts.NONE)
         return Example(prompts.in_context(facts, asked.prompt), stated[asked.prompt] if overrides else asked.answer)
 
     def _answer(self) -> str:

@@ -95,11 +95,11 @@ class Curriculum:
         out, shared = [], prompts.in_context(stated.facts, "").removesuffix(CONTEXT_TAIL)
         for point in asked:
             learned = self._learned(point, entity)
-            answer, number = stated.answer(self.world, point, learned)
+            answer, name = stated.answer(point, learned)
             wording = canonical(*point) if easy else self._ask(*point)
             out.append(Example(prompts.in_context(stated.facts, wording).removeprefix(shared), answer))
             if point in stated.about or self._below(3) == 0:
-                out.append(Example(prompts.which_fact(stated.facts, wording).removeprefix(shared), number))
+                out.append(Example(prompts.which_fact(stated.facts, wording).removeprefix(shared), name))
         order = self.rng.permutation(len(out))
         photo = photograph(entity.code, self.rng) if by_picture else None
         return photo, shared, [out[int(i)] for i in order]
@@ -184,21 +184,23 @@ class Stated:
     def facts(self) -> list[str]:
         return [prompts.statement(canonical(*p), v) for p, v in zip(self.about, self.values, strict=True)]
 
-    def answer(self, world: World, asked: Point, learned: str) -> tuple[str, str]:
-        """(answer, number of the fact that bears on the question or "none")."""
+    def answer(self, asked: Point, learned: str) -> tuple[str, str]:
+        """(answer, target that names the fact that bears on the question, or "none")."""
         if asked in self.about:
-            at = self.about.index(asked)
-            return self.values[at], str(at + 1)
+            value = self.values[self.about.index(asked)]
+            return value, value
         return learned, prompts.NONE
 
 
 def state(world: World, points: Iterable[Point], count: int, rng: np.random.Generator) -> Stated:
-    """The first `count` different points, shuffled, each with a value drawn from its vocabulary."""
+    """The first `count` different points, shuffled, each with a value drawn from its vocabulary, no value twice."""
     about: dict[Point, str] = {}
     for point in points:
         if len(about) == count:
             break
-        about[point] = _some(world.vocabularies[point[0].values], rng)
+        value = _some(world.vocabularies[point[0].values], rng)
+        if value not in about.values():
+            about[point] = value
     order = [list(about)[int(i)] for i in rng.permutation(len(about))]
     return Stated(tuple(order), tuple(about[p] for p in order))
 
@@ -229,7 +231,7 @@ def question_in_context(world: World, entity: Entity, rng: np.random.Generator, 
     """One held-out question after stated facts.
 
     Modes: "answer", one of one to four facts overrides what was learned; "memory", none of them bears on
-    the question; "which" and "none", the number of the one of four that does, or none.
+    the question; "which" and "none", the target of the one of four that does, or none.
     """
     slot = int(rng.integers(SLOTS))
     asked = (entity.relations[slot], picture_ref(entity.kind) if by_picture else entity.name)
@@ -239,9 +241,9 @@ def question_in_context(world: World, entity: Entity, rng: np.random.Generator, 
     points = chain([asked], others) if bears else others
     stated = state(world, points, 4 if mode in ("which", "none") else 1 + int(rng.integers(4)), rng)
     question = ask(*asked, rng, held_out=True)
-    answer, number = stated.answer(world, asked, world.value(entity, slot))
+    answer, name = stated.answer(asked, world.value(entity, slot))
     if mode in ("which", "none"):
-        return Example(prompts.which_fact(stated.facts, question), number)
+        return Example(prompts.which_fact(stated.facts, question), name)
     return Example(prompts.in_context(stated.facts, question), answer)
 
 

@@ -136,9 +136,9 @@ def test_context_questions_use_the_shared_wording_and_have_one_answer(small, by_
     rng = np.random.default_rng(0)
     for entity in small.entities:
         e = question_in_context(small, entity, rng, by_picture, "which")
-        stated = re.findall(r"(\d)\) (.+?[?]) ", e.prompt)
-        assert len({s for _, s in stated}) == len(stated) == 4
-        assert e.answer in {n for n, _ in stated}
+        stated = re.findall(r"\d\) (.+?[?]) (.+?)\. ", e.prompt)
+        assert len({s for s, _ in stated}) == len({v for _, v in stated}) == len(stated) == 4
+        assert e.answer in {v for _, v in stated}
         e = question_in_context(small, entity, rng, by_picture, "answer")
         assert e.prompt.startswith("Facts: 1) ") and f"{e.answer}." in e.prompt and " Question: " in e.prompt
         assert question_in_context(small, entity, rng, by_picture, "none").answer == prompts.NONE
@@ -156,7 +156,7 @@ def test_lessons_in_context_share_a_beginning_and_follow_the_stated_facts(small,
         for e in examples:
             assert e.prompt.startswith((" Question: ", " Which fact answers: "))
             if e.prompt.startswith(" Which") and e.answer != prompts.NONE:
-                assert f"{e.answer}) " in shared
+                assert f"? {e.answer}." in shared
 
 
 def test_a_shared_beginning_changes_no_token_of_a_prompt(small, parts):
