@@ -24,6 +24,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BadRun as error:
         print(error, file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"{to} cannot be written: {error}. The stored answers are as they were; name another folder with --out", file=sys.stderr)
+        return 2
     console = Console()
     console.print(terminal_table(summary))
     for note in summary["run"]["notes"]:

@@ -80,7 +80,7 @@ def load_run(path: str | Path) -> Run:
     if not run.editors:
         raise BadRun(f"{folder}: no editor has records yet (looked for EDITOR/records/step-*.parquet); start or resume the run first")
     planned = _planned(folder, events)
-    return replace(run, planned_step=planned, notes=notes + _cut_short(run, planned))
+    return replace(run, planned_step=planned, notes=notes + _cut_short(run, planned) + _missing(run))
 
 
 def load_runs(paths: Sequence[str | Path]) -> Run:
@@ -172,6 +172,18 @@ def _planned(folder: Path, events: pd.DataFrame) -> int:
 def _cut_short(run: Run, planned: int) -> list[str]:
     ends = {name: int(e.records["step"].max()) for name, e in run.editors.items()}
     return [f"{name}: cut short at step {end} of {planned}; its numbers are of that moment" for name, end in ends.items() if end < planned]
+
+
+def _missing(run: Run) -> list[str]:
+    """One line for every editor with fewer answers than the schedule asks for up to its last step."""
+    path = run.folders[0] / "schedule.parquet"
+    if not path.is_file():
+        return []
+    table = read_table(path, ("step", "action"))
+    steps = np.asarray(table["step"])[np.asarray(table["action"]) == "probe"]
+    counts = {n: (len(e.records), int((steps <= e.records["step"].max()).sum())) for n, e in run.editors.items()}
+    short = {n: (want - got, want) for n, (got, want) in counts.items() if got < want}
+    return [f"{n}: {less:,} of {want:,} answers are missing; --resume makes them again" for n, (less, want) in short.items()]
 
 
 def _require_same_schedule(a: Run, b: Run) -> None:

@@ -45,8 +45,8 @@ POLISH = Pace(
 )
 WORLD = (
     Leg("facts", Schedule(steps=2460, stop=0.64), Pace()),
-    Leg("context", Schedule(steps=1400, rate=1.5e-3, warm=0.03, rows=(6, 7, 3, 8)), Pace(facts=NOW, easy=(0.0, 0.4))),
-    Leg("polish", Schedule(steps=1900, rate=1.5e-3, warm=0.03, rows=(7, 7, 4, 8)), POLISH),
+    Leg("context", Schedule(steps=1600, rate=1.5e-3, warm=0.03, rows=(6, 7, 3, 8)), Pace(facts=NOW, easy=(0.0, 0.4))),
+    Leg("polish", Schedule(steps=2400, rate=1.5e-3, warm=0.03, rows=(7, 7, 4, 8)), POLISH),
 )
 """Copying from the prompt is found late and needs many rows of stated facts, so legs of their own."""
 BELIEFS = Schedule(steps=1600, minutes=9, rate=1.5e-3, warm=0.05)

@@ -119,12 +119,18 @@ class RunConfig:
                 out.append(f"--set {item!r} names {owner!r}, which takes no part in this run ({', '.join(sorted(owners))})")
         return out
 
-    def identity(self) -> dict[str, Any]:
-        """What makes two runs the same run: everything but places, logs and switches of the command line."""
+    def stored(self) -> dict[str, Any]:
+        """What a manifest keeps: everything but output places, logs and switches of the command line."""
         skip = {"out", "resume", "config", "log", "dry_run", "list", "save_model", "save_every"}
         return {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name not in skip}
 
+    def identity(self) -> dict[str, Any]:
+        """What makes two runs the same run. Data and model may have moved: their hashes stand for them."""
+        return {k: v for k, v in self.stored().items() if k not in PLACES}
 
+
+PLACES = ("data_root", "model")
+"""Fields that say where something lies; its content is hashed."""
 _POSITIVE = ("edits", "batch", "probe_budget", "max_new_tokens", "save_every")
 
 

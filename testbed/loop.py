@@ -49,7 +49,7 @@ class Context:
 def run_editor(context: Context, editor: Editor, folder: EditorFolder, phase: Phase = silent, progress: Progress = silent) -> None:
     """Take one editor through the schedule, from the newest saved step on."""
     phase("resume", 0)
-    done, state = folder.resume()
+    done, state = folder.resume([len(s.asked) for s in context.schedule.steps])
     if done == len(context.schedule.steps):
         return
     editor.prepare(context.handle, context.stream.train_pool())

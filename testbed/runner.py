@@ -12,7 +12,7 @@ from typing import Any
 
 from streams.base import Stream
 from testbed import grading, models, preflight, schedule
-from testbed.config import BadConfig, RunConfig, plain, set_fields
+from testbed.config import PLACES, BadConfig, RunConfig, plain, set_fields
 from testbed.editors.base import Editor
 from testbed.events import EditEvent, content_id
 from testbed.loop import Context, answer_base, run_editor
@@ -77,24 +77,32 @@ def study(config: RunConfig, say: Callable[[str], None] = lambda line: None) -> 
     for note in plan.manifest["notes"]:
         say(note)
     if config.resume:
-        folder.check_same(plan.manifest, SAME)
+        folder.check_same(plan.manifest, SAME, [f"config.{name}" for name in PLACES])
     else:
-        folder.create(plan.manifest)
-    _write_plan(plan, folder)
-    with bars() as progress:
-        _run(plan, folder, progress, say)
-    _save_models(plan, folder, say)
-    return finish(plan.out)
+        folder.check_free()
+    with folder.held():
+        if not config.resume:
+            folder.create(plan.manifest)
+        _write_plan(plan, folder)
+        with bars() as progress:
+            _run(plan, folder, progress, say)
+        _save_models(plan, folder, say)
+        return finish(plan.out)
 
 
 def finish(out: Path) -> dict[str, Any]:
     """Summary, figures, tables and report from the stored answers of a run folder.
 
-    Returns the summary as stored; its `run` also says in which `folder` it lies.
+    Returns the summary as stored; its `run` also says in which `folder` it lies. Raises `StoreError` where they
+    cannot be written.
     """
     from analysis.report import write_all
 
-    write_all([out])
+    try:
+        write_all([out])
+    except OSError as e:
+        remedy = f"Every answer is stored; make it with python -m analysis {out}"
+        raise StoreError(f"the report in {out} cannot be written: {e}. {remedy}") from e
     summary = read_json(out / "summary.json")
     return {**summary, "run": {**summary["run"], "folder": str(out)}}
 
@@ -161,12 +169,11 @@ def _manifest(
     config: RunConfig, stream: Stream, events: list[EditEvent], planned: schedule.Schedule, handle: ModelHandle
 ) -> dict[str, Any]:
     hashes = {"model_hash": handle.hash, "stream_hash": stream.stream_hash(events), "schedule_hash": planned.hash}
-    identity = config.identity()
     return {
-        "run": content_id(identity, hashes),
+        "run": content_id(config.identity(), hashes),
         "schema_version": SCHEMA_VERSION,
         "grading_version": grading.VERSION,
-        "config": identity,
+        "config": config.stored(),
         "editors": list(config.editor),
         "references": [name for name in config.editor if EDITORS.get(name).traits.told_truth],
         "editor_configs": {name: plain(config.editor_config(name)) for name in config.editor},

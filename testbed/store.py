@@ -18,12 +18,16 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from testbed.schema import BaseAnswer, EditReport, Record, columns
 
 _ARROW = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_(), list: pa.list_(pa.string())}
 Phase = Callable[[str, int], None]
+_LOCK = ".lock"
+_OURS = {".manifest.json.tmp", _LOCK}
+"""What a process that was stopped before the manifest stood may leave in a folder that is still free."""
 
 
 class StoreError(RuntimeError):
@@ -109,12 +113,32 @@ class RunFolder:
         self.path = path
 
     def create(self, manifest: dict[str, Any]) -> None:
-        """Write the manifest into an empty or new folder. Raises `StoreError` when it holds another run or anything else."""
+        """Write the manifest into an empty or new folder. Raises `StoreError` as `check_free`."""
+        self.check_free()
+        write_json(self.path / "manifest.json", manifest)
+
+    def check_free(self) -> None:
+        """Raise `StoreError` where the folder holds another run or anything else."""
         if (self.path / "manifest.json").exists():
             raise StoreError(f"{self.path} holds a run already: go on with --resume {self.path}, or choose another --out")
-        if self.path.exists() and (not self.path.is_dir() or any(p.name != ".manifest.json.tmp" for p in self.path.iterdir())):
+        if self.path.exists() and (not self.path.is_dir() or any(p.name not in _OURS for p in self.path.iterdir())):
             raise StoreError(f"{self.path} is not an empty folder: choose another --out")
-        write_json(self.path / "manifest.json", manifest)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """This process alone writes the folder. Raises `StoreError` where another one does; its death frees the folder."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.path / _LOCK, timeout=0)
+            lock.acquire()
+        except Timeout as e:
+            raise StoreError(f"{self.path} is being written by another process: wait for it, stop it, or choose another --out") from e
+        except OSError as e:
+            raise StoreError(f"{self.path} cannot be written: {e}; choose another --out") from e
+        try:
+            yield
+        finally:
+            lock.release()
 
     def manifest(self) -> dict[str, Any]:
         return read_json(self.path / "manifest.json")
@@ -125,10 +149,10 @@ class RunFolder:
         if line not in manifest["notes"]:
             write_json(self.path / "manifest.json", {**manifest, "notes": [*manifest["notes"], line]})
 
-    def check_same(self, manifest: dict[str, Any], keys: Sequence[str]) -> None:
-        """Raise `StoreError` naming every entry in which the stored manifest and this one differ."""
+    def check_same(self, manifest: dict[str, Any], keys: Sequence[str], free: Sequence[str] = ()) -> None:
+        """Raise `StoreError` naming every entry in which the stored manifest and this one differ, but for the `free` ones."""
         stored = self.manifest()
-        differ = [line for k in keys for line in _differences(k, stored.get(k), manifest.get(k))]
+        differ = [line for k in keys for line in _differences(k, stored.get(k), manifest.get(k), free)]
         if differ:
             text = "\n  ".join(differ)
             raise StoreError(f"{self.path} cannot go on, it was made with another configuration, data or model:\n  {text}")
@@ -146,11 +170,11 @@ class RunFolder:
         return EditorFolder(self.path / name.replace(":", "-"), phase)
 
 
-def _differences(name: str, stored: Any, now: Any) -> list[str]:
+def _differences(name: str, stored: Any, now: Any, free: Sequence[str]) -> list[str]:
     """One line for every value in which two entries differ."""
     if isinstance(stored, dict) and isinstance(now, dict):
-        return [line for k in sorted({*stored, *now}) for line in _differences(f"{name}.{k}", stored.get(k), now.get(k))]
-    return [] if stored == now else [f"{name}: stored {stored!r}, now {now!r}"]
+        return [line for k in sorted({*stored, *now}) for line in _differences(f"{name}.{k}", stored.get(k), now.get(k), free)]
+    return [] if stored == now or name in free else [f"{name}: stored {stored!r}, now {now!r}"]
 
 
 class EditorFolder:
@@ -168,15 +192,16 @@ class EditorFolder:
         for old in self._states()[:-1]:
             old.unlink()
 
-    def resume(self) -> tuple[int, dict[str, Any] | None]:
+    def resume(self, asked: Sequence[int] | None = None) -> tuple[int, dict[str, Any] | None]:
         """The newest saved step and its state, after setting aside all that is newer; (0, None) when there is none.
 
-        Where a record file or the reports up to that step are damaged, everything is made again from the start.
+        Where a record file or the reports up to that step are damaged or gone, everything is made again from the
+        start. `asked` is the number of questions after each step; without it a file that is gone is not noticed.
         """
         for leftover in self.path.rglob(".*.tmp"):
             leftover.unlink()
         step, state = self._newest_readable()
-        if not self._complete(step):
+        if not self._complete(step, asked):
             step, state = 0, None
         for path in [*self._parts(), *self._states()]:
             if _step_of(path) > step:
@@ -194,10 +219,13 @@ class EditorFolder:
                 path.unlink()
         return 0, None
 
-    def _complete(self, step: int) -> bool:
-        """True when the reports count up to this step and no record file up to it is damaged."""
+    def _complete(self, step: int, asked: Sequence[int] | None) -> bool:
+        """True when the reports count up to this step and no record file up to it is damaged or gone."""
         steps = [line["step"] for line in self._reports() if line["step"] <= step]
-        return steps == list(range(1, step + 1)) and all(_whole(p) for p in self._parts() if _step_of(p) <= step)
+        parts = [p for p in self._parts() if _step_of(p) <= step]
+        if steps != list(range(1, step + 1)) or not all(map(_whole, parts)):
+            return False
+        return asked is None or sum(pq.read_metadata(p).num_rows for p in parts) == sum(asked[:step])
 
     def newest_state(self) -> dict[str, Any]:
         """The newest state. Raises `StoreError` when there is none."""

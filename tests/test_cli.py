@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from functools import cache
@@ -138,6 +139,26 @@ def test_going_on_with_another_model_is_refused_by_name(tmp_path: Path) -> None:
     assert done.code == 2
     assert f"model_hash: stored 'another', now '{manifest['model_hash']}'" in done.err
     assert [p.name for p in tmp_path.iterdir()] == ["manifest.json"]
+
+
+def test_a_run_goes_on_after_its_model_has_moved(tmp_path: Path) -> None:
+    _, out = finished()
+    shutil.copytree(out, tmp_path / "run")
+    moved = shutil.copytree(folder("llava"), tmp_path / "elsewhere")
+    done = command("--resume", tmp_path / "run", "--model", moved, figures=False)
+    assert done.code == 0, done.err
+
+
+def test_a_full_disk_under_the_report_is_told_and_loses_no_answer(tmp_path: Path) -> None:
+    _, out = finished()
+    shutil.copytree(out, tmp_path / "run")
+    figure = next((tmp_path / "run" / "figures").glob("*.png"))
+    figure.unlink()
+    figure.symlink_to("/dev/full")
+    done = command("--resume", tmp_path / "run")
+    assert done.code == 2
+    assert "No space left on device" in done.err
+    assert "Every answer is stored; make it with python -m analysis" in done.err
 
 
 def test_a_dry_run_tells_what_and_how_much_and_writes_nothing(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def assert_same(out: Path) -> None:
     summaries = [untimed(json.loads((x / "summary.json").read_text())) for x in (out, whole)]
     assert summaries[0]["editors"].keys() == set(EDITORS)
     assert summaries[0] == summaries[1]
-    assert not list(out.rglob(".*"))
+    assert [p.name for p in out.rglob(".*")] == [".lock"]
 
 
 CHAINS = {
@@ -108,11 +108,12 @@ def test_a_finished_run_can_be_gone_on_with_and_stays_as_it_is(tmp_path: Path) -
 
 
 def test_cut_files_are_made_again(tmp_path: Path) -> None:
-    """The base's answers, a record file and the reports of a finished run, cut in the middle."""
+    """The base's answers, a record file and the reports of a finished run, cut in the middle; a record file gone."""
     import shutil
 
     out = tmp_path / "run"
     shutil.copytree(uninterrupted(), out)
+    (out / "balancedit/records/step-000010.parquet").unlink()
     for name in (
         "base/answers.parquet",
         "schedule.parquet",

@@ -123,14 +123,17 @@ def test_any_file_cut_at_any_byte_and_the_run_made_again_is_whole(data: st.DataO
         save(cut, 6)
         victim = data.draw(st.sampled_from(sorted(p for p in cut.path.rglob("*") if p.is_file())))
         raw = victim.read_bytes()
-        victim.write_bytes(raw[: data.draw(st.integers(0, len(raw) - 1))])
+        if data.draw(st.booleans(), label="removed"):
+            victim.unlink()
+        else:
+            victim.write_bytes(raw[: data.draw(st.integers(0, len(raw) - 1))])
         again(cut, 8)
         assert content(cut) == content(whole)
 
 
 def again(folder: EditorFolder, last: int, every: int = 2) -> int:
     """Resume and make the rest; the step it went on from."""
-    done, state = folder.resume()
+    done, state = folder.resume([3] * last)
     assert done % every == 0
     assert (state is None) == (done == 0)
     for at in range(done + every, last + 1, every):
@@ -238,10 +241,20 @@ def test_another_configuration_data_or_model_is_named(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.create(stored)
     folder.check_same(stored, list(stored))
+    moved = {**stored, "config": {**stored["config"], "data_root": "/new"}}
+    folder.check_same(moved, list(stored), ["config.data_root"])
     now = {"config": {"edits": 6, "seed": 0, "set": []}, "model_hash": "cc", "stream_hash": "bb"}
     with pytest.raises(StoreError) as caught:
         folder.check_same(now, list(stored))
     assert [x.strip() for x in str(caught.value).splitlines()[1:]] == ["config.edits: stored 5, now 6", "model_hash: stored 'aa', now 'cc'"]
+
+
+def test_two_processes_do_not_write_one_folder(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "new")
+    with folder.held(), pytest.raises(StoreError, match="is being written by another process: wait for it, stop it, or"), folder.held():
+        raise AssertionError("held twice")
+    with folder.held():
+        folder.create({"run": "x"})
 
 
 def test_absent_and_broken_manifests_are_told(tmp_path: Path) -> None:
