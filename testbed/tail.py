@@ -3,12 +3,16 @@
 Every editor here changes a down-projection W (d, f) of one decoder layer. Nothing below it depends on W, so
 training W, a copy of it or a low-rank addition re-runs only what lies above. At the last layer that is the
 final norm and the head, at the few positions that predict the answer.
+
+Inside `plain()` the same objects re-run the whole model at every call and keep nothing: the plain path, to
+measure and to check the fast one against.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +22,18 @@ from torch import Tensor
 from testbed.encode import Ask, Batch, answer_ids, collate
 from testbed.families import UnknownLayout
 from testbed.models import ModelHandle, project
+
+_WHOLE: ContextVar[bool] = ContextVar("whole", default=False)
+
+
+@contextmanager
+def plain() -> Iterator[None]:
+    """Inside, `capture` and `enter` give objects that run the whole model, from pixels to logits, at every call."""
+    token = _WHOLE.set(True)
+    try:
+        yield
+    finally:
+        _WHOLE.reset(token)
 
 
 @dataclass
@@ -58,6 +74,20 @@ class Tail:
         return row_mean(nll, self.row, self.batch.answer.shape[0])
 
 
+class WholeTail(Tail):
+    """The same through the whole model; `act` and `rest` hold all positions at every layer."""
+
+    def logits(self, project: Callable[[Tensor], Tensor]) -> Tensor:
+        shape = self.batch.prompt.shape
+
+        def put(module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            return project(args[0].reshape(*shape, -1)).reshape(output.shape)
+
+        with self.handle.hooked(self.handle.down(self.layer), put):
+            logits = self.handle.model(**self.batch.inputs, use_cache=False).logits
+        return logits[self.batch.before_answer]
+
+
 def row_mean(values: Tensor, row: Tensor, rows: int) -> Tensor:
     """Mean of `values` (n,) by row index (n,), as (rows,)."""
     total = torch.zeros(rows, dtype=values.dtype, device=values.device).index_add(0, row, values)
@@ -96,6 +126,8 @@ def capture(handle: ModelHandle, asks: list[Ask], answers: list[str], layer: int
     rows = torch.arange(shape[0], device=act.device)
     at = batch.before_answer
     key, last = pooled(act, batch), act[rows, batch.last_prompt].float()
+    if _WHOLE.get():
+        return WholeTail(handle, batch, layer, act, rest, at.nonzero()[:, 0], batch.answer_ids, key, last, [])
     if not calls:
         act, rest = act[at], rest[at]
     tail = Tail(handle, batch, layer, act, rest, at.nonzero()[:, 0], batch.answer_ids, key, last, calls)
@@ -161,6 +193,33 @@ class Above:
         return self.handle.head(self.handle.norm(hidden[at]))
 
 
+@dataclass
+class WholeAbove(Above):
+    """The same through the whole model, of which one layer's input is replaced."""
+
+    batch: Batch
+
+    def layer(self, n: int, hidden: Tensor) -> Tensor:
+        return self.through(hidden, n, n + 1)
+
+    def through(self, hidden: Tensor, start: int, stop: int) -> Tensor:
+        if start >= stop:
+            return hidden
+        kept: list[Tensor] = []
+
+        def put(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+        def keep(module: Any, args: Any, output: Any) -> None:
+            kept.append(output[0] if isinstance(output, tuple) else output)
+
+        with ExitStack() as stack:
+            stack.callback(self.handle.layers[start].register_forward_pre_hook(put, with_kwargs=True).remove)
+            stack.enter_context(self.handle.hooked(self.handle.layers[stop - 1], keep))
+            self.handle.model(**self.batch.inputs, use_cache=False)
+        return kept[0]
+
+
 @torch.no_grad()
 def enter(handle: ModelHandle, batch: Batch, first: int, last: int) -> Above:
     """Run the model up to layer `first` and note how it calls layers `first` to `last`; those above `last` are not run."""
@@ -180,6 +239,8 @@ def enter(handle: ModelHandle, batch: Batch, first: int, last: int) -> Above:
             stack.callback(layer.register_forward_pre_hook(keep, with_kwargs=True).remove)
         with suppress(_Enough):
             handle.model(**batch.inputs, use_cache=False)
+    if _WHOLE.get():
+        return WholeAbove(handle, first, hidden[0], [], batch)
     return Above(handle, first, hidden[0], calls)
 
 
