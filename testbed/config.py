@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_type_hints
 
 from streams.base import MissingImages, StreamConfig
+from testbed import variants
 from testbed.registry import EDITORS, STREAMS, UnknownName
+from testbed.schema import folder_name
 
 D = TypeVar("D")
 
@@ -26,7 +28,7 @@ class RunConfig:
     stream: str = "okedit-yearly"
     """Stream of edits (see --list)."""
     editor: tuple[str, ...] = ("noop", "oracle", "finetune", "balancedit")
-    """Editors, separated by commas."""
+    """Editors, separated by commas; settings in brackets make a variant: 'memit,memit[history=true]'."""
     model: str = "tiny"
     """`tiny`, a folder written by save_pretrained, or a hub id."""
     data_root: Path | None = None
@@ -81,9 +83,16 @@ class RunConfig:
         base = StreamConfig(data_root=self.data_root, seed=self.seed, missing_images=self.missing_images)
         return set_fields(base, self.overrides("stream"))
 
+    def editor_class(self, name: str) -> Any:
+        """The class of one editor, a variant's under its whole name. Raises `BadConfig` or `UnknownName`."""
+        base, _ = _split(name)
+        cls = EDITORS.get(base)
+        return cls if base == name else type(cls.__name__, (cls,), {"name": name, "__doc__": cls.__doc__})
+
     def editor_config(self, name: str) -> Any:
-        """The configuration of one editor with `--set` applied. Raises `BadConfig` or `UnknownName`."""
-        return set_fields(EDITORS.get(name).Config(), self.overrides(name))
+        """The configuration of one editor: `--set`, then what stands in its brackets. Raises `BadConfig` or `UnknownName`."""
+        base, settings = _split(name)
+        return set_fields(EDITORS.get(base).Config(), self.overrides(base) | settings)
 
     def problems(self) -> list[str]:
         """Every mistake, as sentences; empty when the run can start."""
@@ -92,6 +101,8 @@ class RunConfig:
             out.append("--editor names no editor; see --list")
         if len(set(self.editor)) < len(self.editor):
             out.append(f"--editor names one editor twice: {', '.join(self.editor)}")
+        elif len(set(map(folder_name, self.editor))) < len(self.editor):
+            out.append(f"--editor names two editors that would share a folder: {', '.join(self.editor)}")
         if self.data_root is not None and not self.data_root.is_dir():
             out.append(f"--data-root {self.data_root} is not a folder")
         out += _tried(lambda: STREAMS.get(self.stream))
@@ -103,13 +114,13 @@ class RunConfig:
 
     def _editor_problems(self, name: str) -> list[str]:
         out = [f"{name}: {problem}" for problem in self.editor_config(name).problems()]
-        limit = EDITORS.get(name).traits.max_batch
+        limit = self.editor_class(name).traits.max_batch
         if limit is not None and self.batch > limit:
             out.append(f"{name} takes at most {limit} edits at once, got --batch {self.batch}")
         return out
 
     def _set_problems(self) -> list[str]:
-        owners = {"stream", *self.editor}
+        owners = {"stream", *(name.partition("[")[0] for name in self.editor)}
         out = []
         for item in self.set:
             owner = item.partition("=")[0].partition(".")[0]
@@ -132,6 +143,13 @@ class RunConfig:
 PLACES = ("data_root", "model")
 """Fields that say where something lies; its content is hashed."""
 _POSITIVE = ("edits", "batch", "probe_budget", "max_new_tokens", "save_every")
+
+
+def _split(name: str) -> tuple[str, dict[str, str]]:
+    try:
+        return variants.split(name)
+    except ValueError as e:
+        raise BadConfig(f"--editor {e}") from e
 
 
 def _tried(check: Any) -> list[str]:
@@ -198,7 +216,7 @@ def parse_value(text: Any, hint: Any) -> Any:
 def _parts(text: Any) -> list[Any]:
     """The items of a list, or of text separated by commas."""
     if isinstance(text, str):
-        return [p.strip() for p in text.split(",")]
+        return variants.names(text)
     if not isinstance(text, (list, tuple, frozenset)):
         raise ValueError("expected a list")
     return list(text)

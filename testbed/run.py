@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from streams.base import BadStream
+from testbed import variants
 from testbed.config import BadConfig, RunConfig, set_fields
 from testbed.events import BadEvent, BadPicture
 from testbed.registry import EDITORS, PROBES, STREAMS, WRAPPERS, UnknownName
@@ -112,7 +113,7 @@ def _split_lists(argv: list[str]) -> list[str]:
             while rest and not rest[0].startswith("--"):
                 sets.append(rest.pop(0))
         elif a == "--editor" and rest:
-            out += [a, *filter(None, map(str.strip, rest.pop(0).split(",")))]
+            out += [a, *filter(None, variants.names(rest.pop(0)))]
         else:
             out.append(a)
     return [*out, "--set", *sets] if sets else out

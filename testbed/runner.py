@@ -18,7 +18,7 @@ from testbed.events import EditEvent, content_id
 from testbed.loop import Context, answer_base, run_editor
 from testbed.models import ModelHandle
 from testbed.progress import Bars, bars
-from testbed.registry import EDITORS, STREAMS
+from testbed.registry import STREAMS
 from testbed.schema import SCHEMA_VERSION, EventRow, QuestionRow, ScheduleRow
 from testbed.store import Phase, RunFolder, StoreError, read_json, write_rows
 
@@ -117,8 +117,8 @@ def resumed(out: Path) -> RunConfig:
 
 
 def make_editor(config: RunConfig, name: str) -> Editor:
-    """A fresh editor with its `--set` fields."""
-    return EDITORS.get(name)(config.editor_config(name), config.seed)
+    """A fresh editor with its `--set` fields and what stands in its brackets."""
+    return config.editor_class(name)(config.editor_config(name), config.seed)
 
 
 def _run(plan: Plan, folder: RunFolder, progress: Bars, say: Callable[[str], None]) -> None:
@@ -175,7 +175,7 @@ def _manifest(
         "grading_version": grading.VERSION,
         "config": config.stored(),
         "editors": list(config.editor),
-        "references": [name for name in config.editor if EDITORS.get(name).traits.told_truth],
+        "references": [name for name in config.editor if config.editor_class(name).traits.told_truth],
         "editor_configs": {name: plain(config.editor_config(name)) for name in config.editor},
         "stream": stream.manifest(),
         "model": {"name": handle.name, "hash": handle.hash, "family": handle.family.name, "parameters": _size(handle)},

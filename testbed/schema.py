@@ -6,6 +6,7 @@ Files of a run folder OUT (see docs/layout.md): `manifest.json`, `schedule.parqu
 
 from __future__ import annotations
 
+import re
 import types
 import typing
 from dataclasses import dataclass, field, fields
@@ -162,6 +163,11 @@ class EditReport:
     failed: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     notes: dict[str, float] = field(default_factory=dict)
+
+
+def folder_name(editor: str) -> str:
+    """An editor's folder in a run folder: its name without what paths and shells read in their own way."""
+    return re.sub(r"[^\w.,=+-]+", "-", editor).rstrip("-")
 
 
 def columns(row: type) -> dict[str, tuple[type, bool]]:

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from testbed.schema import BaseAnswer, EditReport, Record, columns
+from testbed.schema import BaseAnswer, EditReport, Record, columns, folder_name
 
 _ARROW = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_(), list: pa.list_(pa.string())}
 Phase = Callable[[str, int], None]
@@ -167,7 +167,7 @@ class RunFolder:
         write_rows(self.path / "base" / "answers.parquet", BaseAnswer, answers)
 
     def editor(self, name: str, phase: Phase | None = None) -> EditorFolder:
-        return EditorFolder(self.path / name.replace(":", "-"), phase)
+        return EditorFolder(self.path / folder_name(name), phase)
 
 
 def _differences(name: str, stored: Any, now: Any, free: Sequence[str]) -> list[str]:

@@ -1,0 +1,42 @@
+"""Variants: an editor with settings of its own as one name, `alphaedit[projector=false,layers=0,1]`.
+
+The whole text is the editor's name in records and tables, so several settings of one method stand side by side
+in one run. Settings in brackets win over `--set` fields of the editor, which hold for all of its variants.
+"""
+
+from __future__ import annotations
+
+import re
+
+_FORM = re.compile(r"(?P<base>[^\[\]]+)\[(?P<settings>[^\[\]]*)\]")
+_OUTSIDE = re.compile(r",(?![^\[]*\])")
+
+
+def names(text: str) -> list[str]:
+    """The items of a list separated by commas; a comma in brackets belongs to its item."""
+    return [part.strip() for part in _OUTSIDE.split(text)]
+
+
+def split(name: str) -> tuple[str, dict[str, str]]:
+    """The editor's own name, and the fields set in brackets behind it (none without brackets).
+
+    A part without an equals sign belongs to the value before it: `layers=0,1`. Raises ValueError for anything
+    that is not of the form `editor[field=value,...]`.
+    """
+    if "[" not in name and "]" not in name:
+        return name, {}
+    form = _FORM.fullmatch(name)
+    if form is None:
+        raise ValueError(f"{name!r} is not of the form editor[field=value,...]; the brackets stand last, behind any +wrapper")
+    settings: dict[str, str] = {}
+    field = ""
+    for part in form["settings"].split(","):
+        left, equals, value = part.partition("=")
+        if equals and left.strip() and left.strip() not in settings:
+            field = left.strip()
+            settings[field] = value.strip()
+        elif not equals and field:
+            settings[field] += f",{part.strip()}"
+        else:
+            raise ValueError(f"{name!r}: {part!r} sets nothing, or sets a field twice; expected field=value in the brackets")
+    return form["base"].strip(), settings
