@@ -11,6 +11,7 @@ the gates, measured by free generation after the weights were read back.
 from __future__ import annotations
 
 import hashlib
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -26,9 +27,10 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 
 from streams._world_facts import World, world
-from streams.base import BadStream, Stream, StreamConfig
+from streams.base import BadStream, MissingImages, Stream, StreamConfig
 from testbed import _courses
 from testbed._gates import GateRow
+from testbed.config import BadConfig, set_fields
 from testbed.registry import STREAMS, UnknownName
 
 if TYPE_CHECKING:
@@ -63,9 +65,24 @@ class PretrainConfig:
     """Which simulated world."""
     world_size: int = 0
     """Its number of entities; 0 is the default."""
+    missing_images: MissingImages = "skip"
+    """Records without their picture, as the run will treat them: the beliefs are those of the questions it asks."""
+    set: tuple[str, ...] = ()
+    """stream.field=value, as for the run; may name several."""
 
     def stream_config(self) -> StreamConfig:
-        return StreamConfig(data_root=self.data_root, seed=self.seed, world_seed=self.world_seed, world_size=self.world_size)
+        """What the run's stream depends on. Raises `BadConfig` for a `set` that cannot be."""
+        base = StreamConfig(
+            data_root=self.data_root,
+            seed=self.seed,
+            missing_images=self.missing_images,
+            world_seed=self.world_seed,
+            world_size=self.world_size,
+        )
+        given = [item.partition("=") for item in self.set]
+        if odd := [a + b + c for a, b, c in given if not b or not a.startswith("stream.")]:
+            raise BadConfig(f"--set {', '.join(map(repr, odd))}: expected stream.field=value")
+        return set_fields(base, {a.removeprefix("stream."): c for a, _, c in given})
 
     def problems(self) -> list[str]:
         """Every mistake in the values, as sentences."""
@@ -78,6 +95,10 @@ class PretrainConfig:
             out.append(f"--steps and --minutes must be 0 (the course's own) or more, got {self.steps} and {self.minutes}")
         if self.out.exists() and not self.out.is_dir():
             out.append(f"--out {self.out} is a file: give a folder")
+        try:
+            out += self.stream_config().problems()
+        except BadConfig as e:
+            out += str(e).splitlines()
         return out
 
 
@@ -118,7 +139,7 @@ def pretrain(config: PretrainConfig, report: Report = lambda stage, done, loss: 
 
 def _run_course(config: PretrainConfig, stream: Stream, report: Report) -> _courses.Course:
     try:
-        known = world(config.world_seed, config.world_size)
+        known = world(stream.config.world_seed, stream.config.world_size)
     except ValueError as e:
         raise BadPretrain(str(e)) from e
     if stream.data_hash() == known.content_hash():
@@ -146,6 +167,8 @@ def command_of(config: PretrainConfig) -> str:
     for name in ("data_root", "steps", "minutes", "world_seed", "world_size"):
         if value := getattr(config, name):
             parts.append(f"--{name.replace('_', '-')} {value}")
+    parts += [f"--missing-images {config.missing_images}"] if config.missing_images != "skip" else []
+    parts += [f"--set {' '.join(map(shlex.quote, config.set))}"] if config.set else []
     return " ".join(parts)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -310,6 +311,9 @@ def test_a_course_of_beliefs_writes_a_model_and_its_card(made_up_stream, saved, 
         (["--stream", "world-yearly", "--out", "o", "--threads", "0", "--minutes", "-1"], "--threads"),
         (["--stream", "world-yearly", "--out", "o", "--world-size", "33"], "multiple of 20"),
         (["--stream", "made-up", "--out", "o", "--start", "nowhere"], "no model lies in nowhere"),
+        (["--stream", "world-yearly", "--out", "o", "--set", "world_size=40"], "expected stream.field=value"),
+        (["--stream", "world-yearly", "--out", "o", "--set", "stream.colour=1", "stream.revise=2"], "no field 'colour'"),
+        (["--stream", "world-yearly", "--out", "o", "--set", "stream.edits_per_year=0"], "edits_per_year must be 1 or more"),
     ],
 )
 def test_a_course_that_cannot_be_given_is_refused(made_up_stream, tmp_path, monkeypatch, capsys, args, said):
@@ -317,6 +321,17 @@ def test_a_course_that_cannot_be_given_is_refused(made_up_stream, tmp_path, monk
     assert command.main(args) == 2
     assert said in capsys.readouterr().out
     assert not (tmp_path / "o").exists()
+
+
+def test_a_course_reads_the_stream_as_the_run_will(tmp_path):
+    config = command.PretrainConfig(
+        "world-yearly", tmp_path / "o", missing_images="text", set=("stream.world_size=60", "stream.fields=prompt=q,target=a"), world_seed=3
+    )
+    given = config.stream_config()
+    assert (given.missing_images, given.world_size, given.world_seed, given.fields) == ("text", 60, 3, ("prompt=q", "target=a"))
+    assert not config.problems()
+    again = command.tyro.cli(command.PretrainConfig, args=shlex.split(command.command_of(config))[3:])
+    assert again == config
 
 
 def test_a_stream_without_beliefs_is_refused(made_up_stream, tmp_path, monkeypatch):
