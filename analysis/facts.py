@@ -88,7 +88,8 @@ def _answers(run: Run, editor: EditorRun, lost: pd.DataFrame) -> dict[tuple[str,
     asked_ids = np.unique(np.concatenate([ids[lost["question"]], ids[lost["question_then"]]]))
     steps = np.unique(np.concatenate([lost["step"], lost["step_then"]]))
     found = texts(editor, asked_ids.tolist(), steps.tolist())
-    return {(r.question_id, int(r.probe_step)): str(r.generated) for r in found.itertuples() if pd.notna(r.generated)}
+    rows: list[Any] = list(found.itertuples())
+    return {(r.question_id, int(r.probe_step)): str(r.generated) for r in rows if pd.notna(r.generated)}
 
 
 def _fact(run: Run, row: Any, answers: dict[tuple[str, int], str]) -> dict[str, Any]:

@@ -15,11 +15,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.compute
 import pyarrow.parquet as pq
 
 from analysis.records import READINGS, RIGHT_AFTER, BadRun, edits_at, read_base, read_records, read_table, rows_of
-from testbed.schema import SCHEMA_VERSION
+from testbed.schema import SCHEMA_VERSION, folder_name
+
+pc: Any = pyarrow.compute
+"""Its functions are made at import, so no type checker knows them."""
 
 __all__ = ["READINGS", "RIGHT_AFTER", "BadRun", "EditorRun", "Run", "load_run", "load_runs", "texts"]
 
@@ -73,10 +76,11 @@ def load_run(path: str | Path) -> Run:
     base, notes = read_base(folder, questions), list(manifest.get("notes", []))
     run = Run((folder,), manifest, events, questions, {}, 0, _number_clusters(events, questions))
     for name in _editor_names(folder, manifest):
-        records, more = read_records(folder / name, events, questions)
+        place = folder / folder_name(name)
+        records, more = read_records(place, events, questions)
         notes += [f"{name}: {m}" for m in more if name not in manifest.get("references", ())]
         if records is not None:
-            run.editors[name] = EditorRun(name, folder / name, records, _reports(folder / name), base)
+            run.editors[name] = EditorRun(name, place, records, _reports(place), base)
     if not run.editors:
         raise BadRun(f"{folder}: no editor has records yet (looked for EDITOR/records/step-*.parquet); start or resume the run first")
     planned = _planned(folder, events)

@@ -4,23 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.compute
 import pyarrow.parquet as pq
+
+pc: Any = pyarrow.compute
+"""Its functions are made at import, so no type checker knows them."""
 
 READINGS = ("tf", "tf_exact", "gen")
 """Three readings of "correct": share of answer tokens hit, all tokens hit, generated text exact."""
 RIGHT_AFTER = "right_after"
 """The probe that asks about the edits of a step right after that step."""
+PANEL, AFTER, LADDER, FRESH, UNRELATED, BENCH, SAFETY = range(7)
+"""Roles of an answer (column `role`): of a panel of live edits or of the stream's general questions, right after
+its edit, of the cohort asked at set ages, of draws made afresh at every checkpoint, of the fixed panel that no
+edit is about, of a benchmark, of a safety set."""
+PREFIXES = {"bench:": BENCH, "safety:": SAFETY}
+"""How topics of benchmarks and safety sets begin."""
+_ROLES = {"cohort_ladder": LADDER, "rotating_fresh": FRESH, "fixed_unrelated": UNRELATED}
 
 TYPES = {
     "edit_id": pa.string(),
     "probe_step": pa.int64(),
     "probe_time": pa.float64(),
     "probe": pa.string(),
+    "panel": pa.string(),
     "split": pa.string(),
     "topic": pa.string(),
     "question_id": pa.string(),
@@ -104,6 +116,7 @@ def _numbered(table: pa.Table, events: pd.DataFrame, questions: pd.DataFrame, fo
         )
     for name in ("probe", "split", "topic"):
         frame[name] = table[name].combine_chunks().dictionary_encode().to_pandas()
+    frame["role"] = _role(table)
     frame["step"], frame["time"] = table["probe_step"].to_numpy().astype(np.int32), table["probe_time"].to_numpy()
     chance = table["incl_prob"].to_numpy()
     bad = int((~((chance > 0) & (chance <= 1))).sum())
@@ -111,6 +124,15 @@ def _numbered(table: pa.Table, events: pd.DataFrame, questions: pd.DataFrame, fo
         raise BadRun(f"{folder}/records: {bad} answers have an inclusion probability outside (0, 1] (or none); they cannot be weighted")
     frame["weight"] = 1 / chance
     return frame
+
+
+def _role(table: pa.Table) -> np.ndarray:
+    role = np.where(pc.equal(table["probe"], RIGHT_AFTER), AFTER, PANEL).astype(np.int8)
+    for name, code in _ROLES.items():
+        role[pc.fill_null(pc.equal(table["panel"], name), False).to_numpy()] = code
+    for prefix, code in PREFIXES.items():
+        role[pc.fill_null(pc.starts_with(table["topic"], prefix), False).to_numpy()] = code
+    return role
 
 
 def rows_of(ids: pa.ChunkedArray, index: pd.Series) -> np.ndarray:
@@ -136,12 +158,11 @@ def _with_scores(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _once(frame: pd.DataFrame) -> pd.DataFrame:
-    """One answer a question, moment and kind of probe: the one that was likeliest to be asked."""
-    twice = pd.DataFrame({"q": frame["question"], "s": frame["step"], "r": frame["probe"] == RIGHT_AFTER}).duplicated(keep=False)
-    if not twice.any():
+    """One answer a question, moment and role: the one that was likeliest to be asked."""
+    key = ["question", "step", "role"]
+    if not frame.duplicated(key, keep=False).any():
         return frame
-    order = frame.assign(r=frame["probe"] == RIGHT_AFTER).sort_values("weight", kind="stable")
-    return order.drop_duplicates(["question", "step", "r"]).drop(columns="r").sort_index()
+    return frame.sort_values("weight", kind="stable").drop_duplicates(key).sort_index()
 
 
 def _placed(frame: pd.DataFrame, events: pd.DataFrame, questions: pd.DataFrame) -> pd.DataFrame:

@@ -49,7 +49,14 @@ def looks(names: Sequence[str]) -> dict[str, Look]:
 @contextmanager
 def paper() -> Iterator[None]:
     """Fonts, lines and ticks of a printed page, for the figures made inside; nothing is left changed."""
-    own = {"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7}
+    own: dict[Any, Any] = {
+        "font.size": 8,
+        "axes.titlesize": 8,
+        "axes.labelsize": 8,
+        "legend.fontsize": 8,
+        "xtick.labelsize": 7,
+        "ytick.labelsize": 7,
+    }
     own |= {"axes.titlelocation": "left", "axes.grid": True, "grid.color": "#e6e6e6", "grid.linewidth": 0.6, "axes.linewidth": 0.7}
     own |= {"xtick.major.width": 0.7, "ytick.major.width": 0.7, "pdf.fonttype": 42, "axes.axisbelow": True, "font.family": "DejaVu Sans"}
     with matplotlib.rc_context(), sns.plotting_context("paper"), sns.axes_style("ticks", rc={"axes.edgecolor": "#444444"}):

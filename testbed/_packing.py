@@ -8,6 +8,7 @@ prompts would, at about nine supervised answers a photo instead of one.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,8 +74,9 @@ class Packer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, length: int = ROW) -> None:
         self.tokenizer, self.length = tokenizer, length
-        self.eos, self.bos, self.pad = (int(i) for i in (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id))
-        self.answer_mark = tokenizer.convert_tokens_to_ids(ROLES[1])
+        special: list[Any] = [tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id]
+        self.eos, self.bos, self.pad = map(int, special)
+        self.answer_mark: Any = tokenizer.convert_tokens_to_ids(ROLES[1])
         photo = self._encode([f"{ROLES[0]} {IMAGE}"])[0]
         self.photo_prefix = [self.bos, *photo[:-1], *photo[-1:] * IMAGE_TOKENS]
         self.photo_at = len(self.photo_prefix) - IMAGE_TOKENS

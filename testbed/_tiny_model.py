@@ -89,10 +89,11 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlavaForCondit
         hidden_size=96, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4, image_size=SIDE,
         patch_size=PATCH, projection_dim=96, initializer_range=0.08,
     )  # fmt: skip
+    special: dict[str, Any] = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
     text = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=4, initializer_range=0.08, max_position_embeddings=LONGEST, tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        **special,
     )  # fmt: skip
     config = LlavaConfig(
         vision_config=vision,
@@ -102,7 +103,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlavaForCondit
         vision_feature_select_strategy="default",
         image_seq_length=IMAGE_TOKENS,
         tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
+        **{"pad_token_id": special["pad_token_id"]},
     )
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)
@@ -118,7 +119,8 @@ def pixels(images: list[np.ndarray]) -> Tensor:
 
 def image_features(model: LlavaForConditionalGeneration, values: Tensor) -> Tensor:
     """Projected patches: (n, 3, 48, 48) to (n, 36, width)."""
-    return torch.stack(list(model.model.get_image_features(pixel_values=values).pooler_output))
+    features: Any = model.model.get_image_features(pixel_values=values)
+    return torch.stack(list(features.pooler_output))
 
 
 def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: Path) -> None:
@@ -126,7 +128,8 @@ def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder
     folder.mkdir(parents=True, exist_ok=True)
     tied = "lm_head.weight"
     state = {k: v.to(torch.bfloat16) for k, v in model.state_dict().items() if k != tied}
-    model.config.dtype = model.config.text_config.dtype = model.config.vision_config.dtype = torch.float32
+    config: Any = model.config
+    config.dtype = config.text_config.dtype = config.vision_config.dtype = torch.float32
     model.generation_config.max_new_tokens = None
     model.save_pretrained(folder, state_dict=state)
     processor.save_pretrained(folder)

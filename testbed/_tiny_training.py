@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import LlavaForConditionalGeneration
+from transformers import CLIPVisionConfig, LlavaForConditionalGeneration
 
 from streams._emblem import PARTS, Code, photograph, random_code
 from testbed._curriculum import Curriculum
@@ -82,10 +82,11 @@ class _Heads(nn.Module):
 
 def train_tower(model: LlavaForConditionalGeneration, rng: np.random.Generator, steps: int, report: Report) -> float:
     """Teach the vision tower the parts of random emblems; returns the share right in the last 20 batches."""
-    tower = model.model.vision_tower
+    tower, config = model.model.vision_tower, model.config.vision_config
+    assert isinstance(config, CLIPVisionConfig)
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(int(rng.integers(2**31)))
-        heads = _Heads(model.config.vision_config.hidden_size)
+        heads = _Heads(config.hidden_size)
     parameters = [*tower.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=TOWER_RATE, betas=BETAS, weight_decay=0.05)
     hits: list[float] = []

@@ -180,7 +180,8 @@ def _load(name: str, source: str, place: torch.device, kind: torch.dtype) -> Mod
     config = AutoConfig.from_pretrained(source)
     family = families.family_of(config)
     cls = AutoModelForImageTextToText if family.image is not None else AutoModelForCausalLM
-    model, info = cls.from_pretrained(source, dtype=kind, output_loading_info=True)
+    loaded: Any = cls.from_pretrained(source, dtype=kind, output_loading_info=True)
+    model, info = loaded
     if info["missing_keys"]:
         raise BadModel(f"model {name!r} lacks weights for {', '.join(sorted(info['missing_keys'])[:4])}: transformers would make them up")
     processor = AutoProcessor.from_pretrained(source) if family.image is not None else None
