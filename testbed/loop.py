@@ -97,15 +97,17 @@ def ask_step(context: Context, editor: Editor, step: Step) -> list[Record]:
 
 
 def ask_model(context: Context, predictor: Predictor, questions: Sequence[Question], truths: Sequence[str | None]) -> list[Answer]:
-    """Each question once; the same prompt under two splits is generated once for each, as the batches fall."""
-    texts = [i for i, q in enumerate(questions) if q.split == "text"]
-    others = [i for i, q in enumerate(questions) if q.split != "text"]
-    answers = dict(zip(texts, text_answers(predictor, [questions[i] for i in texts])))
-    asks = [to_ask(questions[i], truths[i]) for i in others]
-    references = [reference(context.base, questions[i]) for i in others]
-    for i, r in zip(others, predictor.respond(asks, references, context.max_new_tokens)):
-        answers[i] = Answer.of(r, golds(context.base, questions[i]))
-    return [answers[i] for i in range(len(questions))]
+    """Each question once, however many panels ask it; the same prompt under two splits is generated once for each."""
+    keys = [(q.id, truth) for q, truth in zip(questions, truths)]
+    once = dict(zip(keys, questions))
+    texts = [k for k, q in once.items() if q.split == "text"]
+    others = [k for k, q in once.items() if q.split != "text"]
+    answers = dict(zip(texts, text_answers(predictor, [once[k] for k in texts])))
+    asks = [to_ask(once[k], k[1]) for k in others]
+    references = [reference(context.base, once[k]) for k in others]
+    for k, r in zip(others, predictor.respond(asks, references, context.max_new_tokens)):
+        answers[k] = Answer.of(r, golds(context.base, once[k]))
+    return [answers[k] for k in keys]
 
 
 @dataclass(frozen=True)

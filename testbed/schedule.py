@@ -155,7 +155,7 @@ def moments(events: Sequence[EditEvent], batch: int) -> Iterator[tuple[Moment, t
             end += 1
         step += 1
         edits = tuple(Applied(e, step, at + i + 1) for i, e in enumerate(events[at:end]))
-        yield Moment(step, end, events[end - 1].time, _reasons(events, step, at, end)), edits
+        yield Moment(step, end, events[end - 1].time, _reasons(events, step, at, end), at), edits
         at = end
 
 

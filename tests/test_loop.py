@@ -132,6 +132,9 @@ def test_the_oracle_is_right_about_every_edit_and_leaves_the_rest_alone(tmp_path
     records = run(where, EDITORS.get("oracle")(), tmp_path)
     for r in of_split(records, *RIGHT, *LOCALITY_SPLITS):
         assert r.exact
+        if r.edit_id is None:  # what no edit is about it is not told, and answers as the unedited model does
+            assert answer(r)[0:2] == answer(where.base[r.question_id])[0:2]
+            continue
         assert r.token_hits == r.n_tokens
         assert r.logprob == 0 or not r.n_tokens
     assert not any(r.exact for r in of_split(records, "stale"))
@@ -169,6 +172,19 @@ def _same(a: str, b: str) -> bool:
     from testbed.grading import normalise
 
     return normalise(a) == normalise(b)
+
+
+def test_a_question_that_several_panels_ask_is_put_to_the_model_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    where = shared()
+    asked: list[int] = []
+    respond = ModelPredictor.respond
+    monkeypatch.setattr(ModelPredictor, "respond", lambda self, asks, *a: asked.append(len(asks)) or respond(self, asks, *a))
+    records = run(where, Nudge(), tmp_path)
+    distinct = {(r.probe_step, r.question_id) for r in records if r.split != "text"}
+    assert sum(asked) == len(distinct) < sum(r.split != "text" for r in records)
+    for a in records:
+        twins = {answer(b) for b in records if (b.probe_step, b.question_id) == (a.probe_step, a.question_id)}
+        assert len(twins) == 1
 
 
 def test_what_was_not_measured_is_absent(tmp_path: Path) -> None:

@@ -33,12 +33,16 @@ class Applied:
 
 @dataclass(frozen=True)
 class Moment:
-    """When a probe is called. `reasons` holds right_after, power, grid, year, end, as they apply."""
+    """When a probe is called. `reasons` holds right_after, power, grid, year, end, as they apply.
+
+    edits: edits made up to and with this step. before: edits made before it.
+    """
 
     step: int
     edits: int
     time: float
     reasons: frozenset[str]
+    before: int
 
     @property
     def full(self) -> bool:
