@@ -6,18 +6,20 @@ import numpy as np
 import pandas as pd
 
 from analysis.bootstrap import Draws, Resampler
-from analysis.load import READINGS, RIGHT_AFTER, EditorRun, Run
+from analysis.load import READINGS, EditorRun, Run
+from analysis.records import AFTER, PANEL
 
 LEAST_IN_BIN = 5
 """Fewer edits than this in an age bin say nothing about a half-life."""
 
 
 def asked(rows: pd.DataFrame, split: str) -> pd.DataFrame:
-    """Answers of a split that were asked of live edits at any checkpoint, apart from the right-after ones.
+    """Answers of a split that a panel of live edits gave at any checkpoint; of general questions, the stream's own.
 
-    Locality is about facts that no edit changes, so there superseded edits count too.
+    Not those asked right after, at set ages, or about nothing that was edited: they are no sample of the live
+    edits. Locality is about facts that no edit changes, so there superseded edits count too.
     """
-    keep = (rows["split"] == split) & (rows["probe"] != RIGHT_AFTER)
+    keep = (rows["split"] == split) & (rows["role"] == PANEL)
     return rows[keep] if split.startswith("locality_") else rows[keep & rows["live"]]
 
 
@@ -29,7 +31,7 @@ def at_end(rows: pd.DataFrame, split: str) -> pd.DataFrame:
 
 def right_after(rows: pd.DataFrame) -> pd.DataFrame:
     """Answers about edits, asked right after the step that made them."""
-    return rows[(rows["split"] == "edit") & (rows["probe"] == RIGHT_AFTER) & rows["live"]]
+    return rows[(rows["split"] == "edit") & (rows["role"] == AFTER) & rows["live"]]
 
 
 def immediate(run: Run, rows: pd.DataFrame) -> np.ndarray:
@@ -90,6 +92,5 @@ def unedited(editor: EditorRun, rows: pd.DataFrame) -> np.ndarray:
 
 
 def _keys(rows: pd.DataFrame) -> np.ndarray:
-    """Step, question and kind of probe in one integer."""
-    after = (rows["probe"] == RIGHT_AFTER).to_numpy()
-    return (rows["step"].to_numpy(np.int64) << 33) + (rows["question"].to_numpy(np.int64) << 1) + after
+    """Step, question and role in one integer."""
+    return (rows["step"].to_numpy(np.int64) << 35) + (rows["question"].to_numpy(np.int64) << 3) + rows["role"].to_numpy()

@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 
 from analysis.bootstrap import Interval
-from analysis.load import RIGHT_AFTER, EditorRun, Run
+from analysis.load import EditorRun, Run
+from analysis.records import AFTER, PANEL
 
 LOG_PERPLEXITY = float(np.log(2))
 """A rise of the log-perplexity above this (nats a token) marks a checkpoint."""
@@ -52,8 +53,8 @@ def retention_marks(editor: EditorRun) -> tuple[np.ndarray, np.ndarray]:
     """Steps, and whether token accuracy on live edits is under 0.2 x the mean right-after accuracy so far."""
     rows = editor.records
     rows = rows[(rows["split"] == "edit") & rows["live"] & rows["tf"].notna()]
-    first = rows[rows["probe"] == RIGHT_AFTER].groupby("step")["tf"].agg(["sum", "size"]).cumsum()
-    later = rows[rows["probe"] != RIGHT_AFTER]
+    first = rows[rows["role"] == AFTER].groupby("step")["tf"].agg(["sum", "size"]).cumsum()
+    later = rows[rows["role"] == PANEL]
     sums = pd.DataFrame({"step": later["step"], "top": later["tf"] * later["weight"], "bottom": later["weight"], "n": 1.0})
     kept = sums.groupby("step").sum()
     kept = kept[kept["n"] >= LEAST_EDITS]
