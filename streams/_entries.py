@@ -61,16 +61,8 @@ class EntryStream(Stream):
         return {"missing_images": dict(self._data.missing)} if self._data.missing else {}
 
     def events(self, n: int) -> list[EditEvent]:
-        c = self.config
-        rng = transforms.generator(c.seed, "order")
-        if c.drift:
-            order = transforms.drifting([e.category for e in self._edited], rng)
-        else:
-            order = transforms.shuffled(len(self._edited), rng)
-        facts = (_fact(self._edited[i]) for i in order)
-        shares = transforms.Shares(c.revise, c.revert, c.retire)
-        changes = transforms.changes(facts, shares, self._values, transforms.generator(c.seed, "changes"))
-        return list(islice(transforms.dated(changes, c.edits_per_year), max(n, 0)))
+        facts = [_fact(e) for e in self._edited]
+        return list(islice(transforms.scheduled(facts, self._values, self.config), max(n, 0)))
 
     def questions(self, event: EditEvent) -> tuple[Question, ...]:
         """See `Stream.questions`. After a retire the answer is the one before any edit, where it is known."""

@@ -13,6 +13,7 @@ import string
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ class BadField(ValueError):
     """One field of one record cannot be used; the message is the reason shown for the skipped record."""
 
 
+@lru_cache(maxsize=1 << 16)
 def plain(text: str) -> str:
     """The text without case, punctuation, English articles and extra space: equal answers have equal `plain`."""
     base = unicodedata.normalize("NFKC", text).casefold().strip()

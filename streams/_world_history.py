@@ -6,16 +6,19 @@ taken. An event may be followed by one about the same entity (a new leader bring
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from streams import transforms
 from streams._world_facts import Fact, World
 from streams.base import StreamConfig
 from testbed.events import Kind
 
 CASCADE = 0.2
+DRIFT_EDITS = 500
+"""With `drift`, the mix of relations has moved from its first state to its last after so many changes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +66,11 @@ class _Pool:
     def __contains__(self, fact: Fact) -> bool:
         return _key(fact) in self._place
 
-    def draw(self, rng: np.random.Generator, top: float) -> Fact:
+    def draw(self, rng: np.random.Generator, top: float, mix: Mapping[str, float]) -> Fact:
+        """A fact with probability in proportion to its hazard times the weight (at most 1) of its relation."""
         while True:
             fact = self.items[int(rng.integers(len(self.items)))]
-            if rng.random() * top < fact.relation.hazard:
+            if rng.random() * top < fact.relation.hazard * mix.get(fact.relation.name, 1.0):
                 return fact
 
 
@@ -79,7 +83,7 @@ class History:
 
     Args:
         world: the world that changes.
-        config: shares of revise, revert and retire; `seed` picks the history.
+        config: shares of revise, revert and retire, repeats, drift; `seed` picks the history.
         slots: which relations may change (all by default).
     """
 
@@ -93,6 +97,10 @@ class History:
                 self._fresh.add(fact)
         self._top = max(f.relation.hazard for f in self._fresh.items)
         self._changes: list[Change] = []
+        self._again = 0
+        names = sorted({f.relation.name for f in self._fresh.items})
+        drift = transforms.generator(config.seed, "world drift").normal(0.0, 1.0, (2, len(names))) if config.drift else None
+        self._drift = (names, drift)
 
     def first(self, n: int) -> list[Change]:
         """The first n changes; there is no last one."""
@@ -104,7 +112,26 @@ class History:
     def _grow(self) -> Iterator[Change]:
         while True:
             number = len(self._changes)
-            yield self._cascade(number) or self._free(number)
+            yield self._repeat(number) or self._cascade(number) or self._free(number)
+
+    def _repeat(self, number: int) -> Change | None:
+        """Another value for a fact that was just edited for the first time, as often as `repeats` says."""
+        if self._changes and self._changes[-1].kind == "add":
+            self._again = self.config.repeats - 1
+        if not self._again:
+            return None
+        self._again -= 1
+        last = self._changes[-1]
+        return self._change(number, last.fact, last.cascade_of)
+
+    def _mix(self, number: int) -> dict[str, float]:
+        """Weights of the relations, the largest 1: at share t of the way from softmax((1 - t) a + t b)."""
+        names, drift = self._drift
+        if drift is None:
+            return {}
+        t = min(1.0, number / DRIFT_EDITS)
+        logits = (1 - t) * drift[0] + t * drift[1]
+        return dict(zip(names, np.exp(logits - logits.max()).tolist()))
 
     def _cascade(self, number: int) -> Change | None:
         """A change that follows from the one before it, if that one brings one."""
@@ -118,9 +145,9 @@ class History:
         return None if fact.frozen else self._change(number, fact, cause.number)
 
     def _free(self, number: int) -> Change:
-        share, c = self._rng.random(), self.config
+        share, c, mix = self._rng.random(), self.config, self._mix(number)
         if self._touched.items and share < c.retire + c.revert:
-            fact = self._touched.draw(self._rng, self._top)
+            fact = self._touched.draw(self._rng, self._top, mix)
             track = self._tracks[_key(fact)]
             if track.values[-1] != fact.value and share < c.retire:
                 return self._record(number, "retire", fact, fact.value, None)
@@ -128,7 +155,7 @@ class History:
                 return self._revert(number, fact, track)
         again = self._touched.items and (share < c.retire + c.revert + c.revise or not self._fresh.items)
         pool = self._touched if again else self._fresh
-        return self._change(number, pool.draw(self._rng, self._top), None)
+        return self._change(number, pool.draw(self._rng, self._top, mix), None)
 
     def _revert(self, number: int, fact: Fact, track: _Track) -> Change:
         track.values.pop()

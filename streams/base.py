@@ -16,6 +16,8 @@ from testbed.events import EditEvent, Question, content_id
 
 TimeAxis = Literal["dated", "scheduled", "simulated"]
 MissingImages = Literal["skip", "text", "caption"]
+Order = Literal["drawn", "hardest", "easiest", "subjects"]
+MOST_UNEVEN = 3.0
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,15 @@ class StreamConfig:
     """Share of edits that bring an edited fact back to an earlier value."""
     retire: float = 0.02
     """Share of edits that withdraw an edited fact."""
+    repeats: int = 1
+    """How many values each fact takes in a row when it is first edited (scheduled and simulated streams)."""
+    bursts: float = 0.0
+    """How uneven the years are: standard deviation of the edits of a year, divided by `edits_per_year`."""
     drift: bool = False
-    """Let the mix of categories move over the years (scheduled streams)."""
+    """Let the mix of categories move over the years (scheduled and simulated streams)."""
+    order: Order = "drawn"
+    """Order of the facts among the edits that a run takes: as drawn (or dated), by the unedited model's loss on the
+    target, or those of one subject together. It depends on how many edits are taken; see `streams.arrange`."""
     missing_images: MissingImages = "skip"
     """What to do with a record whose picture is absent: skip it, ask without, or put its caption."""
     fields: tuple[str, ...] = ()
@@ -53,6 +62,10 @@ class StreamConfig:
         for name in ("revise", "revert", "retire"):
             if not 0 <= getattr(self, name) < 1:
                 out.append(f"stream.{name} must lie in [0, 1), got {getattr(self, name)}")
+        if self.repeats < 1:
+            out.append(f"stream.repeats must be 1 or more, got {self.repeats}")
+        if not 0 <= self.bursts <= MOST_UNEVEN:
+            out.append(f"stream.bursts must lie in [0, {MOST_UNEVEN:g}], got {self.bursts}")
         if self.revise + self.revert + self.retire >= 1:
             out.append("stream.revise + stream.revert + stream.retire must stay under 1")
         return out

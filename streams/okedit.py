@@ -12,6 +12,7 @@ from itertools import islice
 from typing import Any
 
 from streams import transforms
+from streams._either import Either
 from streams._okedit import OkeditData, Record, load
 from streams._pictures import FilePicture, numbered, same_pixels
 from streams._records import distinct, plain
@@ -21,51 +22,17 @@ from testbed.registry import STREAMS
 
 
 @STREAMS.register("okedit-yearly")
-class OkeditYearly(Stream):
+class OkeditYearly(Either):
     """OKEDIT files on a yearly schedule, or the simulated world in OKEDIT form where no data root is given."""
 
     summary = "counterfactual answers about photos (OKEDIT files with --data-root, else the simulated world)"
     time_axis = "scheduled"
     licence = "OKEDIT: none stated (questions: OK-VQA, CC BY 4.0; photos: COCO, Flickr terms); simulated world: MIT"
 
-    def __init__(self, config: StreamConfig) -> None:
-        super().__init__(config)
-        self._source = _source(config)
-        self.skipped = self._source.skipped
-        self.time_axis = self._source.time_axis
+    form = "okedit"
 
-    @property
-    def origin(self) -> str:
-        return self._source.origin
-
-    def events(self, n: int) -> list[EditEvent]:
-        return self._source.events(n)
-
-    def questions(self, event: EditEvent) -> tuple[Question, ...]:
-        return self._source.questions(event)
-
-    def general(self) -> tuple[Question, ...]:
-        return self._source.general()
-
-    def paraphrases(self, event: EditEvent) -> tuple[str, ...]:
-        return self._source.paraphrases(event)
-
-    def train_pool(self) -> TrainPool:
-        return self._source.train_pool()
-
-    def beliefs(self) -> Iterator[Question]:
-        return self._source.beliefs()
-
-    def data_hash(self) -> str:
-        return self._source.data_hash()
-
-
-def _source(config: StreamConfig) -> Stream:
-    if config.data_root is not None:
+    def files(self, config: StreamConfig) -> Stream:
         return OkeditFiles(config)
-    from streams.world import WorldStream
-
-    return WorldStream(config, form="okedit")
 
 
 class OkeditFiles(Stream):
@@ -105,16 +72,8 @@ class OkeditFiles(Stream):
         return self._data.digest
 
     def events(self, n: int) -> list[EditEvent]:
-        c = self.config
-        rng = transforms.generator(c.seed, "okedit order")
-        if c.drift:
-            order = transforms.drifting([r.category for r in self._edited], rng)
-        else:
-            order = transforms.shuffled(len(self._edited), rng)
-        facts = (self._fact(self._edited[i]) for i in order)
-        shares = transforms.Shares(c.revise, c.revert, c.retire)
-        changes = transforms.changes(facts, shares, self._values, transforms.generator(c.seed, "okedit changes"))
-        return list(islice(transforms.dated(changes, c.edits_per_year), max(n, 0)))
+        facts = [self._fact(r) for r in self._edited]
+        return list(islice(transforms.scheduled(facts, self._values, self.config, "okedit "), max(n, 0)))
 
     def questions(self, event: EditEvent) -> tuple[Question, ...]:
         """See `Stream.questions`. After a retire the answer is the one before any edit."""

@@ -1,23 +1,27 @@
 """From facts to a dated stream: small functions that compose, each deterministic in its generator.
 
     order  = shuffled(n, rng)  or  drifting(categories, rng)
-    events = dated(changes((facts[i] for i in order), shares, values, rng), per_year)
+    events = dated(changes((facts[i] for i in order), shares, values, rng), calendar(per_year, bursts, rng))
 
-Everything is lazy and draws as it goes, so the first k events never depend on how many are taken.
+`scheduled` is the composition for a configuration. Everything is lazy and draws as it goes, so the first k
+events never depend on how many are taken. What needs the edits that a run takes is in `streams.arrange`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 
 import numpy as np
 
 from streams._records import plain
+from streams.base import StreamConfig
 from testbed.events import EditEvent, Kind, Picture, content_id
 
 MAX_CHANGES = 4
-"""Most events of one fact (its `add` included): bounds the stream, and how often one fact is rewritten."""
+"""Most events of one fact (its `add` included) unless `Shares.repeats` asks for more: bounds the stream, and how
+often one fact is rewritten."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +44,13 @@ class Fact:
 
 @dataclass(frozen=True)
 class Shares:
-    """Shares of all edits, each in [0, 1), together under 1; the rest are `add`."""
+    """Shares of all edits, each in [0, 1), together under 1; the rest are `add`, each with `repeats` - 1 revisions
+    right behind it."""
 
     revise: float = 0.0
     revert: float = 0.0
     retire: float = 0.0
+    repeats: int = 1
 
     def kind(self, u: float) -> Kind:
         """The kind that a uniform draw u in [0, 1) falls on."""
@@ -117,33 +123,50 @@ def changes(facts: Iterable[Fact], shares: Shares, values: Mapping[str, Sequence
     is left, revisions take the place of additions, until every fact has had `MAX_CHANGES` events, is
     retired, or has no new value left: then the stream ends. A retired fact stays retired.
     """
+    most = max(MAX_CHANGES, shares.repeats)
     fresh = iter(facts)
     pending = next(fresh, None)
     live: list[_Life] = []
     while pending is not None or live:
         kind, at = shares.kind(rng.random()), rng.random()
         if pending is not None and (kind == "add" or not live):
+            born = _born(pending)
             yield Change("add", pending, pending.target, pending.previous)
-            live.append(_born(pending))
+            yield from _repeated(born, shares.repeats, values, rng)
+            if born.changes < most:
+                live.append(born)
             pending = next(fresh, None)
             continue
         index = int(at * len(live))
         change = _change(kind, live[index], values, rng)
-        if change is None or change.kind == "retire" or live[index].changes >= MAX_CHANGES:
+        if change is None or change.kind == "retire" or live[index].changes >= most:
             live[index] = live[-1]
             live.pop()
         if change is not None:
             yield change
 
 
-def dated(stream: Iterable[Change], per_year: int) -> Iterator[EditEvent]:
-    """Events with `per_year` edits a year; years count from 1, the place within the year is the fraction."""
+def calendar(per_year: int, bursts: float, rng: np.random.Generator) -> Iterator[float]:
+    """Times of events without end; years count from 1, the place within the year is the fraction.
+
+    A year holds `per_year` events or, with `bursts` > 0, a number drawn from a gamma distribution with that mean
+    and `bursts` times that as standard deviation, at least 1.
+    """
+    if not bursts:
+        yield from (1 + seq / per_year for seq in count())
+    for year in count(1):
+        size = max(1, round(rng.gamma(bursts**-2, per_year * bursts**2)))
+        yield from (year + i / size for i in range(size))
+
+
+def dated(stream: Iterable[Change], times: Iterable[float]) -> Iterator[EditEvent]:
+    """Changes as events at these times."""
     newest: dict[str, str] = {}
-    for seq, change in enumerate(stream):
+    for seq, (change, time) in enumerate(zip(stream, times)):
         fact = change.fact
         event = EditEvent(
             kind=change.kind,
-            time=1 + seq / per_year,
+            time=time,
             seq=seq,
             prompt=fact.prompt,
             target=change.target,
@@ -156,6 +179,30 @@ def dated(stream: Iterable[Change], per_year: int) -> Iterator[EditEvent]:
         )
         newest[fact.source] = event.id
         yield event
+
+
+def scheduled(facts: Sequence[Fact], values: Mapping[str, Sequence[str]], config: StreamConfig, purpose: str = "") -> Iterator[EditEvent]:
+    """The events of undated facts under a configuration. `purpose` sets a source's draws apart from another's."""
+
+    def draws(name: str) -> np.random.Generator:
+        return generator(config.seed, purpose + name)
+
+    if config.drift:
+        order = drifting([f.relation or "" for f in facts], draws("order"))
+    else:
+        order = shuffled(len(facts), draws("order"))
+    shares = Shares(config.revise, config.revert, config.retire, config.repeats)
+    changed = changes((facts[i] for i in order), shares, values, draws("changes"))
+    return dated(changed, calendar(config.edits_per_year, config.bursts, draws("years")))
+
+
+def _repeated(life: _Life, repeats: int, values: Mapping[str, Sequence[str]], rng: np.random.Generator) -> Iterator[Change]:
+    """The revisions that follow an addition at once; fewer where no new value is left."""
+    for _ in range(repeats - 1):
+        change = _change("revise", life, values, rng)
+        if change is None:
+            return
+        yield change
 
 
 def _born(fact: Fact) -> _Life:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
+from streams import transforms
 from streams._world_ask import Asker, Form
 from streams._world_facts import World, world
 from streams._world_general import general_questions, pool_questions, pool_texts
@@ -58,10 +59,13 @@ class WorldStream(Stream):
             self.world: World = world(config.world_seed, config.world_size)
         except ValueError as e:
             raise BadStream(f"the simulated world cannot be made: {e}") from e
+        if problems := config.problems():
+            raise BadStream("; ".join(problems))
         self.asker = Asker(self.world, FORMS[name])
         self._history = History(self.world, config, FORMS[name].slots)
         self._known: dict[str, _Known] = {}
         self._events: list[EditEvent] = []
+        self._times = transforms.calendar(config.edits_per_year, config.bursts, transforms.generator(config.seed, "world years"))
 
     @property
     def origin(self) -> str:
@@ -80,7 +84,7 @@ class WorldStream(Stream):
         prompt, image = self.asker.edit_prompt(change.fact)
         return EditEvent(
             kind=change.kind,
-            time=1 + change.number / self.config.edits_per_year,
+            time=next(self._times),
             seq=change.number,
             prompt=prompt,
             target="" if change.kind == "retire" else self.asker.answer(change.fact, change.value),

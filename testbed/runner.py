@@ -10,17 +10,20 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from streams.arrange import arrange
 from streams.base import Stream
 from testbed import grading, models, preflight, schedule
 from testbed.config import PLACES, BadConfig, RunConfig, plain, set_fields
+from testbed.difficulty import losses
 from testbed.editors.base import Editor
 from testbed.events import EditEvent, content_id
+from testbed.files import Phase, StoreError, read_json, write_rows
 from testbed.loop import Context, answer_base, run_editor
 from testbed.models import ModelHandle
 from testbed.progress import Bars, bars
 from testbed.registry import STREAMS
 from testbed.schema import SCHEMA_VERSION, EventRow, QuestionRow, ScheduleRow
-from testbed.store import Phase, RunFolder, StoreError, read_json, write_rows
+from testbed.store import RunFolder
 
 SAME = ("config", "model_hash", "stream_hash", "schedule_hash", "schema_version")
 """What a resumed run must share with the stored one."""
@@ -56,8 +59,9 @@ def prepare(config: RunConfig) -> Plan:
     events = stream.events(config.edits)
     if not events:
         raise BadConfig(f"{config.stream} ({stream.origin}) yields no edit; skipped records: {len(stream.skipped)}")
-    planned = schedule.build(stream, events, schedule.Plan(config.batch, config.seed, config.probe_budget))
     handle = models.load(config.model, config.device, config.dtype)
+    events = arrange(stream, events, lambda adds: losses(handle, adds))
+    planned = schedule.build(stream, events, schedule.Plan(config.batch, config.seed, config.probe_budget))
     preflight.check(planned, handle)
     manifest = _manifest(config, stream, events, planned, handle)
     return Plan(config, stream, events, planned, handle, manifest)
@@ -199,6 +203,8 @@ def _notes(config: RunConfig, stream: Stream, events: list[EditEvent], planned: 
     out = [f"{config.stream}: {stream.origin}; its time axis is {stream.time_axis}"]
     if config.data_root is None and stream.time_axis != type(stream).time_axis:
         out.append("no --data-root was given: the simulated world stands in for files")
+    if (order := stream.config.order) != "drawn":
+        out.append(f"the same edits as without stream.order, in another order: {order}")
     if stream.skipped:
         reasons = stream.manifest()["skipped_by_reason"]
         out.append(f"{len(stream.skipped)} records were skipped: " + "; ".join(f"{n} x {r}" for r, n in sorted(reasons.items())))

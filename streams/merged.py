@@ -1,0 +1,152 @@
+"""`merged:A+B`: several streams as one, their edits in one order of time.
+
+    --stream merged:okedit-yearly+world-yearly
+    --stream merged:templama@templama+leaders@reign --data-root DIR
+
+A name with `@FOLDER` reads that folder under the data root.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any, ClassVar
+
+from streams._entry import Place
+from streams._records import plain
+from streams.base import BadStream, Skipped, Stream, StreamConfig, TimeAxis, TrainPool
+from testbed.events import LOCALITY_SPLITS, EditEvent, Question, content_id
+from testbed.registry import STREAMS
+
+ALL = 10**6
+
+
+@STREAMS.register("merged:")
+class Merged(Stream):
+    """Dated streams are merged by their dates; of others each gives its part of `edits_per_year` to every year.
+
+    A question (its picture and its words) that two streams edit is the earlier one's alone, and no stream asks for
+    what must stay where another edits it. Raises `BadStream` for streams that have no common time.
+    """
+
+    summary = "Several streams in one order of time: merged:A+B, each as NAME or NAME@FOLDER under --data-root"
+    time_axis = "scheduled"
+    licence = "those of its streams"
+    argument: ClassVar[str] = ""
+
+    def __init__(self, config: StreamConfig) -> None:
+        super().__init__(config)
+        if problems := config.problems():
+            raise BadStream("; ".join(problems))
+        names = self.argument.split("+") if self.argument else []
+        if len(names) < 2 or len(set(names)) < len(names) or not all(names):
+            raise BadStream(f"this stream needs its source in its name: merged:A+B, with two streams or more; got {self.argument!r}")
+        self.parts = [_part(name, share, config) for name, share in zip(names, _shares(config.edits_per_year, len(names)))]
+        self.time_axis = self._common_axis()
+        self.skipped = [Skipped(f"{p.name}: {s.where}", s.reason) for p in self.parts for s in p.skipped]
+        self._finite = [None if p.time_axis == "simulated" else p.events(ALL) for p in self.parts]
+        self._taken = [{_place(e) for e in events or ()} for events in self._finite]
+        self._all_taken: set[Place] = set().union(*self._taken)
+        self.skipped += self._repeated()
+        self._of: dict[str, int] = {}
+
+    def _common_axis(self) -> TimeAxis:
+        axes = [p.time_axis for p in self.parts]
+        found = ", ".join(f"{p.name} is {p.time_axis}" for p in self.parts)
+        if "dated" in axes and len(set(axes)) > 1:
+            raise BadStream(f"{self.name}: real dates and drawn years have no common time ({found}): merge streams of one kind")
+        if axes.count("simulated") > 1:
+            raise BadStream(f"{self.name}: several streams would edit one simulated world ({found}): give --data-root for all but one")
+        return self.parts[0].time_axis if len(set(axes)) == 1 else "scheduled"
+
+    def _repeated(self) -> list[Skipped]:
+        out = []
+        for i, part in enumerate(self.parts):
+            twice = set().union(*self._taken[:i]) & self._taken[i]
+            out += [Skipped(f"{part.name}: {prompt}", "an earlier stream edits the same question") for _, prompt in sorted(twice)]
+        return out
+
+    @property
+    def origin(self) -> str:
+        return " and ".join(p.origin for p in self.parts)
+
+    def data_hash(self) -> str:
+        return content_id([p.data_hash() for p in self.parts])
+
+    def counts(self) -> dict[str, Any]:
+        return {"merged": {p.name: p.manifest() for p in self.parts}}
+
+    def events(self, n: int) -> list[EditEvent]:
+        given = [p.events(max(n, 0)) if events is None else events for p, events in zip(self.parts, self._finite)]
+        own = [[(e, i) for e in events if self._is_free(e, i)] for i, events in enumerate(given)]
+        out = []
+        for seq, (event, i) in enumerate(islice(heapq.merge(*own, key=lambda pair: pair[0].time), max(n, 0))):
+            self._of[event.id] = i
+            out.append(replace(event, seq=seq))
+        return out
+
+    def _is_free(self, event: EditEvent, i: int) -> bool:
+        return not any(_place(event) in taken for taken in self._taken[:i])
+
+    def questions(self, event: EditEvent) -> tuple[Question, ...]:
+        return tuple(q for q in self.parts[self._part_of(event)].questions(event) if self._may_ask(q))
+
+    def _may_ask(self, q: Question) -> bool:
+        """Whether no other part edits or trains on what a question asks."""
+        if q.split in ("edit", "stale"):
+            return True
+        place = _place(q)
+        return place not in self._pool and (q.split not in LOCALITY_SPLITS or place not in self._all_taken)
+
+    def _part_of(self, event: EditEvent) -> int:
+        if event.id not in self._of:
+            self.events(event.seq + 1)
+        if event.id not in self._of:
+            raise BadStream(f"event {event.id} ({event.source or 'no source'}) is not of this stream ({self.origin})")
+        return self._of[event.id]
+
+    def general(self) -> tuple[Question, ...]:
+        asked = {q.id: q for p in self.parts for q in p.general() if _place(q) not in self._all_taken | self._pool.keys()}
+        return tuple(asked.values())
+
+    def paraphrases(self, event: EditEvent) -> tuple[str, ...]:
+        return self.parts[self._part_of(event)].paraphrases(event)
+
+    def train_pool(self) -> TrainPool:
+        """What all parts give, without what another part edits."""
+        texts = dict.fromkeys(t for p in self.parts for t in p.train_pool().texts)
+        return TrainPool(tuple(self._pool.values()), tuple(texts))
+
+    @cached_property
+    def _pool(self) -> dict[Place, Question]:
+        found = {_place(q): q for p in self.parts for q in p.train_pool().questions}
+        return {place: q for place, q in found.items() if place not in self._all_taken}
+
+    def beliefs(self) -> Iterator[Question]:
+        """Those of all parts; of one question that two believe about, the earlier part's."""
+        given: set[Place] = set()
+        for part in self.parts:
+            found = [q for q in part.beliefs() if _place(q) not in given]
+            given |= {_place(q) for q in found}
+            yield from found
+
+
+def _part(name: str, per_year: int, config: StreamConfig) -> Stream:
+    name, _, folder = name.partition("@")
+    root = Path(config.data_root or ".") / folder if folder else config.data_root
+    return STREAMS.get(name)(replace(config, data_root=root, edits_per_year=per_year))
+
+
+def _shares(total: int, n: int) -> list[int]:
+    """`total` in n parts that differ by at most one. Raises `BadStream` where a part would be empty."""
+    if total < n:
+        raise BadStream(f"stream.edits_per_year is {total}, less than the {n} streams that are merged: give {n} or more")
+    return [total // n + (i < total % n) for i in range(n)]
+
+
+def _place(item: EditEvent | Question) -> Place:
+    return (item.image.key if item.image is not None else ""), plain(item.prompt)
