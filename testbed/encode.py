@@ -22,11 +22,13 @@ _PICTURE_BYTES = 512 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """One thing to ask a model. `truth` is filled only for an editor whose Traits say that it is told."""
+    """One thing to ask a model. `truth` and `event_id` (of the edit that bears on it) are filled only for an editor
+    whose Traits say that it is told."""
 
     prompt: str
     image: Picture | None = None
     truth: str | None = None
+    event_id: str | None = None
 
 
 @dataclass
@@ -195,34 +197,46 @@ def answer_ids(handle: ModelHandle, ask: Ask, answer: str) -> list[int]:
 
 
 def collate(
-    handle: ModelHandle, asks: Sequence[Ask], answers: Sequence[Sequence[int]] | None = None, side: Side = "right", end: bool = False
+    handle: ModelHandle,
+    asks: Sequence[Ask],
+    answers: Sequence[Sequence[int]] | None = None,
+    side: Side = "right",
+    end: bool = False,
+    at: Sequence[int] | None = None,
 ) -> Batch:
-    """Pad prompts (followed by answers, and by the end token with `end`) into one batch on the handle's device."""
+    """Pad prompts (followed by answers, and by the end token with `end`) into one batch on the handle's device.
+
+    at: a position of each row; padding goes to both sides so that these stand in one column, the largest of them.
+    """
     rows = [prompt_inputs(handle, a) for a in asks]
     tails = [list(x) for x in answers] if answers is not None else [[] for _ in rows]
     if end:
         tails = [[*t, handle.tokenizer.eos_token_id] for t in tails]
-    return _pad(handle, rows, tails, side, tuple(asks))
+    lengths = [r["input_ids"].shape[1] + len(t) for r, t in zip(rows, tails)]
+    starts = [max(lengths) - n if side == "left" else 0 for n in lengths] if at is None else [max(at) - n for n in at]
+    return _pad(handle, rows, tails, starts, tuple(asks))
 
 
 def text_batch(handle: ModelHandle, ids: Sequence[Sequence[int]]) -> Batch:
     """Running text as a right-padded batch: all of it counts as prompt."""
-    return _pad(handle, [{"input_ids": torch.tensor([list(x)])} for x in ids], [[] for _ in ids], "right", ())
+    return _pad(handle, [{"input_ids": torch.tensor([list(x)])} for x in ids], [[] for _ in ids], [0 for _ in ids], ())
 
 
-def _pad(handle: ModelHandle, rows: list[dict[str, torch.Tensor]], tails: list[list[int]], side: Side, asks: tuple[Ask, ...]) -> Batch:
+def _pad(
+    handle: ModelHandle, rows: list[dict[str, torch.Tensor]], tails: list[list[int]], starts: list[int], asks: tuple[Ask, ...]
+) -> Batch:
+    """starts: column at which each row begins."""
     lengths = [r["input_ids"].shape[1] for r in rows]
-    total = max(n + len(t) for n, t in zip(lengths, tails))
+    total = max(start + n + len(t) for start, n, t in zip(starts, lengths, tails))
     ids = torch.full((len(rows), total), handle.tokenizer.pad_token_id, dtype=torch.long)
     prompt, answer = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
-    for i, (row, n, tail) in enumerate(zip(rows, lengths, tails)):
-        start = total - n - len(tail) if side == "left" else 0
+    for i, (row, n, tail, start) in enumerate(zip(rows, lengths, tails, starts)):
         ids[i, start : start + n] = row["input_ids"][0]
         ids[i, start + n : start + n + len(tail)] = torch.tensor(tail, dtype=torch.long)
         prompt[i, start : start + n] = True
         answer[i, start + n : start + n + len(tail)] = True
     inputs: dict[str, torch.Tensor] = {"input_ids": ids, "attention_mask": (prompt | answer).long()}
-    if side == "left" and handle.family.counts_positions:
+    if any(starts) and handle.family.counts_positions:
         inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
     if handle.family.needs_picture and all(len(r) == 1 for r in rows):
         blank = prompt_inputs(handle, Ask("", _Blank()))

@@ -36,6 +36,11 @@ def plain() -> Iterator[None]:
         _WHOLE.reset(token)
 
 
+def inside_plain() -> bool:
+    """True inside `plain()`."""
+    return _WHOLE.get()
+
+
 @dataclass
 class Tail:
     """Kept activations of one batch of edits (B rows, n answer positions in all).
@@ -126,7 +131,7 @@ def capture(handle: ModelHandle, asks: list[Ask], answers: list[str], layer: int
     rows = torch.arange(shape[0], device=act.device)
     at = batch.before_answer
     key, last = pooled(act, batch), act[rows, batch.last_prompt].float()
-    if _WHOLE.get():
+    if inside_plain():
         return WholeTail(handle, batch, layer, act, rest, at.nonzero()[:, 0], batch.answer_ids, key, last, [])
     if not calls:
         act, rest = act[at], rest[at]
@@ -160,7 +165,7 @@ def _check(tail: Tail) -> None:
         )
 
 
-class _Enough(Exception):
+class Enough(Exception):
     """Ends a forward whose remaining layers are not needed."""
 
 
@@ -175,6 +180,26 @@ class Above:
     first: int
     hidden: Tensor
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
+
+    @contextmanager
+    def entered(self, last: int) -> Iterator[None]:
+        """Inside, a forward of the model fills this in, and ends where layer `last` begins."""
+        seen: list[Tensor] = []
+
+        def keep(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            kwargs = dict(kwargs)
+            entering, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
+            seen.append(entering.clone() if not seen else entering)
+            self.calls.append((rest, kwargs))
+            if len(self.calls) == last - self.first + 1:
+                raise Enough
+
+        with ExitStack() as stack:
+            for layer in self.handle.layers[self.first : last + 1]:
+                stack.callback(layer.register_forward_pre_hook(keep, with_kwargs=True).remove)
+            with suppress(Enough):
+                yield
+        self.hidden = seen[0]
 
     def layer(self, n: int, hidden: Tensor) -> Tensor:
         """(B, T, d) output of layer `n` for another input."""
@@ -223,25 +248,10 @@ class WholeAbove(Above):
 @torch.no_grad()
 def enter(handle: ModelHandle, batch: Batch, first: int, last: int) -> Above:
     """Run the model up to layer `first` and note how it calls layers `first` to `last`; those above `last` are not run."""
-    hidden: list[Tensor] = []
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-
-    def keep(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        kwargs = dict(kwargs)
-        entering, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
-        hidden.append(entering.clone() if not hidden else entering)
-        calls.append((rest, kwargs))
-        if len(calls) == last - first + 1:
-            raise _Enough
-
-    with ExitStack() as stack:
-        for layer in handle.layers[first : last + 1]:
-            stack.callback(layer.register_forward_pre_hook(keep, with_kwargs=True).remove)
-        with suppress(_Enough):
-            handle.model(**batch.inputs, use_cache=False)
-    if _WHOLE.get():
-        return WholeAbove(handle, first, hidden[0], [], batch)
-    return Above(handle, first, hidden[0], calls)
+    above = WholeAbove(handle, first, torch.zeros(0), [], batch) if inside_plain() else Above(handle, first, torch.zeros(0), [])
+    with above.entered(last):
+        handle.model(**batch.inputs, use_cache=False)
+    return above
 
 
 def pooled(act: Tensor, batch: Batch) -> Tensor:

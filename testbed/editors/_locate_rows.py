@@ -20,7 +20,7 @@ _TOP_K = 5
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of one forward, right-padded. at: (B,) lookup position; edit: (B,) which edit of the batch a row belongs to."""
+    """Rows of one forward. at: (B,) lookup position; edit: (B,) which edit of the batch a row belongs to."""
 
     batch: Batch
     at: Tensor
@@ -39,28 +39,32 @@ def subject_of(event: EditEvent) -> str | None:
 
 
 def prompt_rows(handle: ModelHandle, events: Sequence[EditEvent], contexts: Sequence[str]) -> Rows:
-    """One row an edit and context, edits in the outer order, without answers."""
-    return _rows(handle, [(i, e, c) for i, e in enumerate(events) for c in contexts], None)
+    """One row an edit and context, edits in the outer order, without answers, right-padded."""
+    asks = [ask_of(e, c) for e in events for c in contexts]
+    at = [lookup(handle, a, subject_of(e)) for a, e in zip(asks, (e for e in events for _ in contexts))]
+    place = handle.device
+    edit = torch.arange(len(events), device=place).repeat_interleave(len(contexts))
+    return Rows(collate(handle, asks), torch.tensor(at, device=place), edit)
 
 
 def answer_rows(handle: ModelHandle, events: Sequence[EditEvent], contexts: Sequence[str], end: bool) -> Rows:
-    """The same, each followed by the edit's target (and, with `end`, by the end token)."""
-    return _rows(handle, [(i, e, c) for i, e in enumerate(events) for c in contexts], end)
+    """The same, each followed by the edit's target (and, with `end`, by the end token), lookup positions in one column."""
+    rows = [(i, e, c) for i, e in enumerate(events) for c in contexts]
+    return _aligned(handle, rows, [answer_ids(handle, ask_of(e), e.target) for _, e, _ in rows], end)
 
 
 def subject_rows(handle: ModelHandle, events: Sequence[EditEvent]) -> Rows | None:
-    """`"{subject} is a"` for each edit whose prompt names its subject; None where none does."""
+    """`"{subject} is a"` for each edit whose prompt names its subject, subjects' ends in one column; None where none does."""
     named = [(i, replace(e, prompt=f"{subject_of(e)} is a", image=None), "") for i, e in enumerate(events) if subject_of(e)]
-    return _rows(handle, named, None) if named else None
+    return _aligned(handle, named, None, False) if named else None
 
 
-def _rows(handle: ModelHandle, rows: list[tuple[int, EditEvent, str]], end: bool | None) -> Rows:
+def _aligned(handle: ModelHandle, rows: list[tuple[int, EditEvent, str]], answers: list[list[int]] | None, end: bool) -> Rows:
     asks = [ask_of(e, c) for _, e, c in rows]
-    answers = None if end is None else [answer_ids(handle, ask_of(e), e.target) for _, e, _ in rows]
-    batch = collate(handle, asks, answers, end=bool(end))
     at = [lookup(handle, a, subject_of(e)) for a, (_, e, _) in zip(asks, rows)]
+    batch = collate(handle, asks, answers, end=end, at=at)
     place = batch.prompt.device
-    return Rows(batch, torch.tensor(at, device=place), torch.tensor([i for i, _, _ in rows], device=place))
+    return Rows(batch, torch.full((len(at),), max(at), device=place), torch.tensor([i for i, _, _ in rows], device=place))
 
 
 def lookup(handle: ModelHandle, ask: Ask, subject: str | None) -> int:

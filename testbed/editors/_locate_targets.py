@@ -4,7 +4,8 @@
 
 (Meng et al. 2022, 2023, as released: the decay is the first power over the square.) All edits of a batch are
 optimised together, each with its own Adam moments, clamp and stop, so an edit's target does not depend on its
-batch mates. Layers up to the one that is changed run once; the head runs at answer positions only.
+batch mates. Layers up to the one that is changed, and all columns before the lookup position, run once; the
+head runs at answer positions only.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from testbed.editors._locate_prefix import Behind, behind
 from testbed.editors._locate_rows import Rows, answer_rows, prompt_rows, subject_rows
 from testbed.editors.base import EditFailed
 from testbed.events import EditEvent
 from testbed.models import ModelHandle
-from testbed.tail import Above, enter, row_mean
+from testbed.tail import enter, row_mean
 
 
 class Search(Protocol):
@@ -68,23 +70,23 @@ class Found:
 
 
 class Forward:
-    """The loss of a delta for each edit, with the layers below run once."""
+    """The loss of a delta for each edit, with all that it cannot change run once."""
 
     def __init__(self, task: Task) -> None:
-        self.n, self.top = len(task.events), task.handle.n_layers
+        self.n = len(task.events)
         self.rows = answer_rows(task.handle, task.events, task.contexts, task.end)
         self.essence = subject_rows(task.handle, task.events)
-        self.answers = self._enter(task, self.rows)
-        self.plain = self._enter(task, self.essence) if self.essence is not None else None
+        self.answers = self._enter(task, self.rows, None)
+        self.plain = self._enter(task, self.essence, 1) if self.essence is not None else None
         self.before: Tensor | None = None
 
-    def _enter(self, task: Task, rows: Rows) -> Above:
-        return enter(task.handle, rows.batch, task.layer + 1, self.top - 1)
+    def _enter(self, task: Task, rows: Rows, width: int | None) -> Behind:
+        return behind(task.handle, rows.batch, task.layer + 1, int(rows.at[0]), width)
 
     def losses(self, delta: Tensor, kl: float) -> Tensor:
         """(n,) negative log-likelihood of the answers, mean over tokens then contexts, plus kl times the drift of the essence."""
         at = self.rows.batch.before_answer
-        logits = _run(self.answers, self.rows, delta, at, self.top)
+        logits = self.answers.logits(delta[self.rows.edit], int(self.rows.at[0]), at)
         nll = torch.nn.functional.cross_entropy(logits.float(), self.rows.batch.answer_ids, reduction="none")
         loss = row_mean(row_mean(nll, at.nonzero()[:, 0], len(self.rows.edit)), self.rows.edit, self.n)
         return loss + kl * self._drift(delta) if kl and self.essence is not None else loss
@@ -93,21 +95,14 @@ class Forward:
         """(n,) KL(p_delta || p_0) of the next token after the subject; 0 for edits whose prompt names none."""
         if self.plain is None or self.essence is None:
             return torch.zeros(self.n, device=delta.device)
+        column = int(self.essence.at[0])
         at = torch.zeros_like(self.essence.batch.prompt)
-        at[torch.arange(len(at), device=at.device), self.essence.at] = True
-        logp = _run(self.plain, self.essence, delta, at, self.top).float().log_softmax(-1)
+        at[:, column] = True
+        logp = self.plain.logits(delta[self.essence.edit], column, at).float().log_softmax(-1)
         if self.before is None:
             self.before = logp.detach()
         drift = (logp.exp() * (logp - self.before)).sum(-1)
         return torch.zeros(self.n, device=delta.device).index_add(0, self.essence.edit, drift)
-
-
-def _run(above: Above, rows: Rows, delta: Tensor, at: Tensor, top: int) -> Tensor:
-    """(n, V) logits at `at` with each row's delta added where its subject ends."""
-    hidden = above.hidden.clone()
-    each = torch.arange(len(rows.at), device=hidden.device)
-    hidden[each, rows.at] = hidden[each, rows.at] + delta[rows.edit].to(hidden.dtype)
-    return above.logits(above.through(hidden, above.first, top), at)
 
 
 class Adam:
