@@ -17,7 +17,7 @@ from testbed.events import EditEvent, Question, content_id
 TimeAxis = Literal["dated", "scheduled", "simulated"]
 MissingImages = Literal["skip", "text", "caption"]
 Order = Literal["drawn", "hardest", "easiest", "subjects"]
-MOST_UNEVEN = 3.0
+UNEVEN = (0.01, 3.0)
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ class StreamConfig:
                 out.append(f"stream.{name} must lie in [0, 1), got {getattr(self, name)}")
         if self.repeats < 1:
             out.append(f"stream.repeats must be 1 or more, got {self.repeats}")
-        if not 0 <= self.bursts <= MOST_UNEVEN:
-            out.append(f"stream.bursts must lie in [0, {MOST_UNEVEN:g}], got {self.bursts}")
+        if self.bursts and not UNEVEN[0] <= self.bursts <= UNEVEN[1]:
+            out.append(f"stream.bursts must be 0 or lie in [{UNEVEN[0]}, {UNEVEN[1]}], got {self.bursts}")
         if self.revise + self.revert + self.retire >= 1:
             out.append("stream.revise + stream.revert + stream.retire must stay under 1")
         return out

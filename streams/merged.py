@@ -16,6 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
+from streams import transforms
 from streams._entry import Place
 from streams._records import plain
 from streams.base import BadStream, Skipped, Stream, StreamConfig, TimeAxis, TrainPool
@@ -27,7 +28,7 @@ ALL = 10**6
 
 @STREAMS.register("merged:")
 class Merged(Stream):
-    """Dated streams are merged by their dates; of others each gives its part of `edits_per_year` to every year.
+    """Dated streams are merged by their dates; others take turns, and the years of the whole are drawn anew.
 
     A question (its picture and its words) that two streams edit is the earlier one's alone, and no stream asks for
     what must stay where another edits it. Raises `BadStream` for streams that have no common time.
@@ -45,7 +46,7 @@ class Merged(Stream):
         names = self.argument.split("+") if self.argument else []
         if len(names) < 2 or len(set(names)) < len(names) or not all(names):
             raise BadStream(f"this stream needs its source in its name: merged:A+B, with two streams or more; got {self.argument!r}")
-        self.parts = [_part(name, share, config) for name, share in zip(names, _shares(config.edits_per_year, len(names)))]
+        self.parts = [_part(name, replace(config, bursts=0.0)) for name in names]
         self.time_axis = self._common_axis()
         self.skipped = [Skipped(f"{p.name}: {s.where}", s.reason) for p in self.parts for s in p.skipped]
         self._finite = [None if p.time_axis == "simulated" else p.events(ALL) for p in self.parts]
@@ -83,11 +84,12 @@ class Merged(Stream):
     def events(self, n: int) -> list[EditEvent]:
         given = [p.events(max(n, 0)) if events is None else events for p, events in zip(self.parts, self._finite)]
         own = [[(e, i) for e in events if self._is_free(e, i)] for i, events in enumerate(given)]
-        out = []
-        for seq, (event, i) in enumerate(islice(heapq.merge(*own, key=lambda pair: pair[0].time), max(n, 0))):
-            self._of[event.id] = i
-            out.append(replace(event, seq=seq))
-        return out
+        inorder = list(islice(heapq.merge(*own, key=lambda pair: pair[0].time), max(n, 0)))
+        self._of |= {e.id: i for e, i in inorder}
+        c = self.config
+        drawn = transforms.calendar(c.edits_per_year, c.bursts, transforms.generator(c.seed, "years"))
+        times = (e.time for e, _ in inorder) if self.time_axis == "dated" else drawn
+        return [replace(e, seq=seq, time=t) for seq, ((e, _), t) in enumerate(zip(inorder, times))]
 
     def _is_free(self, event: EditEvent, i: int) -> bool:
         return not any(_place(event) in taken for taken in self._taken[:i])
@@ -135,17 +137,10 @@ class Merged(Stream):
             yield from found
 
 
-def _part(name: str, per_year: int, config: StreamConfig) -> Stream:
+def _part(name: str, config: StreamConfig) -> Stream:
     name, _, folder = name.partition("@")
     root = Path(config.data_root or ".") / folder if folder else config.data_root
-    return STREAMS.get(name)(replace(config, data_root=root, edits_per_year=per_year))
-
-
-def _shares(total: int, n: int) -> list[int]:
-    """`total` in n parts that differ by at most one. Raises `BadStream` where a part would be empty."""
-    if total < n:
-        raise BadStream(f"stream.edits_per_year is {total}, less than the {n} streams that are merged: give {n} or more")
-    return [total // n + (i < total % n) for i in range(n)]
+    return STREAMS.get(name)(replace(config, data_root=root))
 
 
 def _place(item: EditEvent | Question) -> Place:

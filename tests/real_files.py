@@ -70,3 +70,10 @@ def small_copy(case: Case, data_root: Path, to: Path, most: int = 400) -> Path:
     for name in case.linked:
         (to / name).symlink_to(data_root / case.folder / name, target_is_directory=True)
     return to
+
+
+def own_record(i: int) -> dict[str, Any]:
+    """A record in the words of `jsonl:`."""
+    asked = {"prompt": f"Who owns shop {i}?", "target": f"Ann {i}", "previous": f"Bob {i}", "relation": f"kind {i % 3}"}
+    more = {"rephrase": [f"The owner of shop {i} is"], "train": [f"Name the owner of shop {i}."]}
+    return {**asked, **more, "subject": f"shop {i}", "hard": f"Who owns stall {i}?", "hard_answer": f"Cy {i}"}

@@ -1,4 +1,4 @@
-"""`okedit-yearly`: the schedule's properties, the real files where TESTBED_DATA names them, the two origins."""
+"""`okedit-yearly`: the real files where TESTBED_DATA names them, the two origins."""
 
 from __future__ import annotations
 
@@ -6,140 +6,17 @@ import json
 import re
 import shutil
 from collections import Counter
-from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from okedit_folder import ANNOTATIONS, QUESTIONS, make_folder
 
-from streams._records import distinct, plain
+from streams._records import plain
 from streams.base import StreamConfig
 from streams.okedit import OkeditYearly
-from streams.transforms import MAX_CHANGES, Change, Fact, Shares, changes, dated, drifting, generator, share, shuffled
-from testbed.events import EditEvent, check_order
 
 CARD = Path(__file__).parents[1] / "streams" / "cards" / "okedit-yearly.md"
-WORDS = ["cat", "dog", "The Cat!", "fish", "bird", "horse", "mouse", "Fish"]
-
-
-@st.composite
-def schedules(draw: st.DrawFn) -> tuple[list[Fact], Shares, dict[str, list[str]], int]:
-    n = draw(st.integers(0, 12))
-    facts = []
-    for i in range(n):
-        previous = draw(st.none() | st.just("rat"))
-        facts.append(Fact(f"q{i}?", draw(st.sampled_from(WORDS)), f"record {i}", None, previous, f"s{i}", draw(st.sampled_from("ab"))))
-    parts = draw(st.lists(st.floats(0, 0.33), min_size=3, max_size=3))
-    values = {c: draw(st.lists(st.sampled_from(WORDS), max_size=6)) for c in "ab"}
-    return facts, Shares(*parts), values, draw(st.integers(0, 2**32 - 1))
-
-
-def build(case: tuple[list[Fact], Shares, dict[str, list[str]], int], k: int | None = None) -> list[EditEvent]:
-    facts, shares, values, seed = case
-    order = shuffled(len(facts), generator(seed, "order"))
-    stream = changes((facts[i] for i in order), shares, values, generator(seed, "changes"))
-    return list(islice(dated(stream, 7), k))
-
-
-@settings(max_examples=200, deadline=None)
-@given(schedules())
-def test_every_life_of_a_fact_makes_sense(case: tuple[list[Fact], Shares, dict[str, list[str]], int]) -> None:
-    events = build(case)
-    check_order(events)
-    lives: dict[str, list[EditEvent]] = {}
-    for e in events:
-        lives.setdefault(e.source, []).append(e)
-    assert lives.keys() == {f.source for f in case[0]}
-    for life in lives.values():
-        assert len(life) <= MAX_CHANGES
-        assert [e.kind == "add" for e in life] == [True] + [False] * (len(life) - 1)
-        _follow(life)
-
-
-def _follow(life: list[EditEvent]) -> None:
-    values = [v for v in (life[0].previous, life[0].target) if v is not None]
-    for before, e in pairwise(life):
-        assert before.kind != "retire"
-        assert (e.revises, e.previous) == (before.id, values[-1])
-        had = {plain(v) for v in values}
-        if e.kind == "retire":
-            assert e.target == ""
-            assert values[-1] != life[0].previous
-        else:
-            assert plain(e.target) != plain(values[-1])
-            assert (plain(e.target) in had) == (e.kind == "revert")
-            values.append(e.target)
-
-
-@settings(max_examples=100, deadline=None)
-@given(schedules(), st.integers(0, 30))
-def test_a_prefix_is_a_prefix(case: tuple[list[Fact], Shares, dict[str, list[str]], int], k: int) -> None:
-    assert build(case, k) == build(case)[:k]
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.lists(st.sampled_from("abcd"), max_size=40), st.integers(0, 2**32 - 1))
-def test_orders_are_permutations(categories: list[str], seed: int) -> None:
-    for order in (drifting(categories, generator(seed, "x")), shuffled(len(categories), generator(seed, "x"))):
-        assert sorted(order) == list(range(len(categories)))
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.lists(st.text(min_size=1, max_size=6), max_size=8), st.lists(st.text(min_size=1, max_size=6), max_size=4))
-def test_distinct_keeps_the_first_of_equals(texts: list[str], taken: list[str]) -> None:
-    out = distinct(texts, taken)
-    assert len({plain(t) for t in out}) == len(out)
-    assert {plain(t) for t in out} == {plain(t) for t in texts} - {plain(t) for t in taken}
-
-
-def test_drift_moves_the_mix() -> None:
-    categories = [c for c in "abcdefgh" for _ in range(200)]
-    gaps = []
-    for seed in range(5):
-        for order in (drifting(categories, generator(seed, "o")), shuffled(len(categories), generator(seed, "o"))):
-            names = [categories[i] for i in order]
-            early, late = Counter(names[:400]), Counter(names[-400:])
-            gaps.append(sum(abs(early[c] - late[c]) for c in "abcdefgh") / 800)
-    assert min(gaps[0::2]) > 0.3
-    assert max(gaps[1::2]) < 0.2
-
-
-def test_drift_starts_at_its_first_mix() -> None:
-    categories = [c for c in "abcd" for _ in range(20_000)]
-    rng = generator(5, "o")
-    rng.permutation(len(categories))
-    a = rng.normal(0.0, 2.0, (2, 4))[0]
-    early = Counter(categories[i] for i in islice(drifting(categories, generator(5, "o")), 2000))
-    expected = np.exp(a) / np.exp(a).sum()
-    assert np.allclose([early[c] / 2000 for c in "abcd"], expected, atol=0.05)
-
-
-def test_shares_come_out_as_asked() -> None:
-    facts = (Fact(f"q{i}", f"t{i}", f"r{i}", relation="a", previous=f"p{i}") for i in range(100_000))
-    values = {"a": [f"t{i}" for i in range(500)]}
-    drawn = islice(changes(facts, Shares(0.15, 0.03, 0.02), values, generator(0, "x")), 10_000)
-    kinds = Counter(c.kind for c in drawn)
-    for kind, expected in {"add": 0.8, "revise": 0.15, "revert": 0.03, "retire": 0.02}.items():
-        assert kinds[kind] / 10_000 == pytest.approx(expected, abs=0.012)
-
-
-def test_a_share_is_uniform_and_fixed() -> None:
-    values = np.array([share("x", i) for i in range(4000)])
-    assert (values >= 0).all()
-    assert (values < 1).all()
-    assert np.histogram(values, 10, (0, 1))[0].min() > 330
-    assert share("x", 1) == share("x", 1) != share("y", 1)
-
-
-def test_dates_count_from_year_one() -> None:
-    fact = [Fact(f"q{i}", "t", f"r{i}") for i in range(21)]
-    events = list(dated((Change("add", f, f.target, None) for f in fact), 10))
-    assert [e.year for e in events] == [1] * 10 + [2] * 10 + [3]
-    assert [events[0].time, events[5].time, events[20].time] == [1.0, 1.5, 3.0]
 
 
 def test_files_and_world_never_share_an_origin(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from okedit_folder import make_folder
 from real_files import CASES as REAL
-from real_files import small_copy
+from real_files import own_record, small_copy
 
 from streams._records import plain
 from streams.base import BadStream, Stream, StreamConfig
@@ -26,21 +26,15 @@ from testbed.registry import STREAMS
 N = 300
 FILES = "okedit-yearly on files"
 OWN = "jsonl:records.jsonl"
+BOTH = "merged:jsonl:records.jsonl+jsonl:others.jsonl"
 _NAMES = [name for name in STREAMS.names() if not name.endswith(":")]
-CASES = [*_NAMES, FILES, OWN, *(name for name in REAL if name not in _NAMES)]
+CASES = [*_NAMES, FILES, OWN, BOTH, *(name for name in REAL if name not in _NAMES)]
 Make = Callable[..., Stream]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_folder(tmp_path_factory.mktemp("files") / "okedit", [*range(1005, 2405, 10), 1006, 1016])
-
-
-def own_record(i: int) -> dict[str, Any]:
-    """A record in the words of `jsonl:`."""
-    asked = {"prompt": f"Who owns shop {i}?", "target": f"Ann {i}", "previous": f"Bob {i}", "relation": f"kind {i % 3}"}
-    more = {"rephrase": [f"The owner of shop {i} is"], "train": [f"Name the owner of shop {i}."]}
-    return {**asked, **more, "subject": f"shop {i}", "hard": f"Who owns stall {i}?", "hard_answer": f"Cy {i}"}
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -53,10 +47,11 @@ def make(request: pytest.FixtureRequest, case: str, folder: Path, tmp_path_facto
     """Makes a fresh instance of one stream: `make(seed=1)`."""
     if case == FILES:
         return lambda **config: STREAMS.get("okedit-yearly")(StreamConfig(data_root=folder, **config))
-    if case == OWN:
+    if case in (OWN, BOTH):
         records = tmp_path_factory.mktemp("own")
         (records / "records.jsonl").write_text("\n".join(json.dumps(own_record(i)) for i in range(300)))
-        return lambda **config: STREAMS.get(OWN)(StreamConfig(data_root=records, **config))
+        (records / "others.jsonl").write_text("\n".join(json.dumps(own_record(i)) for i in range(250, 500)))
+        return lambda **config: STREAMS.get(case)(StreamConfig(data_root=records, **config))
     if case in REAL:
         real = REAL[case]
         root = small_copy(real, request.getfixturevalue("data_root"), tmp_path_factory.mktemp("real"))
