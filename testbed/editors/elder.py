@@ -94,7 +94,9 @@ class Elder(Editor):
         self.hyper = h = overlaid(found, self.config)
         self.sites = lowrank.find_sites(self.handle, h.modules)
         n = self.config.experts or experts_for(len(self.sites), h.active, self.config.planned_edits, h.experts)
-        self._check(n, h.active, h.rank)
+        if h.active > n:
+            raise BadEditor(f"k = {h.active} adapters of N = {n} cannot be chosen: set active to {n} or less")
+        lowrank.check_rank(self.sites, h.rank)
         self.shape = Shape(len(self.sites), n, h.active)
         self.within = h.eps if h.eps is not None else len(self.sites) * h.active
         self.notes = [note] if note else []
@@ -104,13 +106,6 @@ class Elder(Editor):
         )
         self.book = Codes(self.shape, self.handle.device)
         self.mixture = self._fresh()
-
-    def _check(self, experts: int, active: int, rank: int) -> None:
-        least = min(min(s.f, s.d) for s in self.sites)
-        if active > experts:
-            raise BadEditor(f"k = {active} adapters of N = {experts} cannot be chosen: set active to {experts} or less")
-        if rank > least:
-            raise BadEditor(f"rank {rank} is more than the narrowest side ({least}) of {self.sites[0].name}: set rank to {least} or less")
 
     def _fresh(self) -> Mixture:
         """Routers uniform in +-1/sqrt(f), adapters that change nothing."""

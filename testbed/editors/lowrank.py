@@ -85,6 +85,13 @@ def _as_they_run(handle: ModelHandle, sites: Sequence[Site]) -> list[Site]:
     return ran
 
 
+def check_rank(sites: Sequence[Site], rank: int) -> None:
+    """Raise `BadEditor` for a rank that a site is too narrow for."""
+    least = min(sites, key=lambda s: min(s.f, s.d))
+    if rank > min(least.f, least.d):
+        raise BadEditor(f"rank {rank} is more than {least.name} is wide: set rank to {min(least.f, least.d)} or less")
+
+
 class Span:
     """A batch of edits and the part of the model from the first site's layer up; what lies below is run once.
 
