@@ -7,6 +7,7 @@ import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,11 +17,13 @@ from testbed import grading
 from testbed.editors.base import Editor
 from testbed.encode import Ask
 from testbed.events import LOCALITY_SPLITS, EditBatch, Question
+from testbed.files import Phase
 from testbed.models import ModelHandle
+from testbed.monitors.base import Watch
 from testbed.predictor import ModelPredictor, Predictor, Response, Score
 from testbed.schedule import Asked, Schedule, Step
 from testbed.schema import BaseAnswer, EditReport, Record
-from testbed.store import EditorFolder, Phase
+from testbed.store import EditorFolder, Expected, Found
 
 Progress = Callable[[int, int, float | None], None]
 """Called after each step with (edits made, edits in all, share of right answers right after the last edits)."""
@@ -45,11 +48,22 @@ class Context:
     say: Callable[[str], None] = silent
     """Gets what an editor has to say of itself (a stand-in, derived defaults)."""
 
+    @cached_property
+    def watch(self) -> Watch:
+        """The prompts that monitors look at."""
+        return Watch(self.handle, self.schedule.unique_questions.values(), self.seed)
+
+    @cached_property
+    def expected(self) -> Expected:
+        """What the folder of an editor that is done holds."""
+        steps = self.schedule.steps
+        return Expected([len(s.asked) for s in steps], frozenset(s.moment.step for s in steps if self.watch.due(s.moment)))
+
 
 def run_editor(context: Context, editor: Editor, folder: EditorFolder, phase: Phase = silent, progress: Progress = silent) -> None:
     """Take one editor through the schedule, from the newest saved step on."""
     phase("resume", 0)
-    done, state = folder.resume([len(s.asked) for s in context.schedule.steps])
+    done, state = folder.resume(context.expected)
     if done == len(context.schedule.steps):
         return
     editor.prepare(context.handle, context.stream.train_pool())
@@ -57,20 +71,21 @@ def run_editor(context: Context, editor: Editor, folder: EditorFolder, phase: Ph
         context.say(f"{editor.name}: {note}")
     if state is not None:
         editor.load_state_dict(state)
-    records: list[Record] = []
-    reports: list[EditReport] = []
+    found = Found()
     total = context.schedule.steps[-1].moment.edits if context.schedule.steps else 0
     for step in context.schedule.steps[done:]:
         n = step.moment.step
         phase("apply", n)
-        reports.append(apply_step(context, editor, step))
+        found.reports.append(apply_step(context, editor, step))
         phase("probe", n)
         answered = ask_step(context, editor, step)
-        records += answered
+        found.records.extend(answered)
+        if context.watch.due(step.moment):
+            found.monitors.extend(context.watch.rows(n, editor.predictor(), editor.edited_weights()))
         progress(step.moment.edits, total, success(answered))
         if n % context.save_every == 0 or n == len(context.schedule.steps):
-            folder.save(n, records, reports, editor.state_dict())
-            records, reports = [], []
+            folder.save(n, found, editor.state_dict())
+            found = Found()
 
 
 def apply_step(context: Context, editor: Editor, step: Step) -> EditReport:

@@ -50,12 +50,18 @@ class Response:
 class Inspection:
     """Monitors' view at the last prompt position.
 
-    top_ids: (k,) int64; entropy: nats; hidden: (layers, d) float32 output of each chosen decoder layer.
+    top_ids: (k,) int64 most likely next tokens, or the tokens that were asked for; logprobs: (k,) float64, their
+    natural log-probabilities; entropy: nats; hidden: (layers, d) float32 output of each chosen decoder layer.
     """
 
     top_ids: np.ndarray
+    logprobs: np.ndarray
     entropy: float
     hidden: np.ndarray
+
+
+Tokens = Sequence[np.ndarray] | None
+"""For each ask the ids (k,) whose log-probabilities an inspection is to give; None: the top k."""
 
 
 class Predictor(ABC):
@@ -80,7 +86,7 @@ class Predictor(ABC):
         """Log-probabilities (nats) of each token of running text after the first, for perplexity."""
 
     @abstractmethod
-    def inspect(self, asks: Sequence[Ask], layers: Sequence[int] = (), top_k: int = 10) -> list[Inspection]: ...
+    def inspect(self, asks: Sequence[Ask], layers: Sequence[int] = (), top_k: int = 10, ids: Tokens = None) -> list[Inspection]: ...
 
     def generate(self, asks: Sequence[Ask], max_new_tokens: int = 16) -> list[str]:
         """Greedy generation with natural stop."""
@@ -147,18 +153,19 @@ class ModelPredictor(Predictor):
         return out
 
     @torch.no_grad()
-    def inspect(self, asks: Sequence[Ask], layers: Sequence[int] = (), top_k: int = 10) -> list[Inspection]:
+    def inspect(self, asks: Sequence[Ask], layers: Sequence[int] = (), top_k: int = 10, ids: Tokens = None) -> list[Inspection]:
         out: list[Inspection | None] = [None] * len(asks)
         for chunk in self._chunks(asks):
             batch = collate(self.handle, [asks[i] for i in chunk], side="left")
             with self.around(batch), self._watched(layers) as seen:
                 logits = self._last_logits(batch, 1)
-            logp = logits[:, -1].float().log_softmax(-1)
+            logp = logits[:, -1].double().log_softmax(-1)
             states = [seen[n][:, -1] for n in layers]
             hidden = torch.stack(states, 1).float() if states else torch.zeros(len(chunk), 0, self.handle.width)
-            entropy = -(logp.exp() * logp).sum(-1)
+            entropy = torch.special.entr(logp.exp()).sum(-1)
             for j, i in enumerate(chunk):
-                out[i] = Inspection(logp[j].topk(top_k).indices.cpu().numpy(), float(entropy[j]), hidden[j].cpu().numpy())
+                top = logp[j].topk(top_k).indices if ids is None else torch.as_tensor(ids[i], device=logp.device)
+                out[i] = Inspection(top.cpu().numpy(), logp[j][top].cpu().numpy(), float(entropy[j]), hidden[j].cpu().numpy())
         return [r for r in out if r is not None]
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""One registry for editors, streams and probes: a decorator, a folder scan, near matches for a wrong name.
+"""One registry for editors, streams, probes and monitors: a decorator, a folder scan, near matches for a wrong name.
 
 A plug-in exists by lying in its folder. A file that cannot be imported raises at the first look-up, with
 its path: a broken plug-in never vanishes from a list. An entry whose name ends in a colon takes the rest of
@@ -38,6 +38,7 @@ class Registry:
         self.kind, self.package, self.needs, self.wrappers = kind, package, needs, wrappers
         self._entries: dict[str, type] = {}
         self._wrapped: dict[str, type] = {}
+        self._refused: dict[str, str] = {}
         self._scanned = False
 
     def register(self, name: str) -> Callable[[C], C]:
@@ -55,6 +56,10 @@ class Registry:
             return cls
 
         return add
+
+    def refuse(self, name: str, reason: str) -> None:
+        """Make a name that people will try give this reason, instead of near matches, why it is not there."""
+        self._refused[name] = reason
 
     def scan(self) -> None:
         """Import every module of the package once. Raises ImportError that names the broken file."""
@@ -87,6 +92,8 @@ class Registry:
         if argument and head + colon in self._entries:
             base = self._entries[head + colon]
             return type(base.__name__, (base,), {"name": name, "argument": argument, "__doc__": base.__doc__})
+        if name in self._refused:
+            raise UnknownName(f"the {self.kind} {name!r} is not offered: {self._refused[name]}")
         if name not in self._entries:
             near = difflib.get_close_matches(name, self._entries, n=3, cutoff=0.5)
             hint = f" Did you mean {' or '.join(near)}?" if near else ""
@@ -107,4 +114,5 @@ class Registry:
 WRAPPERS = Registry("wrapper", "testbed.editors", needs=("summary", "Config", "over"))
 EDITORS = Registry("editor", "testbed.editors", needs=("summary", "traits", "Config"), wrappers=WRAPPERS)
 PROBES = Registry("probe", "testbed.probes", needs=("summary", "version"))
+MONITORS = Registry("monitor", "testbed.monitors", needs=("summary",))
 STREAMS = Registry("stream", "streams", needs=("summary", "time_axis", "licence"))

@@ -16,8 +16,8 @@ from streams.base import BadStream
 from testbed import variants
 from testbed.config import BadConfig, RunConfig, set_fields
 from testbed.events import BadEvent, BadPicture
+from testbed.files import StoreError
 from testbed.registry import EDITORS, PROBES, STREAMS, WRAPPERS, UnknownName
-from testbed.store import StoreError
 
 
 def main(argv: Sequence[str] | None = None) -> int:

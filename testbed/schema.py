@@ -1,7 +1,8 @@
 """The stored rows: field names, types, units, schema version. Nothing here is an average.
 
 Files of a run folder OUT (see docs/layout.md): `manifest.json`, `schedule.parquet`, `events.parquet`,
-`questions.parquet`, `base/answers.parquet`, `EDITOR/records/step-*.parquet`, `EDITOR/edits.jsonl`.
+`questions.parquet`, `base/answers.parquet`, `EDITOR/records/step-*.parquet`, `EDITOR/monitors/step-*.parquet`,
+`EDITOR/edits.jsonl`.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ import typing
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-SCHEMA_VERSION = 1
-"""Raised when a field is added, removed or changes its meaning."""
+SCHEMA_VERSION = 2
+"""Raised when a field or a file is added, removed or changes its meaning."""
+READABLE_VERSIONS = (1, 2)
+"""Versions that analysis still reads. A run goes on under its own version alone. 1 has no monitors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +73,16 @@ class Record:
     """Wall time of the question's share of its batch."""
     extras: str
     """JSON object with what an editor or a monitor adds (entry hit, retrieved facts, ...)."""
+
+
+@dataclass(frozen=True, slots=True)
+class MonitorRow:
+    """One number about the inside of an edited model after a step (`testbed.monitors`). What has no value has no row."""
+
+    step: int
+    name: str
+    """What was measured: weight_norm, hidden_cosine, entropy, ..."""
+    value: float
 
 
 @dataclass(frozen=True, slots=True)

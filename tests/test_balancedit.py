@@ -16,7 +16,7 @@ from testbed.editors.balancedit import BalancEdit, BalancEditConfig, BalancEditP
 from testbed.editors.base import BadEditor
 from testbed.encode import Ask
 from testbed.events import EditBatch, EditEvent
-from testbed.store import read_state, write_state
+from testbed.files import read_state, write_state
 
 BOTH = pytest.mark.parametrize("cls", [BalancEdit, BalancEditPlus])
 

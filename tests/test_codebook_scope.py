@@ -20,7 +20,7 @@ from testbed.editors import _nearest
 from testbed.editors._nearest import Nearest, direct
 from testbed.editors.balancedit import radius
 from testbed.editors.codebook import Codebook, Entry
-from testbed.store import read_state, write_state
+from testbed.files import read_state, write_state
 
 quick = settings(max_examples=100, deadline=None)
 cheap = settings(max_examples=500, deadline=None)

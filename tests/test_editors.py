@@ -14,10 +14,10 @@ from streams.base import StreamConfig
 from testbed.editors.base import BadEditor, Editor
 from testbed.encode import Ask
 from testbed.events import EditBatch, EditEvent
+from testbed.files import read_state, write_state
 from testbed.models import ModelHandle, weights_hash
 from testbed.predictor import Response
 from testbed.registry import EDITORS, STREAMS, WRAPPERS
-from testbed.store import read_state, write_state
 
 
 def _host_of(wrapper: Any) -> str:

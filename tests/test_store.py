@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import tempfile
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from testbed import store
-from testbed.schema import BaseAnswer, EditReport, EventRow, QuestionRow, Record, ScheduleRow, columns
-from testbed.store import EditorFolder, RunFolder, StoreError, read_json, read_state, write_json, write_rows, write_state
+from testbed import files
+from testbed.files import StoreError, read_json, read_state, write_json, write_rows, write_state
+from testbed.schema import BaseAnswer, EditReport, EventRow, MonitorRow, QuestionRow, Record, ScheduleRow, columns
+from testbed.store import EditorFolder, Expected, Found, RunFolder
 
 few = settings(max_examples=12, deadline=None)
 words = st.text(st.characters(exclude_categories=["Cs"]))
@@ -43,18 +45,28 @@ def save(folder: EditorFolder, last: int, every: int = 2) -> None:
     """Steps 1 to `last`, saved every `every` steps as the loop does; the state counts the steps."""
     for at in range(every, last + 1, every):
         steps = range(at - every + 1, at + 1)
-        state = {"weight": torch.full((3, 2), float(at)), "step": at}
-        folder.save(at, [record(s, n) for s in steps for n in range(3)], [report(s) for s in steps], state)
+        folder.save(at, found(steps), {"weight": torch.full((3, 2), float(at)), "step": at})
+
+
+def found(steps: Iterable[int]) -> Found:
+    """What these steps bring: three answers and a report each, and monitors after even steps."""
+    monitors = [MonitorRow(s, name, s / 3) for s in steps if s % 2 == 0 for name in ("entropy", "weight_norm")]
+    return Found([record(s, n) for s in steps for n in range(3)], monitors, [report(s) for s in steps])
+
+
+def whole(last: int) -> Expected:
+    """What a folder holds after `last` steps of `found`."""
+    return Expected([3] * last, frozenset(range(2, last + 1, 2)))
 
 
 def content(folder: EditorFolder) -> tuple[list[dict[str, Any]], list[Any], float]:
-    parts = sorted((folder.path / "records").glob("*"))
+    parts = sorted(p for name in ("records", "monitors") for p in (folder.path / name).glob("*"))
     rows = [r for p in parts for r in pq.read_table(p).to_pylist()]
     lines = [json.loads(x) for x in (folder.path / "edits.jsonl").read_text().splitlines()]
     return rows, lines, float(folder.newest_state()["weight"][0, 0])
 
 
-@pytest.mark.parametrize("cls", [Record, BaseAnswer, QuestionRow, EventRow, ScheduleRow])
+@pytest.mark.parametrize("cls", [Record, MonitorRow, BaseAnswer, QuestionRow, EventRow, ScheduleRow])
 def test_any_row_comes_back_as_it_was(cls: type) -> None:
     @few
     @given(st.lists(rows_of(cls), max_size=4))
@@ -98,13 +110,14 @@ def test_a_saved_run_comes_back(tmp_path: Path) -> None:
     assert state is not None
     assert (state["step"], float(state["weight"][0, 0])) == (6, 6.0)
     rows, lines, _ = content(folder)
-    assert rows == [asdict_row(record(s, n)) for s in range(1, 7) for n in range(3)]
+    answers = [asdict_row(record(s, n)) for s in range(1, 7) for n in range(3)]
+    assert rows == [asdict_row(m) for m in found(range(1, 7)).monitors] + answers
     assert lines == [json.loads(json.dumps(asdict(report(s)))) for s in range(1, 7)]
     assert len(list((tmp_path / "state").iterdir())) == 1
 
 
-def asdict_row(row: Record) -> dict[str, Any]:
-    return {name: getattr(row, name) for name in columns(Record)}
+def asdict_row(row: Any) -> dict[str, Any]:
+    return {name: getattr(row, name) for name in columns(type(row))}
 
 
 def test_an_empty_folder_starts_at_the_beginning(tmp_path: Path) -> None:
@@ -118,8 +131,8 @@ def test_an_empty_folder_starts_at_the_beginning(tmp_path: Path) -> None:
 def test_any_file_cut_at_any_byte_and_the_run_made_again_is_whole(data: st.DataObject) -> None:
     """Cut one file anywhere, go on from where `resume` says, and everything is as if nothing had happened."""
     with tempfile.TemporaryDirectory() as tmp:
-        whole, cut = EditorFolder(Path(tmp) / "whole"), EditorFolder(Path(tmp) / "cut")
-        save(whole, 8)
+        complete, cut = EditorFolder(Path(tmp) / "whole"), EditorFolder(Path(tmp) / "cut")
+        save(complete, 8)
         save(cut, 6)
         victim = data.draw(st.sampled_from(sorted(p for p in cut.path.rglob("*") if p.is_file())))
         raw = victim.read_bytes()
@@ -128,18 +141,16 @@ def test_any_file_cut_at_any_byte_and_the_run_made_again_is_whole(data: st.DataO
         else:
             victim.write_bytes(raw[: data.draw(st.integers(0, len(raw) - 1))])
         again(cut, 8)
-        assert content(cut) == content(whole)
+        assert content(cut) == content(complete)
 
 
 def again(folder: EditorFolder, last: int, every: int = 2) -> int:
     """Resume and make the rest; the step it went on from."""
-    done, state = folder.resume([3] * last)
+    done, state = folder.resume(whole(last))
     assert done % every == 0
     assert (state is None) == (done == 0)
     for at in range(done + every, last + 1, every):
-        steps = range(at - every + 1, at + 1)
-        rows = [record(s, n) for s in steps for n in range(3)]
-        folder.save(at, rows, [report(s) for s in steps], {"weight": torch.full((3, 2), float(at)), "step": at})
+        folder.save(at, found(range(at - every + 1, at + 1)), {"weight": torch.full((3, 2), float(at)), "step": at})
     return done
 
 
@@ -147,12 +158,12 @@ class Killed(BaseException):
     """Stands for the process ending here."""
 
 
-@pytest.mark.parametrize("at", range(1, 5))
+@pytest.mark.parametrize("at", range(1, 7))
 @pytest.mark.parametrize("last", [2, 6])
 def test_stopped_at_any_phase_of_a_save_nothing_finished_is_lost(tmp_path: Path, at: int, last: int) -> None:
-    """Phases of one save: write and rename of the records, then of the state. A last line of the reports is there or not."""
-    whole, cut = EditorFolder(tmp_path / "whole"), EditorFolder(tmp_path / "cut")
-    save(whole, 8)
+    """Phases of one save: write and rename of records, monitors, then the state. A last line of the reports is there or not."""
+    complete, cut = EditorFolder(tmp_path / "whole"), EditorFolder(tmp_path / "cut")
+    save(complete, 8)
     save(cut, last - 2)
     calls: list[str] = []
 
@@ -162,19 +173,32 @@ def test_stopped_at_any_phase_of_a_save_nothing_finished_is_lost(tmp_path: Path,
             raise Killed
 
     stopped = EditorFolder(cut.path, phase)
-    steps = (last - 1, last)
     with pytest.raises(Killed):
-        stopped.save(last, [record(s, n) for s in steps for n in range(3)], [report(s) for s in steps], {"weight": torch.zeros(3, 2)})
-    assert calls == ["write", "rename", "write", "rename"][:at]
+        stopped.save(last, found((last - 1, last)), {"weight": torch.zeros(3, 2)})
+    assert calls == (["write", "rename"] * 3)[:at]
     assert again(cut, 8) == last - 2
-    assert content(cut) == content(whole)
+    assert content(cut) == content(complete)
     assert not list(cut.path.rglob(".*"))
+
+
+@pytest.mark.parametrize("lost", ["records/step-000002.parquet", "monitors/step-000004.parquet"])
+def test_a_file_that_is_gone_is_noticed_where_it_is_expected(tmp_path: Path, lost: str) -> None:
+    folder = EditorFolder(tmp_path)
+    save(folder, 4)
+    (tmp_path / lost).unlink()
+    assert EditorFolder(tmp_path).resume()[0] == 4
+    assert EditorFolder(tmp_path).resume(whole(8)) == (0, None)
 
 
 def test_leftovers_of_a_kill_are_removed(tmp_path: Path) -> None:
     folder = EditorFolder(tmp_path)
     save(folder, 2)
-    for name in ("records/.step-000004.parquet.tmp", "state/.step-000004.safetensors.tmp", ".edits.jsonl.tmp"):
+    for name in (
+        "records/.step-000004.parquet.tmp",
+        "monitors/.step-000004.parquet.tmp",
+        "state/.step-000004.safetensors.tmp",
+        ".edits.jsonl.tmp",
+    ):
         (tmp_path / name).write_bytes(b"half")
     assert folder.resume()[0] == 2
     assert not list(tmp_path.rglob(".*"))
@@ -184,27 +208,27 @@ def full_disk(*_: Any, **__: Any) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize(("where", "name"), [(store.pq, "write_table"), (store.os, "fsync"), (store.os, "replace"), (Path, "write_text")])
+@pytest.mark.parametrize(("where", "name"), [(files.pq, "write_table"), (files.os, "fsync"), (files.os, "replace"), (Path, "write_text")])
 def test_a_full_disk_is_told_and_the_state_before_it_stays_good(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: Any, name: str
 ) -> None:
-    folder, whole = EditorFolder(tmp_path / "a"), EditorFolder(tmp_path / "b")
+    folder, complete = EditorFolder(tmp_path / "a"), EditorFolder(tmp_path / "b")
     save(folder, 4)
-    save(whole, 6)
+    save(complete, 6)
     with monkeypatch.context() as patch:
         patch.setattr(where, name, full_disk)
         with pytest.raises(StoreError, match=r"no space left on the disk of .*: free some and go on with --resume"):
-            folder.save(6, [record(6)], [report(5), report(6)], {"weight": torch.zeros(3, 2)})
+            folder.save(6, found((5, 6)), {"weight": torch.zeros(3, 2)})
     assert not list(folder.path.rglob(".*"))
     assert again(folder, 6) == 4
-    assert content(folder) == content(whole)
+    assert content(folder) == content(complete)
 
 
 def test_a_full_disk_under_the_state_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import safetensors.torch
 
     def full(*_: Any, **__: Any) -> None:
-        raise store.SafetensorError("I/O error: No space left on device (os error 28)")
+        raise files.SafetensorError("I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(safetensors.torch, "save_file", full)
     with pytest.raises(StoreError, match="no space left"):

@@ -16,7 +16,7 @@ from testbed.editors.base import Editor, EditorConfig, Traits
 from testbed.encode import Ask, answer_ids
 from testbed.events import EditBatch
 from testbed.models import ModelHandle
-from testbed.predictor import Inspection, ModelPredictor, Predictor, Response, Score
+from testbed.predictor import Inspection, ModelPredictor, Predictor, Response, Score, Tokens
 from testbed.registry import EDITORS
 
 
@@ -40,8 +40,8 @@ class TruthPredictor(Predictor):
     def text_logprobs(self, texts: Sequence[str]) -> list[np.ndarray]:
         return self.base.text_logprobs(texts)
 
-    def inspect(self, asks: Sequence[Ask], layers: Sequence[int] = (), top_k: int = 10) -> list[Inspection]:
-        return self.base.inspect(asks, layers, top_k)
+    def inspect(self, asks: Sequence[Ask], layers: Sequence[int] = (), top_k: int = 10, ids: Tokens = None) -> list[Inspection]:
+        return self.base.inspect(asks, layers, top_k, ids)
 
     def _score(self, ask: Ask, answer: str) -> Score:
         """Certain of the truth's tokens: a token of the answer is a hit where the truth has the same one."""

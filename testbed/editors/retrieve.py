@@ -22,7 +22,7 @@ from testbed.editors.base import BadEditor, Editor, EditorConfig, Traits
 from testbed.encode import Ask, collate, prompt_inputs
 from testbed.events import EditBatch, Picture
 from testbed.models import ModelHandle
-from testbed.predictor import Inspection, ModelPredictor, Predictor, Response, Score
+from testbed.predictor import Inspection, ModelPredictor, Predictor, Response, Score, Tokens
 from testbed.prompts import in_context, statement
 from testbed.registry import EDITORS
 
@@ -144,8 +144,8 @@ class ContextPredictor(Predictor):
     def text_logprobs(self, texts: Sequence[str]) -> list[np.ndarray]:
         return self.base.text_logprobs(texts)
 
-    def inspect(self, asks: Sequence[Ask], layers: Sequence[int] = (), top_k: int = 10) -> list[Inspection]:
-        return self.base.inspect(self.rewrite(asks)[0], layers, top_k)
+    def inspect(self, asks: Sequence[Ask], layers: Sequence[int] = (), top_k: int = 10, ids: Tokens = None) -> list[Inspection]:
+        return self.base.inspect(self.rewrite(asks)[0], layers, top_k, ids)
 
 
 class TextIndex:

@@ -1,0 +1,96 @@
+"""The contract of a monitor: numbers about an edited model that are no answers to questions.
+
+All monitors look at one fixed set of prompts, drawn by hash and the same for every editor, and compare with what
+the unedited model does there; that side is computed once a process.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from testbed.encode import Ask
+from testbed.events import Question
+from testbed.models import ModelHandle
+from testbed.predictor import Inspection, ModelPredictor, Predictor
+from testbed.probes.base import Moment, draw, smallest
+from testbed.registry import MONITORS
+from testbed.schema import MonitorRow
+
+PROMPTS = 32
+TOP = 64
+"""Next tokens of the unedited model that are told apart; all others are one remaining mass."""
+LAST = (-1,)
+"""The decoder layer that is watched: the last."""
+
+
+@dataclass(frozen=True)
+class View:
+    """An edited model as monitors see it.
+
+    weights: changed parameters by name; empty where an editor changes none.
+    now, base: one inspection a prompt, of the edited and of the unedited model, with the log-probabilities of the
+        same tokens (the unedited model's most likely ones).
+    """
+
+    handle: ModelHandle
+    weights: Mapping[str, torch.Tensor]
+    now: Sequence[Inspection]
+    base: Sequence[Inspection]
+
+
+class Monitor(ABC):
+    """One family of numbers; registered with `MONITORS.register(name)`, found by scan."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+
+    @abstractmethod
+    def measure(self, view: View) -> dict[str, float]:
+        """Values by name. What has no value here is left out, never filled in."""
+
+
+class Watch:
+    """The fixed prompts of a run, and all monitors on them.
+
+    Args:
+        questions: the schedule's questions; prompts are drawn from its general ones, else from all it has.
+        seed: seed of the run.
+    """
+
+    def __init__(self, handle: ModelHandle, questions: Iterable[Question], seed: int) -> None:
+        self.handle = handle
+        pool = [q for q in questions if q.split != "text"]
+        pool = [q for q in pool if q.split == "general"] or pool
+        chosen = smallest(pool, PROMPTS, lambda q: draw(seed, "monitors", q.id))
+        self.asks = [Ask(q.prompt, q.image) for q in chosen]
+
+    @cached_property
+    def base(self) -> list[Inspection]:
+        """The unedited model on the prompts."""
+        top = min(TOP, self.handle.head.weight.shape[0])
+        return ModelPredictor(self.handle).inspect(self.asks, LAST, top)
+
+    def due(self, moment: Moment) -> bool:
+        """At full moments and after 1, 2, 4, 8, ... steps; never where there is no prompt to look at."""
+        return bool(self.asks) and (moment.full or "power" in moment.reasons)
+
+    def rows(self, step: int, predictor: Predictor, weights: Mapping[str, torch.Tensor]) -> list[MonitorRow]:
+        """What every monitor finds after a step, in the order of their names."""
+        known = predictor.fingerprint == "base"
+        now = self.base if known else predictor.inspect(self.asks, LAST, ids=[b.top_ids for b in self.base])
+        view = View(self.handle, weights, now, self.base)
+        found = [item for _, cls in MONITORS.items() for item in cls().measure(view).items()]
+        return [MonitorRow(step, name, float(value)) for name, value in found]
+
+
+def finite(view: View) -> tuple[list[Inspection], list[Inspection]]:
+    """Inspections of the prompts at which the edited model's prediction and states are finite, and the base's beside them."""
+    kept = [(a, b) for a, b in zip(view.now, view.base) if np.isfinite(a.entropy) and np.isfinite(a.hidden).all()]
+    return [a for a, _ in kept], [b for _, b in kept]
