@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from testbed import runner
+from testbed._timeline import timeline
 from testbed.config import RunConfig
 from testbed.events import Question
 from testbed.loop import Context, answer_base, apply_step, ask_step, peak_bytes
@@ -50,7 +51,7 @@ class Cost:
 def print_estimate(config: RunConfig, console: Console) -> None:
     """Print what would run and what it would cost. Raises what `runner.prepare` raises."""
     plan = runner.prepare(config)
-    for table in (_facts(plan), _questions(plan.schedule)):
+    for table in (_facts(plan), timeline(plan.events, plan.stream.time_axis), _questions(plan.schedule)):
         console.print(table, markup=False, highlight=False)
     for note in plan.manifest["notes"]:
         console.print(f"note: {note}", style="yellow", markup=False, highlight=False, soft_wrap=True)
