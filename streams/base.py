@@ -104,6 +104,8 @@ class Stream(ABC):
     time_axis: TimeAxis
     """A class attribute; a stream that stands on files or on the world sets it again on the instance."""
     licence: ClassVar[str]
+    size: ClassVar[str]
+    """How much the published source holds, for --list; what a run could use of it stands in `origin`."""
 
     def __init__(self, config: StreamConfig) -> None:
         self.config = config

@@ -34,6 +34,7 @@ class TempLama(_One):
 
     summary = "TempLAMA: people's teams, employers and positions by year, 2010-2020 (needs --data-root)"
     licence = "TempLAMA: Apache-2.0; facts: Wikidata, CC0"
+    size = "1,139 changes of 928 facts"
     reader = staticmethod(sources.templama)
 
 
@@ -43,6 +44,7 @@ class DyKnow(_One):
 
     summary = "DyKnow: leaders, athletes' teams, heads of companies by date (needs --data-root)"
     licence = "DyKnow: MIT; facts: Wikidata, CC0"
+    size = "933 changes of 118 facts"
     reader = staticmethod(sources.dyknow)
 
 
@@ -52,6 +54,7 @@ class Yago(_One):
 
     summary = "YAGO11k: teams, employers, affiliations, spouses by year (needs --data-root)"
     licence = "YAGO3 facts: CC BY 3.0; the copy in ATISE: MIT"
+    size = "2,302 changes of 898 facts"
     reader = staticmethod(sources.yago)
 
 
@@ -61,6 +64,7 @@ class Leaders(_One):
 
     summary = "REIGN: who leads each country, by day, 1950-2021 (needs --data-root)"
     licence = "REIGN (Bell, OEF Research): open data without a stated licence; cite the authors"
+    size = "2,319 changes of 197 facts"
     reader = staticmethod(sources.leaders)
 
 
@@ -70,6 +74,7 @@ class DatedFacts(DatedStream):
 
     summary = "Dated facts: TempLAMA, DyKnow, YAGO11k and REIGN together, without repeats (needs --data-root)"
     licence = "as its sources: TempLAMA Apache-2.0, DyKnow MIT, YAGO CC BY 3.0, REIGN open data; Wikidata CC0"
+    size = "6,668 changes of 2,122 facts"
 
     def read(self, config: StreamConfig) -> Reading:
         out = Reading()
@@ -96,6 +101,7 @@ class LeadersFlags(DatedStream):
 
     summary = "REIGN by flags: a country's flag, who leads it, 1950-2021 (needs --data-root)"
     licence = "REIGN: open data without a stated licence; flags (GoSquared): MIT"
+    size = "2,255 changes of 188 facts"
 
     def read(self, config: StreamConfig) -> Reading:
         reading = sources.leaders(config.data_root)

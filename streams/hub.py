@@ -125,6 +125,7 @@ class JsonLines(_Mapped):
 
     summary = "Your own records: jsonl:FILE, with --set stream.fields=prompt=...,target=... where names differ"
     licence = "the file's own"
+    size = "as the file"
     usage = "jsonl:FILE"
 
     def rows(self, config: StreamConfig, skipped: list[Skipped]) -> tuple[Sequence[Any], str, str, Path | None]:
@@ -139,6 +140,7 @@ class HubDataset(_Mapped):
 
     summary = "A Hugging Face dataset: hub:DATASET[:CONFIG[:SPLIT]], with --set stream.fields=prompt=...,target=..."
     licence = "the dataset's own"
+    size = "as the dataset"
     usage = "hub:DATASET[:CONFIG[:SPLIT]]"
 
     def rows(self, config: StreamConfig, skipped: list[Skipped]) -> tuple[Sequence[Any], str, str, Path | None]:

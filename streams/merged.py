@@ -37,6 +37,7 @@ class Merged(Stream):
     summary = "Several streams in one order of time: merged:A+B, each as NAME or NAME@FOLDER under --data-root"
     time_axis = "scheduled"
     licence = "those of its streams"
+    size = "as its streams"
     argument: ClassVar[str] = ""
 
     def __init__(self, config: StreamConfig) -> None:

@@ -61,6 +61,7 @@ class MMEditYearly(Either):
     summary = "MMEdit E-VQA: answers about photos (files with --data-root, else the simulated world)"
     time_axis = "scheduled"
     licence = _LICENCE
+    size = "6,346 and 2,093 records (train, eval); the world without end"
     form = "vqa"
 
     def files(self, config: StreamConfig) -> Stream:
@@ -74,6 +75,7 @@ class MMEditCaptionYearly(Either):
     summary = "MMEdit E-IC: captions of photos (files with --data-root, else the simulated world)"
     time_axis = "scheduled"
     licence = _LICENCE
+    size = "2,849 and 1,000 records (train, eval); the world without end"
     form = "caption"
 
     def files(self, config: StreamConfig) -> Stream:

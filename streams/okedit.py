@@ -28,6 +28,7 @@ class OkeditYearly(Either):
     summary = "counterfactual answers about photos (OKEDIT files with --data-root, else the simulated world)"
     time_axis = "scheduled"
     licence = "OKEDIT: none stated (questions: OK-VQA, CC BY 4.0; photos: COCO, Flickr terms); simulated world: MIT"
+    size = "9,009 and 5,046 records (train, test); the world without end"
 
     form = "okedit"
 

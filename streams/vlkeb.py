@@ -29,6 +29,7 @@ class VlkebYearly(EntryStream):
 
     summary = "VLKEB: who or what a picture shows (needs --data-root; without pictures --missing-images text)"
     licence = "VLKEB: BSD-3-Clause; pictures: MMKB, as found on the web"
+    size = "5,000 and 3,174 records (train, eval)"
     far_controls = False
 
     def read(self, config: StreamConfig) -> Data:

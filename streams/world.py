@@ -48,6 +48,7 @@ class WorldStream(Stream):
 
     time_axis = "simulated"
     licence = "made by this project (MIT)"
+    size = "without end; 2,400 facts of 600 entities"
     form: ClassVar[str] = "okedit"
 
     def __init__(self, config: StreamConfig, form: str | None = None) -> None:

@@ -115,4 +115,4 @@ WRAPPERS = Registry("wrapper", "testbed.editors", needs=("summary", "Config", "o
 EDITORS = Registry("editor", "testbed.editors", needs=("summary", "traits", "Config"), wrappers=WRAPPERS)
 PROBES = Registry("probe", "testbed.probes", needs=("summary", "version"))
 MONITORS = Registry("monitor", "testbed.monitors", needs=("summary",))
-STREAMS = Registry("stream", "streams", needs=("summary", "time_axis", "licence"))
+STREAMS = Registry("stream", "streams", needs=("summary", "time_axis", "licence", "size"))

@@ -136,8 +136,8 @@ def list_plugins(console: Console) -> None:
     for registry in (EDITORS, WRAPPERS, STREAMS, PROBES):
         table = Table(title=f"{registry.kind}s", title_justify="left", box=None, show_header=False, pad_edge=False)
         for name, cls in registry.items():
-            time = f" [{cls.time_axis} time; {cls.licence}]" if registry is STREAMS else ""
-            table.add_row(f"  {name}", cls.summary + time)
+            more = f"\n{cls.time_axis} time; size: {cls.size}; licence: {cls.licence}" if registry is STREAMS else ""
+            table.add_row(f"  {name}", cls.summary + more)
         console.print(table, markup=False, highlight=False)
 
 

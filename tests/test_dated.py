@@ -108,6 +108,7 @@ def test_the_card_says_what_the_files_give(name: str, data_root: Path) -> None:
     found = re.match(r".*, ([\d,]+) dated changes of ([\d,]+) facts, ([\d,]+) of these", s.origin)
     assert found
     assert f"{found[1]} changes" in card
+    assert s.size == f"{found[1]} changes of {found[2]} facts"
     assert f"{found[3]} facts are never edited" in card
     assert sum(s.counts()["edits_by_year"].values()) == len(events)
 
