@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import _balancedit_checks as c
@@ -28,9 +29,9 @@ def inner(test: Any) -> Any:
 class Shared(BalancEdit):
     """B1: one edited layer for all entries."""
 
-    def _insert(self, scope: Any, value: Any) -> list[str]:
-        out = super()._insert(scope, value)
-        self.values = dict.fromkeys(self.values, value)
+    def _edit(self, batch: Any) -> dict[str, float]:
+        out = super()._edit(batch)
+        self.values = dict.fromkeys(self.values, self.values[batch.events[-1].id])
         return out
 
 
@@ -109,10 +110,12 @@ def test_b6_an_anchor_from_evaluation_data_breaks_31() -> None:
 
 
 def test_b7_a_merge_rule_with_a_constant_breaks_21(monkeypatch: Patch) -> None:
-    def constant(self: Codebook, row: int, d: Any) -> Any:
-        return (self._label != self._label[row]) & (d <= 20 + self.raw)
+    note = Codebook._note
 
-    monkeypatch.setattr(Codebook, "_rivals", constant)
+    def constant(self: Codebook, *entries: Any) -> None:
+        note(self, *(replace(e, positive=e.positive + 20) for e in entries))
+
+    monkeypatch.setattr(Codebook, "_note", constant)
     rows = [Row("a", (0.0, 0, 0), 1.0, (1,)), Row("b", (5.0, 0, 0), 1.0, (2,))]
     with pytest.raises(AssertionError):
         inner(scope.test_21_scale)(rows=rows, xs=[(0.0, 0, 0)], power=5)

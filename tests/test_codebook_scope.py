@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from testbed.editors import _nearest
-from testbed.editors._nearest import Nearest, direct
+from testbed.editors._nearest import Keys, Nearest, direct
 from testbed.editors.balancedit import radius
 from testbed.editors.codebook import Codebook, Entry
 from testbed.files import read_state, write_state
@@ -61,7 +61,7 @@ def test_15_anchors_that_are_not_separable_give_less_than_the_negative(w: float,
 @given(w=st.floats(0.01, 0.99), d_pos=st.floats(0, 1e3), gap=st.floats(0.01, 1e3))
 def test_16_alone_the_positive_anchor_is_in_and_the_negative_out(w: float, d_pos: float, gap: float) -> None:
     d_neg = d_pos + gap
-    c = Nearest(torch.zeros(1, 1), torch.tensor([radius(w, d_pos, d_neg)], dtype=torch.float64))
+    c = Nearest(Keys(torch.zeros(1, 1)), torch.tensor([radius(w, d_pos, d_neg)], dtype=torch.float64))
     assert c._brute(torch.tensor([d_pos], dtype=torch.float64))[0] == 0
     assert c._brute(torch.tensor([d_neg], dtype=torch.float64))[0] == -1
 
@@ -148,9 +148,9 @@ def test_27_the_search_is_the_brute_force_one(metric: Any, rule: Any, monkeypatc
     keys[70:90] = keys[1] + 1e-6 * torch.randn(20, 24, generator=g)
     queries = torch.cat([1 + torch.randn(60, 24, generator=g), keys[:90], keys[:30] + 1e-6, 10 * torch.randn(40, 24, generator=g)])
     reach = torch.rand(300, generator=g, dtype=torch.float64) * (7 if metric == "euclidean" else 0.4)
-    found = Nearest(keys, reach, metric, rule)(queries)
+    found = Nearest(Keys(keys, metric), reach, rule)(queries)
     monkeypatch.setattr(_nearest, "_CHUNK", 7)
-    search = Nearest(keys, reach, metric, rule)
+    search = Nearest(Keys(keys, metric), reach, rule)
     want = [search._brute(q) for q in queries]
     assert 0.2 < float((found.row >= 0).float().mean()) < 1
     assert found.row.tolist() == [int(row) for row, _ in want]

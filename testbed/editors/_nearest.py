@@ -17,8 +17,9 @@ Metric = Literal["euclidean", "cosine"]
 Rule = Literal["nearest-then-check", "containing-nearest"]
 _CANDIDATES = 4
 _ROUNDING = 2.0**-23
-_CHUNK = 2**22
-"""Numbers of one exact comparison held at once."""
+_CHUNK = 2**18
+"""Numbers of one exact comparison held at once: few enough to stay in a processor's cache."""
+_GROWTH = 1.25
 
 
 def direct(a: Tensor, b: Tensor, metric: Metric) -> Tensor:
@@ -44,6 +45,93 @@ def unit(x: Tensor) -> Tensor:
     return x / x.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
 
 
+class Keys:
+    """Keys (n, f) float32 that only grow, with what a search needs of them, here and on other devices.
+
+    They lie in buffers with room to spare, written only past every view that was handed out: a view never changes.
+    """
+
+    def __init__(self, keys: Tensor, metric: Metric = "euclidean") -> None:
+        self.metric: Metric = metric
+        self._all = self._points = keys[:0].float()
+        self._norms = self._all.sum(1)
+        self._centre = self._all.sum(0)
+        self._size = 0
+        self._twins: dict[torch.device, Keys] = {}
+        self.longest = 0.0
+        self.add(keys)
+
+    def __len__(self) -> int:
+        return self._size
+
+    @property
+    def all(self) -> Tensor:
+        return self._all[: self._size]
+
+    @property
+    def norms(self) -> Tensor:
+        """(n,) squared norms of the points."""
+        return self._norms[: self._size]
+
+    def add(self, keys: Tensor) -> None:
+        """Append keys (m, f)."""
+        if not len(keys):
+            return
+        keys = keys.to(self._all)
+        if not self._size and self.metric == "euclidean":
+            self._centre = keys[0].clone()  # any point among the keys spares digits
+        points, at = self.point(keys), self._size
+        norms = points.square().sum(1)
+        self._all, self._points, self._norms = (
+            _appended(room, at, new) for room, new in zip((self._all, self._points, self._norms), (keys, points, norms))
+        )
+        self._size += len(keys)
+        self.longest = max(self.longest, float(norms.max().sqrt()))
+
+    def on(self, device: torch.device) -> Keys:
+        """The same keys on a device; a copy there is kept and grows along."""
+        if device == self._all.device:
+            return self
+        twin = self._twins.get(device) or Keys(self._all[:0].to(device), self.metric)
+        twin.add(self.all[len(twin) :])
+        self._twins[device] = twin
+        return twin
+
+    def point(self, x: Tensor) -> Tensor:
+        """Vectors whose squared Euclidean distances order the keys (for cosine: twice the distance)."""
+        return x - self._centre if self.metric == "euclidean" else unit(x.double()).float()
+
+    def square(self, distance: Tensor) -> Tensor:
+        """What the squared distance of two points is for a distance of their keys."""
+        return distance.square() if self.metric == "euclidean" else 2 * distance
+
+    def squares(self, q: Tensor, norms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of queries (B, f): squared distances of points (B, n) float32, less a query's own part (B, 1); how far off they may be (B, 1)."""
+        x = self.point(q)
+        own = x.square().sum(1, keepdim=True)
+        part = torch.addmm(norms, x, self._points[: self._size].T, alpha=-2)
+        return part, own, (q.shape[1] + 16) * _ROUNDING * (own.sqrt() + self.longest).square()
+
+    def within(self, key: Tensor, reach: Tensor) -> Tensor:
+        """(n,) float64 distances of a key (f,), exact where they are at most `reach` (n,); those beyond may be inf."""
+        part, own, slack = self.squares(key[None], self.norms)
+        near = ~((part + own - slack)[0] > self.square(reach).float() * (1 + 4 * _ROUNDING))  # what overflowed is near
+        out = torch.full_like(reach, torch.inf)
+        rows = near.nonzero()[:, 0]
+        out[rows] = to_all(self.all[rows], key, self.metric)
+        return out
+
+
+def _appended(room: Tensor, at: int, new: Tensor) -> Tensor:
+    """A buffer that holds `new` from row `at` on: the same one where it has the room, else a larger one."""
+    if at + len(new) > len(room):
+        larger = room.new_zeros(max(16, int(_GROWTH * at), at + len(new)), *room.shape[1:])
+        larger[:at] = room[:at]
+        room = larger
+    room[at : at + len(new)] = new
+    return room
+
+
 @dataclass(frozen=True)
 class Found:
     """Per query: the row of the key that answers, or -1, and the float64 distance that was decisive.
@@ -56,23 +144,15 @@ class Found:
 
 
 class Nearest:
-    """Keys (n, f) float32 with radii (n,) float64, made ready for search on one device; both stay as they are."""
+    """A search among keys with radii (n,) float64 on one device. A key whose radius is negative takes no part.
 
-    def __init__(self, keys: Tensor, radii: Tensor, metric: Metric = "euclidean", rule: Rule = "nearest-then-check") -> None:
-        self.keys, self.radii = keys, radii
-        self.metric: Metric = metric
+    Of equally near keys the first answers, with `newest` the last.
+    """
+
+    def __init__(self, keys: Keys, radii: Tensor, rule: Rule = "nearest-then-check", newest: bool = False) -> None:
+        self.keys, self.radii, self.newest = keys, radii, newest
         self.rule: Rule = rule
-        self.centre = keys.double().mean(0).float() if metric == "euclidean" and len(keys) else torch.zeros_like(keys[:0].sum(0))
-        self.points = self._point(keys)
-        self.norms = self.points.square().sum(1)
-        self.longest = float(self.norms.max().sqrt()) if len(keys) else 0.0
-
-    def _point(self, x: Tensor) -> Tensor:
-        """Vectors whose squared Euclidean distances order the keys (for cosine: twice the distance)."""
-        return x - self.centre if self.metric == "euclidean" else unit(x.double()).float()
-
-    def _square(self, distance: Tensor) -> Tensor:
-        return distance.square() if self.metric == "euclidean" else 2 * distance
+        self.norms = torch.where(radii >= 0, keys.norms, torch.inf)
 
     def __call__(self, queries: Tensor) -> Found:
         """Search for queries (B, f) float32. A query that is not finite finds nothing."""
@@ -82,36 +162,35 @@ class Nearest:
             return Found(torch.full_like(finite, -1, dtype=torch.long), torch.full_like(finite, torch.inf, dtype=torch.float64))
         near, sure = self._candidates(q)
         row, distance = self._judge(q, near)
-        best = self._square(distance)
-        for i in ((best >= sure) & sure.isfinite()).nonzero()[:, 0].tolist():
+        best = self.keys.square(distance)
+        for i in (~(best < sure) & (sure != torch.inf)).nonzero()[:, 0].tolist():
             row[i], distance[i] = self._brute(q[i])
         return Found(torch.where(finite, row, -1), torch.where(finite, distance, torch.inf))
 
     def _candidates(self, q: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, k) candidate rows in ascending order, and (B,) a squared distance that all other keys certainly exceed."""
-        x = self._point(q)
-        own = x.square().sum(1, keepdim=True)
-        part = torch.addmm(self.norms, x, self.points.T, alpha=-2)
-        slack = (self.keys.shape[1] + 16) * _ROUNDING * (own.sqrt() + self.longest).square()
+        """(B, k) candidate rows in the order of preference, and (B,) a squared distance that all other keys certainly exceed."""
+        part, own, slack = self.keys.squares(q, self.norms)
         if self.rule == "containing-nearest":
-            part = part.masked_fill(part + own - slack > self._square(self.radii).float() * (1 + 4 * _ROUNDING), torch.inf)
+            part = part.masked_fill(part + own - slack > self.keys.square(self.radii).float() * (1 + 4 * _ROUNDING), torch.inf)
         k = min(_CANDIDATES, len(self.keys))
         low = part.topk(k, largest=False)
         sure = (low.values[:, -1:] + own - slack)[:, 0].double() if k < len(self.keys) else torch.full_like(own[:, 0], torch.inf).double()
-        return low.indices.sort(1).values, sure
+        return low.indices.sort(1, descending=self.newest).values, sure
 
     def _judge(self, q: Tensor, near: Tensor) -> tuple[Tensor, Tensor]:
         """The answering row and the decisive distance among candidate rows (B, k)."""
-        d = direct(q.unsqueeze(1), self.keys[near], self.metric)
-        inside = d <= self.radii[near]
-        order = d if self.rule == "nearest-then-check" else torch.where(inside, d, torch.inf)
+        order, inside = self._order(direct(q.unsqueeze(1), self.keys.all[near], self.keys.metric), self.radii[near])
         best = order.argmin(1, keepdim=True)
         row = torch.where(inside.gather(1, best), near.gather(1, best), -1)[:, 0]
         return row, order.gather(1, best)[:, 0]
 
     def _brute(self, query: Tensor) -> tuple[Tensor, Tensor]:
-        d = to_all(self.keys, query, self.metric)
-        inside = d <= self.radii
-        order = d if self.rule == "nearest-then-check" else torch.where(inside, d, torch.inf)
-        best = order.argmin()
+        order, inside = self._order(to_all(self.keys.all, query, self.keys.metric), self.radii)
+        best = len(order) - 1 - order.flip(0).argmin() if self.newest else order.argmin()
         return torch.where(inside[best], best, -1), order[best]
+
+    def _order(self, d: Tensor, radii: Tensor) -> tuple[Tensor, Tensor]:
+        """By what the least is taken, and which keys hold the query."""
+        inside = d <= radii
+        counts = radii >= 0 if self.rule == "nearest-then-check" else inside
+        return torch.where(counts, d, torch.inf), inside

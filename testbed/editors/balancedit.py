@@ -12,6 +12,7 @@ entries and low-rank values, each a field that can be set on either name.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -130,11 +131,11 @@ class BalancEdit(Editor):
     def _edit(self, batch: EditBatch) -> dict[str, float]:
         scopes = self._scopes(batch)
         near = [self.book.overlapping(s.key, s.radius, s.entry.label) if self.config.overlap == "continue" else None for s in scopes]
-        fresh = self.generator(batch.step)
-        starts = [self.values[i] if i is not None else self.family.fresh(fresh) for i in near]
+        starts = [self.values[i] if i is not None else self._fresh(e) for i, e in zip(near, batch.events)]
         tail = capture(self.handle, [_ask(e) for e in batch.events], [e.target for e in batch.events], self.config.layer)
         trained = train(self.family, tail, starts, self.config.lr, self.config.steps)
-        superseded = [self._insert(scope, value) for scope, value in zip(scopes, trained.values)]
+        superseded = [self._insert(scope) for scope in scopes]
+        self.values = {**self.values, **{s.entry.event_id: v for s, v in zip(scopes, trained.values)}}
         return {
             "loss": sum(trained.losses) / len(scopes),
             "radius": sum(s.radius for s in scopes) / len(scopes),
@@ -144,13 +145,15 @@ class BalancEdit(Editor):
             "entries": float(len(self.book)),
         }
 
-    def _insert(self, scope: Scope, value: Tensor) -> list[str]:
+    def _fresh(self, event: EditEvent) -> Tensor:
+        """A value that changes nothing yet, the same whatever batch the edit stands in."""
+        return self.family.fresh(self.generator(int(event.id, 16)))
+
+    def _insert(self, scope: Scope) -> list[str]:
         try:
-            superseded = self.book.insert(scope.key, scope.radius, scope.entry)
+            return self.book.insert(scope.key, scope.radius, scope.entry)
         except ValueError as e:
             raise EditFailed(str(e)) from e
-        self.values = {**self.values, scope.entry.event_id: value}
-        return superseded
 
     def _scopes(self, batch: EditBatch) -> list[Scope]:
         """Keys and radii of a batch's edits, all prompts read together. Raises `EditFailed` where a key is not finite."""
@@ -221,7 +224,11 @@ class BalancEdit(Editor):
 
     def _state(self) -> dict[str, Any]:
         where = {"model": self.handle.hash, "layer": self.handle.down_weight(self.config.layer)}
-        return {**self.book.state(), **where, **{f"value.{k}": v for k, v in self.values.items()}}
+        return {**self.book.state(), **where, **self.values}
+
+    def state_bytes(self) -> int:
+        """Bytes of the tensors in the state: the codebook's, and one value an edit."""
+        return self.book.nbytes + self.weight.element_size() * math.prod(self.family.shape) * len(self.values)
 
     def _load(self, state: dict[str, Any]) -> None:
         need(state, "keys", (None, self.book.width))
@@ -231,7 +238,7 @@ class BalancEdit(Editor):
             if state[name] != value:
                 raise BadEditor(f"the state was made with {name} {state[name]}, this editor has {value}")
         self.book.load(state)
-        self.values = {e.event_id: need(state, f"value.{e.event_id}", self.family.shape).to(self.weight.device) for e in self.book.entries}
+        self.values = {e.event_id: need(state, e.event_id, self.family.shape).to(self.weight.device) for e in self.book.entries}
 
 
 @dataclass(frozen=True)

@@ -24,11 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from testbed.editors._nearest import Metric, Nearest, Rule, to_all
+from testbed.editors._nearest import Keys, Metric, Nearest, Rule, to_all
 
 NONE = -1
 _SHARE = 1 - 1e-12
-_TENSORS = ("keys", "raw", "caps", "alive", "superseded", "capped_by", "nulls", "silenced")
+_TENSORS = ("raw", "caps", "alive", "superseded", "capped_by", "silenced")
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,13 @@ class Codebook:
         self.width = width
         self.metric: Metric = metric
         self.rule: Rule = rule
-        self.nulls = torch.zeros(0, width) if nulls is None else nulls
-        self._clear()
+        self._clear(torch.zeros(0, width) if nulls is None else nulls)
 
-    def _clear(self) -> None:
+    def _clear(self, nulls: Tensor, keys: Tensor | None = None) -> None:
         real = torch.zeros(0, dtype=torch.float64)
-        self.keys, self.raw, self.caps, self._positive = torch.zeros(0, self.width), real, real, real
+        self._keys = Keys(torch.zeros(0, self.width) if keys is None else keys, self.metric)
+        self._nulls = Keys(nulls, self.metric)
+        self.raw, self.caps, self._positive = real, real, real
         self.alive = torch.zeros(0, dtype=torch.bool)
         self.superseded = self.capped_by = self._label = torch.zeros(0, dtype=torch.long)
         self.entries: list[Entry] = []
@@ -69,12 +70,14 @@ class Codebook:
         self.silenced = torch.zeros(len(self.nulls), dtype=torch.long)
         self._labels: dict[tuple[int, ...], int] = {}
         self._row: dict[str, int] = {}
-        self._room: Tensor | None = None
-        self._find: dict[torch.device, tuple[Tensor, Nearest, Nearest]] = {}
+        self._find: dict[torch.device, tuple[Nearest, Nearest]] = {}
 
     def __len__(self) -> int:
         """Alive rows, superseded ones included."""
         return len(self._row)
+
+    keys = property(lambda self: self._keys.all)
+    nulls = property(lambda self: self._nulls.all)
 
     @property
     def active(self) -> Tensor:
@@ -90,7 +93,7 @@ class Codebook:
         """Add a row, as a member of the entry into whose scope it falls, if there is one. Returns the edits it
         supersedes. Raises ValueError for a key, radius or id that cannot be."""
         key = self._checked(key, radius, entry)
-        d = self._to_alive(key)
+        d = self._to_alive(key, radius, entry.positive)
         near = self._scope(d, radius, entry.label)
         head = self.entry_of(near) if near is not None else None
         self.log = [*self.log, ["insert", len(self.entries)]]
@@ -109,7 +112,7 @@ class Codebook:
 
     def overlapping(self, key: Tensor, radius: float, label: tuple[int, ...]) -> str | None:
         """The edit whose scope a new key falls into: the nearest active row whose ball meets the new one, if it has this label."""
-        row = self._scope(self._to_alive(key.detach().float().cpu()), radius, label)
+        row = self._scope(self._to_alive(key.detach().float().cpu(), radius, 0.0), radius, label)
         return None if row is None else self.entries[row].event_id
 
     def _scope(self, d: Tensor, radius: float, label: tuple[int, ...]) -> int | None:
@@ -122,10 +125,9 @@ class Codebook:
     def retrieve(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         """Queries (B, width) to (B,) the row that fires, or -1, and (B,) the distance that was decisive, on their device."""
         q = queries.detach().float()
-        rows, book, nulls = self._search(q.device)
+        book, nulls = self._search(q.device)
         found = book(q)
-        row = torch.where(found.row >= 0, rows[found.row], NONE) if len(rows) else found.row
-        return torch.where(found.distance < nulls(q).distance, row, NONE), found.distance
+        return torch.where(found.distance < nulls(q).distance, found.row, NONE), found.distance
 
     def entry_of(self, row: int) -> str:
         """The id that a row answers under: of the entry that absorbed it while that one is active, else its own."""
@@ -166,19 +168,17 @@ class Codebook:
             raise ValueError(f"{entry.event_id} is in the codebook already")
         return key
 
-    def _to_alive(self, key: Tensor) -> Tensor:
-        """(n,) distances of a key to all rows, inf to those not alive."""
-        return torch.where(self.alive, to_all(self.keys, key, self.metric), torch.inf)
+    def _to_alive(self, key: Tensor, radius: float, positive: float) -> Tensor:
+        """(n,) distances of a key to all alive rows whose balls or positive zones it may meet; to the others inf."""
+        reach = torch.maximum(self.raw + radius, self._positive.clamp_min(positive))
+        return torch.where(self.alive, self._keys.within(key, torch.where(self.alive, reach, 0.0)), torch.inf)
+
+    def _from(self, row: int) -> Tensor:
+        return self._to_alive(self.keys[row], float(self.raw[row]), float(self._positive[row]))
 
     def _append(self, key: Tensor, radius: float, entry: Entry) -> None:
-        """A row that is not yet alive. Keys grow in a buffer that is written only past every view handed out."""
-        n = len(self.entries)
-        room = self._room
-        if room is None or n == len(room):
-            room = torch.zeros(max(16, 2 * n), self.width)
-            room[:n] = self.keys
-        room[n] = key
-        self._room, self.keys = room, room[: n + 1]
+        """A row that is not yet alive."""
+        self._keys.add(key[None])
         self.raw = torch.cat([self.raw, torch.tensor([radius], dtype=torch.float64)])
         self.caps = torch.cat([self.caps, torch.tensor([torch.inf], dtype=torch.float64)])
         self._note(entry)
@@ -214,7 +214,7 @@ class Codebook:
         back = (self.alive & torch.isin(self.superseded, gone)).nonzero()[:, 0].tolist()
         self.superseded = _set(self.superseded, rows, NONE)
         self._release(rows)
-        distances = {i: self._to_alive(self.keys[i]) for i in back}
+        distances = {i: self._from(i) for i in back}
         for i, d in distances.items():
             later = (self.alive & self._rivals(i, d))[i:].nonzero()[:, 0]
             self.superseded = _set(self.superseded, [i], i + int(later[0]) if len(later) else NONE)
@@ -253,32 +253,36 @@ class Codebook:
         freed = (self.active & torch.isin(self.capped_by, torch.tensor(gone, dtype=torch.long))).nonzero()[:, 0].tolist()
         self.caps, self.capped_by = _set(self.caps, gone, torch.inf), _set(self.capped_by, gone, NONE)
         for i in freed:
-            self._cap(i, self._shares(i, self._to_alive(self.keys[i])))
+            self._cap(i, self._shares(i, self._from(i)))
 
     def _silence(self, rows: list[int], sign: int) -> None:
         """Count the nulls in the positive zones of rows in or out: a counted null does not speak."""
         for i in rows if len(self.nulls) else []:
             self.silenced = self.silenced + sign * (to_all(self.nulls, self.keys[i], self.metric) <= self._positive[i])
 
-    def _search(self, device: torch.device) -> tuple[Tensor, Nearest, Nearest]:
-        """The active rows and their keys, and the nulls that speak, ready for search."""
+    def _search(self, device: torch.device) -> tuple[Nearest, Nearest]:
+        """The active rows, and the nulls that speak, ready for search."""
         if device not in self._find:
-            rows = self.active.nonzero()[:, 0]
-            book = Nearest(self.keys[rows].to(device), self.radii[rows].to(device), self.metric, self.rule)
-            null = self.nulls[self.silenced == 0].to(device)
-            self._find[device] = rows.to(device), book, Nearest(null, torch.full((len(null),), torch.inf, device=device), self.metric)
+            book = Nearest(self._keys.on(device), self.radii.to(device), self.rule)
+            speaks = torch.where(self.silenced == 0, torch.inf, -1.0).double()
+            self._find[device] = book, Nearest(self._nulls.on(device), speaks.to(device))
         return self._find[device]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        return sum(t.nbytes for t in self._tensors().values())
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {"keys": self.keys, "nulls": self.nulls, **{name: getattr(self, name) for name in _TENSORS}}
 
     def state(self) -> dict[str, Any]:
         """Tensors and JSON values that make the codebook again."""
-        tensors = {name: getattr(self, name) for name in _TENSORS}
-        return {**tensors, "entries": list(self._json), "log": self.log, "metric": self.metric, "rule": self.rule}
+        return {**self._tensors(), "entries": list(self._json), "log": self.log, "metric": self.metric, "rule": self.rule}
 
     def load(self, state: dict[str, Any]) -> None:
         """The reverse of `state`; the caller has checked that it fits."""
-        nulls = state["nulls"]
-        self._clear()
-        self.nulls = nulls
+        self._clear(state["nulls"], state["keys"])
         for name in _TENSORS:
             setattr(self, name, state[name])
         self._note(*(Entry(i, tuple(label), *rest) for i, label, *rest in state["entries"]))

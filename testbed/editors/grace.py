@@ -24,10 +24,10 @@ from torch import Tensor
 from streams.base import TrainPool
 from testbed.editors import _sites
 from testbed.editors._gate import Gate, Hits
-from testbed.editors._nearest import Nearest, to_all
+from testbed.editors._nearest import Keys, Nearest
 from testbed.editors.base import BadEditor, EditFailed, Editor, EditorConfig, Traits, need
 from testbed.encode import Ask, answer_ids
-from testbed.events import EditBatch
+from testbed.events import EditBatch, EditEvent
 from testbed.models import project
 from testbed.predictor import ModelPredictor, Predictor
 from testbed.registry import EDITORS
@@ -65,56 +65,66 @@ class Scopes:
 
     def __init__(self, eps_init: float, expand: str) -> None:
         self.eps_init, self.expand = eps_init, expand
-        self.edits: list[tuple[str, tuple[int, ...]]] = []
-        self.keys = torch.zeros(0)
-        self._reset()
+        self._clear([], torch.zeros(0, 0))
 
-    def _reset(self) -> None:
+    def _clear(self, edits: list[tuple[str, tuple[int, ...]]], keys: Tensor) -> None:
+        self.edits, self._keys = edits, Keys(keys)
         self.eps = torch.zeros(0, dtype=torch.float64)
-        self.owner: list[int] = []
-        """Of each entry, its row among the edits."""
-        self.inside: list[int] = []
+        self.owner = torch.zeros(0, dtype=torch.long)
+        """Of each entry, its row among the edits: rising."""
+        self.inside = torch.zeros(0, dtype=torch.long)
         """Of each edit, its entry."""
         self._find: Nearest | None = None
 
     def __len__(self) -> int:
         return len(self.owner)
 
-    def entry_of(self, row: int) -> str:
-        return self.edits[self.owner[row]][0]
+    @property
+    def keys(self) -> Tensor:
+        return self._keys.all
 
-    def takes(self, key: Tensor, label: tuple[int, ...]) -> int | None:
-        """The entry that an edit would widen, or None where it becomes an entry of its own."""
-        near, d = self._nearest(key)
-        same = near is not None and self.edits[self.owner[near]][1] == label
-        return near if same and d <= self.eps_init + float(self.eps[near]) else None
+    def entry_of(self, row: int) -> str:
+        return self.edits[int(self.owner[row])][0]
 
     def insert(self, key: Tensor, label: tuple[int, ...], event_id: str) -> None:
         """Add an edit: new, split or expand."""
+        if self.edits:
+            self._keys.add(key[None])
+        else:
+            self._keys = Keys(key[None])
         self.edits = [*self.edits, (event_id, label)]
-        self.keys = key[None] if len(self.edits) == 1 else torch.cat([self.keys, key[None]])
         self._place(len(self.edits) - 1)
 
     def _place(self, row: int) -> None:
         key, label = self.keys[row], self.edits[row][1]
         near, d = self._nearest(key)
-        taken, eps, new = self.takes(key, label), self.eps.clone(), self.eps_init
-        if taken is not None and d > float(eps[taken]):
-            eps[taken] = d if self.expand == "coverage" else (float(eps[taken]) + d) / 2
-        elif taken is None and near is not None and d <= self.eps_init + float(eps[near]):
-            least = _sites.slack(key, "euclidean")  # an entry hits its own key however the batch is padded
-            eps[near], new = max(least, d / 2 - _SPLIT), max(least, d / 2)
+        eps, new, taken = self.eps.clone(), self.eps_init, None
+        if near is not None and d <= self.eps_init + float(eps[near]):
+            if self.edits[int(self.owner[near])][1] == label:
+                taken = near
+                widened = d if self.expand == "coverage" else (float(eps[near]) + d) / 2
+                eps[near] = max(float(eps[near]), widened)
+            else:
+                least = _sites.slack(key, "euclidean")  # an entry hits its own key however the batch is padded
+                eps[near], new = max(least, d / 2 - _SPLIT), max(least, d / 2)
         if taken is None:
-            eps, self.owner = torch.cat([eps, torch.tensor([new], dtype=torch.float64)]), [*self.owner, row]
-        self.eps, self.inside = eps, [*self.inside, len(self.owner) - 1 if taken is None else taken]
+            eps = torch.cat([eps, torch.tensor([new], dtype=torch.float64)])
+            self.owner = torch.cat([self.owner, torch.tensor([row])])
+        self.eps = eps
+        self.inside = torch.cat([self.inside, torch.tensor([len(self.owner) - 1 if taken is None else taken])])
         self._find = None
 
     def _nearest(self, key: Tensor) -> tuple[int | None, float]:
         """The nearest entry and its distance; of equally near ones the newest, so that an answer can be changed."""
-        if not self.owner:
+        if not len(self.owner):
             return None, float("inf")
-        d = to_all(self.keys[self.owner], key, "euclidean")
-        return len(d) - 1 - int(d.flip(0).argmin()), float(d.min())
+        found = self._search(torch.full_like(self.eps, torch.inf), key.device)(key[None])
+        return int(torch.searchsorted(self.owner, found.row)[0]), float(found.distance[0])
+
+    def _search(self, eps: Tensor, device: torch.device) -> Nearest:
+        """Among the keys of entries, under these radii."""
+        radii = torch.full((len(self._keys),), -1.0, dtype=torch.float64).index_put((self.owner,), eps)
+        return Nearest(self._keys.on(device), radii.to(device), newest=True)
 
     def remove(self, event_ids: Iterable[str]) -> None:
         """Take edits out and replay the others. Raises KeyError for an unknown id and changes nothing."""
@@ -123,18 +133,27 @@ class Scopes:
         if missing:
             raise KeyError(f"no edit {', '.join(sorted(missing))}")
         keep = [i for i, (e, _) in enumerate(self.edits) if e not in ids]
-        self.edits, self.keys = [self.edits[i] for i in keep], self.keys[keep]
-        self._reset()
+        self._clear([self.edits[i] for i in keep], self.keys[keep])
         for row in range(len(self.edits)):
             self._place(row)
 
     def retrieve(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         """(B, f) queries to the entry that fires, or -1, and the distance of the nearest key."""
-        if self._find is None:  # newest first: of equal distances the newest answers
-            rows = list(reversed(self.owner))
-            self._find = Nearest(self.keys[rows].to(queries.device), self.eps.flip(0).to(queries.device))
+        if self._find is None or self._find.radii.device != queries.device:
+            self._find = self._search(self.eps, queries.device)
         found = self._find(queries.float())
-        return torch.where(found.row >= 0, len(self) - 1 - found.row, -1), found.distance
+        entry = torch.searchsorted(self.owner.to(queries.device), found.row)
+        return torch.where(found.row >= 0, entry, -1), found.distance
+
+    def state(self) -> dict[str, Any]:
+        """Tensors and JSON values that make the entries again."""
+        rows = [[e, list(label)] for e, label in self.edits]
+        return {"keys": self.keys, "eps": self.eps, "owner": self.owner, "inside": self.inside, "edits": rows}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """The reverse; the caller has checked that it fits."""
+        self._clear([(e, tuple(label)) for e, label in state["edits"]], state["keys"])
+        self.eps, self.owner, self.inside = state["eps"], state["owner"], state["inside"]
 
 
 @EDITORS.register("grace")
@@ -159,27 +178,30 @@ class Grace(Editor):
         if not torch.isfinite(keys).all():
             raise EditFailed("activations of the edit are not finite")
         labels = [tuple(answer_ids(self.handle, a, e.target)) for a, e in zip(asks, batch.events)]
-        vectors, losses = self._train(capture(self.handle, asks, [e.target for e in batch.events], self.layer), batch.step)
+        tail = capture(self.handle, asks, [e.target for e in batch.events], self.layer)
+        vectors, losses = self._train(tail, torch.stack([self._cold(e) for e in batch.events]))
         before = len(self.book)
-        for event, key, label, vector in zip(batch.events, keys, labels, vectors):
+        for event, key, label in zip(batch.events, keys, labels):
             self.book.insert(key, label, event.id)
-            self.values = {**self.values, event.id: vector}
+        self.values = {**self.values, **{e.id: v for e, v in zip(batch.events, vectors)}}
         return {
             "loss": sum(losses) / len(losses),
             "entries": float(len(self.book)),
             "expanded": float(before + len(batch) - len(self.book)),
         }
 
-    def _train(self, tail: Tail, step: int) -> tuple[Tensor, list[float]]:
-        """(B, d) a vector for each row, from a cold start. Raises `EditFailed` on a loss that is not finite."""
-        d, rows = self.handle.width, len(tail.batch.prompt)
-        cold = torch.rand(rows, d, generator=self.generator(step)).to(tail.act.device)
-        vectors = cold.requires_grad_(True)
+    def _cold(self, event: EditEvent) -> Tensor:
+        """(d,) uniform in [0, 1), the same whatever batch the edit stands in."""
+        return torch.rand(self.handle.width, generator=self.generator(int(event.id, 16)))
+
+    def _train(self, tail: Tail, cold: Tensor) -> tuple[Tensor, list[float]]:
+        """(B, d) a vector for each row, from `cold` (B, d) on. Raises `EditFailed` on a loss that is not finite."""
+        vectors = cold.to(tail.act.device).requires_grad_(True)
         adam = torch.optim.Adam([vectors], lr=self.config.lr)
         with torch.no_grad():
             own = project(self.module, tail.act, self.weight)
         at, row = self._places(tail)
-        losses = torch.zeros(rows)
+        losses = torch.zeros(len(cold))
         for _ in range(self.config.steps):
             adam.zero_grad()
             put = own.index_put(at, vectors[row].to(own.dtype))
@@ -226,28 +248,23 @@ class Grace(Editor):
             self.book.remove(event_ids)
         except KeyError as e:
             raise BadEditor(f"cannot undo: {e.args[0]}") from e
+        self.values = {e: self.values[e] for e, _ in self.book.edits}
 
     def _state(self) -> dict[str, Any]:
-        ids = [e for e, _ in self.book.edits]
-        values = torch.stack([self.values[i] for i in ids]) if ids else torch.zeros(0, self.handle.width)
-        rows = [[e, list(label)] for e, label in self.book.edits]
-        keys = self.book.keys if ids else torch.zeros(0, self.width)
-        where = {
-            "model": self.handle.hash,
-            "layer": self.handle.down_weight(self.layer),
-            "owner": self.book.owner,
-            "inside": self.book.inside,
-        }
-        return {"keys": keys, "eps": self.book.eps, "values": values, "edits": rows, **where}
+        where = {"model": self.handle.hash, "layer": self.handle.down_weight(self.layer)}
+        return {**self.book.state(), **where, **self.values}
 
     def _load(self, state: dict[str, Any]) -> None:
-        keys, values = need(state, "keys", (None, self.width)), need(state, "values", (None, self.handle.width))
+        need(state, "keys", (None, self.width if state["edits"] else None))
         mine = {"model": self.handle.hash, "layer": self.handle.down_weight(self.layer)}
         for name, value in mine.items():
             if state[name] != value:
                 raise BadEditor(f"the state was made with {name} {state[name]}, this editor has {value}")
-        self.book = Scopes(self.config.eps_init, self.config.expand)
-        self.book.edits = [(e, tuple(label)) for e, label in state["edits"]]
-        self.book.keys, self.book.eps = keys, need(state, "eps", (None,))
-        self.book.owner, self.book.inside = list(state["owner"]), list(state["inside"])
-        self.values = {e: v.to(self.weight.device) for (e, _), v in zip(self.book.edits, values)}
+        need(state, "eps", (None,))
+        self.book.load(state)
+        self.values = {e: need(state, e, (self.handle.width,)).to(self.weight.device) for e, _ in self.book.edits}
+
+    def state_bytes(self) -> int:
+        """Bytes of the tensors in the state: keys and radii, and one value an edit."""
+        book = (self.book.keys, self.book.eps, self.book.owner, self.book.inside)
+        return sum(t.nbytes for t in book) + 4 * self.handle.width * len(self.values)
