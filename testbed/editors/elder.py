@@ -56,11 +56,8 @@ class ElderConfig(EditorConfig):
     """Make the scores of the chosen adapters sum to one (paper: not)."""
 
     def problems(self) -> list[str]:
-        out = [
-            f"{n} must be 1 or more, got {v}"
-            for n in ("rank", "experts", "active", "steps")
-            if (v := getattr(self, n)) is not None and v < 1
-        ]
+        given = {n: getattr(self, n) for n in ("rank", "experts", "active", "steps", "planned_edits")}
+        out = [f"{n} must be 1 or more, got {v}" for n, v in given.items() if v is not None and v < 1]
         if self.experts is not None and self.active is not None and self.active > self.experts:
             out.append(f"active must be at most experts ({self.experts}), got {self.active}")
         if self.lr is not None and not self.lr > 0:
