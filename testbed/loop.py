@@ -18,6 +18,7 @@ from testbed.editors.base import Editor
 from testbed.encode import Ask
 from testbed.events import LOCALITY_SPLITS, EditBatch, Question
 from testbed.files import Phase
+from testbed.judging import judged
 from testbed.models import ModelHandle
 from testbed.monitors.base import Watch
 from testbed.predictor import ModelPredictor, Predictor, Response, Score
@@ -116,12 +117,14 @@ def ask_model(context: Context, predictor: Predictor, questions: Sequence[Questi
     keys = [(q.id, truth) for q, truth in zip(questions, truths)]
     once = dict(zip(keys, questions))
     texts = [k for k, q in once.items() if q.split == "text"]
-    others = [k for k, q in once.items() if q.split != "text"]
+    apart = [k for k, q in once.items() if q.scoring != "generate"]
+    others = [k for k, q in once.items() if q.split != "text" and q.scoring == "generate"]
     answers = dict(zip(texts, text_answers(predictor, [once[k] for k in texts])))
+    answers |= zip(apart, verdicts(predictor, [once[k] for k in apart], context.max_new_tokens))
     asks = [to_ask(once[k], k[1]) for k in others]
     references = [reference(context.base, once[k]) for k in others]
     for k, r in zip(others, predictor.respond(asks, references, context.max_new_tokens)):
-        answers[k] = Answer.of(r, golds(context.base, once[k]))
+        answers[k] = Answer.of(r, golds(context.base, once[k]), once[k].split)
     return [answers[k] for k in keys]
 
 
@@ -137,15 +140,20 @@ class Answer:
     extras: str = "{}"
 
     @staticmethod
-    def of(response: Response, right: Sequence[str]) -> Answer:
-        hits, n, logprob = _counts(response.score)
-        extras = json.dumps(response.extras, sort_keys=True) if response.extras else "{}"
-        return Answer(response.generated, grading.exact(response.generated, right), hits, n, logprob, extras)
+    def of(response: Response, right: Sequence[str], split: str = "") -> Answer:
+        exact = grading.exact(response.generated, right)
+        return Answer(response.generated, exact, *_counts(response.score), extras_of(split, response))
 
     @staticmethod
     def known(base: BaseAnswer) -> Answer:
         """What the unedited model is known to say."""
-        return Answer(base.generated, base.exact, base.token_hits, base.n_tokens, base.logprob)
+        return Answer(base.generated, base.exact, base.token_hits, base.n_tokens, base.logprob, base.extras)
+
+
+def extras_of(split: str, response: Response) -> str:
+    """What a record keeps besides the answer: what the editor adds; of locality questions the likeliest first tokens."""
+    first = {"first_ids": response.first_ids} if split in LOCALITY_SPLITS and response.first_ids else {}
+    return json.dumps(response.extras | first, sort_keys=True)
 
 
 def _counts(score: Score | None) -> tuple[int | None, int | None, float | None]:
@@ -159,8 +167,15 @@ def text_answers(predictor: Predictor, questions: Sequence[Question]) -> list[An
     return [Answer(None, None, None, len(p), float(p.sum())) for p in predictor.text_logprobs([q.prompt for q in questions])]
 
 
+def verdicts(predictor: Predictor, questions: Sequence[Question], max_new_tokens: int) -> list[Answer]:
+    """Answers to questions that are judged otherwise than by their generation (`testbed.judging`)."""
+    found = judged(predictor, questions, max_new_tokens)
+    return [Answer(v.generated, v.right, *_counts(v.score), json.dumps(v.extras, sort_keys=True)) for v in found]
+
+
 def to_ask(question: Question, truth: str | None = None) -> Ask:
-    return Ask(question.prompt, question.image, truth)
+    bears = truth is not None and question.split not in LOCALITY_SPLITS
+    return Ask(question.prompt, question.image, truth, question.event_id if bears else None)
 
 
 def reference(base: Mapping[str, BaseAnswer], question: Question) -> str | None:
@@ -189,7 +204,10 @@ def answer_base(handle: ModelHandle, questions: Sequence[Question], max_new_toke
     """The unedited model on every question of the schedule, once: the reference of locality and of all drops."""
     predictor = ModelPredictor(handle)
     out = {q.id: BaseAnswer(q.id, None, None, None, a.n_tokens, a.logprob, None) for q, a in _texts(predictor, questions)}
-    others = [q for q in questions if q.split != "text"]
+    apart = [q for q in questions if q.scoring != "generate"]
+    for q, a in zip(apart, verdicts(predictor, apart, max_new_tokens)):
+        out[q.id] = BaseAnswer(q.id, q.answer, a.generated, a.token_hits, a.n_tokens, a.logprob, a.exact, a.extras)
+    others = [q for q in questions if q.split != "text" and q.scoring == "generate"]
     for at in range(0, len(others), 512):
         part = others[at : at + 512]
         own = predictor.respond([to_ask(q) for q in part], [q.answer for q in part], max_new_tokens)
@@ -209,7 +227,7 @@ def _texts(predictor: Predictor, questions: Sequence[Question]) -> list[tuple[Qu
 
 def _base_answer(question: Question, response: Response, own: Score | None) -> BaseAnswer:
     if question.split in LOCALITY_SPLITS:
-        return BaseAnswer(question.id, response.generated, response.generated, *_counts(own), True)
+        return BaseAnswer(question.id, response.generated, response.generated, *_counts(own), True, extras_of(question.split, response))
     return BaseAnswer(
         question.id,
         question.answer,

@@ -12,7 +12,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,8 @@ from testbed.encode import Ask, Batch, answer_ids, collate, prompt_inputs, text_
 from testbed.grading import natural_stop
 from testbed.models import ModelHandle
 
+FIRST_IDS = 10
+"""How many of the likeliest first tokens a response names."""
 Around = Callable[[Batch], AbstractContextManager[Any]]
 
 
@@ -39,11 +41,15 @@ class Score:
 
 @dataclass(frozen=True)
 class Response:
-    """Free generation and, where an answer was given, its score. `extras` is what the editor adds (gate, entry, context)."""
+    """Free generation and, where an answer was given, its score. `extras` is what the editor adds (gate, entry, context).
+
+    first_ids: the ids of the `FIRST_IDS` likeliest first tokens, likeliest first; () where none were looked at.
+    """
 
     generated: str
     score: Score | None = None
     extras: dict[str, Any] = field(default_factory=dict)
+    first_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -121,15 +127,14 @@ class ModelPredictor(Predictor):
         out: list[Response | None] = [None] * len(asks)
         again: list[int] = []
         for chunk in self._chunks(asks):
-            texts, scores, extras = self._generate([asks[i] for i in chunk], [ids[i] for i in chunk], max_new_tokens)
-            for i, text, score, extra in zip(chunk, texts, scores, extras):
-                out[i] = Response(text, score if ids[i] else None, extra)
-                if ids[i] and score is None:
+            for i, made in zip(chunk, self._generate([asks[i] for i in chunk], [ids[i] for i in chunk], max_new_tokens)):
+                out[i] = made
+                if ids[i] and made.score is None:
                     again.append(i)
         for i, score in zip(again, self._score([asks[i] for i in again], [ids[i] for i in again])):
             done = out[i]
             if done is not None:
-                out[i] = Response(done.generated, score, done.extras)
+                out[i] = replace(done, score=score)
         return [r for r in out if r is not None]
 
     @torch.no_grad()
@@ -196,7 +201,7 @@ class ModelPredictor(Predictor):
         if chunk:
             yield chunk
 
-    def _generate(self, asks: list[Ask], ids: list[list[int]], max_new_tokens: int) -> tuple[list[str], list[Score | None], list[dict]]:
+    def _generate(self, asks: list[Ask], ids: list[list[int]], max_new_tokens: int) -> list[Response]:
         """One prefill for both readings: where the generation follows the answer, its logits are the teacher-forced ones."""
         batch = collate(self.handle, asks, side="left")
         watch = _AnswerWatch(ids)
@@ -205,7 +210,8 @@ class ModelPredictor(Predictor):
             extras = self.explain(batch) if self.explain else [{} for _ in asks]
         new = tokens[:, batch.inputs["input_ids"].shape[1] :]
         texts = self.handle.tokenizer.batch_decode(new, skip_special_tokens=True)
-        return [natural_stop(t) for t in texts], watch.scores(), extras
+        read = zip(texts, watch.scores(), extras, watch.first_ids())
+        return [Response(natural_stop(text), score, extra, first) for text, score, extra, first in read]
 
     def _last_logits(self, batch: Batch, n: int) -> torch.Tensor:
         """Logits of a left-padded batch: of the last n positions where the model can leave out the others, else of all."""
@@ -257,16 +263,23 @@ class _AnswerWatch:
         self._target = torch.zeros(len(answers), longest, dtype=torch.long)
         for i, a in enumerate(answers):
             self._target[i, : len(a)] = torch.tensor(a, dtype=torch.long)
+        self._first: torch.Tensor | None = None
         self._hits: list[torch.Tensor] = []
         self._logp: list[torch.Tensor] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if self._first is None:
+            self._first = scores.topk(min(FIRST_IDS, scores.shape[-1]), -1).indices.cpu()
         step = len(self._hits)
         if step < self._target.shape[1]:
             target = self._target[:, step].to(scores.device)
             self._hits.append((scores.argmax(-1) == target).cpu())
             self._logp.append(scores.float().log_softmax(-1).gather(1, target[:, None])[:, 0].double().cpu())
         return scores
+
+    def first_ids(self) -> list[tuple[int, ...]]:
+        """The likeliest first tokens of each row."""
+        return [tuple(row) for row in self._first.tolist()] if self._first is not None else [() for _ in self.answers]
 
     def scores(self) -> list[Score | None]:
         """A score for every row whose generation followed the answer up to its last token; None for the others."""

@@ -16,7 +16,7 @@ from typing import Any
 SCHEMA_VERSION = 2
 """Raised when a field or a file is added, removed or changes its meaning."""
 READABLE_VERSIONS = (1, 2)
-"""Versions that analysis still reads. A run goes on under its own version alone. 1 has no monitors."""
+"""Versions that analysis still reads. A run goes on under its own version alone. 1 has no monitors and no choices."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,10 @@ class Record:
     seconds: float
     """Wall time of the question's share of its batch."""
     extras: str
-    """JSON object with what an editor or a monitor adds (entry hit, retrieved facts, ...)."""
+    """JSON object with what an editor or a monitor adds (entry hit, retrieved facts, ...); of locality questions also
+    `first_ids`, the ids of the ten likeliest first tokens in order; of choices `choices`, the log-probability (nats) of
+    each (null where not finite), and `chosen`, the number of the one taken; of refusals `refused`, and for harmful
+    requests `sha256` of what was said, in the place of the text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +100,8 @@ class BaseAnswer:
     n_tokens: int | None
     logprob: float | None
     exact: bool | None
+    extras: str = "{}"
+    """JSON object; of locality questions `first_ids`, of choices `chosen` and the log-probability of each, as in a record's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +117,10 @@ class QuestionRow:
     answer: str | None
     aliases: list[str]
     topic: str
+    choices: list[str] = field(default_factory=list)
+    """What is chosen from; empty for other scorings. Chance level is 1 / their number."""
+    scoring: str = "generate"
+    """One of `testbed.events.SCORINGS`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from _models import KINDS, TEXT, Noise, build
 from testbed.encode import Ask, answer_ids, collate
 from testbed.grading import natural_stop
 from testbed.models import weights_hash
-from testbed.predictor import ModelPredictor, Response, Score
+from testbed.predictor import FIRST_IDS, ModelPredictor, Response, Score
 
 PROMPTS = (
     "who?", "what colour is the ship in the northern harbour?", "who leads the bridge?", "what stands beside the river?",
@@ -211,3 +211,12 @@ def test_generation_settings_of_a_checkpoint_do_not_count() -> None:
         handle.model.generation_config = type(handle.model.generation_config)(**kept)
     assert other.generated == plain.generated
     assert_same(scored(other), scored(plain))
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llava"])
+def test_the_likeliest_first_tokens_are_named_in_order(kind: str) -> None:
+    handle = build(kind)
+    some = asks(kind)
+    responses = ModelPredictor(handle, rows=3).respond(some, ANSWERS, NEW)
+    told = ModelPredictor(handle).inspect(some, top_k=FIRST_IDS)
+    assert [r.first_ids for r in responses] == [tuple(i.top_ids.tolist()) for i in told]
