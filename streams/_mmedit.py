@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from streams._entries import EntryStream
 from streams._entry import Ask, Data, Entry, with_roles
 from streams._fields import Once, answers, find, must_differ, nested, none_left, read_rows
 from streams._pictures import FilePicture, list_folder
@@ -31,6 +32,7 @@ class Layout:
     pictures: where the pictures' own paths may start, under the data root or a folder above it.
     beside: files of a part that carry train paraphrases for the same records.
     bare: whether the prompt means something without its picture.
+    names: what the paper calls our metrics, and how it defines them.
     """
 
     name: str
@@ -39,7 +41,22 @@ class Layout:
     category: Callable[[str, str], str]
     beside: tuple[str, ...] = ()
     bare: bool = True
+    names: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     tidy: Callable[[str], str] = str
+
+
+class MMEditForm(EntryStream):
+    """Files of one layout on a yearly schedule. Raises `BadStream` where they cannot be used."""
+
+    layout: Layout
+    far_controls = False
+    """`locality_far` is the set's own unrelated picture and nothing else."""
+
+    def read(self, config: StreamConfig) -> Data:
+        return load(self.layout, config)
+
+    def counts(self) -> dict[str, Any]:
+        return super().counts() | {"published_names": {ours: list(theirs) for ours, theirs in self.layout.names.items()}}
 
 
 def load(layout: Layout, config: StreamConfig) -> Data:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from streams._either import Either
-from streams._entries import EntryStream
-from streams._entry import Data
-from streams._mmedit import Layout, load
+from streams._mmedit import Layout, MMEditForm
 from streams.base import Stream, StreamConfig
 from testbed.registry import STREAMS
 
@@ -21,12 +19,26 @@ def answer_type(question: str, target: str) -> str:
     return "number" if bare in _NUMBERS or bare.replace(",", "").replace(".", "", 1).isdigit() else "other"
 
 
+_SINGLE = "after this one edit, "
+NAMES = {
+    "edit_success_now": ("Reliability", _SINGLE + "the answer to the edited question about the edited picture is the target"),
+    "edit_success": ("Reliability, at the end", "not in the paper: the same after the whole stream"),
+    "text_generality": ("T-Generality", _SINGLE + "the answer to a rephrased question is the target"),
+    "image_generality": ("M-Generality", _SINGLE + "the answer about a rephrased picture is the target"),
+    "locality_text": ("T-Locality", "the answer to a text question is the one before the edit"),
+    "locality_far": ("M-Locality", "the answer about an unrelated picture is the one before the edit"),
+    "locality_text_top1": ("T-Locality of the public code", "share of positions of prompt and answer whose likeliest token is the same"),
+    "locality_far_top10": ("M-Locality of the public code", "share of equal ids at equal ranks of the top 10, all positions"),
+}
+"""Names and definitions of Cheng et al., EMNLP 2023, section 4, and of EasyEdit's code."""
+
 VQA = Layout(
     name="MMEdit E-VQA",
     parts=(("vqa/vqa_train.json", "vqa_train.json"), ("vqa/vqa_eval.json", "vqa_eval.json")),
     pictures=("", "images"),
     category=answer_type,
     beside=("_balancedit",),
+    names=NAMES,
 )
 CAPTION = Layout(
     name="MMEdit E-IC",
@@ -34,24 +46,20 @@ CAPTION = Layout(
     pictures=("", "images"),
     category=lambda question, target: "caption",
     bare=False,
+    names=NAMES,
 )
 
 
-class MMEditFiles(EntryStream):
+class MMEditFiles(MMEditForm):
     """The official files of one of the two sets. Raises `BadStream` where they cannot be used."""
 
     name = "mmedit"
     summary = "MMEdit files"
     licence = _LICENCE
-    far_controls = False
-    """`locality_far` is MMEdit's own M-Locality and nothing else."""
 
     def __init__(self, config: StreamConfig, layout: Layout) -> None:
-        self._layout = layout
+        self.layout = layout
         super().__init__(config)
-
-    def read(self, config: StreamConfig) -> Data:
-        return load(self._layout, config)
 
 
 @STREAMS.register("mmedit-yearly")

@@ -1,0 +1,62 @@
+"""Locality as the public code of multimodal editing measures it: equal ids at equal ranks of the likeliest tokens.
+
+The public code (EasyEdit's trainer for MMEdit) compares the ordered top-k ids before and after, position by
+position over prompt and answer, k = 1 for text and 10 for pictures. Here it is one position, the one that
+gives the answer's first token: positions inside the prompt, which an edit hardly moves, do not dilute it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+
+from analysis.answers import Metrics, at_end, means
+from analysis.bootstrap import Resampler
+from analysis.load import EditorRun, Run
+
+RANKS = {"locality_text": 1, "locality_far": 10}
+"""Splits that have such a twin, and how many ranks are compared."""
+
+
+def of_first_ids(run: Run, editor: EditorRun, resampler: Resampler) -> Metrics:
+    """`locality_text_top1` and `locality_far_top10` at the end, where answers hold `first_ids`. In [0, 1]; 1 is intact."""
+    out: Metrics = {}
+    for split, ranks in RANKS.items():
+        end = at_end(editor.records, split)
+        if end.empty:
+            continue
+        ids = run.questions["question_id"].to_numpy()[end["question"]]
+        before = _stored(run.folders[0] / "base" / "answers.parquet", ids)
+        files = sorted((editor.folder / "records").glob("step-*.parquet"))
+        after: dict[str, list[int]] = {}
+        for file in files:
+            after |= _stored(file, ids, int(end["step"].iloc[0]))
+        out |= means(f"{split}_top{ranks}", end, _agreement(ids, before, after, ranks), resampler)
+    return out
+
+
+def equal_share(a: list[int], b: list[int], ranks: int) -> float:
+    """Share of the first ranks at which two ordered lists hold the same id; nan where one is too short."""
+    if min(len(a), len(b)) < ranks:
+        return float("nan")
+    return sum(x == y for x, y in zip(a[:ranks], b[:ranks])) / ranks
+
+
+def _agreement(ids: np.ndarray, before: dict[str, list[int]], after: dict[str, list[int]], ranks: int) -> np.ndarray:
+    """(n, 1) scores of the questions; nan where one of the two answers holds no ids."""
+    return np.array([[equal_share(before.get(q, []), after.get(q, []), ranks)] for q in ids])
+
+
+def _stored(file: Path, ids: np.ndarray, step: int | None = None) -> dict[str, list[int]]:
+    """The `first_ids` of these questions in a file of answers (at a step), by question id."""
+    schema = pq.read_schema(file)
+    if "extras" not in schema.names:
+        return {}
+    wanted = [("question_id", "in", set(ids.tolist())), *([("probe_step", "=", step)] if step is not None else [])]
+    rows: pd.DataFrame = pq.read_table(file, columns=["question_id", "extras"], filters=wanted).to_pandas()
+    found = {q: json.loads(text).get("first_ids") for q, text in zip(rows["question_id"], rows["extras"]) if isinstance(text, str)}
+    return {q: ids for q, ids in found.items() if ids}
