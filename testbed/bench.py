@@ -1,7 +1,9 @@
 """`python -m testbed.bench`: edits a second, probe cost, state size, peak memory, for every editor and model.
 
-Timings live here and never in tests. Each line of the table is one fresh editor on one model: a number of
-edits one at a time, then a panel of picture questions scored and generated through the edited model.
+Timings live here and never in tests. `--what` chooses the tables: `editors` (one fresh editor on one model a
+line: a number of edits one at a time, then a panel of picture questions scored and generated through the
+edited model), `paths` (each method beside its plain path: one edit, whole forwards and backwards, no cache),
+`codebook` (insertion, retrieval and bytes by the number of entries).
 """
 
 from __future__ import annotations
@@ -10,7 +12,8 @@ import json
 import platform
 import sys
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 from streams.base import Stream
-from testbed import models
+from testbed import _bench_codebook, models
+from testbed._bench_paths import paths
 from testbed.config import RunConfig
 from testbed.encode import Ask
 from testbed.events import EditBatch
@@ -34,20 +38,30 @@ from testbed.runner import make_editor
 class BenchConfig:
     """Measure editors: speed, probe cost, state size, peak memory."""
 
+    what: tuple[str, ...] = ("editors",)
+    """Tables, separated by commas: editors, paths, codebook."""
     editor: tuple[str, ...] = RunConfig.editor
     """Editors, separated by commas."""
     model: tuple[str, ...] = ("tiny",)
     """Models, separated by commas: tiny, a folder or a hub id."""
     stream: str = "okedit-yearly"
     """Where edits and questions come from."""
+    seed: int = 0
+    """Seed of the stream."""
     edits: int = 100
-    """Edits per editor."""
+    """Edits per editor; a plain path makes at most 4 of them."""
+    batch: int = 16
+    """Edits trained at once, in `paths`."""
     questions: int = 512
     """Questions asked of the edited model."""
     threads: int = 0
     """CPU threads; 0 leaves torch's own choice."""
     out: Path | None = None
     """JSON file to write."""
+
+    def problems(self) -> list[str]:
+        unknown = [w for w in self.what if w not in TABLES]
+        return [f"--what {w!r} is not known; there are {', '.join(TABLES)}" for w in unknown]
 
 
 @dataclass(frozen=True)
@@ -73,26 +87,58 @@ def main(argv: list[str] | None = None) -> int:
     logging.disable_progress_bar()
     args = [part for a in (sys.argv[1:] if argv is None else argv) for part in a.split(",")]
     config = tyro.cli(BenchConfig, args=args, prog="python -m testbed.bench")
+    if config.problems():
+        print("\n".join(config.problems()), file=sys.stderr)
+        return 2
     if config.threads:
         torch.set_num_threads(config.threads)
-    lines = measure(config)
-    Console().print(table(lines))
+    found = {name: TABLES[name](config) for name in config.what}
+    for tables in found.values():
+        for lines in tables:
+            Console().print(table(lines))
     if config.out:
-        config.out.write_text(json.dumps({"machine": machine(), "lines": [asdict(x) for x in lines]}, indent=1) + "\n")
+        plain = {name: [_plain(x) for lines in tables for x in lines] for name, tables in found.items()}
+        config.out.write_text(json.dumps({"machine": machine(), **plain}, indent=1) + "\n")
     return 0
 
 
-def measure(config: BenchConfig) -> list[Line]:
+def measure(config: BenchConfig) -> list[list[Line]]:
     """Every editor on every model, one after another."""
+    return [_each(config, lambda handle, name: _line(config, handle, _stream(config), name))]
+
+
+def measure_paths(config: BenchConfig) -> list[list[Any]]:
+    """Every editor beside its plain path, on every model."""
+    edits = min(4, config.edits)
+    run = RunConfig()
+    return [_each(config, lambda h, name: paths(h, _stream(config), lambda: make_editor(run, name), edits, config.batch))]
+
+
+def measure_codebook(config: BenchConfig) -> list[list[Any]]:
+    """Retrieval against the forward of each model and of a 7B shape, insertion, bytes."""
+    shares = [x for name in config.model for x in _bench_codebook.tiny_share(models.load(name), _stream(config))]
+    return [[*shares, *_bench_codebook.large_share()], _bench_codebook.insertion(), [_bench_codebook.weight()]]
+
+
+TABLES: dict[str, Callable[[BenchConfig], list[list[Any]]]] = {
+    "editors": measure,
+    "paths": measure_paths,
+    "codebook": measure_codebook,
+}
+
+
+def _each(config: BenchConfig, line: Callable[[models.ModelHandle, str], Any]) -> list[Any]:
     out = []
     with bars() as progress:
         for name in config.model:
             for editor in config.editor:
-                handle = models.load(name)
-                stream = STREAMS.get(config.stream)(RunConfig(stream=config.stream).stream_config())
-                out.append(_line(config, handle, stream, editor))
+                out.append(line(models.load(name), editor))
                 progress.advance("bench", len(out), len(config.model) * len(config.editor))
     return out
+
+
+def _stream(config: BenchConfig) -> Stream:
+    return STREAMS.get(config.stream)(RunConfig(stream=config.stream, seed=config.seed).stream_config())
 
 
 def _line(config: BenchConfig, handle: models.ModelHandle, stream: Stream, name: str) -> Line:
@@ -120,15 +166,37 @@ def _ask_speed(predictor: Predictor, asks: list[Ask], answers: list[str | None])
     return len(asks) / (time.perf_counter() - start)
 
 
-def table(lines: list[Line]) -> Table:
-    """The measurements as a terminal table."""
-    out = Table(
-        "model", "editor", *(["edits/s", "questions/s", "first time", "state/edit", "peak memory"]), title=machine(), title_justify="left"
-    )
+def table(lines: Sequence[Any]) -> Table:
+    """Measurements of one kind as a terminal table: a column a field, a row a line."""
+    names = _columns(lines[0])
+    out = Table(*(n.replace("_per_second", "/s").replace("_", " ") for n in names), title=machine(), title_justify="left")
     for x in lines:
-        numbers = (x.edits_per_second, x.questions_per_second, x.questions_per_second_first)
-        out.add_row(x.model, x.editor, *(f"{v:,.1f}" for v in numbers), _size(x.state_bytes_per_edit), _size(x.peak_bytes))
+        out.add_row(*(_shown(n, getattr(x, n)) for n in names))
     return out
+
+
+def _columns(line: Any) -> list[str]:
+    """Fields, then what is computed from them."""
+    return [f.name for f in fields(line)] + [n for n, v in vars(type(line)).items() if isinstance(v, property)]
+
+
+def _plain(line: Any) -> dict[str, Any]:
+    return asdict(line) | {n: getattr(line, n) for n in _columns(line)}
+
+
+_BYTES = {"state_bytes_per_edit", "peak_bytes", "keys", "values", "memory", "disk"}
+
+
+def _shown(name: str, value: Any) -> str:
+    if value is None:
+        return "–"
+    if name in _BYTES:
+        return _size(value)
+    if name == "share":
+        return f"{value:.2%}"
+    if name.endswith("loss_difference"):
+        return f"{value:.1e}"
+    return f"{value:,.2f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _size(n: float) -> str:

@@ -24,6 +24,7 @@ from testbed.families import UnknownLayout
 from testbed.models import ModelHandle, project
 
 _WHOLE: ContextVar[bool] = ContextVar("whole", default=False)
+_SEEN: ContextVar[list[Tensor] | None] = ContextVar("seen", default=None)
 
 
 @contextmanager
@@ -34,6 +35,25 @@ def plain() -> Iterator[None]:
         yield
     finally:
         _WHOLE.reset(token)
+
+
+@contextmanager
+def watched() -> Iterator[list[Tensor]]:
+    """Inside, the losses (B,) of every training step are kept, in order: what two paths are compared by."""
+    seen: list[Tensor] = []
+    token = _SEEN.set(seen)
+    try:
+        yield seen
+    finally:
+        _SEEN.reset(token)
+
+
+def watch(losses: Tensor) -> Tensor:
+    """The same losses, shown to `watched()`."""
+    seen = _SEEN.get()
+    if seen is not None:
+        seen.append(losses.detach())
+    return losses
 
 
 def inside_plain() -> bool:
@@ -76,7 +96,7 @@ class Tail:
     def loss(self, project: Callable[[Tensor], Tensor]) -> Tensor:
         """(B,) mean next-token cross-entropy (nats a token) of each row's answer."""
         nll = torch.nn.functional.cross_entropy(self.logits(project).float(), self.target, reduction="none")
-        return row_mean(nll, self.row, self.batch.answer.shape[0])
+        return watch(row_mean(nll, self.row, self.batch.answer.shape[0]))
 
 
 class WholeTail(Tail):

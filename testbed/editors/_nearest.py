@@ -69,6 +69,11 @@ class Keys:
         return self._all[: self._size]
 
     @property
+    def nbytes(self) -> int:
+        """Bytes held here, spare room included."""
+        return self._all.nbytes + self._points.nbytes + self._norms.nbytes
+
+    @property
     def norms(self) -> Tensor:
         """(n,) squared norms of the points."""
         return self._norms[: self._size]
