@@ -1,4 +1,4 @@
-"""The two courses that `testbed.pretrain` runs: the simulated world from scratch, or a stream's beliefs."""
+"""The courses that `testbed.pretrain` runs: the simulated world from scratch, a stream's beliefs, rewriting answers."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from testbed._curriculum import Curriculum, Pace, corpus
 from testbed._damage import sibling_damage
 from testbed._gates import GateRow, measure, share_right
 from testbed._packing import Packer
+from testbed._rewriting import Rewriting, rewriting_batches
 from testbed._tiny_model import build_model, build_processor, build_tokenizer, load, save
 from testbed._tiny_training import Schedule, train, train_tower, world_batches
 from testbed._vocabulary import extend_model, extend_tokenizer
@@ -51,6 +52,9 @@ WORLD = (
 """Copying from the prompt is found late and needs many rows of stated facts, so legs of their own."""
 BELIEFS = Schedule(steps=1600, minutes=9, rate=1.5e-3, warm=0.05)
 BELIEF_GATE = 0.95
+REWRITING = Schedule(steps=1200, minutes=15, rate=1e-3, warm=0.05)
+REWRITES, LEAVES = "rewrites where the fact bears, held-out wording", "leaves other answers alone, held-out wording"
+REWRITING_GATES = {REWRITES: (True, 0.95), LEAVES: (False, 0.95)}
 NEW_TOKENS = 2000
 """Most tokens that a course of beliefs adds, so that its words are one token each."""
 
@@ -69,7 +73,7 @@ class Course:
 
 
 def rng_of(seed: int, purpose: int) -> np.random.Generator:
-    """The generator of one purpose of one run: 1 tower, 2 to 5 lessons, 6 tokenizer, 7 rehearsal, 9 new crops."""
+    """The generator of one purpose of one run: 1 tower, 2 to 5 lessons, 6 tokenizer, 7 rehearsal, 8 questions of gates, 9 new crops."""
     return np.random.default_rng(10 * seed + purpose)
 
 
@@ -147,4 +151,22 @@ def cut_legs(legs: Sequence[Leg], steps: int, minutes: float) -> tuple[Leg, ...]
     whole = sum(leg.schedule.steps * leg.schedule.stop for leg in legs)
     return tuple(
         replace(leg, schedule=cut(leg.schedule, leg.schedule.steps * steps / whole, leg.schedule.steps * minutes / whole)) for leg in legs
+    )
+
+
+def teach_rewriting(start: Path, world: World, out: Path, seed: int, schedule: Schedule, questions: int, progress: Progress) -> Course:
+    """Train a model in `start` to rewrite answers by stated facts, save it to `out`, and measure what was saved."""
+    model, processor = load(start)
+    packer = Packer(processor.tokenizer)
+    batches = rewriting_batches(Rewriting(world, rng_of(seed, 2)), packer)
+    steps = train(model, packer, batches, schedule, lambda _, done, loss: progress("rewriting", done, loss))
+    save(model, processor, out)
+    model, processor = load(out)
+    lessons = Rewriting(world, rng_of(seed, 8), held_out=True)
+    rows = [
+        GateRow(ability, share_right(model, processor, [lessons.gate(bears) for _ in range(questions)]), questions, gate)
+        for ability, (bears, gate) in REWRITING_GATES.items()
+    ]
+    return Course(
+        rows, steps, ("An editor model: it rewrites other models' answers.",), f"rewriting answers about simulated world {world.seed}"
     )

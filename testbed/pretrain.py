@@ -1,11 +1,12 @@
-"""Train the tiny model: on the simulated world, or on the pre-edit beliefs of any stream.
+"""Train the tiny model: on the simulated world, on the pre-edit beliefs of any stream, or to rewrite answers.
 
     python -m testbed.pretrain --stream world-yearly --out DIR
     python -m testbed.pretrain --stream okedit-yearly --data-root FILES --out DIR
+    python -m testbed.pretrain --stream world-yearly --course rewriting --out DIR
 
-The first trains from nothing (the committed weights took 49 minutes on two busy cores), the second starts from the committed weights
-(ten minutes). Both save a folder that `--model DIR` of `testbed.run` takes, with a model card that holds
-the gates, measured by free generation after the weights were read back.
+The first trains from nothing (the committed weights took 49 minutes on two busy cores), the others start from the committed weights
+(ten minutes). The first two save a folder that `--model DIR` of `testbed.run` takes, the third one for `--set postedit.model=DIR`,
+with a model card that holds the gates, measured by free generation after the weights were read back.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import tyro
@@ -47,10 +48,12 @@ class PretrainConfig:
     """Name of a stream, as `python -m testbed.run --list` shows them."""
     out: Path
     """Folder for weights, tokenizer, processor and model card."""
+    course: Literal["stream", "rewriting"] = "stream"
+    """`stream`: what the stream is about. `rewriting`: bringing answers into line with stated facts, for a post-editor."""
     data_root: Path | None = None
     """Folder of the stream's official files; without it the simulated world is learned."""
     start: Path = ASSETS
-    """Folder of the weights that a course of beliefs starts from."""
+    """Folder of the weights that a course of beliefs or of rewriting starts from."""
     seed: int = 0
     """Seed of weights, lessons and crops."""
     steps: int = 0
@@ -142,18 +145,30 @@ def _run_course(config: PretrainConfig, stream: Stream, report: Report) -> _cour
         known = world(stream.config.world_seed, stream.config.world_size)
     except ValueError as e:
         raise BadPretrain(str(e)) from e
+    if config.course == "rewriting":
+        return _rewriting(config, known, report)
     if stream.data_hash() == known.content_hash():
         legs = _courses.cut_legs(_courses.WORLD, config.steps, config.minutes)
         return _courses.teach_world(known, config.out, config.seed, legs, config.questions, report)
     beliefs = list(stream.beliefs())
     if not beliefs:
         raise BadPretrain(f"stream {config.stream} says nothing about what a model believes before its edits, so there is nothing to learn")
+    _require_start(config)
+    schedule = _courses.cut(_courses.BELIEFS, config.steps, config.minutes)
+    return _courses.teach_beliefs(_courses.BeliefCourse(config.start, known, config.seed, schedule), beliefs, config.out, report)
+
+
+def _rewriting(config: PretrainConfig, known: World, report: Report) -> _courses.Course:
+    _require_start(config)
+    schedule = _courses.cut(_courses.REWRITING, config.steps, config.minutes)
+    return _courses.teach_rewriting(config.start, known, config.out, config.seed, schedule, config.questions, report)
+
+
+def _require_start(config: PretrainConfig) -> None:
     if not (config.start / "config.json").is_file():
         raise BadPretrain(
             f"no model lies in {config.start}: make one with python -m testbed.pretrain --stream world-yearly --out {config.start}"
         )
-    schedule = _courses.cut(_courses.BELIEFS, config.steps, config.minutes)
-    return _courses.teach_beliefs(_courses.BeliefCourse(config.start, known, config.seed, schedule), beliefs, config.out, report)
 
 
 def weights_sha256(folder: Path) -> str:
@@ -164,6 +179,7 @@ def weights_sha256(folder: Path) -> str:
 def command_of(config: PretrainConfig) -> str:
     """The command that gives this configuration."""
     parts = [f"python -m testbed.pretrain --stream {config.stream} --out {config.out} --seed {config.seed}"]
+    parts += [f"--course {config.course}"] if config.course != "stream" else []
     for name in ("data_root", "steps", "minutes", "world_seed", "world_size"):
         if value := getattr(config, name):
             parts.append(f"--{name.replace('_', '-')} {value}")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from _models import build
+from _models import build, folder
 
 from streams.base import StreamConfig
 from testbed.editors.base import BadEditor, Editor
@@ -27,6 +27,8 @@ def _host_of(wrapper: Any) -> str:
 
 NAMES = [*EDITORS.names(), *(f"{_host_of(wrapper)}+{name}" for name, wrapper in WRAPPERS.items())]
 STREAM = {"llava": "okedit-yearly", "gpt2": "world-yearly"}
+NEEDS = {"postedit": lambda: {"model": str(folder("llama"))}}
+"""Settings that an editor cannot do without."""
 
 
 def test_there_are_editors() -> None:
@@ -59,7 +61,8 @@ def edits(stream: Any) -> list[EditEvent]:
 
 
 def make(name: str, handle: ModelHandle, stream: Any, seed: int = 0) -> Editor:
-    editor = EDITORS.get(name)(seed=seed)
+    cls = EDITORS.get(name)
+    editor = cls(cls.Config(**NEEDS[name]()) if name in NEEDS else None, seed=seed)
     editor.prepare(handle, stream.train_pool())
     return editor
 
