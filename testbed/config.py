@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_type_hints
 
 from streams.base import MissingImages, StreamConfig
-from testbed import variants
+from testbed import benchmarks, variants
+from testbed.benchmarks import BadBenchmark, BenchmarkConfig
 from testbed.registry import EDITORS, STREAMS, UnknownName
 from testbed.schema import folder_name
 
@@ -53,6 +54,8 @@ class RunConfig:
     """Records without their picture: skip them, ask without a picture, or put the caption in its place."""
     probe_budget: int = 8000
     """Questions per editor and 500 edits; panels shrink to fit."""
+    benchmarks: tuple[Path, ...] = ()
+    """Files or folders of benchmarks to ask besides, separated by commas (docs/benchmarks.md; settings: --set benchmarks.field=value)."""
     max_new_tokens: int = 16
     """Longest free generation, in tokens."""
     save_every: int = 50
@@ -83,6 +86,10 @@ class RunConfig:
         base = StreamConfig(data_root=self.data_root, seed=self.seed, missing_images=self.missing_images)
         return set_fields(base, self.overrides("stream"))
 
+    def benchmark_config(self) -> BenchmarkConfig:
+        """How benchmarks are asked, with `--set benchmarks.*` applied. Raises `BadConfig`."""
+        return set_fields(BenchmarkConfig(), self.overrides("benchmarks"))
+
     def editor_class(self, name: str) -> Any:
         """The class of one editor, a variant's under its whole name. Raises `BadConfig` or `UnknownName`."""
         base, _ = _split(name)
@@ -107,10 +114,18 @@ class RunConfig:
             out.append(f"--data-root {self.data_root} is not a folder")
         out += _tried(lambda: STREAMS.get(self.stream))
         out += _tried(lambda: self.stream_config().problems())
+        out += _tried(self._benchmark_problems)
         for name in self.editor:
             out += _tried(lambda name=name: self._editor_problems(name))
         out += self._set_problems()
         return out
+
+    def _benchmark_problems(self) -> list[str]:
+        config = self.benchmark_config()
+        problems = [f"benchmarks: {p}" for p in config.problems()]
+        if not problems:
+            benchmarks.load(self.benchmarks, config)
+        return problems
 
     def _editor_problems(self, name: str) -> list[str]:
         out = [f"{name}: {problem}" for problem in self.editor_config(name).problems()]
@@ -120,7 +135,7 @@ class RunConfig:
         return out
 
     def _set_problems(self) -> list[str]:
-        owners = {"stream", *(name.partition("[")[0] for name in self.editor)}
+        owners = {"stream", "benchmarks", *(name.partition("[")[0] for name in self.editor)}
         out = []
         for item in self.set:
             owner = item.partition("=")[0].partition(".")[0]
@@ -140,7 +155,7 @@ class RunConfig:
         return {k: v for k, v in self.stored().items() if k not in PLACES}
 
 
-PLACES = ("data_root", "model")
+PLACES = ("data_root", "model", "benchmarks")
 """Fields that say where something lies; its content is hashed."""
 _POSITIVE = ("edits", "batch", "probe_budget", "max_new_tokens", "save_every")
 
@@ -156,7 +171,7 @@ def _tried(check: Any) -> list[str]:
     """Problems that a check returns or raises."""
     try:
         result = check()
-    except (UnknownName, BadConfig) as e:
+    except (UnknownName, BadConfig, BadBenchmark) as e:
         return str(e).splitlines()
     return result if isinstance(result, list) else []
 

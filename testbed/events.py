@@ -30,7 +30,11 @@ Split = Literal[
     "general",
     "text",
 ]
+Scoring = Literal["generate", "sum", "norm", "text", "refuse", "comply"]
+"""How an answer is judged: by free generation; by the likeliest choice, as it is, a character of it, or as running
+text; by refusing, or by not refusing."""
 KINDS: tuple[str, ...] = get_args(Kind)
+SCORINGS: tuple[str, ...] = get_args(Scoring)
 SPLITS: tuple[str, ...] = get_args(Split)
 LOCALITY_SPLITS: tuple[str, ...] = tuple(s for s in SPLITS if s.startswith("locality_"))
 
@@ -122,8 +126,9 @@ class EditEvent:
 class Question:
     """Something to ask a model, and what counts as right.
 
-    `answer` may be absent for locality splits (there the unedited model's own answer is the reference) and
-    for `text` (running text, whose perplexity is measured on `prompt` itself). `aliases` count as right too.
+    `answer` may be absent for locality splits (there the unedited model's own answer is the reference), for
+    `text` (running text, whose perplexity is measured on `prompt` itself) and where refusing or not is judged.
+    `aliases` count as right too. `choices` belong to a scoring that picks one of them; `answer` is the right one.
     """
 
     split: Split
@@ -133,19 +138,34 @@ class Question:
     image: Picture | None = None
     aliases: tuple[str, ...] = ()
     topic: str = ""
+    choices: tuple[str, ...] = ()
+    scoring: Scoring = "generate"
     id: str = ""
 
     def __post_init__(self) -> None:
         _require_kind(self.split, SPLITS, "split", self.topic)
+        _require_kind(self.scoring, SCORINGS, "scoring", self.topic)
         _require_text(self.prompt, "prompt", f"question of event {self.event_id}")
-        if self.answer is None and self.split != "text" and self.split not in LOCALITY_SPLITS:
+        self._check_choices()
+        needed = self.scoring not in ("refuse", "comply") and self.split != "text" and self.split not in LOCALITY_SPLITS
+        if self.answer is None and needed:
             raise BadEvent(f"a {self.split} question needs an answer: {self.prompt!r}")
         if self.answer is not None:
             _require_text(self.answer, "answer", f"question {self.prompt!r}")
         if not self.id:
             key = self.image.key if self.image is not None else None
             parts = ("question", self.split, self.prompt, self.answer, self.event_id, key, sorted(self.aliases), self.topic)
-            object.__setattr__(self, "id", content_id(*parts))
+            more = () if self.scoring == "generate" else (self.scoring, self.choices)
+            object.__setattr__(self, "id", content_id(*parts, *more))
+
+    def _check_choices(self) -> None:
+        if self.scoring in ("sum", "norm", "text"):
+            for c in self.choices:
+                _require_text(c, "choice", f"question {self.prompt!r}")
+            if len(set(self.choices)) < max(2, len(self.choices)) or self.answer not in self.choices:
+                raise BadEvent(f"choices must be two or more different ones and hold the answer {self.answer!r}, got {self.choices!r}")
+        elif self.choices:
+            raise BadEvent(f"choices need a scoring that picks one (sum, norm, text), got {self.scoring!r} ({self.prompt!r})")
 
     @property
     def golds(self) -> tuple[str, ...]:

@@ -106,13 +106,13 @@ def _split_lists(argv: list[str]) -> list[str]:
     """`--editor a,b` as `--editor a b`; several `--set` gathered behind the first."""
     out: list[str] = []
     sets: list[str] = []
-    rest = [part for a in argv for part in (a.split("=", 1) if a.startswith(("--editor=", "--set=")) else [a])]
+    rest = [part for a in argv for part in (a.split("=", 1) if a.startswith(("--editor=", "--benchmarks=", "--set=")) else [a])]
     while rest:
         a = rest.pop(0)
         if a == "--set":
             while rest and not rest[0].startswith("--"):
                 sets.append(rest.pop(0))
-        elif a == "--editor" and rest:
+        elif a in ("--editor", "--benchmarks") and rest:
             out += [a, *filter(None, variants.names(rest.pop(0)))]
         else:
             out.append(a)

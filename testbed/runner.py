@@ -12,7 +12,7 @@ from typing import Any
 
 from streams.arrange import arrange
 from streams.base import Stream
-from testbed import grading, models, preflight, schedule
+from testbed import benchmarks, grading, models, preflight, schedule
 from testbed.config import PLACES, BadConfig, RunConfig, plain, set_fields
 from testbed.difficulty import losses
 from testbed.editors.base import Editor
@@ -61,9 +61,12 @@ def prepare(config: RunConfig) -> Plan:
         raise BadConfig(f"{config.stream} ({stream.origin}) yields no edit; skipped records: {len(stream.skipped)}")
     handle = models.load(config.model, config.device, config.dtype)
     events = arrange(stream, events, lambda adds: losses(handle, adds))
-    planned = schedule.build(stream, events, schedule.Plan(config.batch, config.seed, config.probe_budget))
+    more = benchmarks.load(config.benchmarks, config.benchmark_config())
+    planned = schedule.build(stream, events, schedule.Plan(config.batch, config.seed, config.probe_budget, more.every))
     preflight.check(planned, handle)
     manifest = _manifest(config, stream, events, planned, handle)
+    manifest["benchmarks"] = {b.topic: benchmarks.describe(b) for b in more.every}
+    manifest["notes"] += [f"benchmark record left out: {line}" for line in more.skipped]
     return Plan(config, stream, events, planned, handle, manifest)
 
 

@@ -12,7 +12,7 @@ from functools import cached_property
 
 from streams.base import Stream
 from testbed.events import EditEvent, Question, check_order, content_id
-from testbed.probes.base import Applied, Moment, Past, Planned, Probe
+from testbed.probes.base import Applied, Benchmark, Moment, Past, Planned, Probe
 from testbed.registry import PROBES
 from testbed.schema import EventRow, QuestionRow, ScheduleRow
 
@@ -85,16 +85,17 @@ class Schedule:
         """questions.parquet."""
         for q in self.unique_questions.values():
             image = q.image.key if q.image is not None else None
-            yield QuestionRow(q.id, q.event_id, q.split, q.prompt, image, q.answer, list(q.aliases), q.topic)
+            yield QuestionRow(q.id, q.event_id, q.split, q.prompt, image, q.answer, list(q.aliases), q.topic, list(q.choices), q.scoring)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a schedule depends on besides the events: edits a step, panel seed, questions allowed per 500 edits."""
+    """What a schedule depends on besides the events: edits a step, panel seed, questions allowed per 500 edits, benchmarks."""
 
     batch: int = 1
     seed: int = 0
     budget: int = 8000
+    benchmarks: tuple[Benchmark, ...] = ()
 
 
 def build(stream: Stream, events: Sequence[EditEvent], plan: Plan, probes: dict[str, Probe] | None = None) -> Schedule:
@@ -106,7 +107,7 @@ def build(stream: Stream, events: Sequence[EditEvent], plan: Plan, probes: dict[
     """
     check_order(list(events))
     probes = probes if probes is not None else {name: cls() for name, cls in PROBES.items()}
-    past = Past((), (), _remember(stream), stream.general(), plan.seed)
+    past = Past((), (), _remember(stream), stream.general(), plan.seed, benchmarks=plan.benchmarks)
     allowed = plan.budget * max(1.0, len(events) / GRID)
     scale = 1.0
     for _ in range(6):

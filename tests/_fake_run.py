@@ -12,12 +12,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from testbed.schema import SCHEMA_VERSION, BaseAnswer, EventRow, QuestionRow, Record, ScheduleRow, columns
+from testbed.schema import SCHEMA_VERSION, BaseAnswer, EventRow, MonitorRow, QuestionRow, Record, ScheduleRow, columns
 
 ARROW = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_(), list: pa.list_(pa.string())}
 TOKENS = 3
 ABILITIES = ("arithmetic", "reading", "logic")
+GROUPS = ("bench:quiz", "safety:refusal")
+UNRELATED = 24
+"""Questions of the pool that no edit is about."""
 AT_YEAR_END = ("locality_hard", "locality_sibling", "locality_far", "locality_text", "portability", "stale")
+PANELS = {"ladder": "cohort_ladder", "fresh": "rotating_fresh", "unrelated": "fixed_unrelated"}
 COSTS = {"noop": (0.0, 0), "oracle": (0.0001, 100), "finetune": (0.4, 20_000), "balancedit": (0.9, 1000)}
 """Seconds an edit and bytes of state an edit."""
 EDITORS = ("noop", "oracle", "finetune", "balancedit")
@@ -76,7 +80,7 @@ def event(number: int, step: int, **given: Any) -> dict[str, Any]:
 
 def question(question_id: str, event_id: str | None = None, split: str = "edit", **given: Any) -> dict[str, Any]:
     plain = {"question_id": question_id, "event_id": event_id, "split": split, "prompt": f"prompt of {question_id}", "topic": ""}
-    return plain | {"answer": "yes", "aliases": []} | given
+    return plain | {"answer": "yes", "aliases": [], "choices": [], "scoring": "generate"} | given
 
 
 def write_run(
@@ -109,7 +113,9 @@ def write_editor(folder: Path, editor: str, events: list[dict], rows: list[dict]
     for step in sorted({e["step"] for e in events}):
         ids = [e["edit_id"] for e in events if e["step"] == step]
         report = {"step": step, "event_ids": ids, "seconds": seconds * len(ids), "peak_bytes": 4_000_000, "state_bytes": size * step}
-        lines.append(json.dumps(report | {"delta_norm": None, "failed": {}, "skipped": {}, "notes": {}}))
+        changes = editor == "finetune"
+        own = {"delta_norm": step**0.5 if changes else None, "notes": {"loss": 0.1, "condition": 10.0 + step} if changes else {}}
+        lines.append(json.dumps(report | {"failed": {}, "skipped": {}} | own))
     (folder / "edits.jsonl").write_text("\n".join(lines) + "\n")
 
 
@@ -138,6 +144,8 @@ class World:
 
     def _general(self) -> list[dict]:
         asked = [question(f"g{i}", None, "general", topic=ABILITIES[i % 3]) for i in range(30)]
+        asked += [question(f"{t}{i}", None, "general", topic=t) for t in GROUPS for i in range(12)]
+        asked += [question(f"u{i}", None, "locality_far", topic=ABILITIES[i % 3], answer=None) for i in range(UNRELATED)]
         return asked + [question(f"x{i}", None, "text", topic="running text", answer=None) for i in range(8)]
 
     def _base(self, q: dict) -> dict:
@@ -194,18 +202,35 @@ class World:
         share = size / len(live)
         now += [("retention", f"{e['edit_id']}-edit", e, share) for e in panel]
         if year_end:
+            now += [("unrelated", f"u{i}", None, 0.5) for i in range(UNRELATED // 2)]
+            now += [("fresh", f"u{i}", None, 0.5) for i in panels.permutation(UNRELATED)[: UNRELATED // 2]]
             probes = {"text_generality": "generality", "image_generality": "generality"} | {s: s.split("_")[0] for s in AT_YEAR_END}
             now += [(p, f"{e['edit_id']}-{s}", e, share) for s, p in probes.items() for e in panel]
-            now += [("general", q["question_id"], None, 1.0) for q in self.questions if q["event_id"] is None]
+            free = [q for q in self.questions if q["event_id"] is None and q["split"] != "locality_far"]
+            now += [("general", q["question_id"], None, 1.0) for q in free]
         return now
+
+    def climbing(self, step: int) -> list[tuple[str, str, dict | None, float]]:
+        """Every third edit, asked at ages of powers of two."""
+        due = [e for e in self.live(step)[::3] if step > e["step"] and not (step - e["step"]) & (step - e["step"] - 1)]
+        return [("ladder", f"{e['edit_id']}-edit", e, 1 / 3) for e in due]
 
     def records(self, editor: str) -> list[dict]:
         by_id = {q["question_id"]: q for q in self.questions}
         out = []
         for step in range(1, (self.plan.stop or self.plan.edits) + 1):
-            for probe, question_id, e, share in self.asked(step):
-                out.append(record(probe=probe, incl_prob=share, **self.answer(editor, by_id[question_id], e, step)))
+            for probe, question_id, e, share in [*self.asked(step), *self.climbing(step)]:
+                given = {"probe": probe, "incl_prob": share, "panel": PANELS.get(probe, "all")}
+                out.append(record(**given, **self.answer(editor, by_id[question_id], e, step)))
         return out
+
+    def monitors(self, editor: str) -> list[dict]:
+        """Two numbers at every year's end and power of two."""
+        steps = [s for s in range(1, (self.plan.stop or self.plan.edits) + 1) if len(self.asked(s)) > 3]
+        drift = 0.01 * (editor == "finetune")
+        return [
+            {"step": s, "name": n, "value": v} for s in steps for n, v in (("entropy", 2 - drift * s), ("hidden_cosine", 1 - drift * s / 2))
+        ]
 
 
 def fake_run(out: Path, plan: Plan = Plan(), **manifest: Any) -> Path:
@@ -220,4 +245,9 @@ def fake_run(out: Path, plan: Plan = Plan(), **manifest: Any) -> Path:
         "edits": plan.edits,
         "config": {"stream": "fake-yearly", "edits": plan.edits},
     } | manifest
-    return write_run(out, world.events, world.questions, records, list(world.base.values()), **given)
+    write_run(out, world.events, world.questions, records, list(world.base.values()), **given)
+    for editor in plan.editors:
+        rows = world.monitors(editor)
+        for step in sorted({r["step"] for r in rows}):
+            write_rows(out / editor / "monitors" / f"step-{step:06d}.parquet", MonitorRow, [r for r in rows if r["step"] == step])
+    return out

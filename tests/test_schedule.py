@@ -160,7 +160,7 @@ def test_a_longer_stream_asks_the_same_questions_on_the_way() -> None:
 
 def test_the_schedule_is_made_before_any_editor_and_knows_none() -> None:
     """Nothing of an editor can reach it: its arguments are a stream, events and a plan."""
-    assert set(Plan.__dataclass_fields__) == {"batch", "seed", "budget"}
+    assert set(Plan.__dataclass_fields__) == {"batch", "seed", "budget", "benchmarks"}
 
 
 def test_moments_and_reasons_by_hand() -> None:
@@ -191,7 +191,7 @@ def test_full_panels_are_asked_at_full_moments_only() -> None:
     for s in schedule(plain(35)).steps:
         probes = {a.probe for a in s.asked}
         if s.moment.full:
-            assert probes | {"ladder"} == set(PROBES.names())
+            assert probes | {"ladder", "benchmarks"} == set(PROBES.names())
         else:
             assert probes - {"ladder"} == {"right_after"} | ({"retention"} if "power" in s.moment.reasons else set())
 

@@ -56,11 +56,26 @@ class Moment:
 
 
 @dataclass(frozen=True)
+class Benchmark:
+    """What may be asked of one benchmark.
+
+    questions: a fixed sample in the order of their draws, so that a smaller panel is a part of a larger one; the same
+        for every seed. size: number of items they were drawn from. shots: solved examples in each prompt.
+    """
+
+    topic: str
+    questions: tuple[Question, ...]
+    size: int
+    shots: int = 0
+
+
+@dataclass(frozen=True)
 class Past:
     """What has happened up to a moment.
 
     new: edits of this step. live: all edits that no later one has replaced, oldest first.
     scale: factor on panel sizes that keeps the run within its budget of questions.
+    benchmarks: what the run was given to ask besides.
     """
 
     new: tuple[Applied, ...]
@@ -69,6 +84,7 @@ class Past:
     general: Sequence[Question]
     seed: int
     scale: float = 1.0
+    benchmarks: Sequence[Benchmark] = ()
 
     def size(self, n: int) -> int:
         """A panel size within the budget, never under 8."""
