@@ -58,7 +58,8 @@ def paths(handle: ModelHandle, stream: Stream, make: Make, edits: int = 4, batch
     if most is None or most >= batch:
         many = events[: 2 * batch]
         together, batch_losses = _run(handle, stream, make(), [many[:batch], many[batch:]])
-    alone = make().traits.gated
+    traits = make().traits
+    alone = traits.gated and traits.undo  # what can be undone one by one was trained one by one
     return Paths(
         handle.name,
         make().name,

@@ -127,6 +127,7 @@ class Elder(Editor):
             "guided_loss": guided,
             "deferral_hits": float(inside),
             "code_distance": float(apart.float().mean()),
+            "entries": float(len(self.book)),
             "codes": float(self.book.distinct),
             "collisions": float(self.book.collisions),
         }

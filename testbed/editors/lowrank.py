@@ -22,7 +22,7 @@ from testbed.editors.base import BadEditor
 from testbed.encode import Ask, Batch, answer_ids, collate
 from testbed.families import UnknownLayout
 from testbed.models import ModelHandle
-from testbed.tail import enter, row_mean
+from testbed.tail import enter, row_mean, watch
 
 Add = Callable[[Tensor], Tensor]
 """What a site adds to its output: (B, T, f) activations to (B, T, d)."""
@@ -141,7 +141,7 @@ class Span:
     def loss(self, adds: Sequence[Add]) -> Tensor:
         """(B,) mean next-token cross-entropy (nats a token) of each row's answer, its end token included."""
         nll = torch.nn.functional.cross_entropy(self.logits(adds).float(), self.batch.answer_ids, reduction="none")
-        return row_mean(nll, self.at.nonzero()[:, 0], len(self.at))
+        return watch(row_mean(nll, self.at.nonzero()[:, 0], len(self.at)))
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,7 @@ class Wise(Editor):
         with torch.no_grad():
             notes["signal_irrelevant"] = float(self._signal(others, self.working.change).mean()) if others else 0.0
         self._shard(batch.step, self.made - len(batch.events))
-        return {**notes, "memories": float(len(self._live()))}
+        return {**notes, "entries": float(len(self._live()))}
 
     def _drawn(self, batch: EditBatch) -> Prompts | None:
         """As many irrelevant prompts as there are edits, drawn from the train pool."""
