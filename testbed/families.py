@@ -50,6 +50,9 @@ FAMILIES: dict[str, Family] = {
 DOWN_PROJECTIONS = ("mlp.down_proj", "fc2", "mlp.fc2", "mlp.c_proj", "mlp.fc_out", "mlp.dense_4h_to_h")
 """Where the second matrix of a decoder layer's MLP lies, tried in this order."""
 
+ATTENTIONS = ("self_attn", "attn", "attention")
+"""Where a decoder layer's attention lies, tried in this order."""
+
 FINAL_NORMS = ("norm", "final_layer_norm", "final_layernorm", "ln_f")
 """Names of the normalisation after the last decoder layer, beside the list of layers."""
 
@@ -95,6 +98,15 @@ def down_projection(layer: nn.Module) -> tuple[str, nn.Module]:
         except AttributeError:
             continue
     raise UnknownLayout(f"no down-projection in {type(layer).__name__}; it has {', '.join(n for n, _ in layer.named_modules() if n)}")
+
+
+def attention(layer: nn.Module) -> nn.Module:
+    """The attention of a decoder layer. Raises `UnknownLayout`."""
+    for path in ATTENTIONS:
+        found = getattr(layer, path, None)
+        if isinstance(found, nn.Module):
+            return found
+    raise UnknownLayout(f"no attention in {type(layer).__name__}; it has {', '.join(n for n, _ in layer.named_children())}")
 
 
 def final_norm(model: nn.Module, layers_path: str) -> nn.Module:

@@ -85,6 +85,10 @@ class ModelHandle:
         """The down-projection of a decoder layer: (.., f) -> (.., d)."""
         return families.down_projection(self.layers[self.layer_index(layer)])[1]
 
+    def attention(self, layer: int) -> nn.Module:
+        """The attention of a decoder layer: (.., d), or a tuple that begins with it."""
+        return families.attention(self.layers[self.layer_index(layer)])
+
     def down_weight(self, layer: int) -> str:
         """Name of that matrix among the model's parameters."""
         i = self.layer_index(layer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeRemainingColumn
@@ -40,9 +41,16 @@ class Bars:
         return new
 
 
+_SHOWN: ContextVar[Bars | None] = ContextVar("shown", default=None)
+
+
 @contextmanager
 def bars() -> Iterator[Bars]:
-    """Bars on standard error, gone when the work is done."""
+    """Bars on standard error, gone when the work is done; inside other bars, one more line among them."""
+    outer = _SHOWN.get()
+    if outer is not None:
+        yield outer
+        return
     console = Console(stderr=True)
     columns = (
         SpinnerColumn(),
@@ -54,4 +62,9 @@ def bars() -> Iterator[Bars]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        yield Bars(progress)
+        shown = Bars(progress)
+        token = _SHOWN.set(shown)
+        try:
+            yield shown
+        finally:
+            _SHOWN.reset(token)

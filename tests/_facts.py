@@ -13,7 +13,7 @@ from testbed.editors.base import Editor
 from testbed.events import EditEvent, Question
 from testbed.registry import EDITORS
 
-METHODS = ("rome", "memit", "memit-seq", "alphaedit", "emmet")
+METHODS = ("rome", "memit", "memit-seq", "alphaedit", "emmet", "pmet")
 SMALL = Hyper((0, 1), 1, steps=6, lr=0.5, clamp=2.0, kl=0.1, relative=True)
 TEXTS = tuple(f"the small lamp number {i} stands beside the river and the old bridge" for i in range(40))
 POOL = TrainPool((Question("general", "what colour is the lamp?", "red", topic="x"),), TEXTS)

@@ -12,7 +12,8 @@ from _models import KINDS, TEXT, Noise, build
 from torch import Tensor
 
 from streams.base import TrainPool
-from testbed.editors._locate_moments import corpus_of, second_moments
+from testbed.editors._locate_corpus import corpus_of
+from testbed.editors._locate_moments import second_moments
 from testbed.editors._locate_rows import ask_of, draw_contexts, lookup, subject_of
 from testbed.editors._locate_sweep import Sweep
 from testbed.editors._locate_targets import Adam, Forward, Task, heights, search

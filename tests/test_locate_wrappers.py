@@ -11,10 +11,11 @@ from _facts import FACTS, METHODS, POOL, SMALL, make, task
 
 from streams.base import TrainPool
 from testbed.config import RunConfig
+from testbed.editors._locate_corpus import corpus_of
 from testbed.editors._locate_hyper import TABLE, derived
-from testbed.editors._locate_moments import corpus_of
 from testbed.editors._locate_rows import prompt_rows
 from testbed.editors._locate_targets import search
+from testbed.editors.anchor import anchored, trimmed_mean
 from testbed.editors.base import BadEditor, EditFailed, Editor
 from testbed.editors.come import ComeConfig, unlearnt
 from testbed.editors.prune import restrained
@@ -139,9 +140,9 @@ def test_models_and_corpora_that_cannot_be_used_are_refused(tmp_path: Any) -> No
     empty = tmp_path / "empty.txt"
     empty.write_text("\n")
     with pytest.raises(BadEditor, match="no line of text"):
-        corpus_of(POOL, empty)
+        corpus_of(POOL, str(empty))
     with pytest.raises(BadEditor, match="cannot be read"):
-        corpus_of(POOL, tmp_path / "absent.txt")
+        corpus_of(POOL, str(tmp_path / "absent.txt"))
     with pytest.raises(BadEditor, match="excludes all"):
         make("alphaedit", threshold=1e-12).apply(EditBatch((FACTS[0],), 1))
 
@@ -211,3 +212,43 @@ def test_states_of_other_layers_are_refused() -> None:
     editor.apply(EditBatch((FACTS[0],), 1))
     with pytest.raises(BadEditor, match="changes layer 0"):
         make("memit", layers=(1,)).load_state_dict(editor.state_dict())
+
+
+def test_anchored_targets_have_the_length_of_the_anchor() -> None:
+    g = torch.Generator().manual_seed(0)
+    start, delta = torch.randn(5, 8, generator=g), torch.randn(5, 8, generator=g)
+    delta[4] *= 100
+    v = start + anchored(start, delta, 3.0)
+    torch.testing.assert_close(v[:4].norm(dim=1), torch.full((4,), 3.0))
+    torch.testing.assert_close(torch.nn.functional.normalize(v[:4]), torch.nn.functional.normalize((start + delta)[:4]))
+    assert torch.equal(v[4], start[4])
+    one = start[:1] + delta[:1]
+    torch.testing.assert_close(anchored(start[:1], delta[:1], float(one.norm())), delta[:1])
+    assert trimmed_mean(torch.tensor([1e9, *[2.0] * 98, -1e9])) == pytest.approx(2.0)
+
+
+def test_anchoring_changes_nothing_on_the_unedited_model_and_holds_the_length_after() -> None:
+    """One edit alone is its own anchor; later ones are scaled to it, and it goes on from a stored state."""
+    host, wrapped = make("alphaedit"), make("alphaedit+anchor", pilot=1)
+    for editor in (host, wrapped):
+        editor.apply(EditBatch((FACTS[0],), 1))
+    for n, w in host.edited_weights().items():
+        torch.testing.assert_close(wrapped.edited_weights()[n], w, rtol=1e-4, atol=1e-5)
+    lengths = wrapped.lengths  # type: ignore[attr-defined]
+    assert {n: len(x) for n, x in lengths.items()} == {host.changes.layers[-1]: 1}  # type: ignore[attr-defined]
+    resumed = make("alphaedit+anchor", pilot=1)
+    resumed.load_state_dict(wrapped.state_dict())
+    for editor in (host, wrapped, resumed):
+        editor.apply(EditBatch(tuple(FACTS[1:]), 2))
+    assert all(torch.equal(w, resumed.edited_weights()[n]) for n, w in wrapped.edited_weights().items())
+    assert any(not torch.equal(w, host.edited_weights()[n]) for n, w in wrapped.edited_weights().items())
+    assert torch.equal(wrapped.lengths[host.changes.layers[-1]], lengths[host.changes.layers[-1]])  # type: ignore[attr-defined]
+
+
+def test_the_pilot_is_sought_under_the_unedited_weights() -> None:
+    late, early = make("memit+anchor", pilot=2), make("memit+anchor", pilot=2)
+    late.apply(EditBatch((FACTS[0],), 1))
+    late.apply(EditBatch((FACTS[1],), 2))
+    early.apply(EditBatch((FACTS[1],), 1))
+    layer = late.changes.layers[-1]  # type: ignore[attr-defined]
+    torch.testing.assert_close(late.lengths[layer][1], early.lengths[layer][0], rtol=1e-4, atol=1e-4)  # type: ignore[attr-defined]

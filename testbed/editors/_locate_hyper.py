@@ -32,6 +32,8 @@ class Hyper:
     """clamp_norm_factor: longest delta, as a multiple of ||h_0||."""
     clamp_rome: float = 4.0
     """clamp_norm_factor of ROME, a multiple of the norm of the MLP's output."""
+    clamp_pmet: float = 0.75
+    """clamp_norm_factor of PMET, for each of its two changes."""
     kl: float = 0.0625
     """kl_factor: weight of the drift of "{subject} is a"."""
     stop: float = 0.05
@@ -57,7 +59,9 @@ class Hyper:
 
 
 TABLE: dict[tuple[str, int], Hyper] = {
-    ("gpt2", 48): Hyper((13, 14, 15, 16, 17), 17, steps=20, lam=20_000, lam_pmet=10_000, lam_emmet=100, l2_blue=80, lam_blue=20_000),
+    ("gpt2", 48): Hyper(
+        (13, 14, 15, 16, 17), 17, steps=20, clamp_pmet=2.0, lam=20_000, lam_pmet=10_000, lam_emmet=100, l2_blue=80, lam_blue=20_000
+    ),
     ("gptj", 28): Hyper((3, 4, 5, 6, 7, 8), 5, lam_emmet=0.1, l2_blue=95),
     ("llama", 32): Hyper((4, 5, 6, 7, 8), 5, lr=0.1, l2_blue=1),
     ("qwen2", 28): Hyper((4, 5, 6, 7, 8), 5, clamp=4.0, decay=1e-3, l2=1.0, l2_blue=1.0),

@@ -1,21 +1,23 @@
-"""Second moments of keys in general text: one pass for all layers, with a stopping rule, cached on the handle."""
+"""Second moments of keys in general text: one pass for all layers, with a stopping rule, kept by model, text and layer."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from streams.base import TrainPool
+from testbed.editors._locate_corpus import Corpus
 from testbed.editors.base import BadEditor
-from testbed.encode import Ask, Batch, answer_ids, collate, text_batch
-from testbed.events import content_id
+from testbed.encode import Batch, answer_ids, collate, text_batch
 from testbed.models import ModelHandle
+from testbed.progress import bars
+from testbed.store import replacing
 
 _ROWS = 32
 _TOKENS_PER_DIRECTION = 10
@@ -24,62 +26,60 @@ _SETTLED = 0.02
 """The pass ends when C moves by less than this share (Frobenius) between two doublings of the corpus."""
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """General text: questions with their answers as they are asked, and running text."""
-
-    asks: tuple[Ask, ...]
-    answers: tuple[str, ...]
-    texts: tuple[str, ...]
-
-    @property
-    def hash(self) -> str:
-        keys = [a.image.key if a.image is not None else None for a in self.asks]
-        return content_id("corpus", [a.prompt for a in self.asks], keys, self.answers, self.texts)
-
-
-def corpus_of(pool: TrainPool, file: Path | None) -> Corpus:
-    """The train pool, or the lines of a text file in its place. Raises `BadEditor` for one without text."""
-    if file is not None:
-        try:
-            texts = tuple(line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
-        except (OSError, UnicodeDecodeError) as e:
-            raise BadEditor(f"corpus {file} cannot be read as text: {e}") from e
-        if not texts:
-            raise BadEditor(f"corpus {file} holds no line of text")
-        return Corpus((), (), texts)
-    known = [q for q in pool.questions if q.answer]
-    corpus = Corpus(tuple(Ask(q.prompt, q.image) for q in known), tuple(q.answer or "" for q in known), pool.texts)
-    if not (corpus.asks or corpus.texts):
-        raise BadEditor("second moments need general text, and the stream has no train pool: --set EDITOR.corpus=FILE names a text file")
-    return corpus
-
-
-def second_moments(handle: ModelHandle, corpus: Corpus, layers: Sequence[int]) -> dict[int, Tensor]:
+def second_moments(handle: ModelHandle, corpus: Corpus, layers: Sequence[int], folder: Path | None = None) -> dict[int, Tensor]:
     """`C = E[k k^T]` (f, f) float64 of each layer over the corpus's positions that hold text, under the base weights.
 
-    Kept on the handle by (model, corpus, layer), so statistics of another model cannot be taken for this one's.
+    Kept on the handle, and with a folder on disk, by (model, corpus, layer): statistics of another model or text
+    cannot be taken for these.
     """
     kept: dict[tuple[str, str, int], Tensor] = handle.cache.setdefault("second moments", {})
     name = (handle.hash, corpus.hash)
+    if folder is not None:
+        stored = {n: _stored(_file(folder, *name, n), handle) for n in layers if (*name, n) not in kept}
+        kept.update({(*name, n): c for n, c in stored.items() if c is not None})
     missing = [n for n in layers if (*name, n) not in kept]
-    if missing:
-        kept.update({(*name, n): c for n, c in _collect(handle, corpus, missing).items()})
+    for n, c in (_collect(handle, corpus, missing) if missing else {}).items():
+        kept[(*name, n)] = c
+        if folder is not None:
+            with replacing(_file(folder, *name, n)) as temporary:
+                save_file({"c": c.cpu()}, temporary)
     return {n: kept[(*name, n)] for n in layers}
+
+
+def _file(folder: Path, model: str, corpus: str, layer: int) -> Path:
+    return folder / f"moments-{model}-{corpus}-{layer}.safetensors"
+
+
+def _stored(path: Path, handle: ModelHandle) -> Tensor | None:
+    """None where there is no file. Raises `BadEditor` for one that cannot be read."""
+    if not path.is_file():
+        return None
+    try:
+        return load_file(path)["c"].to(handle.device)
+    except (SafetensorError, OSError, KeyError) as e:
+        raise BadEditor(f"second moments {path} cannot be read ({e}): remove the file, and they are computed anew") from e
 
 
 @torch.no_grad()
 def _collect(handle: ModelHandle, corpus: Corpus, layers: list[int]) -> dict[int, Tensor]:
     sums: dict[int, Tensor] = {}
-    count, mark = 0, _Mark()
-    for batch in _batches(handle, corpus):
-        keep = (batch.prompt & ~batch.picture) | batch.answer
-        for layer, keys in _keys(handle, batch, keep, layers).items():
-            sums[layer] = sums[layer] + keys.T @ keys if layer in sums else keys.T @ keys
-        count += int(keep.sum())
-        if mark.settled(sums, count):
-            break
+    count, mark, total = 0, _Mark(), _number(corpus)
+    with bars() as progress:
+        for done, batch in enumerate(_batches(handle, corpus), 1):
+            keep = (batch.prompt & ~batch.picture) | batch.answer
+            for layer, keys in _keys(handle, batch, keep, layers).items():
+                sums[layer] = sums[layer] + keys.T @ keys if layer in sums else keys.T @ keys
+            count += int(keep.sum())
+            progress.advance("second moments", done, total)
+            if mark.settled(sums, count):
+                progress.advance("second moments", total, total)
+                break
     return {n: s / count for n, s in sums.items()}
+
+
+def _number(corpus: Corpus) -> int:
+    """Batches of the whole corpus."""
+    return -(-len(corpus.asks) // _ROWS) + -(-len(corpus.texts) // _ROWS)
 
 
 def _keys(handle: ModelHandle, batch: Batch, keep: Tensor, layers: list[int]) -> dict[int, Tensor]:

@@ -28,6 +28,8 @@ class Changes:
     def __init__(self, handle: ModelHandle, layers: Sequence[int]) -> None:
         self.handle, self.layers = handle, tuple(layers)
         self.names = {n: handle.down_weight(n) for n in self.layers}
+        # read once: while edited weights are laid over the model, it would give these
+        self.bases = {name: handle.parameter(name).data for name in self.names.values()}
         self._clear()
 
     def _clear(self) -> None:
@@ -40,7 +42,7 @@ class Changes:
 
     def base(self, layer: int) -> Tensor:
         """(d, f) unedited weight in at least float32."""
-        w = self.handle.parameter(self.names[layer]).detach()
+        w = self.bases[self.names[layer]]
         w = w if w.dtype == torch.float64 else w.float()
         return w if isinstance(self.handle.down(layer), nn.Linear) else w.T
 

@@ -41,6 +41,14 @@ class Stream:
         """(B, d) float32 output of the last layer at the lookup positions, under the weights as they are."""
         return self._at(self.above.through(self.hidden, self.next, self.last + 1)).float()
 
+    def ahead_mlp(self) -> Tensor:
+        """(B, d) float32 output of the last layer's MLP at the lookup positions, under the weights as they are."""
+        down, kept = self.handle.down(self.last), [self.act]
+        if self.next <= self.last:
+            with self.handle.hooked(down, lambda m, args: kept.append(args[0]), pre=True):
+                self.ahead()
+        return self._at(down(kept[-1]).reshape(*self.hidden.shape[:2], -1)).float()
+
     def add(self, project: Callable[[Tensor], Tensor]) -> None:
         """Let a change of the layer just read take effect: `project` is the down-projection's change (.., f) -> (.., d)."""
         self.hidden = self.hidden + project(self.act).to(self.hidden.dtype)
@@ -78,6 +86,10 @@ class Sweep:
     def ahead(self) -> Tensor:
         """(n, d) float32 output of the last layer on the bare prompts."""
         return self.bare.ahead()
+
+    def ahead_mlp(self) -> Tensor:
+        """(n, d) float32 output of the last layer's MLP on the bare prompts."""
+        return self.bare.ahead_mlp()
 
     def add(self, project: Callable[[Tensor], Any]) -> None:
         for stream in (self.bare, self.others):

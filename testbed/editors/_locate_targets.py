@@ -10,9 +10,9 @@ head runs at answer positions only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -70,10 +70,13 @@ class Found:
 
 
 class Forward:
-    """The loss of a delta for each edit, with all that it cannot change run once."""
+    """The loss of a delta for each edit, with all that it cannot change run once.
+
+    A method that looks for several changes at once puts them side by side: delta is then (n, parts d).
+    """
 
     def __init__(self, task: Task) -> None:
-        self.n = len(task.events)
+        self.n, self.layer = len(task.events), task.layer
         self.rows = answer_rows(task.handle, task.events, task.contexts, task.end)
         self.essence = subject_rows(task.handle, task.events)
         self.answers = self._enter(task, self.rows, None)
@@ -85,11 +88,30 @@ class Forward:
 
     def losses(self, delta: Tensor, kl: float) -> Tensor:
         """(n,) negative log-likelihood of the answers, mean over tokens then contexts, plus kl times the drift of the essence."""
-        at = self.rows.batch.before_answer
-        logits = self.answers.logits(delta[self.rows.edit], int(self.rows.at[0]), at)
-        nll = torch.nn.functional.cross_entropy(logits.float(), self.rows.batch.answer_ids, reduction="none")
-        loss = row_mean(row_mean(nll, at.nonzero()[:, 0], len(self.rows.edit)), self.rows.edit, self.n)
+        loss = self._over_edits(torch.nn.functional.cross_entropy(self._answer_logits(delta), self._answer_ids, reduction="none"))
         return loss + kl * self._drift(delta) if kl and self.essence is not None else loss
+
+    def done(self, loss: Tensor, stop: float) -> Tensor:
+        """(n,) bool: the edits whose target is found, by the loss with its decay."""
+        return loss < stop
+
+    @property
+    def _answer_ids(self) -> Tensor:
+        return self.rows.batch.answer_ids
+
+    def _answer_logits(self, delta: Tensor) -> Tensor:
+        """(m, V) float32 logits at all answer positions of all rows."""
+        at = self.rows.batch.before_answer
+        return self._logits(self.answers, delta[self.rows.edit], int(self.rows.at[0]), at).float()
+
+    def _over_edits(self, values: Tensor) -> Tensor:
+        """(n,) mean over a row's answer tokens, then over an edit's rows."""
+        row = self.rows.batch.before_answer.nonzero()[:, 0]
+        return row_mean(row_mean(values, row, len(self.rows.edit)), self.rows.edit, self.n)
+
+    def _logits(self, rows: Behind, delta: Tensor, column: int, at: Tensor) -> Tensor:
+        """(m, V) logits at `at` with each row's delta in place."""
+        return rows.logits(delta, column, at)
 
     def _drift(self, delta: Tensor) -> Tensor:
         """(n,) KL(p_delta || p_0) of the next token after the subject; 0 for edits whose prompt names none."""
@@ -98,7 +120,7 @@ class Forward:
         column = int(self.essence.at[0])
         at = torch.zeros_like(self.essence.batch.prompt)
         at[:, column] = True
-        logp = self.plain.logits(delta[self.essence.edit], column, at).float().log_softmax(-1)
+        logp = self._logits(self.plain, delta[self.essence.edit], column, at).float().log_softmax(-1)
         if self.before is None:
             self.before = logp.detach()
         drift = (logp.exp() * (logp - self.before)).sum(-1)
@@ -124,21 +146,22 @@ class Adam:
         self.m, self.v = self.m[rows], self.v[rows]
 
 
-def search(task: Task, h: Search, scale: Tensor) -> Found:
+def search(task: Task, h: Search, scale: Tensor, forward_of: type[Forward] = Forward) -> Found:
     """Optimise one delta an edit until its loss is under `h.stop` or `h.steps - 1` steps are taken (the last only reads).
 
-    scale: (n,) norm of what the delta is added to: the clamp's and the decay's unit.
+    scale: (n,), or (n, parts), norm of what each part of the delta is added to: the clamp's and the decay's unit.
     Raises `EditFailed` when a loss is not finite.
     """
-    n, device = len(task.events), scale.device
-    found = Found(torch.zeros(n, task.handle.width, device=device), torch.zeros(n, device=device), torch.zeros(n, device=device))
+    n, device, scale = len(task.events), scale.device, scale.reshape(len(scale), -1)
+    zero = torch.zeros(n, scale.shape[1] * task.handle.width, device=device)
+    found = Found(zero, torch.zeros(n, device=device), torch.zeros(n, device=device))
     live = torch.arange(n, device=device)
-    forward, adam, delta = Forward(task), Adam(found.delta, h.lr), found.delta.clone()
+    forward, adam, delta = forward_of(task), Adam(found.delta, h.lr), found.delta.clone()
     for step in range(h.steps):
         loss, grad = _value(forward, delta, h, scale[live])
         _finite(loss + grad.sum(1), [task.events[i] for i in live.tolist()], h.lr)
         found.loss[live], found.delta[live] = loss, delta
-        going = loss >= h.stop
+        going = ~forward.done(loss, h.stop)
         if step == h.steps - 1 or not going.any():
             break
         found.steps[live[going]] += 1
@@ -147,15 +170,20 @@ def search(task: Task, h: Search, scale: Tensor) -> Found:
             rows = going.nonzero()[:, 0]
             live, delta, before = live[rows], delta[rows], forward.before
             adam.keep(rows)
-            forward = _smaller(Forward(task.part(live.tolist())), before, rows, forward)
+            forward = _smaller(forward_of(task.part(live.tolist())), before, rows, forward)
     return found
 
 
+def _parts(delta: Tensor, scale: Tensor) -> Tensor:
+    """(n, parts, d) from (n, parts d)."""
+    return delta.reshape(*scale.shape, -1)
+
+
 def _value(forward: Forward, delta: Tensor, h: Search, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """(n,) losses and (n, d) gradient."""
+    """(n,) losses and (n, parts d) gradient."""
     with torch.enable_grad():
         own = delta.detach().requires_grad_(True)
-        loss = forward.losses(own, h.kl) + h.decay * own.norm(dim=1) / scale.square()
+        loss = forward.losses(own, h.kl) + h.decay * (_parts(own, scale).norm(dim=2) / scale.square()).sum(1)
         (grad,) = torch.autograd.grad(loss.sum(), own)
     return loss.detach(), grad
 
@@ -168,9 +196,9 @@ def _smaller(new: Forward, before: Tensor | None, rows: Tensor, old: Forward) ->
 
 
 def _clamped(delta: Tensor, limit: Tensor) -> Tensor:
-    """Rows no longer than their limit."""
-    norm = delta.norm(dim=1)
-    return delta * (limit / norm.clamp(min=1e-30)).clamp(max=1)[:, None]
+    """Parts no longer than their limit (n, parts)."""
+    parts = _parts(delta, limit)
+    return (parts * (limit / parts.norm(dim=2).clamp(min=1e-30)).clamp(max=1)[:, :, None]).reshape(delta.shape)
 
 
 def _finite(loss: Tensor, events: list[EditEvent], lr: float) -> None:
@@ -185,3 +213,23 @@ def heights(handle: ModelHandle, events: Sequence[EditEvent], layer: int) -> Ten
     rows = prompt_rows(handle, events, [""])
     above = enter(handle, rows.batch, layer + 1, layer + 1)
     return above.hidden[torch.arange(len(events), device=above.hidden.device), rows.at].float()
+
+
+@torch.no_grad()
+def parts_of(handle: ModelHandle, events: Sequence[EditEvent], layer: int) -> tuple[Tensor, Tensor]:
+    """(n, d) float32 outputs of the layer's attention and of its MLP where each bare prompt's subject ends."""
+    rows = prompt_rows(handle, events, [""])
+    above = enter(handle, rows.batch, layer, layer)
+    kept: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(module: Any, args: Any, output: Any) -> None:
+            kept[name] = (output[0] if isinstance(output, tuple) else output).reshape(*rows.batch.prompt.shape, -1).clone()
+
+        return hook
+
+    with handle.hooked(handle.attention(layer), keep("attention")), handle.hooked(handle.down(layer), keep("mlp")):
+        above.layer(layer, above.hidden)
+    each = torch.arange(len(events), device=rows.at.device)
+    attention, mlp = (kept[name][each, rows.at].float() for name in ("attention", "mlp"))
+    return attention, mlp

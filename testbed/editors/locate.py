@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from streams.base import TrainPool
+from testbed.editors._locate_corpus import corpus_of
 from testbed.editors._locate_hyper import Hyper, hyper_of, overlaid
-from testbed.editors._locate_moments import corpus_of, second_moments
+from testbed.editors._locate_moments import second_moments
 from testbed.editors._locate_rows import ask_of, draw_contexts, subject_of
 from testbed.editors._locate_solver import Prior, Ridge, Solution
 from testbed.editors._locate_state import Changes
@@ -63,8 +64,10 @@ class LocateConfig(EditorConfig):
     """Length of each, in tokens."""
     end: bool = True
     """The end token is part of the target, so that a free generation stops after the answer."""
-    corpus: Path | None = None
-    """Text file for second moments, one text a line; by default the stream's train pool."""
+    corpus: str | None = None
+    """General text for second moments: a file, one text a line, or hub:DATASET[:CONFIG[:SPLIT[:FIELD]]]; else the train pool."""
+    moments: Path | None = None
+    """Folder where second moments are kept from one run to the next."""
 
     def problems(self) -> list[str]:
         least = {"steps": 1, "lr": 0, "decay": 0, "clamp": 0, "kl": 0, "stop": 0, "contexts": 0, "context_tokens": 1}
@@ -130,6 +133,10 @@ class LocateEditor(Editor):
         """The target of each edit, as a change of the layer's output."""
         return search(task, self.hyper, unit)
 
+    def _start(self, task: Task, heights: Tensor) -> Tensor:
+        """(n, d) what the change of a target is added to."""
+        return heights
+
     def _residual(self, sweep: Sweep, target: Tensor, keys: Tensor) -> Tensor:
         """(n, d) what is left to write at the stage's last layer."""
         return target - sweep.ahead()
@@ -165,7 +172,8 @@ class LocateEditor(Editor):
             return
         for layer in self.changes.layers:
             capture(self.handle, [ask_of(event)], [event.target], layer)
-        self.moments = second_moments(self.handle, corpus_of(self.pool, self.config.corpus), self.changes.layers)
+        corpus = corpus_of(self.pool, self.config.corpus)
+        self.moments = second_moments(self.handle, corpus, self.changes.layers, self.config.moments)
         self.priors = {n: self._prior(n, c) for n, c in self.moments.items()}
 
     def _run_stage(self, layers: tuple[int, ...], events: Sequence[EditEvent], step: int, log: Log) -> None:
@@ -173,10 +181,10 @@ class LocateEditor(Editor):
         with log.timed("targets"):
             before = heights(self.handle, events, layers[-1])
             found = self._search(task, self._unit(task, before))
+            target = self._start(task, before) + found.delta
             log.targets(found)
         with log.timed("keys"):
             sweep = Sweep(self.handle, events, self.contexts, layers, self.bare_share)
-        target = before + found.delta
         for i, layer in enumerate(layers):
             with log.timed("keys"), torch.no_grad():
                 keys = sweep.read(layer)

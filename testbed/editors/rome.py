@@ -10,17 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from testbed.editors._locate_hyper import Hyper
-from testbed.editors._locate_rows import prompt_rows
 from testbed.editors._locate_solver import Moment, Prior, Solution
-from testbed.editors._locate_sweep import Stream, Sweep
-from testbed.editors._locate_targets import Task
+from testbed.editors._locate_sweep import Sweep
+from testbed.editors._locate_targets import Task, parts_of
 from testbed.editors.locate import LocateConfig, LocateEditor
 from testbed.events import EditEvent
-from testbed.models import project
 from testbed.registry import EDITORS
 
 
@@ -66,15 +63,9 @@ class Rome(LocateEditor):
     def _prior(self, layer: int, moment: Tensor) -> Prior:
         return Moment(moment, 1.0, self.config.eta)
 
-    @torch.no_grad()
     def _unit(self, task: Task, heights: Tensor) -> Tensor:
         """The norm of the MLP's own output: the target is a change of it."""
-        key = Stream(task.handle, prompt_rows(task.handle, task.events, [""]), task.layer, task.layer).read(task.layer)
-        return project(task.handle.down(task.layer), key.float(), self._parameter(task.layer)).norm(dim=1)
-
-    def _parameter(self, layer: int) -> Tensor:
-        name = self.changes.names[layer]
-        return self.changes.parameters().get(name, self.handle.parameter(name).detach()).float()
+        return parts_of(task.handle, task.events, task.layer)[1].norm(dim=1)
 
     def _residual(self, sweep: Sweep, target: Tensor, keys: Tensor) -> Tensor:
         """v* - W k for the key that is solved for."""
