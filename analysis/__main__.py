@@ -11,7 +11,8 @@ from rich.console import Console
 
 from analysis.bootstrap import REPLICATES
 from analysis.load import BadRun
-from analysis.report import COMPARISON, FORMATS, TABLES, write_all
+from analysis.plots import FORMATS
+from analysis.report import COMPARISON, TABLES, write_all
 from analysis.tables import terminal_table
 
 
@@ -20,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser().parse_args(argv)
     to = given.out or (given.runs[0] if len(given.runs) == 1 else given.runs[0] / COMPARISON)
     try:
-        summary = write_all(given.runs, _list(given.format), _list(given.tables), to, given.seed, given.replicates)
+        summary = write_all(given.runs, _list(given.format), _list(given.tables), to, given.seed, given.replicates, given.columns)
     except BadRun as error:
         print(error, file=sys.stderr)
         return 2
@@ -37,9 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m analysis", description=__doc__)
-    p.add_argument("runs", nargs="+", type=Path, metavar="OUT", help="run folder; several must share their schedule")
+    p.add_argument(
+        "runs", nargs="+", type=Path, metavar="OUT", help="run folder; several must share their schedule, or differ in their seed alone"
+    )
     p.add_argument("--format", default="png,pdf", help=f"figure formats, of {', '.join(FORMATS)} (default: png,pdf)")
     p.add_argument("--tables", default="csv,latex", help=f"kinds of tables, of {', '.join(TABLES)} (default: both)")
+    p.add_argument("--columns", type=int, choices=(1, 2), default=2, help="width of figures, in columns of a journal's page (default: 2)")
     p.add_argument("--out", type=Path, help=f"where to write (default: the run itself, or OUT/{COMPARISON} for several)")
     p.add_argument("--seed", type=int, default=0, help="seed of the bootstrap (default: 0)")
     p.add_argument("--replicates", type=int, default=REPLICATES, help=f"bootstrap replicates (default: {REPLICATES})")

@@ -6,11 +6,17 @@ import numpy as np
 import pandas as pd
 
 from analysis.bootstrap import Draws, Resampler
+from analysis.catalogue import SUFFIXES
 from analysis.load import READINGS, EditorRun, Run
 from analysis.records import AFTER, PANEL
 
 LEAST_IN_BIN = 5
 """Fewer edits than this in an age bin say nothing about a half-life."""
+SHARE, SIGNED = (0.0, 1.0), (-1.0, 1.0)
+"""Ranges of a share and of a difference of shares."""
+
+Metrics = dict[str, Draws]
+"""Metrics of summary.json that are functions of answers, with their replicates."""
 
 
 def asked(rows: pd.DataFrame, split: str) -> pd.DataFrame:
@@ -94,3 +100,16 @@ def unedited(editor: EditorRun, rows: pd.DataFrame) -> np.ndarray:
 def _keys(rows: pd.DataFrame) -> np.ndarray:
     """Step, question and role in one integer."""
     return (rows["step"].to_numpy(np.int64) << 35) + (rows["question"].to_numpy(np.int64) << 3) + rows["role"].to_numpy()
+
+
+def means(name: str, rows: pd.DataFrame, scores: np.ndarray, resampler: Resampler, bounds: tuple[float, float] = SHARE) -> Metrics:
+    """Hajek means of the columns of `scores` (one a reading, nan: not measured) under the name with the readings' suffixes."""
+    if rows.empty:
+        return {}
+    draws = resampler.means(rows["cluster"].to_numpy(), rows["weight"].to_numpy(), scores)
+    return {name + s: Draws(d.values, d.n, d.clusters, bounds) for s, d in zip(SUFFIXES, draws) if d is not None}
+
+
+def plain_means(name: str, rows: pd.DataFrame, resampler: Resampler) -> Metrics:
+    """Mean score of the rows, for the three readings."""
+    return means(name, rows, rows[list(READINGS)].to_numpy(), resampler)

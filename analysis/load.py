@@ -7,7 +7,7 @@ Texts stay on disk until a report asks for them: questions and edits are row num
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import pyarrow.compute
 import pyarrow.parquet as pq
 
 from analysis.records import READINGS, RIGHT_AFTER, BadRun, edits_at, read_base, read_records, read_table, rows_of
-from testbed.schema import SCHEMA_VERSION, folder_name
+from testbed.schema import READABLE_VERSIONS, folder_name
 
 pc: Any = pyarrow.compute
 """Its functions are made at import, so no type checker knows them."""
@@ -42,6 +42,9 @@ class EditorRun:
     records: pd.DataFrame
     reports: pd.DataFrame
     base: pd.DataFrame
+
+    def with_records(self, records: pd.DataFrame) -> EditorRun:
+        return replace(self, records=records)
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,11 @@ def load_runs(paths: Sequence[str | Path]) -> Run:
     """Several runs of one schedule as one, editors side by side; a name used twice gets its folder's name."""
     if not paths:
         raise BadRun("no run folder given; name at least one")
-    runs = [load_run(p) for p in paths]
+    return side_by_side([load_run(p) for p in paths])
+
+
+def side_by_side(runs: Sequence[Run]) -> Run:
+    """Loaded runs of one schedule as one; raises `BadRun` with the difference where schedules differ."""
     first = runs[0]
     for other in runs[1:]:
         _require_same_schedule(first, other)
@@ -102,7 +109,7 @@ def load_runs(paths: Sequence[str | Path]) -> Run:
             label = name if names.count(name) == 1 else f"{name} ({run.folders[0].name})"
             editors[label] = replace(editor, name=label)
     notes = list(dict.fromkeys(n for r in runs for n in r.notes))
-    return replace(first, folders=tuple(Path(p) for p in paths), editors=editors, notes=notes)
+    return replace(first, folders=tuple(f for r in runs for f in r.folders), editors=editors, notes=notes)
 
 
 def texts(editor: EditorRun, question_ids: Iterable[str], steps: Iterable[int]) -> pd.DataFrame:
@@ -122,8 +129,9 @@ def _manifest(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise BadRun(f"{path} is not JSON ({error}); the run was stopped while it was written, start it again") from error
     found = manifest.get("schema_version")
-    if found != SCHEMA_VERSION:
-        raise BadRun(f"{path}: written with schema version {found}, this analysis reads {SCHEMA_VERSION}; use the release that wrote it")
+    if found not in READABLE_VERSIONS:
+        known = ", ".join(map(str, READABLE_VERSIONS))
+        raise BadRun(f"{path}: written with schema version {found}, this analysis reads {known}; use the release that wrote it")
     return manifest
 
 
@@ -162,7 +170,8 @@ def _reports(folder: Path) -> pd.DataFrame:
         except ValueError as error:
             if number < len(lines):
                 raise BadRun(f"{path}, line {number}: not JSON ({error})") from error
-    frame = pd.DataFrame(rows, columns=["step", "event_ids", "seconds", "peak_bytes", "state_bytes", "delta_norm", "failed", "skipped"])
+    names = ["step", "event_ids", "seconds", "peak_bytes", "state_bytes", "delta_norm", "failed", "skipped", "notes"]
+    frame = pd.DataFrame(rows, columns=names)
     return frame.drop_duplicates("step", keep="last")
 
 
@@ -194,10 +203,15 @@ def _require_same_schedule(a: Run, b: Run) -> None:
     hashes = [r.manifest.get("schedule_hash") for r in (a, b)]
     if hashes[0] == hashes[1] and a.events["edit_id"].equals(b.events["edit_id"]):
         return
-    ours, theirs = a.manifest, b.manifest
+    raise BadRun(
+        f"{a.folders[0]} and {b.folders[0]} follow different schedules and cannot be compared ({differing(a.manifest, b.manifest)})"
+    )
+
+
+def differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+    """The fields of two manifests that differ, with both values."""
     keys = [k for k in sorted({*ours, *theirs}) if k not in ("run", "notes", "editors") and ours.get(k) != theirs.get(k)]
-    differences = "; ".join(f"{k}: {_short(ours.get(k))} / {_short(theirs.get(k))}" for k in keys)
-    raise BadRun(f"{a.folders[0]} and {b.folders[0]} follow different schedules and cannot be compared ({differences})")
+    return "; ".join(f"{k}: {_short(ours.get(k))} / {_short(theirs.get(k))}" for k in keys)
 
 
 def _short(value: Any) -> str:

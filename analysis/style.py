@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
+import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
@@ -18,14 +18,17 @@ from matplotlib.ticker import FuncFormatter, PercentFormatter
 
 ONE_COLUMN, TWO_COLUMNS = 3.5, 7.2
 """Widths in inches of a journal's column and page."""
+WIDTHS = {1: ONE_COLUMN, 2: TWO_COLUMNS}
 DPI = 300
 TIME_LABELS = {"dated": "year", "scheduled": "years (scheduled)", "simulated": "years (simulated)"}
 _COLOURS = ("#0173b2", "#d55e00", "#029e73", "#cc78bc", "#56595c", "#ca9161", "#56b4e9", "#de8f05")
 """Seaborn's colour-blind palette in an order whose neighbours differ in lightness, its yellow left out."""
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p")
 _DASHES = ((), (4, 1.5), (1.2, 1.2), (5, 1.5, 1.2, 1.5), (7, 2), (3, 1, 1, 1, 1, 1), (2, 2), (6, 1, 1, 1))
-_GAP = 0.055
-"""Line ends nearer than this share of the axis would collide with their names."""
+MOST_NAMES = 9
+"""More lines than this are told apart by a legend."""
+_LINE = 9.5
+"""Points from one name at a line's end to the next."""
 
 
 @dataclass(frozen=True)
@@ -92,16 +95,42 @@ def shares(ax: Axes, label: str = "") -> None:
     ax.set_ylabel(label)
 
 
-def name_lines(figure: Figure, ax: Axes, frame: pd.DataFrame, of: Looks) -> None:
-    """Names at the line ends of one panel where they fit, else one legend above the figure."""
-    ends = frame.sort_values("x").groupby("editor", sort=False).tail(1)
-    if _fits(ax, list(ends["value"])):
-        for end in ends.itertuples():
-            ax.annotate(
-                str(end.editor), (end.x, end.value), (6, 0), textcoords="offset points", va="center", color=of[str(end.editor)].colour
-            )
-    else:
-        legend(figure, of)
+def name_lines(figure: Figure, axes: Sequence[Axes], frames: Sequence[pd.DataFrame], of: Looks) -> None:
+    """Names at the line ends of the given panels, moved apart where they would touch; a legend for many lines."""
+    if len(of) > MOST_NAMES:
+        return legend(figure, of)
+    for ax, frame in zip(axes, frames):
+        ends = frame.dropna(subset="value").sort_values("x").groupby("editor", sort=False).tail(1)
+        places = ax.transAxes.inverted().transform(ax.transData.transform(ends[["x", "value"]].to_numpy(float)))[:, 1]
+        room = _LINE / (ax.get_position().height * figure.get_figheight() * 72)
+        for end, height in zip(ends.itertuples(), spread(places, room)):
+            _name(ax, str(end.editor), (float(str(end.x)), float(str(end.value))), height, of)
+
+
+def spread(places: np.ndarray, room: float) -> np.ndarray:
+    """The places nearest to the given ones, in their order, that are `room` apart and, if they fit, within [0, 1].
+
+    Least squares under an order: pool adjacent violators of places less their rank's share of room.
+    """
+    order = np.argsort(places, kind="stable")
+    rank = np.arange(len(places)) * room
+    blocks: list[list[float]] = []
+    for wish in np.clip(places[order], 0, 1) - rank:
+        blocks.append([float(wish)])
+        while len(blocks) > 1 and np.mean(blocks[-2]) >= np.mean(blocks[-1]):
+            last = blocks.pop()
+            blocks[-1] += last
+    found = np.concatenate([np.full(len(b), np.mean(b)) for b in blocks]) + rank if blocks else rank
+    found = found - max(0.0, float(found[-1]) - 1) if len(found) else found
+    out = np.empty(len(places))
+    out[order] = found + max(0.0, -float(found[0])) if len(found) else found
+    return out
+
+
+def _name(ax: Axes, name: str, end: tuple[float, float], height: float, of: Looks) -> None:
+    line = {"arrowstyle": "-", "color": of[name].colour, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3}
+    where: dict[str, Any] = {"xytext": (1.05, height), "textcoords": "axes fraction", "va": "center", "annotation_clip": False}
+    ax.annotate(name, end, color=of[name].colour, fontsize=7.5, arrowprops=line, **where)
 
 
 def legend(figure: Figure, of: Looks) -> None:
@@ -126,8 +155,3 @@ def _handle(name: str, look: Look) -> Line2D:
     if look.dash:
         line.set_dashes(look.dash)
     return line
-
-
-def _fits(ax: Axes, values: list[float]) -> bool:
-    places = sorted(ax.transAxes.inverted().transform(ax.transData.transform([(1, v) for v in values]))[:, 1])
-    return len(places) <= 8 and all(b - a >= _GAP for a, b in itertools.pairwise(places))

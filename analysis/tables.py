@@ -10,6 +10,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 from rich.text import Text
 
+from analysis.as_published import as_published
 from analysis.catalogue import METRICS, READING_TITLES, SUFFIXES, header, show, show_briefly, split_name
 
 Summary = dict[str, Any]
@@ -142,7 +143,7 @@ def files(summary: Summary, kinds: tuple[str, ...]) -> dict[str, str]:
     """File name to content, for the kinds asked for ("csv", "latex")."""
     out = {}
     if "csv" in kinds:
-        out |= {"metrics.csv": metrics_csv(summary), "pairs.csv": pairs_csv(summary)}
+        out |= {"metrics.csv": metrics_csv(summary), "pairs.csv": pairs_csv(summary)} | as_published(summary)
     if "latex" in kinds:
         readings = [s for s in SUFFIXES if any(n.endswith(s) for n in main_columns(summary, s))]
         out |= {f"main{s or '_tokens'}.tex": latex(summary, s) for s in readings}

@@ -140,7 +140,7 @@ def bad_report(out: Path) -> None:
     [
         (no_manifest, "is not a run folder"),
         (broken_manifest, "is not JSON"),
-        (other_version, "schema version 99, this analysis reads 1"),
+        (other_version, "schema version 99, this analysis reads "),
         (no_records, "no editor has records yet"),
         (lacking_column, "lacks the columns incl_prob"),
         (half_a_file, "cannot be read"),
