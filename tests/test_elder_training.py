@@ -35,7 +35,7 @@ def test_codes_are_unique_while_they_can_be_and_distances_are_even(sites: int, e
         code, new = book.draw(g)
         assert (code.sum(1) == shape.active).all()
         assert new == (i < shape.capacity)
-        book.add([str(i)], code[None], int(not new))
+        book = book.plus([str(i)], code[None], int(not new))
     assert book.distinct == min(n, shape.capacity)
     assert book.collisions == n - book.distinct
     bits = np.unpackbits(book.packed.numpy(), axis=1, count=shape.bits)

@@ -51,20 +51,20 @@ def experts_for(sites: int, active: int, edits: int, at_least: int) -> int:
 
 
 class Codes:
-    """Stored codes in the order of their edits. All changes make new tensors; old ones stay as they were.
+    """Stored codes in the order of their edits; never changed, `plus` makes another.
 
     packed: (M, bytes) uint8. ids: the edit of each row. collisions: edits that had to share a code with another fact.
     """
 
-    def __init__(self, shape: Shape, device: torch.device) -> None:
-        self.shape, self.device = shape, device
-        self.load(torch.zeros(0, shape.bytes, dtype=torch.uint8), [], 0)
-
-    def load(self, packed: Tensor, ids: Sequence[str], collisions: int) -> None:
-        self.packed, self.ids, self.collisions = packed, list(ids), collisions
+    def __init__(
+        self, shape: Shape, device: torch.device, packed: Tensor | None = None, ids: Sequence[str] = (), collisions: int = 0
+    ) -> None:
+        self.shape, self.device, self.ids, self.collisions = shape, device, list(ids), collisions
+        self.packed = torch.zeros(0, shape.bytes, dtype=torch.uint8) if packed is None else packed
         self._row = {i: n for n, i in enumerate(self.ids)}
-        self._used = {bytes(row) for row in packed.numpy()}
-        self._dense = self._unpacked(packed)
+        self._used = {bytes(row) for row in self.packed.numpy()}
+        bits = np.unpackbits(self.packed.numpy(), axis=1, count=shape.bits)
+        self._dense = torch.from_numpy(bits).float().to(device)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -103,9 +103,10 @@ class Codes:
                 return code
         raise RuntimeError("fewer codes in use than there are, and none is free")
 
-    def add(self, ids: Sequence[str], codes: Tensor, shared: int = 0) -> None:
-        """Store the codes (n, L, N) bool of new edits."""
-        self.load(torch.cat([self.packed, _pack(codes.cpu())]), [*self.ids, *ids], self.collisions + shared)
+    def plus(self, ids: Sequence[str], codes: Tensor, shared: int = 0) -> Codes:
+        """With the codes (n, L, N) bool of new edits, of which some share one."""
+        packed = torch.cat([self.packed, _pack(codes.cpu())])
+        return Codes(self.shape, self.device, packed, [*self.ids, *ids], self.collisions + shared)
 
     def nearest(self, codes: Tensor) -> tuple[Tensor, Tensor]:
         """Codes (B, L N) bool or {0, 1} to (B,) the row of the nearest stored code, the newest of equals, and (B,) its distance."""
@@ -114,10 +115,6 @@ class Codes:
         shared = codes.float() @ self._dense.T
         most, back = shared.flip(1).max(1)  # the first of equals in reversed order is the newest
         return len(self) - 1 - back, 2 * (self.shape.sites * self.shape.active - most)
-
-    def _unpacked(self, packed: Tensor) -> Tensor:
-        bits = np.unpackbits(packed.numpy(), axis=1, count=self.shape.bits)
-        return torch.from_numpy(bits).float().to(self.device)
 
 
 def _pack(codes: Tensor) -> Tensor:

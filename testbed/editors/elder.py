@@ -121,7 +121,7 @@ class Elder(Editor):
         self.mixture = mixture
         learned = mixture.chosen(mixture.log_scores(lesson.x[:n]))
         apart = 2 * (self.shape.sites * self.shape.active - (learned & lesson.codes[:n]).sum((1, 2)))
-        self.book = self._stored(batch, learned.cpu() if self.config.codes == "learned" else codes, shared)
+        self.book = self.book.plus([e.id for e in batch.events], learned if self.config.codes == "learned" else codes, shared)
         return {
             "loss": loss,
             "guided_loss": guided,
@@ -174,12 +174,6 @@ class Elder(Editor):
             adam.step()
         return self.mixture.like([t.detach() for t in tensors]), loss, guided
 
-    def _stored(self, batch: EditBatch, codes: Tensor, shared: int) -> Codes:
-        book = Codes(self.shape, self.handle.device)
-        book.load(self.book.packed, self.book.ids, self.book.collisions)
-        book.add([e.id for e in batch.events], codes, shared)
-        return book
-
     def predictor(self) -> Predictor:
         book = CodeBook(self.book, self.within if self.config.defer else None)
         gate = MixtureGate(self.handle, self.sites, self.mixture, book)
@@ -211,5 +205,4 @@ class Elder(Editor):
         tensors = [need(state, name, tuple(t.shape)).to(t.device) for name, t in mine]
         packed = need(state, "codes", (len(state["entries"]), self.shape.bytes))
         self.mixture = self.mixture.like(tensors)
-        self.book = Codes(self.shape, self.handle.device)
-        self.book.load(packed.cpu(), state["entries"], state["collisions"])
+        self.book = Codes(self.shape, self.handle.device, packed.cpu(), state["entries"], state["collisions"])
