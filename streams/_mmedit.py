@@ -8,13 +8,13 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from streams._entries import EntryStream
 from streams._entry import Ask, Data, Entry, with_roles
 from streams._fields import Once, answers, find, must_differ, nested, none_left, read_rows
-from streams._pictures import FilePicture, list_folder
+from streams._pictures import FilePicture, list_folder, stays_inside
 from streams._records import BadField, clean, distinct, kind_of, optional_text, plain, reasons, text_of, texts_of
 from streams.base import MissingImages, Skipped, StreamConfig
 from testbed.events import BadPicture, content_id
@@ -123,13 +123,11 @@ class _Index:
 
     def find(self, name: str) -> FilePicture | None:
         """The picture of that name under the first root that has it. Raises `BadField` for a name that leaves the root."""
-        path = PurePosixPath(name)
-        try:
-            _ = FilePicture(Path("."), name).path
-        except BadPicture as e:
-            raise BadField("the picture's name leaves the folder: expected a relative path without '..'") from e
+        if not stays_inside(name):
+            raise BadField("the picture's name leaves the folder: expected a relative path without '..'")
+        folder, _, file = name.rpartition("/")
         for root in self.roots:
-            if path.name in self._listing(root, str(path.parent)):
+            if file in self._listing(root, folder):
                 return FilePicture(root, name)
         return None
 

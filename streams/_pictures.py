@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,11 +35,9 @@ class FilePicture:
     @property
     def path(self) -> Path:
         """Where the file lies. Raises `BadPicture` for a name that leaves the root."""
-        parts = PurePosixPath(self.name).parts
-        odd = any(c in self.name for c in "\\\0")
-        if odd or not parts or parts[0] == "/" or ".." in parts or ":" in parts[0]:
+        if not stays_inside(self.name):
             raise BadPicture(f"picture {self.name!r} leaves the folder {self.root}: expected a relative path without '..'")
-        return self.root.joinpath(*parts)
+        return self.root / self.name
 
     @cached_property
     def size(self) -> int:
@@ -61,7 +59,8 @@ class FilePicture:
         if self.size == 0:
             raise BadPicture(f"picture {self.path} is empty: fetch it again")
         try:
-            return hashlib.sha256(self.path.read_bytes()).hexdigest()[:16]
+            with self.path.open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()[:16]
         except OSError as e:
             raise BadPicture(f"picture {self.path} cannot be read: {e.strerror or e}") from e
 
@@ -75,6 +74,13 @@ class FilePicture:
             raise
         except Exception as e:  # a decoder fed with broken bytes may raise anything
             raise BadPicture(f"picture {self.path} is not a picture, or cut short ({type(e).__name__}: {e}): fetch it again") from e
+
+
+def stays_inside(name: str) -> bool:
+    """Whether a name with forward slashes is a path under the folder that it starts from, on any system."""
+    steps = [step for step in name.split("/") if step not in ("", ".")]
+    odd = name.startswith("/") or any(c in name for c in "\\\0")
+    return bool(steps) and not odd and ".." not in steps and ":" not in steps[0]
 
 
 def _decode(path: Path) -> np.ndarray:

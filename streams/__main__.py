@@ -1,0 +1,71 @@
+"""What a stream holds and how long it takes to read, without a model.
+
+python -m streams mmedit-yearly --data-root DIR
+python -m streams jsonl:facts.jsonl --fields prompt=question target=new
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from streams.base import BadStream, MissingImages, StreamConfig
+from testbed.registry import STREAMS, UnknownName
+
+
+@dataclass(frozen=True)
+class Look:
+    """Read a stream's files and say what they give."""
+
+    stream: Annotated[str, tyro.conf.Positional]
+    """Name of a stream."""
+    data_root: Path | None = None
+    """Folder of its files."""
+    missing_images: MissingImages = "skip"
+    """Records without their picture: skip them, ask without, or put their caption."""
+    fields: tuple[str, ...] = ()
+    """For `jsonl:` and `hub:`: OURS=THEIRS, as many as needed."""
+    edits: int = 1000
+    """Edits to make."""
+
+
+def look(config: Look) -> list[str]:
+    """Lines about a stream. Raises `BadStream` or `UnknownName`."""
+    began = time.process_time()
+    stream = STREAMS.get(config.stream)(
+        StreamConfig(data_root=config.data_root, missing_images=config.missing_images, fields=config.fields)
+    )
+    loaded = time.process_time()
+    events = stream.events(config.edits)
+    made = time.process_time()
+    known = stream.manifest()
+    kinds = ", ".join(f"{n:,} {kind}" for kind, n in sorted(Counter(e.kind for e in events).items()))
+    lines = [f"{stream.name}: {stream.origin}", f"time: {stream.time_axis}; licence: {stream.licence}"]
+    lines += [f"edits: {len(events):,} ({kinds})"] + [f"year {e.year}: {e.prompt} -> {e.target}" for e in events[:3]]
+    lines += [f"skipped: {n:,} x {reason}" for reason, n in sorted(known["skipped_by_reason"].items(), key=lambda r: -r[1])[:10]]
+    lines += [f"no picture for {field}: {n:,}" for field, n in known.get("missing_images", {}).items()]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    return [*lines, f"read in {loaded - began:.1f} s of CPU, edits made in {made - loaded:.1f} s, {peak:.2f} GB at most"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; 2 where the stream cannot be used."""
+    config = tyro.cli(Look, args=None if argv is None else list(argv), prog="python -m streams")
+    try:
+        lines, code = look(config), 0
+    except (BadStream, UnknownName) as e:
+        lines, code = [f"error: {e}"], 2
+    sys.stdout.write("\n".join(lines) + "\n")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
