@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,6 +90,8 @@ def radii(c: Codebook) -> dict[str, float]:
     return {e.event_id: r for e, r, alive in zip(c.entries, c.radii.tolist(), c.alive.tolist()) if alive}
 
 
+EXAMPLES = int(os.environ.get("TESTBED_EXAMPLES", "100"))
+"""Examples of each law; the ordinary run has some thousands over all laws, TESTBED_EXAMPLES=2000 has them for each."""
 DIM = 3
 SCALES = [0.25, 1.0, 8.0]
 grid = st.tuples(*[st.integers(-6, 6)] * DIM)

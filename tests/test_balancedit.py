@@ -218,6 +218,15 @@ def test_low_rank_values_are_small_and_learn() -> None:
         assert editor.predictor().generate(ASKS[:1], 4) == ["green"]
 
 
+@pytest.mark.parametrize("cls", [BalancEdit, BalancEditPlus])
+def test_a_batch_holds_the_values_that_single_edits_would(cls: Any) -> None:
+    together, alone = make(cls, overlap="fresh"), edited(cls, overlap="fresh")
+    together.apply(batch(EDITS))
+    for i, value in alone.values.items():
+        torch.testing.assert_close(together.values[i], value, atol=1e-3, rtol=1e-3)
+    assert together.state_bytes() == sum(t.nbytes for t in together.state_dict().values() if isinstance(t, torch.Tensor))
+
+
 def test_mistakes_in_the_config_are_all_named() -> None:
     problems = BalancEditConfig(w_pos=1.5, lr=0, positives=0, nulls=-1).problems()
     assert [p.split()[0] for p in problems] == ["w_pos", "lr", "positives", "nulls"]

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from _plain_codebook import Plain, Row, add, book, grid, hit, hits, labels, queries, radii, worlds
+from _plain_codebook import EXAMPLES, Plain, Row, add, book, grid, hit, hits, labels, queries, radii, worlds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from testbed.editors.codebook import Codebook
 
-quick = settings(max_examples=100, deadline=None)
+quick = settings(max_examples=EXAMPLES, deadline=None)
 rules = st.sampled_from(["nearest-then-check", "containing-nearest"])
 
 
@@ -22,7 +22,7 @@ def new_row(positive: int = 0) -> st.SearchStrategy[Row]:
     return st.builds(lambda k, r, y, p: Row("new", k, float(r), y, float(p)), grid, st.integers(0, 6), labels, st.integers(0, positive))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=2 * EXAMPLES, deadline=None)
 @given(rows=worlds(), xs=queries, rule=rules, nulls=st.lists(grid, max_size=4))
 def test_retrieval_is_the_plain_quadratic_one(rows: list[Row], xs: list, rule: Any, nulls: list) -> None:
     c = book(rows, rule=rule, nulls=torch.tensor(nulls, dtype=torch.float).reshape(-1, 3))

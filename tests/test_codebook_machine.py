@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from _plain_codebook import Plain, Row, add, grid, hits, labels, queries, radii
+from _plain_codebook import EXAMPLES, Plain, Row, add, grid, hits, labels, queries, radii
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -125,4 +125,4 @@ class Machine(RuleBasedStateMachine):
 
 
 TestMachine = Machine.TestCase
-TestMachine.settings = settings(max_examples=40, stateful_step_count=20, deadline=None)
+TestMachine.settings = settings(max_examples=2 * EXAMPLES // 5, stateful_step_count=20, deadline=None)

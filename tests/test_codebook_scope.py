@@ -12,18 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from _plain_codebook import Row, add, book, grid, hit, hits, queries, radii, worlds
+from _plain_codebook import EXAMPLES, Row, add, book, grid, hit, hits, queries, radii, worlds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from testbed.editors import _nearest
-from testbed.editors._nearest import Keys, Nearest, direct
+from testbed.editors._nearest import Keys, Nearest, direct, to_all
 from testbed.editors.balancedit import radius
 from testbed.editors.codebook import Codebook, Entry
 from testbed.files import read_state, write_state
 
-quick = settings(max_examples=100, deadline=None)
-cheap = settings(max_examples=500, deadline=None)
+quick = settings(max_examples=EXAMPLES, deadline=None)
+cheap = settings(max_examples=5 * EXAMPLES, deadline=None)
 share = st.floats(0, 1)
 far = st.floats(0, 1e6)
 rules = st.sampled_from(["nearest-then-check", "containing-nearest"])
@@ -64,6 +64,17 @@ def test_16_alone_the_positive_anchor_is_in_and_the_negative_out(w: float, d_pos
     c = Nearest(Keys(torch.zeros(1, 1)), torch.tensor([radius(w, d_pos, d_neg)], dtype=torch.float64))
     assert c._brute(torch.tensor([d_pos], dtype=torch.float64))[0] == 0
     assert c._brute(torch.tensor([d_neg], dtype=torch.float64))[0] == -1
+
+
+@quick
+@given(rows=worlds(positive=0, smallest=1), x=grid)
+def test_16_in_a_full_codebook_the_positive_anchor_still_hits_something(rows: list[Row], x: tuple) -> None:
+    """Under containing-nearest, where no rival caps the entry: a later ball may take the anchor over, none takes it away."""
+    c = book(rows, rule="containing-nearest")
+    reach = radii(c)
+    for r in rows:
+        if reach[r.id] == r.raw and math.dist(r.key, x) <= r.raw:
+            assert hit(c, x) is not None
 
 
 @cheap
@@ -149,12 +160,51 @@ def test_27_the_search_is_the_brute_force_one(metric: Any, rule: Any, monkeypatc
     queries = torch.cat([1 + torch.randn(60, 24, generator=g), keys[:90], keys[:30] + 1e-6, 10 * torch.randn(40, 24, generator=g)])
     reach = torch.rand(300, generator=g, dtype=torch.float64) * (7 if metric == "euclidean" else 0.4)
     found = Nearest(Keys(keys, metric), reach, rule)(queries)
-    monkeypatch.setattr(_nearest, "_CHUNK", 7)
+    monkeypatch.setattr(_nearest, "_CHUNK", 24 * 13)
     search = Nearest(Keys(keys, metric), reach, rule)
     want = [search._brute(q) for q in queries]
     assert 0.2 < float((found.row >= 0).float().mean()) < 1
     assert found.row.tolist() == [int(row) for row, _ in want]
     assert found.distance.tolist() == pytest.approx([float(d) for _, d in want], rel=1e-12)
+
+
+@quick
+@given(rows=worlds(smallest=1), key=grid, extra=st.integers(0, 12), metric=st.sampled_from(["euclidean", "cosine"]))
+def test_27_distances_within_reach_are_the_exact_ones(rows: list[Row], key: tuple, extra: int, metric: Any) -> None:
+    keys = Keys(torch.tensor([r.key for r in rows]), metric)
+    x, reach = torch.tensor(key).float(), torch.tensor([r.raw + extra for r in rows]).double()
+    got, want = keys.within(x, reach), to_all(keys.all, x, metric)
+    assert torch.equal(got[want <= reach], want[want <= reach])
+    assert bool((got[want > reach] > reach[want > reach]).all())
+
+
+def test_27_keys_that_grow_change_no_view_that_was_handed_out() -> None:
+    g = torch.Generator().manual_seed(0)
+    keys, views = Keys(torch.zeros(0, 4)), []
+    for n in (1, 3, 40, 2, 200):
+        keys.add(torch.randn(n, 4, generator=g))
+        views.append((keys.all, keys.norms, keys.all.clone(), keys.norms.clone()))
+    for view, norms, kept, kept_norms in views:
+        assert torch.equal(view, kept) and torch.equal(norms, kept_norms)
+    assert keys.nbytes >= keys.all.nbytes * 2
+
+
+def test_27_rows_with_a_negative_radius_take_no_part_and_the_newest_may_win() -> None:
+    keys = Keys(torch.zeros(6, 2))
+    out = torch.tensor([1.0, 1, 1, -1, 1, -1]).double()
+    for newest, row in ((False, 0), (True, 4)):
+        search = Nearest(keys, out, newest=newest)
+        assert search(torch.zeros(1, 2)).row.tolist() == [row]
+        assert int(search._brute(torch.zeros(2))[0]) == row
+    none = Nearest(keys, torch.full((6,), -1.0).double())(torch.zeros(1, 2))
+    assert none.row.tolist() == [-1] and none.distance.tolist() == [math.inf]
+
+
+def test_27_numbers_that_overflow_fall_back_on_exact_differences() -> None:
+    c = Codebook(3)
+    for i, x in enumerate((1e25, -1e25, 3e25)):
+        add(c, Row(f"e{i}", (x, 0.0, 0.0), 1e24, (i,)))
+    assert hits(c, [(1e25, 0, 0), (-1.05e25, 0, 0), (0, 0, 0)]) == ["e0", "e1", None]
 
 
 def test_28_bf16_keys_hit_themselves() -> None:

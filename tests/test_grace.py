@@ -151,9 +151,22 @@ def test_31_keys_are_free_of_the_answer() -> None:
     assert torch.equal(*keys)
 
 
-def test_34_another_layer_is_refused() -> None:
-    with pytest.raises(BadEditor, match="layer"):
-        make(layer=0).load_state_dict(make().state_dict())
+@pytest.mark.parametrize(("other", "kind", "reason"), [({"layer": 0}, "llava", "layer"), ({}, "blip-2", "model")])
+def test_34_a_state_of_another_layer_or_model_is_refused(other: dict, kind: str, reason: str) -> None:
+    editor = make(steps=1)
+    editor.apply(batch(EDITS[:1]))
+    with pytest.raises(BadEditor, match=reason):
+        make(kind, **other).load_state_dict(editor.state_dict())
+
+
+def test_a_batch_holds_the_vectors_that_single_edits_would() -> None:
+    together, alone = make(), make()
+    together.apply(batch(EDITS[:2]))
+    for i, e in enumerate(EDITS[:2], 1):
+        alone.apply(batch([e], i))
+    for i, vector in alone.values.items():
+        torch.testing.assert_close(together.values[i], vector, atol=1e-3, rtol=1e-3)
+    assert together.state_bytes() == sum(t.nbytes for t in together.state_dict().values() if isinstance(t, torch.Tensor))
 
 
 def test_activations_that_are_not_finite_fail_the_edit(monkeypatch: pytest.MonkeyPatch) -> None:
