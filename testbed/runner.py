@@ -22,7 +22,7 @@ from testbed.loop import Context, answer_base, run_editor
 from testbed.models import ModelHandle
 from testbed.progress import Bars, bars
 from testbed.registry import STREAMS
-from testbed.schema import SCHEMA_VERSION, EventRow, QuestionRow, ScheduleRow
+from testbed.schema import SCHEMA_VERSION, EventRow, QuestionRow, ScheduleRow, folder_name
 from testbed.store import RunFolder
 
 SAME = ("config", "model_hash", "stream_hash", "schedule_hash", "schema_version")
@@ -166,10 +166,11 @@ def _save_models(plan: Plan, folder: RunFolder, say: Callable[[str], None]) -> N
             continue
         editor.prepare(plan.handle, plan.stream.train_pool())
         editor.load_state_dict(folder.editor(name).newest_state())
+        place = target / folder_name(name)
         with plan.handle.swapped(editor.edited_weights()):
-            plan.handle.model.save_pretrained(target / name)
-        (plan.handle.processor or plan.handle.tokenizer).save_pretrained(target / name)
-        say(f"{name}: edited model written to {target / name}")
+            plan.handle.model.save_pretrained(place)
+        (plan.handle.processor or plan.handle.tokenizer).save_pretrained(place)
+        say(f"{name}: edited model written to {place}")
 
 
 def _manifest(
