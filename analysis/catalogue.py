@@ -57,6 +57,8 @@ METRICS: dict[str, Metric] = {
     "collapse_step": Metric("Collapse at step", "Collapse step", "count", 1),
     "alarm_step": Metric("Alarm on unrelated answers at step", "Alarm step", "count", 1),
     "hard_edits": Metric("Single edits out of all proportion", "Hard edits", "count", -1),
+    "deferral_precision": Metric("Deferral precision: left to the base, and rightly", "Deferral precision", "share", 1),
+    "deferral_recall": Metric("Deferral recall: unrelated questions left to the base", "Deferral recall", "share", 1),
     "edits": Metric("Edits applied", "Edits applied", "count", 0),
     "seconds_per_edit": Metric("Seconds per edit", "Cost of an edit", "seconds", -1),
     "state_bytes": Metric("Editor state", "Editor state", "bytes", -1),

@@ -21,6 +21,7 @@ from analysis.answers import Metrics, at_end, in_common, plain_means, right_afte
 from analysis.bootstrap import REPLICATES, Interval, Resampler, combine
 from analysis.catalogue import SUFFIXES, split_name
 from analysis.collapse import collapse
+from analysis.deferral import decisions, deferral
 from analysis.first_ids import of_first_ids
 from analysis.forgetting import of_edits
 from analysis.hard import hard_edits
@@ -68,7 +69,9 @@ def assess(run: Run, rng: np.random.Generator, replicates: int = REPLICATES) -> 
     """Everything that is computed of one order."""
     resampler = Resampler(run.clusters, rng, replicates)
     measured = {name: measure(run, editor, resampler) for name, editor in run.editors.items()}
-    points = {n: collapse(run, e) | alarm_step(e) | hard_edits(run, e) | cost(e, rng) for n, e in run.editors.items()}
+    points = {
+        n: collapse(run, e) | alarm_step(e) | hard_edits(run, e) | deferral(decisions(e)) | cost(e, rng) for n, e in run.editors.items()
+    }
     pairs = {f"{a} - {b}": differences(run, (a, b), measured, resampler) for a, b in combinations(run.editors, 2)}
     return Assessed(measured, pairs, points)
 

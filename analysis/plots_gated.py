@@ -5,13 +5,11 @@ An editor is gated when its reports count entries and its answers say which entr
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import partial
 
 import numpy as np
 import pandas as pd
-import pyarrow.parquet as pq
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
@@ -20,11 +18,11 @@ from analysis import curves, style
 from analysis.answers import Metrics, asked, pooled
 from analysis.bootstrap import Draws, Resampler
 from analysis.catalogue import SUFFIXES, human_bytes
-from analysis.load import READINGS, RIGHT_AFTER, EditorRun, Run
+from analysis.deferral import ANSWERED, decisions
+from analysis.load import READINGS, EditorRun, Run
 from analysis.metrics import harmonic_mean
 from analysis.scene import Scene
 
-_REACHED = ("edit", "text_generality", "image_generality")
 _SCORED = {"text_generality": "Text generality", "image_generality": "Image generality", "locality_hard": "Locality: other picture"}
 
 
@@ -83,20 +81,10 @@ def _draws(editor: EditorRun, resampler: Resampler, split: str, reading: str) ->
 
 def fires(run: Run, editor: EditorRun, resampler: Resampler, spared: bool) -> pd.DataFrame:
     """Share of panel questions that an entry answered, by edits applied: of edited facts, or (`spared`) of locality questions."""
-    rows = gate_of(editor)
-    rows = rows[rows["split"].str.startswith("locality_") if spared else rows["split"].isin(_REACHED)]
+    rows = decisions(editor)
+    rows = rows[rows["split"].str.startswith("locality_") if spared else rows["split"].isin(ANSWERED)]
     sums = rows.assign(hit=rows["fired"] * rows["weight"]).groupby("step")[["hit", "weight"]].sum()
     return _exact(run, sums.index.to_numpy(), sums["hit"].to_numpy() / sums["weight"].to_numpy())
-
-
-def gate_of(editor: EditorRun) -> pd.DataFrame:
-    """One row a panel answer for which the editor noted its decision: step, split, fired, weight."""
-    columns = ["probe_step", "probe", "split", "incl_prob", "extras"]
-    parts = sorted((editor.folder / "records").glob("step-*.parquet"))
-    frame = pd.concat([pq.read_table(p, columns=columns).to_pandas() for p in parts], ignore_index=True)
-    frame = frame[(frame["probe"] != RIGHT_AFTER) & frame["extras"].str.contains('"entry"', regex=False)]
-    fired = [json.loads(x)["entry"] is not None for x in frame["extras"]]
-    return pd.DataFrame({"step": frame["probe_step"], "split": frame["split"], "fired": fired, "weight": 1 / frame["incl_prob"]})
 
 
 def _entries(run: Run, editor: EditorRun, resampler: Resampler) -> pd.DataFrame:
