@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -153,15 +152,3 @@ def test_the_card_says_what_the_files_give(name: str, folder: str, data_root: Pa
     row = f"| {total.split(' ')[0]} | {usable} | {never} | {len(s.events(10**6)):,} |"
     assert row in (CARDS / f"{name}.md").read_text(encoding="utf-8")
     assert len(s.skipped) == int(total.split(" ")[0].replace(",", "")) - int(usable.replace(",", ""))
-
-
-def test_a_hundred_thousand_records_load_in_seconds(tmp_path: Path) -> None:
-    rows = [
-        {"edit_id": i, "requested_rewrite": f"Where was Person {i} born?", "target_old": f"o{i}", "target_new": f"n{i}"}
-        for i in range(100_000)
-    ]
-    put(tmp_path, "edit_data.json", rows)
-    start = time.process_time()
-    s = stream("zsre-yearly", tmp_path)
-    assert len(s.events(1000)) == 1000
-    assert time.process_time() - start < 10
