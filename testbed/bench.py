@@ -3,7 +3,9 @@
 Timings live here and never in tests. `--what` chooses the tables: `editors` (one fresh editor on one model a
 line: a number of edits one at a time, then a panel of picture questions scored and generated through the
 edited model), `paths` (each method beside its plain path: one edit, whole forwards and backwards, no cache),
-`codebook` (insertion, retrieval and bytes by the number of entries).
+`codebook` (insertion, retrieval and bytes by the number of entries), `locate` (locate-then-edit in batches
+beside one edit at a time on the plain path, also on a random model of GPT-2 small's shape; the solve beside
+dense ones).
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from streams.base import Stream
-from testbed import _bench_codebook, models
+from testbed import _bench_codebook, _bench_locate, models
 from testbed._bench_paths import paths
 from testbed.config import RunConfig
 from testbed.encode import Ask
@@ -39,7 +41,7 @@ class BenchConfig:
     """Measure editors: speed, probe cost, state size, peak memory."""
 
     what: tuple[str, ...] = ("editors",)
-    """Tables, separated by commas: editors, paths, codebook."""
+    """Tables, separated by commas: editors, paths, codebook, locate."""
     editor: tuple[str, ...] = RunConfig.editor
     """Editors, separated by commas."""
     model: tuple[str, ...] = ("tiny",)
@@ -51,7 +53,9 @@ class BenchConfig:
     edits: int = 100
     """Edits per editor; a plain path makes at most 4 of them."""
     batch: int = 16
-    """Edits trained at once, in `paths`."""
+    """Edits trained at once, in `paths` and `locate`."""
+    set: tuple[str, ...] = ()
+    """editor.field=value, in `locate`."""
     questions: int = 512
     """Questions asked of the edited model."""
     threads: int = 0
@@ -120,10 +124,20 @@ def measure_codebook(config: BenchConfig) -> list[list[Any]]:
     return [[*shares, *_bench_codebook.large_share()], _bench_codebook.insertion(), [_bench_codebook.weight()]]
 
 
+def measure_locate(config: BenchConfig) -> list[list[Any]]:
+    """Every editor in batches beside its plain path, on every model and on a random one of GPT-2 small's shape; the solve."""
+    run, stream = RunConfig(set=config.set), _stream(config)
+    lines = []
+    for handle in (*map(models.load, config.model), _bench_locate.small_gpt2(models.load("tiny"))):
+        lines += [_bench_locate.batches(handle, stream, lambda name=name: make_editor(run, name), config.batch) for name in config.editor]
+    return [lines, [_bench_locate.solve()]]
+
+
 TABLES: dict[str, Callable[[BenchConfig], list[list[Any]]]] = {
     "editors": measure,
     "paths": measure_paths,
     "codebook": measure_codebook,
+    "locate": measure_locate,
 }
 
 
@@ -194,7 +208,7 @@ def _shown(name: str, value: Any) -> str:
         return _size(value)
     if name == "share":
         return f"{value:.2%}"
-    if name.endswith("loss_difference"):
+    if name.endswith("difference"):
         return f"{value:.1e}"
     return f"{value:,.2f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 

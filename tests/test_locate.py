@@ -249,12 +249,57 @@ def test_deficient_and_broken_statistics() -> None:
         Ridge(Identity(1.0), False).solve(torch.full((1, F), float("nan")), torch.zeros(1, D))
 
 
-def test_spreading_over_layers_leaves_the_product_of_what_each_misses() -> None:
-    left, written = 1.0, 0.9
-    for to_go in (5, 4, 3, 2, 1):
-        left *= 1 - written / to_go
-    assert left == pytest.approx(0.025, abs=0.002)
-    exact = 1.0
-    for to_go in (5, 4, 3, 2, 1):
-        exact *= 1 - 1.0 / to_go
-    assert exact == 0.0
+def test_the_shares_of_the_layers_write_the_whole_residual_when_each_writes_its_own() -> None:
+    """With a part `written` of every layer's share, `prod(1 - written share)` is left: 0.9 of five layers leave 0.025."""
+    from testbed.editors.memit import Memit
+    from testbed.editors.pmet import Pmet
+
+    def left(cls: type, written: float) -> float:
+        editor, out = cls.__new__(cls), 1.0
+        for to_go in (5, 4, 3, 2, 1):
+            out *= 1 - written * editor._share(to_go)
+        return out
+
+    assert left(Memit, 1.0) == 0.0
+    assert left(Memit, 0.9) == pytest.approx(0.025, abs=0.002)
+    assert Pmet.__new__(Pmet)._share(4) == 0.5
+
+
+def test_what_reaches_general_text_falls_with_lambda() -> None:
+    g = gen(16)
+    c, keys, residual = spd(g), normal(g, 5, F), normal(g, 5, D)
+    moved = []
+    for lam in (1e-3, 1e-2, 1e-1, 1.0, 10.0):
+        change = delta(Ridge(Moment(c, lam, 0.0), False), keys, residual)
+        moved.append(float((change @ c @ change.T).trace()))
+    assert moved == sorted(moved, reverse=True)
+
+
+def test_without_lambda_every_residual_is_met() -> None:
+    """EMMET's equality constraint, and ROME's for a single key."""
+    g = gen(17)
+    c, keys, residual = spd(g), normal(g, 6, F), normal(g, 6, D)
+    change = delta(Ridge(Moment(c, 1e-13, 0.0), False), keys, residual)
+    torch.testing.assert_close(keys @ change.T, residual, rtol=1e-6, atol=1e-6)
+
+
+def test_a_stream_is_one_ridge_regression_over_all_its_edits() -> None:
+    g = gen(18)
+    c, keys, values, w0 = spd(g), normal(g, 30, F), normal(g, 30, D), normal(g, D, F)
+    ridge, w = Ridge(Moment(c, 0.7, 0.0), True), w0
+    for part in torch.arange(30).split(4):
+        w = w + delta(ridge, keys[part], values[part] - keys[part] @ w.T)
+        ridge.append(keys[part])
+    # argmin |D K - (V - W0 K)|^2 + <D A0, D>, by its gradient: it is 0 at the minimum
+    change = w - w0
+    gradient = (change @ keys.T - (values - keys @ w0.T).T) @ keys + change @ (0.7 * c)
+    assert gradient.norm() < 1e-8 * (keys.norm() * values.norm())
+
+
+def test_float32_keys_give_the_change_to_single_precision() -> None:
+    g = gen(19)
+    c, keys, residual = spd(g, condition=1e5), normal(g, 8, F), normal(g, 8, D)
+    ridge = Ridge(Moment(c, 1.0, 0.0), False)
+    single = delta(ridge, keys.float(), residual.float())
+    assert single.dtype == torch.float64
+    assert float((single - delta(ridge, keys, residual)).norm() / single.norm()) < 1e-3

@@ -13,7 +13,7 @@ from streams.base import TrainPool
 from testbed.config import RunConfig
 from testbed.editors._locate_corpus import corpus_of
 from testbed.editors._locate_hyper import TABLE, derived
-from testbed.editors._locate_rows import prompt_rows
+from testbed.editors._locate_rows import ask_of, lookup, prompt_rows
 from testbed.editors._locate_targets import search
 from testbed.editors.anchor import anchored, trimmed_mean
 from testbed.editors.base import BadEditor, EditFailed, Editor
@@ -21,6 +21,7 @@ from testbed.editors.come import ComeConfig, unlearnt
 from testbed.editors.prune import restrained
 from testbed.editors.rect import sparse
 from testbed.events import EditBatch
+from testbed.families import UnknownLayout
 from testbed.registry import EDITORS, WRAPPERS, UnknownName
 
 
@@ -145,6 +146,17 @@ def test_models_and_corpora_that_cannot_be_used_are_refused(tmp_path: Any) -> No
         corpus_of(POOL, str(tmp_path / "absent.txt"))
     with pytest.raises(BadEditor, match="excludes all"):
         make("alphaedit", threshold=1e-12).apply(EditBatch((FACTS[0],), 1))
+
+
+def test_a_family_without_a_known_down_projection_and_a_slow_tokenizer_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("testbed.families.DOWN_PROJECTIONS", ("feed.forward",))
+    with pytest.raises(UnknownLayout, match=r"no down-projection in LlamaDecoderLayer; it has .*mlp\.down_proj"):
+        make("memit")
+    monkeypatch.undo()
+    editor = make("memit")
+    monkeypatch.setattr(type(editor.handle.tokenizer), "is_fast", property(lambda self: False))
+    with pytest.raises(BadEditor, match="use a fast tokenizer"):
+        lookup(editor.handle, ask_of(FACTS[0]), FACTS[0].subject)
 
 
 def test_an_unknown_model_gets_derived_values_and_is_told_so() -> None:
