@@ -7,6 +7,7 @@ An editor cannot know which fact a question is about, so the ledger holds event 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,13 +127,12 @@ def _mean(rows: pd.DataFrame, value: pd.Series) -> float:
     return float(np.average(value.astype(float), weights=rows["weight"])) if len(rows) else float("nan")
 
 
-def retrieval_csv(run: Run) -> str:
-    """`by_facts` of every editor with ledgers, as CSV; empty where there is none."""
-    tables = []
-    for name, editor in run.editors.items():
-        rows = ledgers(editor.folder)
-        if len(rows):
-            table = by_facts(judged(rows, run.events))
-            table.insert(0, "editor", name)
-            tables.append(table)
-    return pd.concat(tables).to_csv(index=False, float_format="%.4g") if tables else ""
+def table(runs: Sequence[Run]) -> pd.DataFrame:
+    """`by_facts` of every order and every editor with ledgers, its seed and name first; empty where there is none."""
+    parts = []
+    for run in runs:
+        for name, editor in run.editors.items():
+            rows = ledgers(editor.folder)
+            if len(rows):
+                parts.append(pd.concat({(run.manifest.get("seed"), name): by_facts(judged(rows, run.events))}, names=["seed", "editor"]))
+    return pd.concat(parts).reset_index(["seed", "editor"]).reset_index(drop=True) if parts else pd.DataFrame()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
 import pytest
 from _fake_run import record, write_rows
 
-from analysis.retrieval import bearing, by_facts, judged, ledgers
+from analysis.retrieval import bearing, by_facts, judged, ledgers, table
 from testbed.schema import Record
 
 EVENTS = pd.DataFrame(
@@ -84,3 +85,13 @@ def test_an_editor_without_ledgers_has_no_rows(tmp_path):
     write_rows(tmp_path / "records" / "step-000001.parquet", Record, [record(exact=True)])
     assert len(ledgers(tmp_path)) == 0
     assert len(by_facts(judged(ledgers(tmp_path), EVENTS))) == 0
+
+
+def test_the_table_names_the_order_and_the_editors_that_have_ledgers(tmp_path):
+    write_rows(tmp_path / "a" / "records" / "step-000003.parquet", Record, ANSWERS)
+    write_rows(tmp_path / "b" / "records" / "step-000003.parquet", Record, [record(exact=True)])
+    editors = {name: SimpleNamespace(folder=tmp_path / name) for name in "ab"}
+    run: Any = SimpleNamespace(manifest={"seed": 3}, events=EVENTS, editors=editors)
+    found = table([run])
+    assert found[["seed", "editor", "questions"]].values.tolist() == [[3, "a", 8]]
+    assert table([SimpleNamespace(manifest={}, events=EVENTS, editors={"b": editors["b"]})]).empty  # type: ignore[list-item]
