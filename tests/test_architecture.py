@@ -77,6 +77,7 @@ def test_analysis_knows_schema_and_grading_alone(path: Path) -> None:
 
 def test_avalanche_lives_in_its_bridge_alone() -> None:
     users = [name_of(p) for p in FILES if "avalanche" in top(imports(p))]
+    assert users
     assert all(u.startswith("testbed/bridges/") for u in users)
 
 
@@ -165,6 +166,12 @@ def test_editors_change_no_seed_and_no_environment() -> None:
     found = fresh("import torch\nseed = torch.initial_seed()\n" + QUIET.format(more=more))
     assert found["same"][1:3] == [True, True]
     assert found["root"]
+
+
+def test_editors_that_need_avalanche_are_listed_without_importing_it() -> None:
+    more = "from testbed.registry import EDITORS\nassert any(n.startswith('avalanche:') for n in EDITORS.names())"
+    more += "\nfrom testbed.config import RunConfig\nassert RunConfig(editor=('avalanche:naive',)).problems() == []"
+    assert "avalanche" not in fresh(QUIET.format(more=more))["heavy"]
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
