@@ -1,0 +1,190 @@
+"""Figures by their structure: panels, axes, series, names, and what they say of an editor."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+from _fake_run import EDITORS, Plan, fake_run
+from hypothesis import given
+from hypothesis import strategies as st
+
+from analysis import plots, style
+from analysis.load import BadRun, Run, load_run
+from analysis.metrics import summarise
+from analysis.plots_points import pareto
+
+
+@pytest.fixture(scope="module")
+def run(analysed: Path) -> Run:
+    return load_run(analysed)
+
+
+@pytest.fixture(scope="module")
+def summary(run: Run) -> dict:
+    return summarise(run, replicates=200)
+
+
+@pytest.fixture(scope="module")
+def figures(run: Run, summary: dict) -> dict:
+    return plots.draw_all(plots.scene(run, summary, replicates=100))
+
+
+def marked_lines(ax) -> int:
+    return sum(len(line.get_xdata()) > 1 and line.get_marker() not in ("None", "", None) for line in ax.lines)
+
+
+def test_every_figure_is_drawn_with_named_axes(figures: dict) -> None:
+    assert set(plots.FIGURES) - set(figures) == {"gated"}, "only the figure of editors that gate has nothing to show here"
+    for figure in figures.values():
+        labels = [ax.get_xlabel() for ax in figure.axes]
+        assert any(labels)
+        assert any(ax.get_ylabel() for ax in figure.axes) or figure.get_supylabel()
+
+
+@pytest.mark.parametrize(("name", "panels"), [("retention", 3), ("age", 3), ("reach", 6), ("ability", 4)])
+def test_curves_have_one_line_and_one_band_an_editor(figures: dict, name: str, panels: int) -> None:
+    axes = figures[name].axes
+    assert len(axes) == panels
+    for ax in axes:
+        assert marked_lines(ax) == len(EDITORS)
+        assert ax.get_title(loc="left")
+        assert len(ax.collections) >= len(EDITORS)
+
+
+def test_retention_has_a_point_a_year(figures: dict) -> None:
+    for ax in figures["retention"].axes:
+        line = next(line for line in ax.lines if len(line.get_xdata()) > 1)
+        assert list(line.get_xdata()) == [1, 2, 3, 4, 5]
+        assert ax.get_xlabel() == "years (simulated)"
+
+
+@pytest.mark.parametrize(("axis", "label", "first"), [("scheduled", "years (scheduled)", 1), ("dated", "year", 0)])
+def test_the_time_axis_says_whether_years_are_history(tmp_path: Path, axis: str, label: str, first: int) -> None:
+    run = load_run(fake_run(tmp_path, Plan(edits=20, years=2, editors=("noop", "oracle"), time_axis=axis)))
+    figure = plots.retention(plots.scene(run, summarise(run, replicates=20), replicates=20))
+    assert figure is not None
+    assert figure.axes[0].get_xlabel() == label
+    assert min(figure.axes[0].lines[0].get_xdata()) == first
+
+
+def test_looks_stay_apart_without_colour() -> None:
+    looks = style.looks([f"editor{i}" for i in range(12)])
+    assert len({(x.marker, x.dash) for x in looks.values()}) == 12
+    assert len({x.colour for x in list(looks.values())[:8]}) == 8
+
+
+def test_drawing_changes_no_global_setting(run: Run, summary: dict) -> None:
+    before = dict(matplotlib.rcParams)
+    figure = plots.draw_all(plots.scene(run, summary, replicates=20))["cost"]
+    assert dict(matplotlib.rcParams) == before
+    assert len(figure.axes) == 2
+
+
+def test_names_stand_at_line_ends_and_do_not_touch(figures: dict) -> None:
+    for name in ("retention", "age", "survival", "reach", "ability"):
+        ax = figures[name].axes[-1]
+        named = {t.get_text(): t.xyann[1] * ax.get_position().height * figures[name].get_figheight() * 72 for t in ax.texts}
+        assert set(named) == set(EDITORS)
+        assert not figures[name].legends
+        heights = sorted(named.values())
+        assert min(b - a for a, b in itertools.pairwise(heights)) > 7
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=9), st.floats(0.01, 0.1))
+def test_spreading_names_keeps_their_order_their_distance_and_the_axis(places: list[float], room: float) -> None:
+    wished = np.array(places)
+    found = style.spread(wished, room)
+    order = np.argsort(wished, kind="stable")
+    assert (np.diff(found[order]) >= room - 1e-9).all()
+    assert found.min() >= -1e-9
+    assert found.max() <= 1 + 1e-9
+    apart = np.arange(len(places)) * room
+    np.testing.assert_allclose(style.spread(apart, room), apart, atol=1e-9)
+
+
+def test_many_editors_are_told_apart_by_a_legend(run: Run) -> None:
+    editor = next(iter(run.editors.values()))
+    many = replace(run, editors={f"editor{i}": replace(editor, name=f"editor{i}") for i in range(style.MOST_NAMES + 1)})
+    figure = plots.FIGURES["retention"][0](plots.scene(many, summarise(many, replicates=2), replicates=2))
+    assert figure is not None
+    assert [len(x.get_texts()) for x in figure.legends] == [style.MOST_NAMES + 1]
+    assert not any(ax.texts for ax in figure.axes)
+
+
+def test_the_matrix_has_a_panel_an_editor_and_a_number_a_cell(figures: dict) -> None:
+    *panels, bar = figures["forgetting"].axes
+    assert len(panels) == len(EDITORS)
+    assert bar.get_ylabel() == "right (free generation)"
+    for ax, name in zip(panels, EDITORS):
+        assert ax.get_title(loc="left").startswith(name)
+        assert len(ax.texts) == 5 * 6 // 2
+
+
+def test_vitals_show_monitors_and_reports_and_cross_the_collapse(figures: dict, summary: dict) -> None:
+    titles = [ax.get_title(loc="left") for ax in figures["vitals"].axes]
+    assert titles == [
+        "Change of weights, |W − W₀|",
+        "Hidden states: cosine to unedited",
+        "Entropy of the next token (nats)",
+        "Condition number reported",
+    ]
+    crosses = [line for line in figures["vitals"].axes[0].lines if line.get_marker() == "x"]
+    assert len(crosses) == sum("collapse_step" in m for m in summary["editors"].values()) > 0
+
+
+def test_gap_rows_are_editors_with_three_readings_each(figures: dict) -> None:
+    (ax,) = figures["gap"].axes
+    assert [t.get_text() for t in ax.get_yticklabels()] == list(EDITORS)
+    assert len(ax.containers) == 3 * len(EDITORS)
+    assert [t.get_text() for t in figures["gap"].legends[0].get_texts()] == ["token accuracy", "all tokens", "free generation"]
+
+
+def test_benchmarks_and_safety_start_at_no_change(figures: dict) -> None:
+    for name, title in (("benchmarks", "Quiz"), ("safety", "Refusal")):
+        (ax,) = figures[name].axes
+        assert ax.get_title(loc="left") == title
+        starts = [(line.get_xdata()[0], line.get_ydata()[0]) for line in ax.lines if line.get_marker() not in ("None", "", None)]
+        assert starts == [(0, 0)] * len(EDITORS)
+
+
+def test_the_pareto_front_holds_what_nothing_beats() -> None:
+    x, y = np.array([0.2, 0.5, 0.9, 0.4, 0.9]), np.array([0.9, 0.6, 0.1, 0.5, 0.1])
+    assert pareto(x, y).tolist() == [True, True, True, False, True]
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=12))
+def test_every_point_is_on_the_front_or_beaten_by_one_that_is(points: list[tuple[float, float]]) -> None:
+    x, y = np.array(points).T
+    on = pareto(x, y)
+    assert on.any()
+    for i in np.flatnonzero(~on):
+        assert ((x[on] >= x[i]) & (y[on] >= y[i])).any()
+
+
+def test_one_column_figures_are_as_wide_as_a_column(run: Run, summary: dict) -> None:
+    narrow = plots.scene(run, summary, replicates=20, columns=1)
+    with style.paper():
+        for make in (plots.FIGURES[n][0] for n in ("retention", "reach", "forgetting", "gap")):
+            figure = make(narrow)
+            assert figure is not None
+            assert figure.get_figwidth() == style.ONE_COLUMN
+
+
+def test_pgf_needs_tex_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda program: None)
+    with pytest.raises(BadRun, match="install one of xelatex, lualatex, pdflatex, or leave pgf out"):
+        plots.require_format("pgf")
+
+
+@pytest.mark.skipif(not any(map(shutil.which, plots.TEX)), reason="no TeX here: PGF is measured by xelatex, lualatex or pdflatex")
+def test_pgf_is_written_where_tex_is(figures: dict, tmp_path: Path) -> None:
+    plots.save(figures["gap"], tmp_path / "gap.pgf")
+    text = (tmp_path / "gap.pgf").read_text()
+    assert r"\begin{pgfpicture}" in text
+    assert "balancedit" in text
