@@ -25,13 +25,12 @@ from streams.base import TrainPool
 from testbed.editors import _sites
 from testbed.editors._gate import Gate, Hits
 from testbed.editors._nearest import Keys, Nearest
+from testbed.editors._vectors import Losses, at_last, at_prompt
 from testbed.editors.base import BadEditor, EditFailed, Editor, EditorConfig, Traits, need
 from testbed.encode import Ask, answer_ids
 from testbed.events import EditBatch, EditEvent
-from testbed.models import project
 from testbed.predictor import ModelPredictor, Predictor
 from testbed.registry import EDITORS
-from testbed.tail import Tail, capture
 
 _SPLIT = 1e-5
 
@@ -178,8 +177,7 @@ class Grace(Editor):
         if not torch.isfinite(keys).all():
             raise EditFailed("activations of the edit are not finite")
         labels = [tuple(answer_ids(self.handle, a, e.target)) for a, e in zip(asks, batch.events)]
-        tail = capture(self.handle, asks, [e.target for e in batch.events], self.layer)
-        vectors, losses = self._train(tail, torch.stack([self._cold(e) for e in batch.events]))
+        vectors, losses = self._train(self._losses(asks, batch, keys), torch.stack([self._cold(e) for e in batch.events]))
         before = len(self.book)
         for event, key, label in zip(batch.events, keys, labels):
             self.book.insert(key, label, event.id)
@@ -194,35 +192,25 @@ class Grace(Editor):
         """(d,) uniform in [0, 1), the same whatever batch the edit stands in."""
         return torch.rand(self.handle.width, generator=self.generator(int(event.id, 16)))
 
-    def _train(self, tail: Tail, cold: Tensor) -> tuple[Tensor, list[float]]:
+    def _losses(self, asks: list[Ask], batch: EditBatch, keys: Tensor) -> Losses:
+        targets = [e.target for e in batch.events]
+        if self.config.replace == "last":
+            return at_last(self.handle, asks, targets, self.layer, keys)
+        return at_prompt(self.handle, asks, targets, self.layer)
+
+    def _train(self, losses_of: Losses, cold: Tensor) -> tuple[Tensor, list[float]]:
         """(B, d) a vector for each row, from `cold` (B, d) on. Raises `EditFailed` on a loss that is not finite."""
-        vectors = cold.to(tail.act.device).requires_grad_(True)
+        vectors = cold.to(self.weight.device).requires_grad_(True)
         adam = torch.optim.Adam([vectors], lr=self.config.lr)
-        with torch.no_grad():
-            own = project(self.module, tail.act, self.weight)
-        at, row = self._places(tail)
         losses = torch.zeros(len(cold))
         for _ in range(self.config.steps):
             adam.zero_grad()
-            put = own.index_put(at, vectors[row].to(own.dtype))
-            losses = tail.loss(lambda act, put=put: put)
+            losses = losses_of(vectors)
             if not torch.isfinite(losses).all():
                 raise EditFailed(f"the loss became {losses.tolist()} at lr {self.config.lr}; try a smaller one")
             losses.sum().backward()
             adam.step()
         return vectors.detach(), losses.tolist()
-
-    def _places(self, tail: Tail) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Where vectors go among the tail's activations, and which row's each is."""
-        prompt = tail.batch.prompt
-        spots = torch.zeros_like(prompt).index_put(
-            (torch.arange(len(prompt), device=prompt.device), tail.batch.last_prompt), torch.tensor(True)
-        )
-        if tail.act.ndim == 2:  # the last layer keeps the positions before the answer only
-            spots = spots[tail.batch.before_answer]
-            return (spots.nonzero()[:, 0],), tail.row[spots]
-        places = (prompt if self.config.replace == "prompt" else spots).nonzero(as_tuple=True)
-        return places, places[0]
 
     def predictor(self) -> Predictor:
         gate = self.gate(self.book)
