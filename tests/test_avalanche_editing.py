@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -198,3 +199,23 @@ def test_avalanches_metrics_of_a_strategy_over_answers() -> None:
     hits = (strategy.model(x).argmax(1) == y) | (y == IGNORE)
     assert accuracy(found, 0) == pytest.approx(float(hits.all(1).float().mean()))
     assert stream_value(found, "StreamForgetting") == -stream_value(found, "StreamBWT")
+
+
+EXAMPLES = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "docs" / "avalanche.md").read_text(), re.S)
+
+
+def test_there_is_an_example_of_each_direction_under_forty_lines() -> None:
+    assert [("EditorStrategy" in x, "answer_strategy" in x) for x in EXAMPLES] == [(True, False), (False, True)]
+    assert all(len(x.splitlines()) < 40 for x in EXAMPLES)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=["editor as strategy", "strategy over answers"])
+def test_the_examples_of_the_documentation_run(
+    example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On eight edits of two years, as they stand otherwise."""
+    monkeypatch.chdir(tmp_path)
+    config = 'config=__import__("streams.base").base.StreamConfig(edits_per_year=4, revise=0, retire=0, revert=0)'
+    assert "edits=500" in example
+    exec(example.replace("edits=500", f"edits=8, {config}"), {})
+    assert re.search(r"forgetting -?\d", capsys.readouterr().out)
