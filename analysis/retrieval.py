@@ -42,18 +42,6 @@ def ledgers(folder: Path) -> pd.DataFrame:
     return rows.rename(columns={"probe_step": "step"})
 
 
-def bearing(events: pd.DataFrame, edit_id: str, step: int) -> str | None:
-    """The event that holds, after `step`, what is now true of the fact of an edit; None where it was retired."""
-    newer = {r.revises: r for r in events.itertuples() if r.revises}
-    return _newest(newer, edit_id, step, {e for e, k in zip(events["edit_id"], events["kind"]) if k == "retire"})
-
-
-def _newest(newer: dict[Any, Any], edit_id: str, step: int, retired: set[str]) -> str | None:
-    while edit_id in newer and newer[edit_id].step <= step:
-        edit_id = newer[edit_id].edit_id
-    return None if edit_id in retired else edit_id
-
-
 def judged(rows: pd.DataFrame, events: pd.DataFrame) -> pd.DataFrame:
     """The ledgers with the truth beside them.
 
@@ -61,15 +49,25 @@ def judged(rows: pd.DataFrame, events: pd.DataFrame) -> pd.DataFrame:
     fact was not retrieved), right (it stands before the question), any (some fact does), error (one of `ERRORS`, or "").
     """
     newer = {r.revises: r for r in events.itertuples() if r.revises}
-    retired = {e for e, k in zip(events["edit_id"], events["kind"]) if k == "retire"}
     asked = zip(rows["split"], rows["edit_id"], rows["step"])
-    truth = [_newest(newer, e, s, retired) if split in BEARING and e is not None else None for split, e, s in asked]
+    truth = [_bearing(newer, e, s) if split in BEARING and e is not None else None for split, e, s in asked]
     out = rows.assign(facts=_live(events, rows["step"].to_numpy()), bears=[t is not None for t in truth])
     out["rank"] = [found.index(t) + 1 if t in found else 0 for t, found in zip(truth, rows["retrieved"])]
     out["right"] = [t is not None and t in used for t, used in zip(truth, rows["used"])]
     out["any"] = [bool(used) for used in rows["used"]]
     out["error"] = [_error(row) for row in out[["bears", "exact", "rank", "right", "any"]].itertuples(index=False)]
     return out
+
+
+def _bearing(newer: dict[Any, Any], edit_id: str, step: int) -> str | None:
+    """The event that holds, after `step`, what is now true of the fact of an edit; None where it was retired.
+
+    newer: event id -> row of events.parquet that revises it.
+    """
+    kind = ""
+    while edit_id in newer and newer[edit_id].step <= step:
+        edit_id, kind = newer[edit_id].edit_id, newer[edit_id].kind
+    return None if kind == "retire" else edit_id
 
 
 def _error(row: Any) -> str:

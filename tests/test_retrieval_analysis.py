@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from _fake_run import record, write_rows
 
-from analysis.retrieval import bearing, by_facts, judged, ledgers, table
+from analysis.retrieval import by_facts, judged, ledgers, table
 from testbed.schema import Record
 
 EVENTS = pd.DataFrame(
@@ -49,9 +49,14 @@ def test_only_answers_with_a_ledger_are_read(rows):
     assert set(rows["tokens"]) == {15}
 
 
-def test_what_bears_is_the_newest_version_and_nothing_after_a_retirement():
-    assert [bearing(EVENTS, "a1", s) for s in (2, 3)] == ["a1", "a2"]
-    assert [bearing(EVENTS, "b1", s) for s in (3, 4)] == ["b1", None]
+def test_what_bears_is_the_newest_version_and_nothing_after_a_retirement(tmp_path):
+    asked = [("a1", 2, ["a1"]), ("a1", 3, ["a1"]), ("a1", 3, ["a2"]), ("b1", 3, ["b1"]), ("b1", 4, ["b1"])]
+    answers = [answer("edit", e, step, True, found, []) for e, step, found in asked]
+    write_rows(tmp_path / "records" / "step-000004.parquet", Record, answers)
+    found = judged(ledgers(tmp_path), EVENTS)
+    assert found["rank"].tolist() == [1, 0, 1, 1, 0]
+    assert found["bears"].tolist() == [True] * 4 + [False]
+    assert found["facts"].tolist() == [2, 2, 2, 2, 1]
 
 
 def test_ranks_and_the_four_errors(rows):
