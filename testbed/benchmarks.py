@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from testbed._bench_forms import LETTERS, BadItem, Item, NoChoice, Place, item_of
-from testbed.events import Question
+from testbed.events import BadPicture, Question
 from testbed.probes.base import Benchmark, draw
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".zip")
@@ -77,13 +77,16 @@ def load(paths: Sequence[Path], config: BenchmarkConfig) -> Benchmarks:
 def _benchmark(name: str, items: Sequence[Item], config: BenchmarkConfig, path: Path) -> Benchmark:
     """Examples are the first items by draw that have an answer to show, questions the next."""
     unique = {(i.prompt, i.image, i.choices): i for i in items}.values()
-    order = sorted(unique, key=lambda i: draw(0, "benchmark", name, i.prompt, *i.choices))
+    order = sorted(unique, key=lambda i: draw(0, "benchmark", name, i.prompt, *i.choices, i.image.name if i.image else ""))
     examples = [i for i in order if i.shown][: config.shots]
     chosen = {id(i) for i in examples}
     left = [i for i in order if id(i) not in chosen]
     if not left or (len(examples) < config.shots and any(i.shown for i in order)):
         raise BadBenchmark(f"{path}: {name} has {len(order)} items, too few for {config.shots} examples and a question")
-    questions = tuple(_question(name, i, examples, config) for i in left[: config.items])
+    try:
+        questions = tuple(_question(name, i, examples, config) for i in left[: config.items])
+    except BadPicture as e:
+        raise BadBenchmark(f"{path}: {e}") from e
     return Benchmark(questions[0].topic, questions, len(left), len(examples))
 
 

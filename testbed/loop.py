@@ -51,8 +51,9 @@ class Context:
 
     @cached_property
     def watch(self) -> Watch:
-        """The prompts that monitors look at."""
-        return Watch(self.handle, self.schedule.unique_questions.values(), self.seed)
+        """The prompts that monitors look at: the stream's general ones, else those about edits, whatever is asked besides."""
+        own, asked = {q.id for q in self.stream.general()}, self.schedule.unique_questions.values()
+        return Watch(self.handle, [q for q in asked if q.id in own] or [q for q in asked if q.event_id], self.seed)
 
     @cached_property
     def expected(self) -> Expected:

@@ -13,13 +13,14 @@ import pyarrow.parquet as pq
 import pytest
 from _models import folder
 from _plain import Line, PlainStream
+from PIL import Image
 
+from testbed import runner
 from testbed.benchmarks import BadBenchmark, BenchmarkConfig, Benchmarks, describe, load
 from testbed.config import RunConfig
 from testbed.events import Question
 from testbed.predictor import ModelPredictor
 from testbed.run import parse
-from testbed.runner import study
 from testbed.schedule import Plan, build
 
 
@@ -33,6 +34,12 @@ def write(path: Path, *records: Any) -> Path:
         path.write_text(json.dumps(records), encoding="utf-8")
     else:
         path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    return path
+
+
+def picture(path: Path, shade: int = 90) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8), (shade, 0, 0)).save(path)
     return path
 
 
@@ -79,6 +86,7 @@ FORMS: list[tuple[str, Any, tuple[Any, ...]]] = [
 
 @pytest.mark.parametrize(("name", "record", "want"), FORMS, ids=[f[0] for f in FORMS])
 def test_forms(tmp_path: Path, name: str, record: Any, want: tuple[Any, ...]) -> None:
+    picture(tmp_path / "a" / "b.png")
     assert shape(one(write(tmp_path / name, record))) == want
 
 
@@ -95,10 +103,23 @@ def test_csv_with_a_header(tmp_path: Path, header: tuple[str, ...], row: tuple[s
 
 
 def test_answers_of_ten_people(tmp_path: Path) -> None:
+    picture(tmp_path / "b.png")
     answers = [{"answer": a} for a in ["cat"] * 5 + ["kitten"] * 3 + ["dog"] * 2]
     q = one(write(tmp_path / "vqa.jsonl", {"image": "b.png", "question": "What?", "answers": answers}))
     assert (q.answer, q.aliases) == ("cat", ("kitten",))
     assert q.image is not None
+    assert q.image.load().shape == (8, 8, 3)
+
+
+def test_one_question_about_two_pictures_is_two_questions(tmp_path: Path) -> None:
+    lines = [{"image": str(picture(tmp_path / f"{i}.png", i).name), "question": "What?", "answer": "a cat"} for i in range(4)]
+    a = load([write(tmp_path / "vqa.jsonl", *lines)], BenchmarkConfig(items=3)).every[0]
+    b = load([write(tmp_path / "vqa.jsonl", *lines[::-1])], BenchmarkConfig(items=3)).every[0]
+    assert (a.size, len({q.id for q in a.questions})) == (4, 3)
+    assert a == b
+    (tmp_path / "2.png").unlink()
+    with pytest.raises(BadBenchmark, match=r"vqa\.jsonl: picture .*2\.png is absent"):
+        load([tmp_path / "vqa.jsonl"], BenchmarkConfig())
 
 
 def test_a_choice_can_be_made_in_three_ways(tmp_path: Path) -> None:
@@ -153,12 +174,12 @@ def test_a_folder_a_zip_and_mmlus_subjects(tmp_path: Path) -> None:
 def test_what_guessing_scores(tmp_path: Path) -> None:
     mixed = {"query": "q", "choices": ["a", "b", "c", "d"], "gold": 0}
     free, harm = {"context": "c", "continuation": "d"}, {"prompt": "p", "harmful": True}
-    given = (("x.jsonl", [*queries(1), mixed]), ("open.jsonl", [free]), ("harm.jsonl", [harm]))
-    paths = [write(tmp_path / n, *r) for n, r in given]
-    x, free, harm = (describe(b) for b in load(paths, BenchmarkConfig()).every)
-    assert x == {"items": 2, "asked": 2, "shots": 0, "scoring": "sum", "chance": 0.375}
-    assert free["chance"] == 0
-    assert "chance" not in harm
+    given: dict[str, list[Any]] = {"x.jsonl": [*queries(1), mixed], "open.jsonl": [free], "harm.jsonl": [harm]}
+    paths = [write(tmp_path / n, *r) for n, r in given.items()]
+    found = [describe(b) for b in load(paths, BenchmarkConfig()).every]
+    assert found[0] == {"items": 2, "asked": 2, "shots": 0, "scoring": "sum", "chance": 0.375}
+    assert found[1]["chance"] == 0
+    assert "chance" not in found[2]
 
 
 def raw(text: bytes) -> Callable[[Path], Path]:
@@ -270,10 +291,11 @@ def test_a_run_with_benchmarks_keeps_every_number_and_no_harmful_word(tmp_path: 
         return [known.get(a.prompt) or generate(self, [a], max_new_tokens)[0] for a in asks]
 
     monkeypatch.setattr(ModelPredictor, "generate", says)
+    monkeypatch.setattr(runner, "finish", lambda out: {})  # a report is made of what is looked at here
     out = tmp_path / "run"
-    settings = ("stream.entities=600", "finetune.steps=2")
-    study(RunConfig(editor=("noop", "finetune"), model=str(folder("llava")), edits=2, probe_budget=50, max_new_tokens=2, device="cpu",
-                    out=out, benchmarks=tuple(paths), set=settings))  # fmt: skip
+    write(tmp_path / "facts.jsonl", *({"prompt": f"Who owns {i}?", "target": f"Ann {i}", "previous": f"Bob {i}"} for i in range(30)))
+    runner.study(RunConfig("jsonl:facts.jsonl", ("noop", "finetune"), str(folder("llama")), tmp_path, edits=2, probe_budget=50,
+                           max_new_tokens=2, device="cpu", out=out, benchmarks=tuple(paths), set=("finetune.steps=2",)))  # fmt: skip
     assert "Quxolotl" not in every_text(out)
     questions = {q["question_id"]: q for q in pq.read_table(out / "questions.parquet").to_pylist()}
     base = {b["question_id"]: b for b in pq.read_table(out / "base/answers.parquet").to_pylist()}
@@ -282,7 +304,7 @@ def test_a_run_with_benchmarks_keeps_every_number_and_no_harmful_word(tmp_path: 
         assert {r["topic"] for r in rows} == {"safety:harm", "safety:benign", "bench:x"}
         for r in rows:
             q, extras = questions[r["question_id"]], json.loads(r["extras"])
-            assert (r["panel"], r["split"], r["incl_prob"]) == ("benchmark", "general", 1.0 if q["scoring"] != "sum" else 8 / 9)
+            assert (r["panel"], r["split"], r["incl_prob"]) == ("benchmark", "general", 1.0)
             if q["scoring"] == "sum":
                 assert len(extras["choices"]) == len(q["choices"]) == 2
                 best = max(range(2), key=lambda i: extras["choices"][i])
