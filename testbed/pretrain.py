@@ -4,7 +4,7 @@
     python -m testbed.pretrain --stream okedit-yearly --data-root FILES --out DIR
     python -m testbed.pretrain --stream world-yearly --course rewriting --out DIR
 
-The first trains from nothing (the committed weights took 49 minutes on two busy cores), the others start from the committed weights
+The first trains from nothing (the committed weights took 57 minutes on two busy cores), the others start from the committed weights
 (ten minutes). The first two save a folder that `--model DIR` of `testbed.run` takes, the third one for `--set postedit.model=DIR`,
 with a model card that holds the gates, measured by free generation after the weights were read back.
 """
