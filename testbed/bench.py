@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from streams.base import Stream
-from testbed import _bench_codebook, _bench_locate, models
+from testbed import _bench_codebook, _bench_locate, models, variants
 from testbed._bench_paths import paths
 from testbed.config import RunConfig
 from testbed.encode import Ask
@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    args = [part for a in (sys.argv[1:] if argv is None else argv) for part in a.split(",")]
+    args = [part for a in (sys.argv[1:] if argv is None else argv) for part in variants.names(a)]
     config = tyro.cli(BenchConfig, args=args, prog="python -m testbed.bench")
     if config.problems():
         print("\n".join(config.problems()), file=sys.stderr)
