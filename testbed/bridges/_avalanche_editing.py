@@ -39,7 +39,7 @@ class EditorStrategy(BaseTemplate):
     In a minibatch `mb_y` is 1 for every question and `mb_output` is 1 where the answer is right, so the stock metrics
     (accuracy, forgetting, backward and forward transfer) hold for edits as they are; `loss` is the mean negative
     log-probability (nats a token). Both are measured only when something reads them: training with metrics costs a
-    generation an edit, training without costs none.
+    generation an edit, training without costs none. `model` is empty: answers are the editor's predictor's.
 
     Args:
         editor: a name of --list, or an editor that no model was given to yet.
