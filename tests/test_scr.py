@@ -156,6 +156,15 @@ def test_a_revised_fact_is_its_newest_value_and_a_past_moment_its_old_one():
     assert "old value" in seen(editor.predictor())
 
 
+def test_a_retired_fact_is_remembered_as_it_was_before():
+    editor = make("topk", events=FACTS[:1])
+    gone = EditEvent("retire", 1.0, 1, FACTS[0].prompt, "", revises=FACTS[0].id)
+    editor.apply(EditBatch((gone,), 2))
+    views: Any = (editor.as_of(1), editor.as_of(2), editor.predictor())
+    found = [view.retriever.nearest([own(FACTS[0])], 1)[0] for view in views]
+    assert [[f.fact.target for f in near] for near in found] == [[TARGETS[0]], [], []]
+
+
 def test_the_prompt_never_holds_an_answer_from_the_future():
     early = make("oracle-context", events=FACTS[:2])
     views = [(2, early.predictor())]

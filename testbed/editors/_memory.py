@@ -18,7 +18,7 @@ from testbed.editors._retriever import Found, Retriever
 from testbed.editors._text_index import Rows, TextIndex, VectorIndex, WordIndex
 from testbed.editors.base import BadEditor, Editor, EditorConfig, need
 from testbed.encode import Ask, answer_ids, prompt_inputs
-from testbed.events import EditBatch, Picture
+from testbed.events import EditBatch
 from testbed.predictor import Inspection, ModelPredictor, Predictor, Response, Score, Tokens
 from testbed.prompts import WORDINGS, statement
 
@@ -87,8 +87,7 @@ class MemoryEditor(Editor):
             self.index.add([self.text(v) for v in store.log])
         self.pictured, self.looks = list(pictured), Rows(self.handle.width, looks)
         self._alive = np.zeros(len(store.log), bool)
-        for entry in {v.entry for v in store.log}:
-            self._mark(entry)
+        self._alive[[row for row in map(store.row_of, {v.entry for v in store.log}) if row is not None]] = True
 
     def _mark(self, entry: int) -> None:
         """Bring `_alive` up to date for one fact."""
@@ -113,16 +112,14 @@ class MemoryEditor(Editor):
             row = self.store.add(e, batch.step)
             self._mark(self.store.log[row].entry)
             if e.image is not None:
-                self.looks.add(self._look(e.image)[None])
+                self.looks.add(look(self.handle, e.image)[None])
                 self.pictured = [*self.pictured, row]
         self.index.add([self.text(v) for v in self.store.log[first:]])
         return {"facts": float(self._alive.sum()), "versions": float(len(self.store.log))}
 
-    def _look(self, picture: Picture) -> np.ndarray:
-        return look(self.handle, picture)
-
     def revert(self, event_ids: Iterable[str]) -> None:
-        """Forget these edits; what they superseded holds again. Raises `BadEditor` for an unknown id."""
+        """Forget these edits, as of the newest step; what they superseded holds again. Raises `BadEditor` for an unknown id."""
+        self.now = max(self.now, self.step)
         for i in event_ids:
             try:
                 row = self.store.withdraw(i, self.now)

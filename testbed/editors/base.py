@@ -74,6 +74,8 @@ class Editor(ABC):
         self.seed = seed
         self.notes: list[str] = []
         self._revises: dict[str, str | None] = {}
+        self.step = 0
+        """Step of the newest batch."""
 
     def prepare(self, handle: ModelHandle, pool: TrainPool) -> None:
         """Bind to a model, once, before the first edit; `pool` is empty unless the Traits declare its use."""
@@ -92,6 +94,7 @@ class Editor(ABC):
         report = EditReport(step=batch.step, event_ids=tuple(e.id for e in batch.events))
         if not batch.events:
             return report
+        self.step = batch.step
         before = self.state_dict()
         retire = [e for e in batch.events if e.kind == "retire"]
         edits = EditBatch(self._allowed(batch.events), batch.step, self._paraphrases(batch))
