@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from streams._pictures import FilePicture
+from streams._pictures import Shown
 from streams._records import plain
 from streams.base import Skipped
 from streams.transforms import share
@@ -25,7 +25,7 @@ class Ask:
     split: Split
     prompt: str
     answer: str | None
-    image: FilePicture | None = None
+    image: Shown | None = None
     aliases: tuple[str, ...] = ()
 
 
@@ -40,7 +40,7 @@ class Entry:
     previous: str | None = None
     subject: str | None = None
     category: str = "other"
-    image: FilePicture | None = None
+    image: Shown | None = None
     aliases: tuple[str, ...] = ()
     held_out: tuple[str, ...] = ()
     train: tuple[str, ...] = ()
@@ -63,7 +63,7 @@ class Data:
     missing: Mapping[str, int] = field(default_factory=dict)
 
 
-def place_of(image: FilePicture | None, prompt: str) -> Place:
+def place_of(image: Shown | None, prompt: str) -> Place:
     """What is asked: the picture, by its name under the root, and the bare prompt."""
     return (image.name if image is not None else ""), plain(prompt)
 

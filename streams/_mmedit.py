@@ -71,7 +71,7 @@ def load(layout: Layout, config: StreamConfig) -> Data:
         total += len(rows)
         reader.read(path.name, rows)
     none_left(reader.entries, total, str(files[0].parent), reasons(reader.skipped))
-    used = sorted({(p.name, p.size) for e in reader.entries for p in (e.image, *(a.image for a in e.asks)) if p is not None})
+    used = sorted({(p.name, p.size) for e in reader.entries for p in (e.image, *(a.image for a in e.asks)) if isinstance(p, FilePicture)})
     names = " and ".join(p.name for p in files)
     origin = f"{layout.name} files {names} ({len(reader.entries):,} usable of {total:,} records; pictures missing: {config.missing_images})"
     missing = {f: reader.missing[f] for f in PICTURES}

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -68,12 +69,28 @@ class FilePicture:
         """RGB, uint8, (height, width, 3), turned as its EXIF orientation says. Raises `BadPicture`."""
         if self.size == 0:
             raise BadPicture(f"picture {self.path} is empty: fetch it again")
-        try:
-            return _decode(self.path)
-        except BadPicture:
-            raise
-        except Exception as e:  # a decoder fed with broken bytes may raise anything
-            raise BadPicture(f"picture {self.path} is not a picture, or cut short ({type(e).__name__}: {e}): fetch it again") from e
+        return _decode(self.path, str(self.path))
+
+
+@dataclass(frozen=True)
+class StoredPicture:
+    """A picture inside a data set: `read` gives the bytes of its file, `where` says which it is (satisfies `Picture`)."""
+
+    key: str
+    where: str = field(compare=False)
+    read: Callable[[], bytes] = field(compare=False, repr=False)
+
+    @property
+    def name(self) -> str:
+        return self.key
+
+    def load(self) -> np.ndarray:
+        """As `FilePicture.load`. Raises `BadPicture`."""
+        return _decode(io.BytesIO(self.read()), self.where)
+
+
+Shown = FilePicture | StoredPicture
+"""A picture that a record shows."""
 
 
 def stays_inside(name: str) -> bool:
@@ -83,19 +100,28 @@ def stays_inside(name: str) -> bool:
     return bool(steps) and not odd and ".." not in steps and ":" not in steps[0]
 
 
-def _decode(path: Path) -> np.ndarray:
+def _decode(source: Path | io.BytesIO, where: str) -> np.ndarray:
+    try:
+        return _rgb(source, where)
+    except BadPicture:
+        raise
+    except Exception as e:  # a decoder fed with broken bytes may raise anything
+        raise BadPicture(f"picture {where} is not a picture, or cut short ({type(e).__name__}: {e}): fetch it again") from e
+
+
+def _rgb(source: Path | io.BytesIO, where: str) -> np.ndarray:
     from PIL import Image, ImageOps
 
-    with Image.open(path) as image:
+    with Image.open(source) as image:
         width, height = image.size
         if width * height > MAX_PIXELS:
-            raise BadPicture(f"picture {path} has {width} x {height} pixels, more than {MAX_PIXELS:,}: scale it down")
+            raise BadPicture(f"picture {where} has {width} x {height} pixels, more than {MAX_PIXELS:,}: scale it down")
         image.load()
-        rgb = _eight_bit(ImageOps.exif_transpose(image), path).convert("RGB")
+        rgb = _eight_bit(ImageOps.exif_transpose(image), where).convert("RGB")
     return np.asarray(rgb, dtype=np.uint8)
 
 
-def _eight_bit(image: Any, path: Path) -> Any:
+def _eight_bit(image: Any, path: str) -> Any:
     """Deep grey pictures scaled to 8 bit (PIL would clip them to white). Raises `BadPicture` for what has no scale."""
     from PIL import Image
 

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 from streams._entries import EntryStream
 from streams._entry import Data, Entry, with_roles
 from streams._fields import ABSENT, Once, columns, none_left, pick, read_rows
-from streams._pictures import FilePicture
+from streams._pictures import FilePicture, Shown, StoredPicture
 from streams._records import BadField, kind_of, optional_text, reasons
 from streams._textfacts import read_entry
 from streams.base import BadStream, Skipped, StreamConfig
@@ -107,12 +107,15 @@ def _entries(rows: Sequence[Any], form: Mapping[str, str], pictures: Path | None
     return out
 
 
-def _picture(row: Mapping[str, Any], form: Mapping[str, str], folder: Path | None) -> FilePicture | None:
+def _picture(row: Mapping[str, Any], form: Mapping[str, str], folder: Path | None) -> Shown | None:
+    held = row.get(form.get("image", ""))
+    if isinstance(held, StoredPicture):
+        return held
     name = optional_text(row, form["image"]) if "image" in form else None
     if name is None:
         return None
     if folder is None:
-        raise BadField("a picture must be a file's name; pictures inside a dataset cannot be read yet")
+        raise BadField("a picture must lie in a column of pictures (datasets.Image), found text")
     picture = FilePicture(folder, name)
     if not picture.path.is_file():
         raise BadField("no file for image")
@@ -148,10 +151,34 @@ class HubDataset(_Mapped):
         table = _load(name, part, split or "train")
         wanted = {item.partition("=")[2].split(".")[0] for item in config.fields} | set(OURS)
         kept = [c for c in table.column_names if c in wanted]
-        rows = table.select_columns(kept).to_list() if kept else [dict.fromkeys(table.column_names)]
+        rows = _rows(table, kept) if kept else [dict.fromkeys(table.column_names)]
         if config.fields and any(item.partition("=")[2].split(".")[0] not in table.column_names for item in config.fields):
             rows = [dict.fromkeys(table.column_names)]  # a wrong map: all columns are shown
-        return rows, f"dataset {Path(name).name} {part} {split or 'train'}".replace("  ", " "), content_id(rows), None
+        digest = content_id([{k: getattr(v, "key", v) for k, v in row.items()} for row in rows])
+        return rows, f"dataset {Path(name).name} {part} {split or 'train'}".replace("  ", " "), digest, None
+
+
+def _rows(table: Any, columns: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows of these columns; cells of a column of pictures as pictures that are decoded when asked for."""
+    import datasets
+
+    shown = [c for c in columns if isinstance(table.features[c], datasets.Image)]
+    rows = table.select_columns([c for c in columns if c not in shown]).to_list() if len(shown) < len(columns) else [{} for _ in table]
+    for column in shown:
+        bare = table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+        for i, row in enumerate(rows):
+            row[column] = _stored(bare, column, i)
+    return rows
+
+
+def _stored(table: Any, column: str, i: int) -> StoredPicture | None:
+    def read() -> bytes:
+        cell = table[i][column]
+        return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
+
+    if table[i][column] is None:
+        return None
+    return StoredPicture(hashlib.sha256(read()).hexdigest()[:16], f"in {column} of record {i}", read)
 
 
 def _load(name: str, part: str, split: str) -> Any:

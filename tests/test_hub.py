@@ -94,6 +94,28 @@ def test_a_dataset_on_disk(tmp_path: Path) -> None:
         STREAMS.get(f"hub:{tmp_path / 'no'}")(StreamConfig(fields=MAP))
 
 
+def test_pictures_inside_a_dataset(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    for i in range(5):
+        paint(tmp_path / f"{i}.png", i)
+    rows = [{k: row(i)[k] for k in ("q", "old")} | {"new": f"Ann {i}", "shown": str(tmp_path / f"{i % 5}.png")} for i in range(60)]
+    rows[7]["shown"] = None
+    table = datasets.Dataset.from_list(rows).cast_column("shown", datasets.Image())
+    table.save_to_disk(str(tmp_path / "set"))
+    for i in range(5):
+        (tmp_path / f"{i}.png").unlink()
+    fields = ("prompt=q", "target=new", "previous=old", "image=shown")
+    s = STREAMS.get(f"hub:{tmp_path / 'set'}")(StreamConfig(fields=fields))
+    assert "60 usable of 60" in s.origin
+    events = s.events(200)
+    shown = {e.image.key for e in events if e.image is not None}
+    assert len(shown) == 5
+    assert any(e.image is None for e in (*events, *s.train_pool().questions, *s.general()))
+    first = next(e.image for e in events if e.image is not None)
+    assert first.load().shape == (6, 8, 3)
+    assert any(q.split == "locality_sibling" for e in events for q in s.questions(e))
+
+
 def test_a_name_with_a_colon_carries_an_argument() -> None:
     registry = Registry("thing", "streams")
     base: Any = registry.register("from:")(type("Base", (), {"summary": "x"}))
