@@ -1,6 +1,6 @@
 """`merged:A+B`: several streams as one, their edits in one order of time.
 
-    --stream merged:okedit-yearly+world-yearly
+    --stream merged:okedit-yearly+world-yearly --data-root DIR
     --stream merged:templama@templama+leaders@reign --data-root DIR
 
 A name with `@FOLDER` reads that folder under the data root.
@@ -113,8 +113,8 @@ class Merged(Stream):
         return self._of[event.id]
 
     def general(self) -> tuple[Question, ...]:
-        asked = {q.id: q for p in self.parts for q in p.general() if _place(q) not in self._all_taken | self._pool.keys()}
-        return tuple(asked.values())
+        kept = self._all_taken | self._pool.keys()
+        return tuple({q.id: q for p in self.parts for q in p.general() if _place(q) not in kept}.values())
 
     def paraphrases(self, event: EditEvent) -> tuple[str, ...]:
         return self.parts[self._part_of(event)].paraphrases(event)
