@@ -2,7 +2,8 @@
 
 Keys are drawn, not read: four hundred to a cluster, as activations of one kind of question lie. Forwards are
 the tiny model's on real questions, and a decoder layer's of the shape of a 7B Llama (4,096 wide, 11,008
-inside, 32 layers; one layer is timed and counted 32 times, embeddings and head left out).
+inside, 32 layers; one layer is timed and counted 32 times, embeddings and head left out). Times are CPU time, in
+which other work on the machine does not count.
 """
 
 from __future__ import annotations
@@ -165,12 +166,12 @@ def weight(entries: int = 10_000, width: int = WIDTH_7B, inner: int = INNER_7B) 
 
 
 def _timed(what: Callable[[], object]) -> float:
-    start = time.perf_counter()
+    start = time.process_time()
     what()
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def _least(what: Callable[[], object], times: int) -> float:
-    """Seconds, the least of several after one that warms up: what other work on the machine adds is left out."""
+    """CPU seconds, the least of several after one that warms up."""
     what()
     return min(_timed(what) for _ in range(times))
