@@ -23,7 +23,10 @@ from testbed.events import BadPicture, Picture, Question
 KEPT_SIDE = 2 * SIDE
 """Photos are held in memory with this short side, in pixels."""
 SMALLEST_CROP = 0.85
-PHOTO_ROWS, TEXT_ROWS, WORLD_ROWS = 24, 4, 8
+ROWS, LEAST_ROWS, WORLD_ROWS = 28, 4, 8
+"""Rows of beliefs in a batch, the fewest about photos (or without) where there are such, and rows of rehearsal."""
+PER_TEXT_ROW = 16
+"""Beliefs without a photo in a row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +102,15 @@ class Beliefs:
             raise ValueError("a pictured belief has no photo")
         return crop(group.photo, self.rng), [*examples[:3], self.in_context(examples[0]), *examples[3:]]
 
+    def rows(self) -> tuple[int, int]:
+        """Rows about photos and rows of text in a batch: as many as it takes to see all of them equally often."""
+        photos, texts = len(self.pictured), len(self.told) / PER_TEXT_ROW
+        if not photos or not texts:
+            return (ROWS - LEAST_ROWS, 0) if photos else (0, ROWS - LEAST_ROWS)
+        about_photos = round(ROWS * photos / (photos + texts))
+        about_photos = min(max(about_photos, LEAST_ROWS), ROWS - LEAST_ROWS)
+        return about_photos, ROWS - about_photos
+
     def text_row(self, n: int) -> list[Example]:
         return [self.told[int(i)] for i in self.rng.integers(0, len(self.told), n)]
 
@@ -125,12 +137,11 @@ def belief_batches(beliefs: Beliefs, packer: Packer, world: Curriculum | None) -
     texts = world.text() if world is not None else iter(())
     if world is not None:
         world.progress = 1.0
+    about_photos, in_words = beliefs.rows()
 
     def batch(progress: float) -> Packed:
-        rows = [
-            packer.row(examples, photo) for photo, examples in (beliefs.photo_row() for _ in range(PHOTO_ROWS if beliefs.pictured else 0))
-        ]
-        rows += [packer.row(beliefs.text_row(16)) for _ in range(TEXT_ROWS if beliefs.told else 0)]
+        rows = [packer.row(examples, photo) for photo, examples in (beliefs.photo_row() for _ in range(about_photos))]
+        rows += [packer.row(beliefs.text_row(PER_TEXT_ROW)) for _ in range(in_words)]
         if world is not None:
             rows += [packer.row([next(texts) for _ in range(16)]) for _ in range(WORLD_ROWS // 4)]
             rows += [packer.row(examples, photo) for photo, examples in (world.photo() for _ in range(WORLD_ROWS // 4))]

@@ -246,6 +246,15 @@ def test_beliefs_in_context_are_overridden_or_kept():
     assert kept and len(kept) < len(made)
 
 
+@pytest.mark.parametrize(
+    ("photos", "texts", "rows"), [(9, 0, (24, 0)), (0, 9, (0, 24)), (72, 140, (24, 4)), (315, 16_230, (7, 21)), (1, 10**5, (4, 24))]
+)
+def test_photos_and_texts_share_a_batch_by_their_numbers(photos, texts, rows):
+    draws = Beliefs(gather(list(_beliefs()))[0], np.random.default_rng(0))
+    draws.pictured, draws.told = draws.pictured[:1] * photos, draws.told[:1] * texts
+    assert draws.rows() == rows
+
+
 def test_new_words_become_one_token_and_old_ones_stay(small, parts):
     tokenizer, _, model = parts
     texts = [" a passenger bus"] * 3 + ["\nIn this photograph, what is it?"]
