@@ -19,6 +19,8 @@ from analysis.records import read_table
 
 BEARING = ("edit", "text_generality", "image_generality", "portability")
 """Splits whose questions one edit bears on; on those of locality and general splits none does."""
+STALE = "stale"
+"""The edit's own question once more, judged by the value before; left out."""
 ERRORS = ("miss", "reject", "wrong", "ignored")
 """Why a question that a fact bears on was answered wrongly: it was not retrieved; it was, and no fact was let through;
 another one was; it stood before the question, and the answer did not follow it."""
@@ -43,14 +45,17 @@ def ledgers(folder: Path) -> pd.DataFrame:
 
 
 def judged(rows: pd.DataFrame, events: pd.DataFrame) -> pd.DataFrame:
-    """The ledgers with the truth beside them.
+    """The ledgers with the truth beside them, but for stale questions.
 
     Adds facts (live when asked), bears (a fact bears on the question), rank (1 for the nearest; 0 where the bearing
     fact was not retrieved), right (it stands before the question), any (some fact does), error (one of `ERRORS`, or "").
     """
+    rows = rows[rows["split"] != STALE]
     newer = {r.revises: r for r in events.itertuples() if r.revises}
+    retired = set(events["edit_id"][events["kind"] == "retire"])
     asked = zip(rows["split"], rows["edit_id"], rows["step"])
-    truth = [_bearing(newer, e, s) if split in BEARING and e is not None else None for split, e, s in asked]
+    held = [_newest(newer, e, s) if split in BEARING and e is not None else None for split, e, s in asked]
+    truth = [None if e in retired else e for e in held]
     out = rows.assign(facts=_live(events, rows["step"].to_numpy()), bears=[t is not None for t in truth])
     out["rank"] = [found.index(t) + 1 if t in found else 0 for t, found in zip(truth, rows["retrieved"])]
     out["right"] = [t is not None and t in used for t, used in zip(truth, rows["used"])]
@@ -59,15 +64,11 @@ def judged(rows: pd.DataFrame, events: pd.DataFrame) -> pd.DataFrame:
     return out
 
 
-def _bearing(newer: dict[Any, Any], edit_id: str, step: int) -> str | None:
-    """The event that holds, after `step`, what is now true of the fact of an edit; None where it was retired.
-
-    newer: event id -> row of events.parquet that revises it.
-    """
-    kind = ""
+def _newest(newer: dict[Any, Any], edit_id: str, step: int) -> str:
+    """The event that is the newest of its fact after `step`; newer: event id -> row of events.parquet that revises it."""
     while edit_id in newer and newer[edit_id].step <= step:
-        edit_id, kind = newer[edit_id].edit_id, newer[edit_id].kind
-    return None if kind == "retire" else edit_id
+        edit_id = newer[edit_id].edit_id
+    return edit_id
 
 
 def _error(row: Any) -> str:

@@ -78,7 +78,7 @@ def terminal_table(summary: Summary) -> Table:
     table = Table(box=SIMPLE, caption=f"Shares in %, differences in points. {caption}", caption_justify="left", padding=(0, 1, 0, 0))
     table.add_column("")
     for editor in summary["editors"]:
-        table.add_column(editor, justify="right")
+        table.add_column(Text(editor), justify="right")
     for name in _terminal_rows(summary, suffix):
         winner = best(summary, name)
         texts = [half_width_cell(m, name) if many else cell(m, name, brief=True) for m in summary["editors"].values()]

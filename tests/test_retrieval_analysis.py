@@ -33,6 +33,7 @@ ANSWERS = [
     answer("locality_far", "b1", 2, True, ["a1"], ["a1"]),
     answer("general", None, 2, True, ["a1"], []),
     answer("edit", "a1", 3, True, ["a2"], ["a2"]),
+    answer("stale", "a1", 2, False, ["a1"], ["a1"]),
     record(split="text", exact=None),
     record(split="edit", edit_id="a1", exact=True),
 ]
@@ -45,18 +46,19 @@ def rows(tmp_path) -> pd.DataFrame:
 
 
 def test_only_answers_with_a_ledger_are_read(rows):
-    assert len(rows) == 8
+    assert len(rows) == 9
+    assert len(judged(rows, EVENTS)) == 8
     assert set(rows["tokens"]) == {15}
 
 
 def test_what_bears_is_the_newest_version_and_nothing_after_a_retirement(tmp_path):
-    asked = [("a1", 2, ["a1"]), ("a1", 3, ["a1"]), ("a1", 3, ["a2"]), ("b1", 3, ["b1"]), ("b1", 4, ["b1"])]
+    asked = [("a1", 2, ["a1"]), ("a1", 3, ["a1"]), ("a1", 3, ["a2"]), ("b1", 3, ["b1"]), ("b1", 4, ["b1"]), ("b2", 4, ["b1"])]
     answers = [answer("edit", e, step, True, found, []) for e, step, found in asked]
     write_rows(tmp_path / "records" / "step-000004.parquet", Record, answers)
     found = judged(ledgers(tmp_path), EVENTS)
-    assert found["rank"].tolist() == [1, 0, 1, 1, 0]
-    assert found["bears"].tolist() == [True] * 4 + [False]
-    assert found["facts"].tolist() == [2, 2, 2, 2, 1]
+    assert found["rank"].tolist() == [1, 0, 1, 1, 0, 0]
+    assert found["bears"].tolist() == [True] * 4 + [False] * 2
+    assert found["facts"].tolist() == [2, 2, 2, 2, 1, 1]
 
 
 def test_ranks_and_the_four_errors(rows):

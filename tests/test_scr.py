@@ -249,7 +249,7 @@ def test_other_pictures_are_told_apart_by_what_the_train_pool_looks_like():
     predictor: Any = editor.predictor()
     assert [f.fact.event_id for f in predictor.retriever.nearest([own(pictured[2])], 5)[0]] == [pictured[2].id]
     few = make("topk", "llava", POOL, pictured)
-    assert few.same == -1 and "too few" in few.notes[0]
+    assert few.same == -1 and "every fact with one" in few.notes[0]
 
 
 def test_a_state_of_another_encoder_is_refused():

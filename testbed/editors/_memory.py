@@ -74,7 +74,7 @@ class MemoryEditor(Editor):
             return -1.0
         if len(pictures) < _LEAST_PICTURES:
             self.notes.append(
-                f"the train pool has {len(pictures)} pictures, too few to say when two are alike: every fact with a picture may be meant"
+                f"{len(pictures)} pictures in the train pool: for a question with a picture every fact with one is a candidate"
             )
             return -1.0
         seen = np.stack([look(self.handle, p) for p in list(pictures.values())[:256]])
