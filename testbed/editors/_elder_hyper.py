@@ -54,7 +54,7 @@ def derived(handle: ModelHandle, kind: str) -> tuple[Hyper, str]:
     found = Hyper(f"^({'|'.join(names)})$")
     where = f"down-projections of layers {layers[0]} to {layers[-1]}"
     note = f"no published hyper-parameters for {kind} with {depth} layers: adapters at the {where}"
-    return (replace(found, lr=5e-3, guide=0.1, steps=30) if depth < 8 else found), note
+    return (replace(found, lr=2e-3, guide=1.0, steps=30) if depth < 8 else found), note
 
 
 def overlaid(h: Hyper, config: Any) -> Hyper:
