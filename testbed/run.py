@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from rich.console import Console
@@ -17,28 +17,37 @@ from testbed import variants
 from testbed.config import BadConfig, RunConfig, set_fields
 from testbed.events import BadEvent, BadPicture
 from testbed.files import StoreError
-from testbed.registry import EDITORS, PROBES, STREAMS, WRAPPERS, UnknownName
+from testbed.registry import EDITORS, MONITORS, PROBES, STREAMS, WRAPPERS, UnknownName
+
+T = TypeVar("T")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 2 for a mistake of the user's (said in plain words), 130 when interrupted."""
     console = Console(stderr=True)
+    code, _ = told(lambda: _main(list(sys.argv[1:] if argv is None else argv), console))
+    return code
+
+
+def told(work: Callable[[], T]) -> tuple[int, T | None]:
+    """An exit code (0 done, 2 for a mistake of the user's, which is said in plain words, 130 when interrupted), and the result."""
+    console = Console(stderr=True)
     try:
-        return _main(list(sys.argv[1:] if argv is None else argv), console)
+        return 0, work()
     except _errors() as e:
         for line in str(e).splitlines():
             console.print(f"error: {line}", style="bold red", markup=False, highlight=False, soft_wrap=True)
-        return 2
+        return 2, None
     except KeyboardInterrupt:
         console.print("interrupted; what was saved is kept. Go on with --resume and the run folder.", markup=False)
-        return 130
+        return 130, None
 
 
-def _main(argv: list[str], console: Console) -> int:
+def _main(argv: list[str], console: Console) -> None:
     config = parse(argv)
     if config.list:
         list_plugins(Console())
-        return 0
+        return
     from testbed import runner
 
     runner.check(config)
@@ -47,14 +56,12 @@ def _main(argv: list[str], console: Console) -> int:
         from testbed.estimate import print_estimate
 
         print_estimate(config, Console())
-        return 0
+        return
 
     def say(line: str) -> None:
         console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
-    summary = runner.study(config, say)
-    _show(summary)
-    return 0
+    _show(runner.study(config, say))
 
 
 def _no_foreign_bars() -> None:
@@ -132,8 +139,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def list_plugins(console: Console) -> None:
-    """Every editor, stream and probe with one line each."""
-    for registry in (EDITORS, WRAPPERS, STREAMS, PROBES):
+    """Every plug-in with one line each."""
+    for registry in (EDITORS, WRAPPERS, STREAMS, PROBES, MONITORS):
         table = Table(title=f"{registry.kind}s", title_justify="left", box=None, show_header=False, pad_edge=False)
         for name, cls in registry.items():
             more = f"\n{cls.time_axis} time; size: {cls.size}; licence: {cls.licence}" if registry is STREAMS else ""

@@ -164,12 +164,16 @@ class EditorFolder:
             return False
         return expected is None or _holds(parts, step, expected)
 
-    def newest_state(self) -> dict[str, Any]:
-        """The newest state. Raises `StoreError` when there is none."""
+    def newest(self) -> tuple[int, dict[str, Any]]:
+        """The newest saved step and its state. Raises `StoreError` when there is none."""
         states = self._states()
         if not states:
             raise StoreError(f"{self.path} holds no saved state: the run stopped before its first save")
-        return read_state(states[-1])
+        return step_of(states[-1]), read_state(states[-1])
+
+    def newest_state(self) -> dict[str, Any]:
+        """The newest state. Raises `StoreError` when there is none."""
+        return self.newest()[1]
 
     def _parts(self) -> list[Path]:
         return sorted(p for folder in ("records", "monitors") for p in (self.path / folder).glob("step-*.parquet"))
