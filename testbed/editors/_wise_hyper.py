@@ -49,10 +49,8 @@ def derived(kind: str, depth: int) -> tuple[Hyper, str]:
     """Values for a model nobody tuned: the layer at 27/32 of the depth, margins relative to the layer's output (chosen on a
     development stream of the committed model)."""
     layer = min(depth - 1, round(depth * 27 / 32))
-    own = {"alpha": 0.25, "beta": 1.0, "gamma": 0.5, "relative": True, "lr": 0.3}
-    return Hyper(
-        layer, **margins
-    ), f"no published hyper-parameters for {kind} with {depth} layers: side memory at layer {layer}, margins relative"
+    note = f"no published hyper-parameters for {kind} with {depth} layers: side memory at layer {layer}, margins relative"
+    return Hyper(layer, lr=0.3, alpha=0.25, beta=1.0, gamma=0.5, relative=True), note
 
 
 def overlaid(h: Hyper, config: Any) -> Hyper:
