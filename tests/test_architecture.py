@@ -81,10 +81,15 @@ def test_avalanche_lives_in_its_bridge_alone() -> None:
     assert all(u.startswith("testbed/bridges/") for u in users)
 
 
+def test_the_harness_lives_in_its_bridge_alone() -> None:
+    assert [name_of(p) for p in FILES if "lm_eval" in top(imports(p))] == ["testbed/bridges/lm_eval.py"]
+
+
 def test_the_loop_and_the_probes_know_no_plug_in() -> None:
     for path in [ROOT / "testbed" / f"{n}.py" for n in ("loop", "schedule", "store", "predictor", "models", "encode", "runner")]:
-        known = [m for m in imports(path) if inside(m, "testbed.editors", "testbed.probes", "streams")]
-        assert [m for m in known if not inside(m, "testbed.editors.base", "testbed.probes.base", "streams.base")] == [], path.name
+        known = [m for m in imports(path) if inside(m, "testbed.editors", "testbed.probes", "testbed.monitors", "streams")]
+        contracts = ("testbed.editors.base", "testbed.probes.base", "testbed.monitors.base", "streams.base", "streams.arrange")
+        assert [m for m in known if not inside(m, *contracts)] == [], path.name
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if name_of(p) not in NAMERS], ids=name_of)

@@ -1,0 +1,188 @@
+"""Which edit broke the model: `python -m testbed.bisect OUT --editor NAME --after STEP --upto STEP`.
+
+Between two checkpoints, one whole and one broken, the editor is made again and the signal is looked at after the
+step in the middle, until two neighbouring steps are left: one before the crossing, one behind it. With `--alone N`
+edits are made one at a time, each on the clean model, to find those that break it by themselves ("hard" edits,
+Yang et al. 2024).
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from testbed.config import BadConfig
+from testbed.editors.base import Editor
+from testbed.files import write_json
+from testbed.loop import Context, apply_step, ask_model, text_answers
+from testbed.probes.base import Applied, draw, smallest
+from testbed.rebuild import Stored, rebuild
+from testbed.schedule import Step
+from testbed.schema import folder_name
+
+DEFAULTS = {"perplexity": math.log(2), "unrelated": 0.5}
+"""Where each signal counts as crossed, unless told otherwise: perplexity doubled, half of what no edit is about changed."""
+
+
+@dataclass(frozen=True)
+class BisectConfig:
+    """Find the edit at which a signal crossed a bound, or the edits that cross it alone."""
+
+    out: Annotated[Path, tyro.conf.Positional]
+    """Run folder."""
+    editor: str = ""
+    """Editor of the run."""
+    signal: str = "perplexity"
+    """perplexity (rise of the log-perplexity of running text, nats a token), unrelated (share of answers about what no
+    edit is about that have changed), or the name of a monitor (kl_base, weight_norm, ...)."""
+    above: float | None = None
+    """The signal has crossed where it is above this; for monitors it must be given."""
+    after: int = 0
+    """A step at which the signal has not crossed; 0 is the unedited model."""
+    upto: int | None = None
+    """A step at which it has; the last by default."""
+    alone: int = 0
+    """Instead: make so many edits of these steps, drawn by hash, each alone on the clean model."""
+    device: str = "auto"
+    """auto, cpu, cuda, ..."""
+
+
+def find(config: BisectConfig) -> dict[str, Any]:
+    """The crossing, or with `alone` the value of each edit; also written to OUT/EDITOR/bisect-SIGNAL.json (alone-SIGNAL.json).
+
+    Raises `BadConfig` for an interval without a crossing, an unknown signal or editor, and what `rebuild` raises.
+    """
+    if config.signal not in DEFAULTS and config.above is None:
+        raise BadConfig(f"--signal {config.signal} needs --above, the value from which on it counts as crossed")
+    above = DEFAULTS[config.signal] if config.above is None else config.above
+    stored = rebuild(config.out, {"device": config.device})
+    upto = stored.steps if config.upto is None else config.upto
+    if not 0 <= config.after < upto <= stored.steps:
+        raise BadConfig(f"--after {config.after} and --upto {upto} must be steps of the run in this order, from 0 to {stored.steps}")
+    look = _signal(stored.context(), config.signal)
+    work = _alone if config.alone else _crossing
+    found = {"signal": config.signal, "above": above, **work(stored, replace(config, above=above, upto=upto), look)}
+    kind = "alone" if config.alone else "bisect"
+    write_json(config.out / folder_name(config.editor) / f"{kind}-{folder_name(config.signal)}.json", found)
+    return found
+
+
+Look = Callable[[Editor], float]
+
+
+def _crossing(stored: Stored, config: BisectConfig, look: Look) -> dict[str, Any]:
+    """Halve the interval; what was applied up to its lower end is kept as a state and not made again."""
+    low, high, above = config.after, config.upto or 0, config.above or 0.0
+    editor = stored.at(config.editor, low)
+    seen = {low: look(editor)}
+    if _crossed(seen[low], above):
+        raise BadConfig(f"{config.signal} is {seen[low]:.4g} after step {low} already, above {above:.4g}: choose an earlier --after")
+    state = editor.state_dict()
+    while high not in seen or high - low > 1:
+        at = (low + high) // 2 if high in seen else high
+        editor.load_state_dict(state)
+        stored.go(editor, low, at)
+        seen[at] = look(editor)
+        if _crossed(seen[at], above):
+            high = at
+        elif at == high:
+            raise BadConfig(f"{config.signal} is {seen[at]:.4g} after step {at}, not above {above:.4g}: there is no crossing in between")
+        else:
+            low, state = at, editor.state_dict()
+    edits = [a.event.id for a in stored.plan.schedule.steps[high - 1].edits]
+    looked = {str(k): v for k, v in sorted(seen.items())}
+    return {"step": high, "edits": edits, "before": seen[low], "value": seen[high], "looked_at": looked}
+
+
+def _alone(stored: Stored, config: BisectConfig, look: Look) -> dict[str, Any]:
+    """Every edit from the same clean state."""
+    steps = stored.plan.schedule.steps[config.after : config.upto]
+    pool = [(s, a) for s in steps for a in s.edits if a.event.kind != "retire"]
+    chosen = smallest(pool, config.alone, lambda x: draw(stored.plan.config.seed, "alone", x[1].event.id))
+    editor, context = stored.fresh(config.editor), stored.context()
+    clean = editor.state_dict()
+    values: dict[str, float] = {}
+    for step, applied in chosen:
+        editor.load_state_dict(clean)
+        apply_step(context, editor, _only(step, applied))
+        values[applied.event.id] = look(editor)
+    return {"values": values, "hard": [i for i, v in values.items() if _crossed(v, config.above or 0.0)]}
+
+
+def _only(step: Step, applied: Applied) -> Step:
+    return replace(step, edits=(applied,), asked=())
+
+
+def _crossed(value: float, above: float) -> bool:
+    """A signal that is not a number has crossed every bound."""
+    return math.isnan(value) or value > above
+
+
+def _signal(context: Context, name: str) -> Look:
+    """The function that measures a signal on an edited model. Raises `BadConfig` where the run has nothing to measure it on."""
+    if name == "perplexity":
+        return _perplexity(context)
+    if name == "unrelated":
+        return _unrelated(context)
+    if not context.watch.asks:
+        raise BadConfig("the run has no questions that monitors could look at")
+    return lambda editor: _monitor(context, editor, name)
+
+
+def _perplexity(context: Context) -> Look:
+    """NLL a token now minus unedited, pooled over the run's texts."""
+    texts = [q for q in context.schedule.unique_questions.values() if q.split == "text"]
+    if not texts:
+        raise BadConfig("the run asks no running text, so there is no perplexity; choose another --signal")
+    base = [context.base[q.id] for q in texts]
+    before = -sum(b.logprob or 0.0 for b in base) / sum(b.n_tokens or 0 for b in base)
+
+    def look(editor: Editor) -> float:
+        now = text_answers(editor.predictor(), texts)
+        return -sum(a.logprob or 0.0 for a in now) / sum(a.n_tokens or 0 for a in now) - before
+
+    return look
+
+
+def _unrelated(context: Context) -> Look:
+    """Share of the fixed unrelated panel that no longer agrees with the unedited model."""
+    panel = {a.plan.question.id: a.plan.question for s in context.schedule.steps for a in s.asked if a.plan.panel == "fixed_unrelated"}
+    if not panel:
+        raise BadConfig("the run has no panel of unrelated questions; choose another --signal")
+
+    def look(editor: Editor) -> float:
+        answers = ask_model(context, editor.predictor(), list(panel.values()), [None] * len(panel))
+        return 1 - sum(bool(a.exact) for a in answers) / len(panel)
+
+    return look
+
+
+def _monitor(context: Context, editor: Editor, name: str) -> float:
+    rows = {r.name: r.value for r in context.watch.rows(0, editor.predictor(), editor.edited_weights())}
+    if name not in rows:
+        raise BadConfig(f"--signal {name!r} is not perplexity, unrelated or a monitor that has a value here: {', '.join(sorted(rows))}")
+    return rows[name]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0 done, 2 for a mistake of the user's, said in plain words."""
+    from rich.console import Console
+
+    from testbed.run import told
+
+    config = tyro.cli(BisectConfig, args=argv, prog="python -m testbed.bisect")
+    code, found = told(lambda: find(config))
+    out = Console()
+    for key, value in (found or {}).items():
+        out.print(f"{key}: {value}", markup=False, highlight=False, soft_wrap=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
