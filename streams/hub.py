@@ -111,6 +111,8 @@ def _picture(row: Mapping[str, Any], form: Mapping[str, str], folder: Path | Non
     held = row.get(form.get("image", ""))
     if isinstance(held, StoredPicture):
         return held
+    if isinstance(held, BadPicture):
+        raise held
     name = optional_text(row, form["image"]) if "image" in form else None
     if name is None:
         return None
@@ -154,8 +156,13 @@ class HubDataset(_Mapped):
         rows = _rows(table, kept) if kept else [dict.fromkeys(table.column_names)]
         if config.fields and any(item.partition("=")[2].split(".")[0] not in table.column_names for item in config.fields):
             rows = [dict.fromkeys(table.column_names)]  # a wrong map: all columns are shown
-        digest = content_id([{k: getattr(v, "key", v) for k, v in row.items()} for row in rows])
+        digest = content_id([{k: _plainly(v) for k, v in row.items()} for row in rows])
         return rows, f"dataset {Path(name).name} {part} {split or 'train'}".replace("  ", " "), digest, None
+
+
+def _plainly(value: Any) -> Any:
+    """A cell for the hash of the content: pictures by their key."""
+    return value.key if isinstance(value, StoredPicture) else str(value) if isinstance(value, BadPicture) else value
 
 
 def _rows(table: Any, columns: Sequence[str]) -> list[dict[str, Any]]:
@@ -163,7 +170,8 @@ def _rows(table: Any, columns: Sequence[str]) -> list[dict[str, Any]]:
     import datasets
 
     shown = [c for c in columns if isinstance(table.features[c], datasets.Image)]
-    rows = table.select_columns([c for c in columns if c not in shown]).to_list() if len(shown) < len(columns) else [{} for _ in table]
+    others = [c for c in columns if c not in shown]
+    rows = table.select_columns(others).to_list() if others else [{} for _ in range(len(table))]
     for column in shown:
         bare = table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
         for i, row in enumerate(rows):
@@ -171,14 +179,23 @@ def _rows(table: Any, columns: Sequence[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def _stored(table: Any, column: str, i: int) -> StoredPicture | None:
+def _stored(table: Any, column: str, i: int) -> StoredPicture | BadPicture | None:
+    """The picture of a cell, why its file cannot be read, or None for an empty cell."""
+    where = f"in {column} of record {i}"
+
     def read() -> bytes:
         cell = table[i][column]
-        return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
+        try:
+            return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
+        except OSError as e:
+            raise BadPicture(f"picture {where} cannot be read: {e.strerror or e}") from e
 
     if table[i][column] is None:
         return None
-    return StoredPicture(hashlib.sha256(read()).hexdigest()[:16], f"in {column} of record {i}", read)
+    try:
+        return StoredPicture(hashlib.sha256(read()).hexdigest()[:16], where, read)
+    except BadPicture as e:
+        return e
 
 
 def _load(name: str, part: str, split: str) -> Any:

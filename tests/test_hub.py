@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from okedit_folder import paint
 
+from streams import hub
 from streams.base import BadStream, Stream, StreamConfig
 from testbed.registry import STREAMS, Registry, UnknownName
 
@@ -114,6 +115,17 @@ def test_pictures_inside_a_dataset(tmp_path: Path) -> None:
     first = next(e.image for e in events if e.image is not None)
     assert first.load().shape == (6, 8, 3)
     assert any(q.split == "locality_sibling" for e in events for q in s.questions(e))
+
+
+def test_a_picture_that_is_gone_is_skipped_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    paint(tmp_path / "here.png", 1)
+    rows = [{"prompt": f"Who owns {i}?", "target": f"Ann {i}", "image": str(tmp_path / "here.png")} for i in range(40)]
+    rows[3]["image"] = str(tmp_path / "gone.png")
+    table = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
+    monkeypatch.setattr(hub, "_load", lambda *asked: table)
+    (left,) = STREAMS.get("hub:somewhere")(StreamConfig()).skipped
+    assert (left.where, left.reason) == ("record 3", "picture in image of record 3 cannot be read: No such file or directory")
 
 
 def test_a_name_with_a_colon_carries_an_argument() -> None:
