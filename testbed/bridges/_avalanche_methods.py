@@ -1,6 +1,6 @@
 """Which of Avalanche's strategies run here and with what settings, and which do not and why. Imports no Avalanche until `load` is called.
 
-Strengths and step sizes were chosen for the tiny model on the development stream (seed 7).
+Strengths were chosen for the tiny model on 60 edits of the development stream (seed 7), among powers of ten.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class JointConfig(AllConfig):
 
 @dataclass(frozen=True)
 class EwcConfig(AvalancheConfig):
-    strength: float = 1e4
+    strength: float = 1e7
     """lambda: weight of the penalty."""
     decay: float = 0.9
     """What is left of the older importance after each batch (online EWC; 1 keeps all)."""
@@ -104,7 +104,7 @@ class EwcConfig(AvalancheConfig):
 
 @dataclass(frozen=True)
 class SiConfig(AvalancheConfig):
-    strength: float = 1e4
+    strength: float = 1e3
     """c: weight of the penalty."""
     damping: float = 1e-3
     """xi: added to the squared change of a weight."""
@@ -113,7 +113,7 @@ class SiConfig(AvalancheConfig):
 
 @dataclass(frozen=True)
 class MasConfig(AvalancheConfig):
-    strength: float = 1.0
+    strength: float = 1e-3
     """lambda: weight of the penalty."""
     alpha: float = 0.5
     """Share of the older importance in the running one."""
@@ -122,7 +122,7 @@ class MasConfig(AvalancheConfig):
 
 @dataclass(frozen=True)
 class LwfConfig(AvalancheConfig):
-    strength: float = 1.0
+    strength: float = 0.3
     """lambda: weight of the distillation."""
     temperature: float = 2.0
     """T: softens both distributions."""
