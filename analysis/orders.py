@@ -85,7 +85,8 @@ def student(freedom: int) -> float:
     if freedom in _STUDENT:
         return _STUDENT[freedom]
     z = NormalDist().inv_cdf((1 + LEVEL) / 2)
-    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+    terms = (z**3 + z, 4), (5 * z**5 + 16 * z**3 + 3 * z, 96), (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z, 384)
+    return z + sum(top / (bottom * freedom**k) for k, (top, bottom) in enumerate(terms, 1))
 
 
 def notes(runs: Sequence[Run]) -> list[str]:

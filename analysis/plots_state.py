@@ -20,7 +20,7 @@ from analysis.signals import TITLES, signals, thinned
 MOST_WRITTEN = 10
 """Matrices with more years than this are drawn without their numbers."""
 MOST_SIGNALS = 12
-"""More signals than this are left to the table."""
+"""Signals after this many, in the order of `TITLES`, are not drawn."""
 
 
 def forgetting(s: Scene) -> Figure | None:
@@ -45,10 +45,11 @@ def forgetting(s: Scene) -> Figure | None:
 
 
 def vitals(s: Scene) -> Figure | None:
-    """One panel a signal, one line an editor; the collapse of an editor is a cross on its line."""
+    """One panel a signal that varies at all, one line an editor; the collapse of an editor is a cross on its line."""
     found = [signals(s.run, e).assign(editor=n) for n, e in s.run.editors.items()]
     frame = pd.concat([f for f in found if len(f)] or found[:1], ignore_index=True)
-    names = [n for n in dict.fromkeys([*TITLES, *frame["name"]]) if (frame["name"] == n).any()][:MOST_SIGNALS]
+    varied = set(frame.groupby("name")["value"].nunique().loc[lambda n: n > 1].index) if len(frame) else set()
+    names = [n for n in dict.fromkeys([*TITLES, *frame["name"]]) if n in varied][:MOST_SIGNALS]
     if not names:
         return None
     figure, axes, across = s.panels(len(names), 1.7)

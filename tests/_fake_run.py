@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -110,8 +111,10 @@ def write_editor(folder: Path, editor: str, events: list[dict], rows: list[dict]
         write_rows(folder / "records" / f"step-{step:06d}.parquet", Record, part)
     seconds, size = COSTS.get(editor, (0.02, 1000))
     lines = []
-    for step in sorted({e["step"] for e in events}):
-        ids = [e["edit_id"] for e in events if e["step"] == step]
+    given: dict[int, list[str]] = defaultdict(list)
+    for e in events:
+        given[e["step"]].append(e["edit_id"])
+    for step, ids in sorted(given.items()):
         report = {"step": step, "event_ids": ids, "seconds": seconds * len(ids), "peak_bytes": 4_000_000, "state_bytes": size * step}
         changes = editor == "finetune"
         own = {"delta_norm": step**0.5 if changes else None, "notes": {"loss": 0.1, "condition": 10.0 + step} if changes else {}}

@@ -153,5 +153,6 @@ def test_a_run_beside_a_paper_says_what_differs(tmp_path: Path, about: dict, dif
     summary["editors"] = {"memit[history=true]": summary["editors"]["e"]}
     rows = published.rows(run, summary)
     best = next(r for r in rows if r["model"] == "Llama-3-8B" and r["paper"].startswith("AlphaEdit"))
-    assert (best["published"], best["ours"], best["metric"]) == (0.3462, 1.0, "edit_success")
+    assert (best["published"], best["ours"]) == pytest.approx((0.3462, 1.0))
+    assert best["metric"] == "edit_success"
     assert best["differs"].split("; ") == differs

@@ -6,6 +6,8 @@ import csv
 import io
 import json
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -202,3 +204,16 @@ def test_an_unknown_format_is_refused_before_anything_is_written(tmp_path: Path)
     with pytest.raises(BadRun, match="unknown figure format 'gif'; known are png, pdf, pgf, svg"):
         write_all([tmp_path], formats=("gif",))
     assert list(tmp_path.iterdir()) == []
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here (apt-get install chromium): it draws the page without a screen")
+def test_a_browser_shows_the_whole_page(out: Path, tmp_path: Path) -> None:
+    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--virtual-time-budget=2000", "--dump-dom"]
+    page = (out / "report.html").as_uri()
+    shown = subprocess.run([str(CHROMIUM), *options, page], capture_output=True, text=True, timeout=240, check=True).stdout
+    assert shown.count("<figure") == len(list((out / "figures").glob("*.png")))
+    assert shown.count('<svg viewBox="0 0 132') >= 4 * len(EDITORS)
+    assert "</html>" in shown
