@@ -38,10 +38,12 @@ class Wording:
     """The answer that none does."""
     by_number: bool = True
     """A fact is named by its number, else by its target."""
+    most: int = 5
+    """Facts among which the model is to tell the bearing one (He et al. 2025: 5; the tiny model was trained with up to 4)."""
 
 
 WORDINGS: dict[str, Wording] = {
-    "plain": Wording(CONTEXT, SELECT, NONE, by_number=False),
+    "plain": Wording(CONTEXT, SELECT, NONE, by_number=False, most=4),
     "instructed": Wording(
         "Treat this as true: {facts} Answer in as few words as possible. {prompt}",
         "Statements: {facts} Question: {prompt} Which statement, if any, says what the question asks for? Reply with its number, or 0.",

@@ -86,7 +86,7 @@ def test_the_oracle_gate_is_the_right_fact_in_context():
 
 
 def test_the_fact_that_the_model_names_goes_into_the_prompt():
-    predictor = says(make().predictor(), TARGETS[1])
+    predictor = says(make(k=5).predictor(), TARGETS[1])
     found = predictor.respond([own(FACTS[0])], ["green"], 4)[0]
     assert found.extras["used"] == [FACTS[1].id]
     told = Ask(prompts.in_context([prompts.statement(FACTS[1].prompt, TARGETS[1])], FACTS[0].prompt))
@@ -94,6 +94,14 @@ def test_the_fact_that_the_model_names_goes_into_the_prompt():
     tokens = predictor.tokens
     assert found.extras["added_tokens"] == tokens(told) - tokens(own(FACTS[0]))
     assert np.allclose(predictor.score([own(FACTS[0])], ["green"])[0].logprobs, found.score.logprobs, atol=1e-5)
+
+
+@pytest.mark.parametrize(("wording", "k"), [("plain", 4), ("instructed", 5)])
+def test_as_many_facts_are_retrieved_as_the_wording_is_for_and_the_run_says_so(wording, k):
+    editor = make("topk", wording=wording)
+    assert editor.notes[-1].startswith(f"{k} facts retrieved")
+    reading = editor.predictor().read([own(FACTS[0])], 4)[0]  # type: ignore[attr-defined]
+    assert len(reading.notes["retrieved"]) == k
 
 
 def test_without_a_gate_all_found_facts_stand_nearest_first():
@@ -271,7 +279,7 @@ def test_vectors_of_another_size_are_refused():
 
 
 def test_values_that_cannot_be_are_named():
-    problems = ScrConfig(k=0, gate="luck", false_accept=0, wording="shouted", other_pictures=1).problems()
+    problems = ScrConfig(k=-1, gate="luck", false_accept=0, wording="shouted", other_pictures=1).problems()
     assert [p.split()[0] for p in problems] == ["other_pictures", "wording", "k", "gate", "false_accept"]
 
 

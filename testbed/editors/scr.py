@@ -32,8 +32,8 @@ _POOL = 256
 
 @dataclass(frozen=True)
 class ScrConfig(MemoryConfig):
-    k: int = 5
-    """Facts retrieved (paper's repository: 5)."""
+    k: int = 0
+    """Facts retrieved; 0: as many as the wording is for, 5 as published, but 4 in the wording of the tiny model."""
     gate: str = "model"
     """Who decides that a fact bears on the question: oracle-context, topk, threshold, model (published) or index."""
     threshold: float = 0.0
@@ -43,8 +43,8 @@ class ScrConfig(MemoryConfig):
 
     def problems(self) -> list[str]:
         out = super().problems()
-        if self.k < 1:
-            out.append(f"k must be 1 or more, got {self.k}")
+        if self.k < 0:
+            out.append(f"k must be 0 (the wording's own) or more, got {self.k}")
         if self.gate not in GATES:
             out.append(f"gate must be one of {', '.join(GATES)}, got {self.gate!r}")
         if not 0 < self.false_accept < 1:
@@ -78,7 +78,8 @@ class Scr(MemoryEditor):
             if not self.config.threshold and not any(self._unedited):
                 raise BadEditor("the stream has no train pool to calibrate gate=threshold on: give --set scr.threshold=0.6 or the like")
         wording = prompts.WORDINGS[self.config.wording]
-        self.notes.append(f"wording {self.config.wording!r}: {wording.select!r}, {wording.context!r}")
+        k = self.config.k or wording.most
+        self.notes.append(f"{k} facts retrieved; wording {self.config.wording!r}: {wording.select!r}, {wording.context!r}")
 
     def _edit(self, batch: EditBatch) -> dict[str, float]:
         notes = super()._edit(batch)
@@ -123,7 +124,7 @@ class ScrPredictor(ContextPredictor):
         return self.retriever.log[rows[-1]] if rows else None
 
     def read(self, asks: Sequence[Ask], room: int) -> list[Reading]:
-        found = self.retriever.nearest(asks, self.config.k)
+        found = self.retriever.nearest(asks, self.config.k or self.wording.most)
         decided = GATES[self.config.gate](self, asks, found)
         return [self._reading(a, room, d.facts, {**ledger(f), **d.notes}) for a, f, d in zip(asks, found, decided)]
 
