@@ -2,7 +2,7 @@
 
 Sources of the forms: `query, choices, gold` and `context, continuation` and `context_options` of LLM Foundry's local
 data; MMLU's csv (question, four choices, letter) and its JSON; MuTual; GLUE's validation sets as lists of objects;
-BLiMP's minimal pairs; AdvBench and XSTest csv; TruthfulQA's mc1; VQA questions with a picture each.
+BLiMP's minimal pairs; AdvBench and XSTest csv; TruthfulQA's mc1; VQA questions with a picture each; ME-PPL's sentences.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ class NoChoice(BadItem):
 
 @dataclass(frozen=True)
 class Item:
-    """One question of a benchmark. `scoring` is what its form asks for; "choice" leaves the way of choosing to the configuration."""
+    """One question of a benchmark. `scoring` is what its form asks for; "choice" leaves the way of choosing to the
+    configuration, "perplexity" marks running text."""
 
     prompt: str
     answer: str | None = None
@@ -188,6 +189,11 @@ def _vqa(r: Record, place: Place) -> Item:
     return Item(_text(r, "question").strip(), best, aliases=tuple(aliases), image=FilePicture(place.folder, _text(r, "image")))
 
 
+def _running(r: Record, place: Place) -> Item:
+    """Running text, for its perplexity."""
+    return Item(_text(r, "Text" if "Text" in r else "text").strip(), scoring="perplexity")
+
+
 GLUE: dict[str, tuple[str, dict[str, str]]] = {
     "sst2": ("Review: {sentence}\nIs this review negative or positive?\nAnswer:", {"0": "negative", "1": "positive"}),
     "sentiment_analysis": ("Review: {sentence}\nIs this review negative or positive?\nAnswer:", {"0": "negative", "1": "positive"}),
@@ -228,4 +234,6 @@ FORMS = (
     Form(("prompt", "type"), _contrast),
     Form(("sentence", "label"), _glue),
     Form(("sentence1", "sentence2", "label"), _glue),
+    Form(("Corpus", "Text"), _running),
+    Form(("text",), _running),
 )

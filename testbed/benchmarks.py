@@ -1,7 +1,7 @@
 """Benchmarks from local files: read and checked before a model is loaded, asked by the probe `benchmarks`.
 
 A file is one benchmark, named by its stem; a folder holds one a file, and all its csv files without a header are
-MMLU's subjects, pooled; a zip of JSON lines is one.
+MMLU's subjects, pooled; a zip of JSON lines is one. A .txt file, named itself, is running text, a line each (WikiText).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from testbed._bench_forms import LETTERS, BadItem, Item, NoChoice, Place, item_o
 from testbed.events import BadPicture, Question
 from testbed.probes.base import Benchmark, draw
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".zip")
+SUFFIXES = (".jsonl", ".json", ".csv", ".zip", ".txt")
 _SPLITS = ("_test", "_dev", "_val", "_validation")
 
 
@@ -44,11 +44,11 @@ class BenchmarkConfig:
 
 
 def describe(benchmark: Benchmark) -> dict[str, Any]:
-    """For the manifest. `chance` is the mean score of guessing: 0 for free generation, absent where refusing is judged."""
+    """For the manifest. `chance` is the mean score of guessing: 0 for free generation, absent for refusals and running text."""
     questions = benchmark.questions
     scorings = sorted({q.scoring for q in questions})
     out = {"items": benchmark.size, "asked": len(questions), "shots": benchmark.shots, "scoring": ", ".join(scorings)}
-    if not {"refuse", "comply"} & {*scorings}:
+    if not {"refuse", "comply"} & {*scorings} and not any(q.split == "text" for q in questions):
         out["chance"] = sum(1 / len(q.choices) if q.choices else 0 for q in questions) / len(questions)
     return out
 
@@ -91,6 +91,8 @@ def _benchmark(name: str, items: Sequence[Item], config: BenchmarkConfig, path: 
 
 
 def _question(name: str, item: Item, examples: Sequence[Item], config: BenchmarkConfig) -> Question:
+    if item.scoring == "perplexity":
+        return Question("text", item.prompt, topic=f"{item.kind}:{name}")
     scoring: Any = config.scoring if item.scoring == "choice" else item.scoring
     solved = "".join(f"{e.prompt} {e.answer}\n\n" for e in examples if item.shown)
     choices = item.choices if scoring != "generate" else ()
@@ -105,7 +107,7 @@ def _read(path: Path, skipped: list[str]) -> Iterator[tuple[str, list[Item]]]:
     if path.is_file():
         yield _name(path), list(_items(path, skipped))
         return
-    files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES)
+    files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.suffix != ".txt")
     bare = [p for p in files if p.suffix == ".csv" and _bare(p)]
     for p in files:
         if p not in bare:
@@ -113,7 +115,7 @@ def _read(path: Path, skipped: list[str]) -> Iterator[tuple[str, list[Item]]]:
     if bare:
         yield "mmlu", [i for p in bare for i in _items(p, skipped)]
     if not files:
-        raise BadBenchmark(f"--benchmarks {path} holds no {', '.join(SUFFIXES)} file")
+        raise BadBenchmark(f"--benchmarks {path} holds no {', '.join(SUFFIXES[:-1])} file")
 
 
 def _name(path: Path) -> str:
@@ -144,6 +146,8 @@ def _records(path: Path) -> Iterator[tuple[str, Any]]:
             yield from _table(path)
         elif path.suffix == ".json":
             yield from _listed(path)
+        elif path.suffix == ".txt":
+            yield from _paragraphs(path)
         elif path.suffix == ".jsonl":
             yield from _lines(str(path), path.read_text(encoding="utf-8"))
         else:
@@ -175,6 +179,13 @@ def _listed(path: Path) -> Iterator[tuple[str, Any]]:
     if not isinstance(records, list):
         raise BadBenchmark(f"{path} must hold a list of objects, found {type(records).__name__}")
     yield from ((f"{path}[{i}]", r) for i, r in enumerate(records))
+
+
+def _paragraphs(path: Path) -> Iterator[tuple[str, Any]]:
+    """Lines of running text; empty ones and WikiText's headings are no text."""
+    for i, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if line.strip() and not line.strip().startswith("="):
+            yield f"{path}:{i}", {"text": line}
 
 
 def _table(path: Path) -> Iterator[tuple[str, Any]]:

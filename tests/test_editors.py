@@ -129,7 +129,8 @@ def test_editing_and_probing_leave_the_base_and_the_state_bit_identical(
     rng = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002  (checks that nobody draws from it)
     first = respond(editor, asks(stream, edits, editor))
     editor.predictor().text_logprobs(["a plain text"])
-    editor.predictor().inspect(asks(stream, edits, editor)[:2], layers=(0,))
+    seen = editor.predictor().inspect(asks(stream, edits, editor)[:2], layers=(0,), ids=[np.array([3, 1])] * 2)
+    assert all(x.top_ids.tolist() == [3, 1] and x.logprobs.shape == (2,) for x in seen)
     assert same(first, respond(editor, asks(stream, edits, editor)))
     assert equal_states(state, editor.state_dict())
     assert weights_hash(handle.model) == before

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_loop import Nudge, run, shared
 
-from testbed.monitors.base import Watch
+from testbed.monitors.base import PROMPTS, Watch
 from testbed.monitors.outputs import divergence
 from testbed.monitors.weights import largest
 from testbed.predictor import Inspection, ModelPredictor, Predictor
@@ -200,7 +200,7 @@ def test_an_inspection_gives_the_tokens_that_were_asked_for() -> None:
 def test_prompts_are_drawn_by_hash_from_general_questions(kind: str) -> None:
     general = plain(5).general()
     first, again, other = (Watch(build(kind), qs, seed) for qs, seed in ((general, 0), (general[::-1], 0), (general, 1)))
-    assert len(first.asks) == 32
+    assert len(first.asks) == PROMPTS
     assert {a.prompt for a in first.asks} == {a.prompt for a in again.asks} != {a.prompt for a in other.asks}
     texts = {q.prompt for q in general if q.split == "text"}
     assert not texts & {a.prompt for a in first.asks}

@@ -23,7 +23,7 @@ from testbed.probes.base import Moment, draw, smallest
 from testbed.registry import MONITORS
 from testbed.schema import MonitorRow
 
-PROMPTS = 32
+PROMPTS = 24
 TOP = 64
 """Next tokens of the unedited model that are told apart; all others are one remaining mass."""
 LAST = (-1,)
