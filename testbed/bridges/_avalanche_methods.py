@@ -172,12 +172,12 @@ METHODS = {
 }
 
 REFUSED = {
-    "der": "it stores one vector of logits a sample, an answer has one for each token",
+    "der": "its memory is balanced by class and holds one vector of logits a sample, an answer has no class and one for each token",
     "er-ace": "it splits its loss by the classes of a batch, an answer has no class",
     "er-aml": "it draws positives and negatives by class, an answer has no class",
     "gdumb": "its memory is balanced by class, an answer has no class",
-    "gss": "it reshapes labels to one a sample, an answer has one for each token",
-    "mir": "it ranks remembered samples by a loss a sample with labels of one token",
+    "gss": "its memory holds one label a sample, an answer has one for each token",
+    "mir": "its memory is balanced by class, an answer has no class",
     "icarl": "it answers with the nearest class mean, an answer has no class",
     "cope": "it answers with class prototypes, an answer has no class",
     "slda": "it fits one Gaussian a class, an answer has no class",
