@@ -37,6 +37,21 @@ def write(path: Path, *records: Any) -> Path:
     return path
 
 
+def test_running_text(tmp_path: Path) -> None:
+    """ME-PPL's sentences, a field `text`, and WikiText's paragraphs without their headings."""
+    me = write(tmp_path / "me_ppl.json", {"Corpus": "Wikipedia", "Text": " Regions and cities"})
+    wiki = tmp_path / "wiki.txt"
+    wiki.write_text(" \n = Lobster = \n\n A lobster is large .\n = = Size = = \n It grows .\n", encoding="utf-8")
+    found = load([me, wiki, write(tmp_path / "t.jsonl", {"text": "old bridge"})], BenchmarkConfig(shots=1)).every
+    assert [(b.topic, sorted(q.prompt for q in b.questions)) for b in found] == [
+        ("bench:me_ppl", ["Regions and cities"]),
+        ("bench:wiki", ["A lobster is large .", "It grows ."]),
+        ("bench:t", ["old bridge"]),
+    ]
+    assert {(q.split, q.answer) for b in found for q in b.questions} == {("text", None)}
+    assert "chance" not in describe(found[0])
+
+
 def picture(path: Path, shade: int = 90) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (8, 8), (shade, 0, 0)).save(path)
@@ -197,7 +212,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("a.json", raw(b"[1"), "is not JSON"),
     ("a.jsonl", raw(b"\xff\xfe"), "cannot be read"),
     ("a.zip", raw(b"PK no"), "cannot be read"),
-    ("a.txt", raw(b"x"), r"expected a file that ends in \.jsonl, \.json, \.csv, \.zip"),
+    ("a.pdf", raw(b"x"), r"expected a file that ends in \.jsonl, \.json, \.csv, \.zip, \.txt"),
     ("a.jsonl", [[1]], r"a\.jsonl:1: expected an object, found list"),
     ("a.jsonl", [{"colour": 1}], r"the fields colour are of no known form\. Known forms: query, choices, gold; context, continuation"),
     ("a.jsonl", [{"query": "q", "choices": ["a", "b"], "gold": 2}], r"gold must name one of 2 choices \(a number from 0, .*\), found 2"),
@@ -217,7 +232,10 @@ WRONG: list[tuple[str, Any, str]] = [
 @pytest.mark.parametrize(("name", "content", "message"), WRONG, ids=[str(i) for i in range(len(WRONG))])
 def test_bad_files_are_told_with_their_place(tmp_path: Path, name: str, content: Any, message: str) -> None:
     path = tmp_path / name
-    path = content(path) if callable(content) else write(path, *content)
+    if callable(content):
+        content(path)
+    else:
+        write(path, *content)
     with pytest.raises(BadBenchmark, match=message):
         load([path], BenchmarkConfig())
 
