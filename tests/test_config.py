@@ -104,7 +104,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"data_root": Path("/no/such")}, "--data-root /no/such is not a folder"),
     ({"set": ("finetune.steps",)}, "is not of the form editor.field=value"),
     ({"set": ("steps=3",)}, "is not of the form"),
-    ({"set": ("wise.steps=3",)}, "names 'wise', which takes no part in this run (balancedit, finetune, noop, oracle, stream)"),
+    ({"set": ("wise.steps=3",)}, "names 'wise', which takes no part in this run (balancedit, benchmarks, finetune, noop, oracle, stream)"),
     ({"set": ("finetune.step=3",)}, "FinetuneConfig has no field 'step'"),
     ({"set": ("finetune.steps=x",)}, "steps='x': expected a whole number"),
     ({"set": ("finetune.lr=-1",)}, "finetune: lr must be positive"),
