@@ -9,7 +9,7 @@ from typing import Any
 
 from analysis.catalogue import METRICS, READING_TITLES, SUFFIXES, split_name
 
-COLUMNS = ("editor", "published name", "published definition", "ours", "our definition", "reading", "value", "low", "high", "n")
+COLUMNS = ("editor", "published name", "published definition", "ours", "our definition", "when", "reading", "value", "low", "high", "n")
 
 
 def as_published(summary: dict[str, Any]) -> dict[str, str]:
@@ -32,4 +32,5 @@ def _rows(summary: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
                     base, _ = split_name(ours + suffix)
                     reading = READING_TITLES[suffix] if METRICS[base].readings else ""
                     numbers = ("" if entry[k] is None else entry[k] for k in ("value", "low", "high", "n"))
-                    yield (editor, name, definition, ours + suffix, METRICS[base].title, reading, *numbers)
+                    when = "right after each edit" if base.endswith("_now") else "at the end of the stream"
+                    yield (editor, name, definition, ours + suffix, METRICS[base].title, when, reading, *numbers)

@@ -83,7 +83,7 @@ def test_published_names_stand_beside_ours() -> None:
     files = as_published(summary)
     (row,) = csv.DictReader(io.StringIO(files["as_published.csv"]))
     assert tuple(row) == COLUMNS
-    assert (row["published name"], row["ours"], row["reading"], row["value"], row["low"]) == (
-        "T-Generality", "text_generality_gen", "free generation", "0.5", "",
+    assert (row["published name"], row["ours"], row["reading"], row["value"], row["when"]) == (
+        "T-Generality", "text_generality_gen", "free generation", "0.5", "at the end of the stream",
     )  # fmt: skip
     assert as_published({"run": {}, "editors": summary["editors"]}) == {}
