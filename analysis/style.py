@@ -108,22 +108,21 @@ def name_lines(figure: Figure, axes: Sequence[Axes], frames: Sequence[pd.DataFra
 
 
 def spread(places: np.ndarray, room: float) -> np.ndarray:
-    """The places nearest to the given ones, in their order, that are `room` apart and, if they fit, within [0, 1].
+    """The places nearest to the given ones, in their order, that are `room` apart and, if so many fit, within [0, 1].
 
-    Least squares under an order: pool adjacent violators of places less their rank's share of room.
+    Least squares under an order: pool adjacent violators of places less their rank's share of room, then clip.
     """
     order = np.argsort(places, kind="stable")
     rank = np.arange(len(places)) * room
     blocks: list[list[float]] = []
-    for wish in np.clip(places[order], 0, 1) - rank:
+    for wish in places[order] - rank:
         blocks.append([float(wish)])
         while len(blocks) > 1 and np.mean(blocks[-2]) >= np.mean(blocks[-1]):
             last = blocks.pop()
             blocks[-1] += last
-    found = np.concatenate([np.full(len(b), np.mean(b)) for b in blocks]) + rank if blocks else rank
-    found = found - max(0.0, float(found[-1]) - 1) if len(found) else found
+    found = np.array([np.mean(b) for b in blocks for _ in b])
     out = np.empty(len(places))
-    out[order] = found + max(0.0, -float(found[0])) if len(found) else found
+    out[order] = np.clip(found, 0, max(0.0, 1 - (len(places) - 1) * room)) + rank
     return out
 
 

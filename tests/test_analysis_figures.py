@@ -44,7 +44,8 @@ def test_every_figure_is_drawn_with_named_axes(figures: dict) -> None:
     for figure in figures.values():
         labels = [ax.get_xlabel() for ax in figure.axes]
         assert any(labels) or figure.get_supxlabel()
-        assert any(ax.get_ylabel() for ax in figure.axes) or figure.get_supylabel()
+        named = all(ax.get_title(loc="left") for ax in figure.axes)
+        assert any(ax.get_ylabel() for ax in figure.axes) or figure.get_supylabel() or named
 
 
 @pytest.mark.parametrize(("name", "panels"), [("retention", 3), ("age", 3), ("reach", 6), ("ability", 4)])
@@ -83,14 +84,14 @@ def test_drawing_changes_no_global_setting(run: Run, summary: dict) -> None:
     before = dict(matplotlib.rcParams)
     figure = plots.draw_all(plots.scene(run, summary, replicates=20))["cost"]
     assert dict(matplotlib.rcParams) == before
-    assert len(figure.axes) == 2
+    assert len(figure.axes) == 3
 
 
 def test_names_stand_at_line_ends_and_do_not_touch(figures: dict) -> None:
     for name in ("retention", "age", "survival", "reach", "ability"):
         ax = figures[name].axes[-1]
         named = {t.get_text(): t.xyann[1] * ax.get_position().height * figures[name].get_figheight() * 72 for t in ax.texts}
-        assert set(named) == set(EDITORS)
+        assert set(named) == {x for x in EDITORS if name != "survival" or x != "noop"}, "an editor that never was right has nothing to lose"
         assert not figures[name].legends
         heights = sorted(named.values())
         assert min(b - a for a, b in itertools.pairwise(heights)) > 7
