@@ -53,10 +53,11 @@ class Stored:
 
     def at(self, name: str, step: int) -> Editor:
         """The editor after a step, made again from its newest state up to there, or from the start."""
-        saved, editor = self.newest(name)
-        if saved > step:
-            saved, editor = 0, self.fresh(name)
-        self.go(editor, saved, step)
+        editor = self.fresh(name)
+        saved, state = self.folder.editor(name).newest()
+        if saved <= step:
+            editor.load_state_dict(state)
+        self.go(editor, saved if saved <= step else 0, step)
         return editor
 
     def go(self, editor: Editor, after: int, upto: int) -> None:

@@ -151,11 +151,13 @@ def list_plugins(console: Console) -> None:
 def _errors() -> tuple[type[Exception], ...]:
     """What is a user's to mend, and so is told in one line and not as a traceback."""
     from analysis.records import BadRun
+    from testbed.benchmarks import BadBenchmark
     from testbed.editors.base import BadEditor
     from testbed.families import UnknownLayout
     from testbed.models import BadModel
 
-    return (BadConfig, BadStream, BadEvent, BadPicture, BadEditor, BadRun, BadModel, UnknownLayout, UnknownName, StoreError)
+    streams = (BadStream, BadEvent, BadPicture, BadBenchmark)
+    return (BadConfig, *streams, BadEditor, BadRun, BadModel, UnknownLayout, UnknownName, StoreError)
 
 
 if __name__ == "__main__":
