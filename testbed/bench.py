@@ -96,10 +96,12 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     if config.threads:
         torch.set_num_threads(config.threads)
+    console = Console()
+    console = console if console.is_terminal else Console(width=_FILE_WIDTH)
     found = {name: TABLES[name](config) for name in config.what}
     for tables in found.values():
         for lines in tables:
-            Console().print(table(lines))
+            console.print(table(lines))
     if config.out:
         plain = {name: [_plain(x) for lines in tables for x in lines] for name, tables in found.items()}
         config.out.write_text(json.dumps({"machine": machine(), **plain}, indent=1) + "\n")
@@ -198,6 +200,8 @@ def _plain(line: Any) -> dict[str, Any]:
     return asdict(line) | {n: getattr(line, n) for n in _columns(line)}
 
 
+_FILE_WIDTH = 200
+"""Characters a line where the output is no terminal."""
 _BYTES = {"state_bytes_per_edit", "peak_bytes", "keys", "values", "memory", "disk"}
 
 
