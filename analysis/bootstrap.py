@@ -127,9 +127,12 @@ class Resampler:
         """sum(top) / sum(bottom) within each of `count` cells; None for a cell with nothing in it."""
         slot = self._group_of[cluster] * count + cell
         sums = [np.bincount(slot, x, self._groups * count).reshape(self._groups, count) for x in (top, bottom)]
-        drawn = [(self._weights @ x.astype(np.float32)).astype(float) for x in sums]
+        full = np.flatnonzero(sums[1].any(axis=0))
+        values = np.full((self.replicates + 1, count), np.nan)
         with np.errstate(divide="ignore", invalid="ignore"):
-            values = np.vstack([sums[0].sum(0) / sums[1].sum(0), drawn[0] / drawn[1]])
+            values[0] = sums[0].sum(0) / sums[1].sum(0)
+            above, below = ((self._weights @ x[:, full].astype(np.float32)).astype(float) for x in sums)
+            values[1:, full] = above / below
         return [self._draws(values[:, j], cluster[cell == j], bottom[cell == j]) for j in range(count)]
 
     def _draws(self, values: np.ndarray, cluster: np.ndarray, bottom: np.ndarray) -> Draws | None:
