@@ -18,20 +18,21 @@ from analysis import curves, style
 from analysis.answers import Metrics, asked, pooled
 from analysis.bootstrap import Draws, Resampler
 from analysis.catalogue import SUFFIXES, human_bytes
-from analysis.deferral import ANSWERED, decisions
+from analysis.deferral import decisions
 from analysis.load import READINGS, EditorRun, Run
 from analysis.metrics import harmonic_mean
 from analysis.scene import Scene
 
 _SCORED = {"text_generality": "Text generality", "image_generality": "Image generality", "locality_hard": "Locality: other picture"}
+_REPHRASED = ("text_generality", "image_generality")
 
 
 def gated(s: Scene) -> Figure | None:
     """Generality, hard locality and their harmonic mean by edits applied; beside them how often an entry fires, entries, bytes."""
     frames = {t: s.curves(partial(_by_edits, split=k, reading=s.reading)) for k, t in _SCORED.items()}
-    frames["Harmonic mean of the three"] = s.curves(partial(_harmonic_by_edits, reading=s.reading))
-    sizes = {"An entry answers: edited facts": s.curves(partial(fires, spared=False))}
-    sizes["An entry answers: other questions"] = s.curves(partial(fires, spared=True))
+    frames["Harmonic mean"] = s.curves(partial(_harmonic_by_edits, reading=s.reading))
+    sizes = {"Hit rate: rephrased": s.curves(partial(fires, spared=False))}
+    sizes["Hit rate: locality"] = s.curves(partial(fires, spared=True))
     sizes["Entries"] = s.curves(_entries)
     sizes["State"] = s.curves(_bytes)
     if not len(sizes["Entries"]):
@@ -51,8 +52,9 @@ def _upright(ax: Axes, title: str, s: Scene, first: bool) -> None:
     if title in ("Entries", "State"):
         show: Callable[[float], str] = human_bytes if title == "State" else "{:,.0f}".format
         ax.set_ylim(bottom=0)
+        ax.set_ylabel("")
         ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: show(v)))
-    elif title.startswith("An entry"):
+    elif title.startswith("Hit rate"):
         style.shares(ax, "share of questions" if first else "")
     else:
         style.shares(ax, f"right, or as unedited\n({s.reading_title})" if first else "")
@@ -80,9 +82,9 @@ def _draws(editor: EditorRun, resampler: Resampler, split: str, reading: str) ->
 
 
 def fires(run: Run, editor: EditorRun, resampler: Resampler, spared: bool) -> pd.DataFrame:
-    """Share of panel questions that an entry answered, by edits applied: of edited facts, or (`spared`) of locality questions."""
+    """Share of panel questions that an entry answered, by edits applied: rephrased, or (`spared`) of locality."""
     rows = decisions(editor)
-    rows = rows[rows["split"].str.startswith("locality_") if spared else rows["split"].isin(ANSWERED)]
+    rows = rows[rows["split"].str.startswith("locality_") if spared else rows["split"].isin(_REPHRASED)]
     sums = rows.assign(hit=rows["fired"] * rows["weight"]).groupby("step")[["hit", "weight"]].sum()
     return _exact(run, sums.index.to_numpy(), sums["hit"].to_numpy() / sums["weight"].to_numpy())
 
