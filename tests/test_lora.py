@@ -111,7 +111,7 @@ def test_a_pattern_that_matches_nothing_lists_what_exists() -> None:
 
 @pytest.mark.parametrize("kind", ["granite", "cohere"])
 def test_a_model_that_scales_its_logits_is_refused_by_name(kind: str, tmp_path: Path) -> None:
-    more = {"logits_scaling": 4.0} if kind == "granite" else {}
+    more: dict[str, Any] = {"logits_scaling": 4.0} if kind == "granite" else {}
     save(kind, tmp_path, **more)
     handle = load(str(tmp_path), device="cpu")
     with pytest.raises(UnknownLayout, match=kind.capitalize()):
