@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from testbed.editors.base import BadEditor
 from testbed.encode import Ask
 from testbed.events import content_id
 
-HUB = "hub:"
+_DATASET = re.compile("hub:(.+)")
 """`hub:DATASET[:CONFIG[:SPLIT[:FIELD]]]` names a dataset of the `datasets` library."""
 _DOCUMENTS = 100_000
 """Texts read of a dataset at most (Meng et al. 2022 read as many)."""
@@ -34,7 +35,8 @@ class Corpus:
 def corpus_of(pool: TrainPool, source: str | None) -> Corpus:
     """The train pool, or what `source` names in its place: a text file or `hub:...`. Raises `BadEditor` for one without text."""
     if source is not None:
-        texts = _dataset(source.removeprefix(HUB)) if source.startswith(HUB) else _file(Path(source))
+        named = _DATASET.fullmatch(source)
+        texts = _dataset(named[1]) if named else _file(Path(source))
         if not texts:
             raise BadEditor(f"corpus {source} holds no line of text")
         return Corpus((), (), texts)
@@ -61,7 +63,7 @@ def _dataset(argument: str) -> tuple[str, ...]:
     import datasets
 
     name, part, split, field = [*argument.split(":"), *[""] * 4][:4]
-    where = f"corpus {HUB}{name} (configuration {part or 'default'}, split {split or 'train'})"
+    where = f"corpus hub:{name} (configuration {part or 'default'}, split {split or 'train'})"
     try:
         saved = (Path(name) / "state.json").is_file()
         rows: Any = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, part or None, split=split or "train")
