@@ -16,7 +16,6 @@ from testbed.editors._locate_corpus import Corpus
 from testbed.editors.base import BadEditor
 from testbed.encode import Batch, answer_ids, collate, text_batch
 from testbed.models import ModelHandle
-from testbed.progress import bars
 from testbed.store import replacing
 
 _ROWS = 32
@@ -62,6 +61,8 @@ def _stored(path: Path, handle: ModelHandle) -> Tensor | None:
 
 @torch.no_grad()
 def _collect(handle: ModelHandle, corpus: Corpus, layers: list[int]) -> dict[int, Tensor]:
+    from testbed.progress import bars  # rich draws from the global generator when it is imported
+
     sums: dict[int, Tensor] = {}
     count, mark, total = 0, _Mark(), _number(corpus)
     with bars() as progress:
