@@ -128,16 +128,27 @@ def pretrain(config: PretrainConfig, report: Report = lambda stage, done, loss: 
     """
     if problems := config.problems():
         raise BadPretrain("; ".join(problems))
-    torch.set_num_threads(config.threads)
     stream: Stream = STREAMS.get(config.stream)(config.stream_config())
     began = time.monotonic()
     try:
-        course = _run_course(config, stream, report)
+        with _threads(config.threads):
+            course = _run_course(config, stream, report)
     except ValueError as e:
         raise BadPretrain(str(e)) from e
     config.out.mkdir(parents=True, exist_ok=True)
     (config.out / "README.md").write_text(model_card(config, stream, course, (time.monotonic() - began) / 60))
     return course.rows
+
+
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    """Threads of torch for the length of a course; whoever calls goes on with its own, on which rounding depends."""
+    own = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(own)
 
 
 def _run_course(config: PretrainConfig, stream: Stream, report: Report) -> _courses.Course:

@@ -11,8 +11,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _few_threads() -> None:
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Sums are rounded by the number of threads, so what compares bits must not inherit another test's."""
     import torch
 
     torch.set_num_threads(1)

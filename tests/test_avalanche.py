@@ -146,5 +146,6 @@ def test_naive_training_is_fine_tuning() -> None:
     for e in (ours, theirs):
         e.prepare(bench.handle, bench.pool)
         apply(e, bench.groups)
-    assert torch.allclose(ours.weight, theirs.weight, atol=2e-5)
-    assert not torch.allclose(ours.weight, theirs.base, atol=1e-3)
+    apart, moved = (ours.weight - theirs.weight).norm(), (ours.weight - theirs.base).norm()
+    assert moved > 0.1
+    assert apart < 1e-3 * moved

@@ -343,6 +343,13 @@ def test_a_course_reads_the_stream_as_the_run_will(tmp_path):
     assert again == config
 
 
+def test_a_course_gives_its_threads_back():
+    own = torch.get_num_threads()
+    with command._threads(own + 1):
+        assert torch.get_num_threads() == own + 1
+    assert torch.get_num_threads() == own
+
+
 def test_a_stream_without_beliefs_is_refused(made_up_stream, tmp_path, monkeypatch):
     monkeypatch.setattr(made_up_stream, "told", False)
     with pytest.raises(command.BadPretrain, match="nothing to learn"):
