@@ -183,7 +183,7 @@ def _manifest(
         "grading_version": grading.VERSION,
         "config": config.stored(),
         "editors": list(config.editor),
-        "references": [name for name in config.editor if config.editor_class(name).traits.told_truth],
+        "references": [name for name in config.editor if make_editor(config, name).traits.told_truth],
         "editor_configs": {name: plain(config.editor_config(name)) for name in config.editor},
         "stream": stream.manifest(),
         "model": {"name": handle.name, "hash": handle.hash, "family": handle.family.name, "parameters": _size(handle)},

@@ -76,6 +76,11 @@ def test_untouched_questions_are_the_bases_beside_touched_ones():
     assert same(found[1:3], base(ELSE))
 
 
+def test_a_gate_that_is_told_the_truth_is_known_as_such_before_a_run():
+    assert Scr(ScrConfig(gate="oracle-context")).traits.told_truth
+    assert not Scr(ScrConfig(gate="index")).traits.told_truth
+
+
 def test_the_oracle_gate_is_the_right_fact_in_context():
     editor = make("oracle-context")
     assert editor.traits.told_truth and not Scr.traits.told_truth

@@ -64,9 +64,13 @@ class Scr(MemoryEditor):
     Config = ScrConfig
     config: ScrConfig
 
-    def _prepare(self, pool: TrainPool) -> None:
+    def __init__(self, config: Any = None, seed: int = 0) -> None:
+        super().__init__(config, seed)
         if self.config.gate == "oracle-context":
             self.traits = replace(self.traits, told_truth=True)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _prepare(self, pool: TrainPool) -> None:
+        if self.traits.told_truth:
             self.notes.append("gate=oracle-context is told which edit a question is about: a bound, no rival")
         super()._prepare(pool)
         pooled = [Ask(q.prompt, q.image) for q in pool.questions]
