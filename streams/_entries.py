@@ -15,7 +15,7 @@ from itertools import islice
 from typing import Any
 
 from streams import transforms
-from streams._entry import Ask, Asker, Data, Entry, consistent
+from streams._entry import Ask, Asker, Data, Entry, consistent, sample
 from streams._records import distinct, plain
 from streams.base import BadStream, Stream, StreamConfig, TrainPool
 from testbed.events import EditEvent, Question, Split
@@ -35,7 +35,7 @@ class EntryStream(Stream):
         super().__init__(config)
         if problems := config.problems():
             raise BadStream("; ".join(problems))
-        self._data = self.read(config)
+        self._data = sample(self.read(config), config.records)
         self.skipped = list(self._data.skipped)
         self._edited = tuple(e for e in self._data.entries if e.role == "edit")
         self._by_name = {e.name: e for e in self._edited}

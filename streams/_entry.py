@@ -63,6 +63,15 @@ class Data:
     missing: Mapping[str, int] = field(default_factory=dict)
 
 
+def sample(data: Data, number: int) -> Data:
+    """The `number` entries with the smallest hashes of their names, in the order of the files; all of them for 0."""
+    if not 0 < number < len(data.entries):
+        return data
+    taken = set(sorted((e.name for e in data.entries), key=lambda name: share("records", name))[:number])
+    entries = tuple(e for e in data.entries if e.name in taken)
+    return replace(data, entries=entries, origin=f"{data.origin}, {number:,} of them drawn")
+
+
 def place_of(image: Shown | None, prompt: str) -> Place:
     """What is asked: the picture, by its name under the root, and the bare prompt."""
     return (image.name if image is not None else ""), plain(prompt)

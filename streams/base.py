@@ -45,6 +45,9 @@ class StreamConfig:
     order: Order = "drawn"
     """Order of the facts among the edits that a run takes: as drawn (or dated), by the unedited model's loss on the
     target, or those of one subject together. It depends on how many edits are taken; see `streams.arrange`."""
+    records: int = 0
+    """How many usable records of a source without dates are taken, drawn by a hash of their names, so the same ones
+    under every seed: a small model can be taught only so many beliefs. 0 is all of them."""
     missing_images: MissingImages = "skip"
     """What to do with a record whose picture is absent: skip it, ask without, or put its caption."""
     fields: tuple[str, ...] = ()
@@ -62,6 +65,8 @@ class StreamConfig:
         for name in ("revise", "revert", "retire"):
             if not 0 <= getattr(self, name) < 1:
                 out.append(f"stream.{name} must lie in [0, 1), got {getattr(self, name)}")
+        if self.records < 0:
+            out.append(f"stream.records must be 0 (all) or more, got {self.records}")
         if self.repeats < 1:
             out.append(f"stream.repeats must be 1 or more, got {self.repeats}")
         if self.bursts and not UNEVEN[0] <= self.bursts <= UNEVEN[1]:

@@ -133,6 +133,18 @@ def test_a_bad_record_is_skipped_and_named(tmp_path: Path, name: str) -> None:
     assert reason in s.skipped[0].reason
 
 
+def test_a_sample_of_records_is_the_same_under_every_seed(tmp_path: Path) -> None:
+    put(tmp_path, "counterfact.json", [rome(i) for i in range(60)])
+    whole, *drawn = (stream("counterfact-yearly", tmp_path, records=n, seed=s) for n, s in ((0, 0), (20, 0), (20, 1), (40, 0)))
+    everything, few, again, more = ({q.prompt for q in s.beliefs()} for s in (whole, *drawn))
+    assert few == again and few < more < everything
+    assert ", 20 of them drawn" in drawn[0].origin and "drawn" not in whole.origin
+    assert {e.prompt for e in drawn[0].events(100)} == {e.prompt for e in drawn[1].events(100)}
+    assert [e.prompt for e in drawn[0].events(100)] != [e.prompt for e in drawn[1].events(100)]
+    with pytest.raises(BadStream, match=r"records must be 0 \(all\) or more, got -1"):
+        stream("counterfact-yearly", tmp_path, records=-1)
+
+
 def test_the_wrong_file_shows_its_fields(tmp_path: Path) -> None:
     with pytest.raises(BadStream, match=r"expected records with .*; found the fields a, b"):
         stream("counterfact-yearly", put(tmp_path, "counterfact.json", [{"a": 1, "b": 2}]))
