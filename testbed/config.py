@@ -14,8 +14,10 @@ from testbed import benchmarks, variants
 from testbed.benchmarks import BadBenchmark, BenchmarkConfig
 from testbed.registry import EDITORS, STREAMS, UnknownName
 from testbed.schema import folder_name
+from testbed.track import missing
 
 D = TypeVar("D")
+Tracker = Literal["tensorboard", "wandb", "mlflow"]
 
 
 class BadConfig(ValueError):
@@ -62,6 +64,10 @@ class RunConfig:
     """Steps between saved states; a stopped run goes on from the newest one."""
     save_model: Path | None = None
     """Write the edited model of every editor that changes weights to this folder with save_pretrained."""
+    cache: Path | None = None
+    """Folder that keeps what runs of one model share: its unedited answers to the same questions, second moments."""
+    track: Tracker | None = None
+    """Show the numbers of the run, as it goes, to tensorboard, wandb (offline) or mlflow (a local file) as well."""
     config: Path | None = None
     """YAML file with any of these fields; the command line wins."""
     log: Path | None = None
@@ -115,6 +121,7 @@ class RunConfig:
         out += _tried(lambda: STREAMS.get(self.stream))
         out += _tried(lambda: self.stream_config().problems())
         out += _tried(self._benchmark_problems)
+        out += missing(self.track) if self.track else []
         for name in self.editor:
             out += _tried(lambda name=name: self._editor_problems(name))
         out += self._set_problems()
@@ -147,7 +154,7 @@ class RunConfig:
 
     def stored(self) -> dict[str, Any]:
         """What a manifest keeps: everything but output places, logs and switches of the command line."""
-        skip = {"out", "resume", "config", "log", "dry_run", "list", "save_model", "save_every"}
+        skip = {"out", "resume", "config", "log", "dry_run", "list", "save_model", "save_every", "cache", "track"}
         return {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name not in skip}
 
     def identity(self) -> dict[str, Any]:
