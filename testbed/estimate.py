@@ -24,8 +24,9 @@ from testbed.runner import Plan
 from testbed.schedule import Asked, Schedule, Step
 from testbed.schema import EditReport
 
-EDITS, QUESTIONS = 4, 64
-"""Steps that each editor makes, and questions of the panels that it is asked, to measure it."""
+STEPS, EDITS, QUESTIONS = 4, 64, 64
+"""Steps that each editor makes, two at least but no more than hold so many edits, and questions of the panels that it
+is asked, to measure it."""
 REPORT_SECONDS = (7.0, 2e-4)
 """Figures and tables of a run: once, and for each answer."""
 DISK_BYTES = (1_500_000, 60)
@@ -86,8 +87,7 @@ def _questions(schedule: Schedule) -> Table:
 
 def measure(plan: Plan) -> tuple[float, list[Cost]]:
     """Seconds for the unedited model's answers, and the cost of every editor, from a small sample of both."""
-    sample = _sample(plan.schedule)
-    steps = plan.schedule.steps[:EDITS]
+    sample, steps = _sample(plan.schedule), _steps(plan)
     questions = _unique([*sample, *(a for s in steps for a in _now(s).asked)])
     answer_base(plan.handle, questions[:4], plan.config.max_new_tokens)
     start = time.perf_counter()
@@ -106,7 +106,7 @@ def _measure_editor(plan: Plan, context: Context, name: str, sample: Sequence[As
     prepared = time.perf_counter() - start
     reports: list[EditReport] = []
     asking: list[float] = []
-    for step in plan.schedule.steps[:EDITS]:
+    for step in _steps(plan):
         reports.append(apply_step(context, editor, step))
         asking.append(_ask(context, editor, _now(step)))
     panels = _ask(context, editor, replace(plan.schedule.steps[0], asked=tuple(sample)))
@@ -131,6 +131,11 @@ def _ask(context: Context, editor: Any, step: Step) -> float:
 def _now(step: Step) -> Step:
     """A step with nothing but what is asked right after it."""
     return replace(step, asked=tuple(a for a in step.asked if a.plan.panel == "immediate"))
+
+
+def _steps(plan: Plan) -> tuple[Step, ...]:
+    """The first steps, which every editor makes."""
+    return tuple(plan.schedule.steps[: max(2, min(STEPS, EDITS // plan.config.batch))])
 
 
 def _sample(schedule: Schedule) -> list[Asked]:
