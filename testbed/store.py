@@ -8,7 +8,7 @@ point to go on from: whatever was written after it is set aside and made again, 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -85,8 +85,8 @@ class RunFolder:
     def write_base_answers(self, answers: Iterable[BaseAnswer]) -> None:
         write_rows(self.path / "base" / "answers.parquet", BaseAnswer, answers)
 
-    def editor(self, name: str, phase: Phase | None = None) -> EditorFolder:
-        return EditorFolder(self.path / folder_name(name), phase)
+    def editor(self, name: str, phase: Phase | None = None, saved: Callable[[Found], None] | None = None) -> EditorFolder:
+        return EditorFolder(self.path / folder_name(name), phase, saved)
 
 
 def _differences(name: str, stored: Any, now: Any, free: Sequence[str]) -> list[str]:
@@ -114,10 +114,10 @@ class Expected:
 
 
 class EditorFolder:
-    """OUT/EDITOR: records, monitors, reports and state up to the newest saved step."""
+    """OUT/EDITOR: records, monitors, reports and state up to the newest saved step. `saved` is told what was just kept."""
 
-    def __init__(self, path: Path, phase: Phase | None = None) -> None:
-        self.path, self._phase = path, phase
+    def __init__(self, path: Path, phase: Phase | None = None, saved: Callable[[Found], None] | None = None) -> None:
+        self.path, self._phase, self._saved = path, phase, saved
 
     def save(self, step: int, found: Found, state: dict[str, Any]) -> None:
         """Add everything since the last save, then the state that goes with it; older states are removed."""
@@ -128,6 +128,8 @@ class EditorFolder:
         write_state(self.path / "state" / f"step-{step:06d}.safetensors", state, self._phase)
         for old in self._states()[:-1]:
             old.unlink()
+        if self._saved is not None:
+            self._saved(found)
 
     def resume(self, expected: Expected | None = None) -> tuple[int, dict[str, Any] | None]:
         """The newest saved step and its state, after setting aside all that is newer; (0, None) when there is none.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from torch import Tensor
 from testbed.editors._locate_corpus import Corpus
 from testbed.editors.base import BadEditor
 from testbed.encode import Batch, answer_ids, collate, text_batch
+from testbed.files import replacing
 from testbed.models import ModelHandle
-from testbed.store import replacing
+from testbed.shared import alone
 
 _ROWS = 32
 _TOKENS_PER_DIRECTION = 10
@@ -29,20 +30,33 @@ def second_moments(handle: ModelHandle, corpus: Corpus, layers: Sequence[int], f
     """`C = E[k k^T]` (f, f) float64 of each layer over the corpus's positions that hold text, under the base weights.
 
     Kept on the handle, and with a folder on disk, by (model, corpus, layer): statistics of another model or text
-    cannot be taken for these.
+    cannot be taken for these. Without a folder, the shelf of the handle is one.
     """
     kept: dict[tuple[str, str, int], Tensor] = handle.cache.setdefault("second moments", {})
     name = (handle.hash, corpus.hash)
-    if folder is not None:
-        stored = {n: _stored(_file(folder, *name, n), handle) for n in layers if (*name, n) not in kept}
-        kept.update({(*name, n): c for n, c in stored.items() if c is not None})
     missing = [n for n in layers if (*name, n) not in kept]
+    if missing and folder is None and handle.shelf is not None:
+        # layers that are read together end together, so runs share what was read together and get what they would have made
+        folder = handle.shelf / f"moments-of-{'-'.join(map(str, missing))}"
+    if missing:
+        with alone(folder / "moments") if folder is not None else nullcontext():
+            _fill(handle, corpus, missing, folder)
+    return {n: kept[(*name, n)] for n in layers}
+
+
+def _fill(handle: ModelHandle, corpus: Corpus, missing: Sequence[int], folder: Path | None) -> None:
+    """Read what the folder has, compute the rest, and keep it in both places."""
+    kept: dict[tuple[str, str, int], Tensor] = handle.cache["second moments"]
+    name = (handle.hash, corpus.hash)
+    if folder is not None:
+        stored = {n: _stored(_file(folder, *name, n), handle) for n in missing}
+        kept.update({(*name, n): c for n, c in stored.items() if c is not None})
+    missing = [n for n in missing if (*name, n) not in kept]
     for n, c in (_collect(handle, corpus, missing) if missing else {}).items():
         kept[(*name, n)] = c
         if folder is not None:
             with replacing(_file(folder, *name, n)) as temporary:
                 save_file({"c": c.cpu()}, temporary)
-    return {n: kept[(*name, n)] for n in layers}
 
 
 def _file(folder: Path, model: str, corpus: str, layer: int) -> Path:

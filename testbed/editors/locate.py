@@ -67,7 +67,7 @@ class LocateConfig(EditorConfig):
     corpus: str | None = None
     """General text for second moments: a file, one text a line, or hub:DATASET[:CONFIG[:SPLIT[:FIELD]]]; else the train pool."""
     moments: Path | None = None
-    """Folder where second moments are kept from one run to the next."""
+    """Folder where second moments are kept from one run to the next; by default that of --cache."""
 
     def problems(self) -> list[str]:
         least = {"steps": 1, "lr": 0, "decay": 0, "clamp": 0, "kl": 0, "stop": 0, "contexts": 0, "context_tokens": 1}
