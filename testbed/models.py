@@ -42,6 +42,8 @@ class ModelHandle:
     notes: list[str] = field(default_factory=list)
     cache: dict[str, Any] = field(default_factory=dict)
     """Room for what cannot change while the base weights do not (tokenised prompts, picture features)."""
+    shelf: Path | None = None
+    """Folder for what of that is worth keeping from one run to the next."""
 
     def __post_init__(self) -> None:
         self.model.eval().requires_grad_(False)
