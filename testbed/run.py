@@ -34,7 +34,7 @@ def told(work: Callable[[], T]) -> tuple[int, T | None]:
     console = Console(stderr=True)
     try:
         return 0, work()
-    except _errors() as e:
+    except told_errors() as e:
         for line in str(e).splitlines():
             console.print(f"error: {line}", style="bold red", markup=False, highlight=False, soft_wrap=True)
         return 2, None
@@ -126,14 +126,15 @@ def _split_lists(argv: list[str]) -> list[str]:
     return [*out, "--set", *sets] if sets else out
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Fields of a run from a YAML file. Raises `BadConfig` for one that is absent, broken or not a mapping."""
+def read_yaml(path: Path, what: str = "") -> dict[str, Any]:
+    """Fields of a run from a YAML file. Raises `BadConfig`, which calls it `what`, for one that is absent, broken or not a mapping."""
+    what = what or f"--config {path}"
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as e:
-        raise BadConfig(f"--config {path} cannot be read: {e}") from e
+        raise BadConfig(f"{what} cannot be read: {e}") from e
     if not isinstance(values, dict):
-        raise BadConfig(f"--config {path} must hold fields and values, found {type(values).__name__}")
+        raise BadConfig(f"{what} must hold fields and values, found {type(values).__name__}")
     known = {f.name for f in fields(RunConfig)}
     return {str(k).replace("-", "_") if str(k).replace("-", "_") in known else str(k): v for k, v in values.items()}
 
@@ -148,7 +149,7 @@ def list_plugins(console: Console) -> None:
         console.print(table, markup=False, highlight=False)
 
 
-def _errors() -> tuple[type[Exception], ...]:
+def told_errors() -> tuple[type[Exception], ...]:
     """What is a user's to mend, and so is told in one line and not as a traceback."""
     from analysis.records import BadRun
     from testbed.benchmarks import BadBenchmark

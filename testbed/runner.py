@@ -7,6 +7,7 @@ import platform
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ from testbed.models import ModelHandle
 from testbed.progress import Bars, bars
 from testbed.registry import STREAMS
 from testbed.schema import SCHEMA_VERSION, EventRow, QuestionRow, ScheduleRow, folder_name
+from testbed.shared import base_answers
 from testbed.store import RunFolder
+from testbed.track import About, tracking
 
 SAME = ("config", "model_hash", "stream_hash", "schedule_hash", "schema_version")
 """What a resumed run must share with the stored one."""
@@ -60,6 +63,7 @@ def prepare(config: RunConfig) -> Plan:
     if not events:
         raise BadConfig(f"{config.stream} ({stream.origin}) yields no edit; skipped records: {len(stream.skipped)}")
     handle = models.load(config.model, config.device, config.dtype)
+    handle.shelf = config.cache
     events = arrange(stream, events, lambda adds: losses(handle, adds))
     more = benchmarks.load(config.benchmarks, config.benchmark_config())
     planned = schedule.build(stream, events, schedule.Plan(config.batch, config.seed, config.probe_budget, more.every))
@@ -138,14 +142,18 @@ def _run(plan: Plan, folder: RunFolder, progress: Bars, say: Callable[[str], Non
     base = folder.base_answers()
     questions = list(plan.schedule.unique_questions.values())
     if set(base) != {q.id for q in questions}:
-        answers = answer_base(plan.handle, questions, config.max_new_tokens, lambda *a: progress.advance("unedited model", *a))
+        asked = (plan.handle, questions, config.max_new_tokens)
+        shown = partial(progress.advance, "unedited model")
+        answers = base_answers(config.cache, *asked, lambda: answer_base(*asked, shown))
         folder.write_base_answers(answers)
         base = {a.question_id: a for a in answers}
     numbers = (config.max_new_tokens, config.save_every, note)
     context = Context(plan.manifest["run"], config.seed, plan.handle, plan.stream, plan.schedule, base, *numbers)
     for name in config.editor:
         editor = make_editor(config, name)
-        run_editor(context, editor, folder.editor(name, phase), phase, lambda *a, name=name: progress.advance(name, *a))
+        with tracking(config.track, About(plan.out, context.run, name, config.stored())) as saved:
+            place = folder.editor(name, phase, saved)
+            run_editor(context, editor, place, phase, lambda *a, name=name: progress.advance(name, *a))
 
 
 def _write_plan(plan: Plan, folder: RunFolder) -> None:
