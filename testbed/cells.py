@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import os
+import socket
+import traceback
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from testbed import variants
 from testbed.config import BadConfig, RunConfig, plain, set_fields
 from testbed.events import content_id
+from testbed.files import step_of
 from testbed.schema import folder_name
 
 RESERVED = frozenset({"out", "resume", "config", "log", "dry_run", "list", "save_model", "cache"})
@@ -52,6 +57,16 @@ class Cell:
     def begun(self) -> bool:
         """True when there is something to go on with."""
         return (self.folder / "manifest.json").is_file()
+
+    @property
+    def log(self) -> Path:
+        """What its runs said: where each began or went on, stand-ins, skipped records."""
+        return self.folder.with_suffix(".log")
+
+    @property
+    def step(self) -> int:
+        """The newest saved step; 0 when there is none."""
+        return max((step_of(p) for p in self.folder.glob("*/state/step-*.safetensors")), default=0)
 
 
 @dataclass(frozen=True)
@@ -161,3 +176,41 @@ def _check(cells: Iterable[Cell]) -> None:
     problems = dict.fromkeys(p for cell in cells for p in cell.config.problems())
     if problems:
         raise BadConfig("\n".join(problems))
+
+
+def run_cell(cell: Cell, cpus: int) -> str | None:
+    """Make one cell, or go on with it; for a process of its own.
+
+    Args:
+        cpus: threads to use.
+
+    Returns None when its folder holds a finished run, else what went wrong: a sentence for a mistake of the user's,
+    a traceback for anything else. One process at a time has a cell, so that a worker which is cut off from the others
+    and goes on cannot meet its successor.
+    """
+    import torch
+
+    from testbed import runner
+    from testbed.run import told_errors
+    from testbed.shared import alone
+
+    torch.set_num_threads(cpus)
+    with alone(cell.folder):
+        if cell.done:
+            return None
+        config = replace(cell.config, out=None, resume=cell.folder) if cell.begun else cell.config
+        say = partial(_append, cell.log)
+        say(f"{'gone on with' if cell.begun else 'begun'} on {socket.gethostname()}, process {os.getpid()}")
+        try:
+            runner.study(config, say)
+        except told_errors() as e:
+            return str(e)
+        except Exception:
+            return traceback.format_exc()
+    return None
+
+
+def _append(path: Path, line: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as f:
+        f.write(line + "\n")
