@@ -14,6 +14,12 @@ from testbed.events import Picture
 from testbed.models import BadModel, ModelHandle
 
 Side = Literal["left", "right"]
+
+
+class Unspellable(BadModel):
+    """An answer of which a model's tokenizer makes nothing."""
+
+
 _CACHED = 20_000
 """Prompts and answers kept as tokens."""
 _PICTURE_BYTES = 512 * 2**20
@@ -178,7 +184,7 @@ class _Blank:
 
 
 def answer_ids(handle: ModelHandle, ask: Ask, answer: str) -> list[int]:
-    """Token ids of the answer as it follows this prompt. Raises `BadModel` when it tokenises to nothing."""
+    """Token ids of the answer as it follows this prompt. Raises `Unspellable` when it tokenises to nothing."""
     cache = handle.cache.setdefault("answers", {})
     tail = _worded(handle, handle.family.text, ask.prompt)[-24:]
     key = (tail, answer)
@@ -189,7 +195,7 @@ def answer_ids(handle: ModelHandle, ask: Ask, answer: str) -> list[int]:
         own = tok(handle.family.answer.format(answer=answer), add_special_tokens=False)["input_ids"]
         ids = full[len(stem) :] if full[: len(stem)] == stem else own
         if not ids or set(ids) <= {tok.unk_token_id}:
-            raise BadModel(
+            raise Unspellable(
                 f"{answer!r} tokenises to nothing this model can spell; pretrain a model on the stream: python -m testbed.pretrain"
             )
         cache[key] = ids

@@ -6,7 +6,7 @@ import json
 import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -24,6 +24,7 @@ from testbed.monitors.base import Watch
 from testbed.predictor import ModelPredictor, Predictor, Response, Score
 from testbed.schedule import Asked, Schedule, Step
 from testbed.schema import BaseAnswer, EditReport, Record
+from testbed.stopping import Stop, Stopped
 from testbed.store import EditorFolder, Expected, Found
 
 Progress = Callable[[int, int, float | None], None]
@@ -47,7 +48,9 @@ class Context:
     max_new_tokens: int = 16
     save_every: int = 50
     say: Callable[[str], None] = silent
-    """Gets what an editor has to say of itself (a stand-in, derived defaults)."""
+    """Gets what an editor has to say of itself (a stand-in, derived defaults), and when memory ran out."""
+    stop: Stop = field(default_factory=Stop)
+    """Asked after each step whether to end there."""
 
     @cached_property
     def watch(self) -> Watch:
@@ -63,14 +66,13 @@ class Context:
 
 
 def run_editor(context: Context, editor: Editor, folder: EditorFolder, phase: Phase = silent, progress: Progress = silent) -> None:
-    """Take one editor through the schedule, from the newest saved step on."""
+    """Take one editor through the schedule, from the newest saved step on. Raises `Stopped` where the run is asked to end."""
     phase("resume", 0)
     done, state = folder.resume(context.expected)
     if done == len(context.schedule.steps):
         return
     editor.prepare(context.handle, context.stream.train_pool())
-    for note in editor.notes:
-        context.say(f"{editor.name}: {note}")
+    said = say_new(context, editor, 0)
     if state is not None:
         editor.load_state_dict(state)
     found = Found()
@@ -84,10 +86,24 @@ def run_editor(context: Context, editor: Editor, folder: EditorFolder, phase: Ph
         found.records.extend(answered)
         if context.watch.due(step.moment):
             found.monitors.extend(context.watch.rows(n, editor.predictor(), editor.edited_weights()))
+        said = say_new(context, editor, said)
         progress(step.moment.edits, total, success(answered))
-        if n % context.save_every == 0 or n == len(context.schedule.steps):
+        last = n == len(context.schedule.steps)
+        if n % context.save_every == 0 or last or context.stop.asked:
             folder.save(n, found, editor.state_dict())
             found = Found()
+        if context.stop.asked and not last:
+            raise Stopped(f"{editor.name}: stopped after step {n} of {len(context.schedule.steps)}")
+
+
+def say_new(context: Context, editor: Editor, said: int) -> int:
+    """Pass on the notes of an editor that were not said yet, and those of the model; how many of the editor's are said now."""
+    for note in editor.notes[said:]:
+        context.say(f"{editor.name}: {note}")
+    for note in context.handle.room.notes:
+        context.say(note)
+    context.handle.room.notes.clear()
+    return len(editor.notes)
 
 
 def apply_step(context: Context, editor: Editor, step: Step) -> EditReport:

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from testbed import families
+from testbed.memory import Room
 
 TINY = Path(__file__).parent / "assets"
 
@@ -50,6 +51,7 @@ class ModelHandle:
         self.layers_path, self.layers = families.decoder_layers(self.model)
         self.head = self.model.get_output_embeddings()
         self._hash = ""
+        self.room = Room()
 
     @property
     def norm(self) -> nn.Module:

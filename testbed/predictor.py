@@ -1,5 +1,6 @@
 """What a probe sees of a model: score, generate, respond (both at once), inspect. Batching and length
-bucketing live here and only here.
+bucketing live here and only here. A forward that memory has no room for is made in halves, and none after it
+is as wide.
 
 A predictor is given prompts and pictures, never a question's event, split or answer. A gated editor hangs
 its decision on `around`, a context that is entered once a batch and sees the prompt mask: it decides once
@@ -18,25 +19,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from testbed._answer_watch import AnswerWatch, Score
 from testbed.encode import Ask, Batch, answer_ids, collate, prompt_inputs, text_batch
 from testbed.grading import natural_stop
 from testbed.models import ModelHandle
 
-FIRST_IDS = 10
-"""How many of the likeliest first tokens a response names."""
 Around = Callable[[Batch], AbstractContextManager[Any]]
-
-
-@dataclass(frozen=True)
-class Score:
-    """Teacher-forced reading of one answer of n tokens.
-
-    hits: (n,) bool, the token is the argmax given the prompt and the true tokens before it.
-    logprobs: (n,) float64, natural log-probabilities.
-    """
-
-    hits: np.ndarray
-    logprobs: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -126,8 +114,9 @@ class ModelPredictor(Predictor):
         ids = [answer_ids(self.handle, a, x) if x is not None else [] for a, x in zip(asks, answers)]
         out: list[Response | None] = [None] * len(asks)
         again: list[int] = []
-        for chunk in self._chunks(asks):
-            for i, made in zip(chunk, self._generate([asks[i] for i in chunk], [ids[i] for i in chunk], max_new_tokens)):
+        work = lambda part: self._generate([asks[i] for i in part], [ids[i] for i in part], max_new_tokens)  # noqa: E731
+        for chunk, made_of in self.handle.room.fitting(self._chunks(asks), work):
+            for i, made in zip(chunk, made_of):
                 out[i] = made
                 if ids[i] and made.score is None:
                     again.append(i)
@@ -146,32 +135,41 @@ class ModelPredictor(Predictor):
         tok = self.handle.tokenizer
         start = [tok.bos_token_id] if tok.bos_token_id is not None else []
         ids = [(start + tok(t, add_special_tokens=False)["input_ids"])[: self.handle.window] for t in texts]
-        out: list[np.ndarray] = []
-        for at in range(0, len(ids), self.rows):
-            part = ids[at : at + self.rows]
-            batch = text_batch(self.handle, part)
-            with self.around(batch):
-                logits = self.handle.model(**batch.inputs, use_cache=False).logits
-            for row, seq in zip(logits.float().log_softmax(-1), part):
-                target = torch.tensor(seq[1:], device=row.device, dtype=torch.long)
-                out.append(row[: len(seq) - 1].gather(1, target[:, None])[:, 0].double().cpu().numpy())
+        parts = [list(range(at, min(at + self.rows, len(ids)))) for at in range(0, len(ids), self.rows)]
+        return [x for _, found in self.handle.room.fitting(parts, lambda part: self._running([ids[i] for i in part])) for x in found]
+
+    def _running(self, ids: list[list[int]]) -> list[np.ndarray]:
+        batch = text_batch(self.handle, ids)
+        with self.around(batch):
+            logits = self.handle.model(**batch.inputs, use_cache=False).logits
+        out = []
+        for row, seq in zip(logits.float().log_softmax(-1), ids):
+            target = torch.tensor(seq[1:], device=row.device, dtype=torch.long)
+            out.append(row[: len(seq) - 1].gather(1, target[:, None])[:, 0].double().cpu().numpy())
         return out
 
     @torch.no_grad()
     def inspect(self, asks: Sequence[Ask], layers: Sequence[int] = (), top_k: int = 10, ids: Tokens = None) -> list[Inspection]:
         out: list[Inspection | None] = [None] * len(asks)
-        for chunk in self._chunks(asks):
-            batch = collate(self.handle, [asks[i] for i in chunk], side="left")
-            with self.around(batch), self._watched(layers) as seen:
-                logits = self._last_logits(batch, 1)
-            logp = logits[:, -1].double().log_softmax(-1)
-            states = [seen[n][:, -1] for n in layers]
-            hidden = torch.stack(states, 1).float() if states else torch.zeros(len(chunk), 0, self.handle.width)
-            entropy = torch.special.entr(logp.exp()).sum(-1)
-            for j, i in enumerate(chunk):
-                top = logp[j].topk(top_k).indices if ids is None else torch.as_tensor(ids[i], device=logp.device)
-                out[i] = Inspection(top.cpu().numpy(), logp[j][top].cpu().numpy(), float(entropy[j]), hidden[j].cpu().numpy())
+        work = lambda part: self._looked([asks[i] for i in part], layers, top_k, ids and [ids[i] for i in part])  # noqa: E731
+        for chunk, seen in self.handle.room.fitting(self._chunks(asks), work):
+            for i, one in zip(chunk, seen):
+                out[i] = one
         return [r for r in out if r is not None]
+
+    def _looked(self, asks: list[Ask], layers: Sequence[int], top_k: int, ids: Tokens) -> list[Inspection]:
+        batch = collate(self.handle, asks, side="left")
+        with self.around(batch), self._watched(layers) as seen:
+            logits = self._last_logits(batch, 1)
+        logp = logits[:, -1].double().log_softmax(-1)
+        states = [seen[n][:, -1].float().cpu() for n in layers]
+        hidden = torch.stack(states, 1) if states else torch.zeros(len(asks), 0, self.handle.width)
+        entropy = torch.special.entr(logp.exp()).sum(-1)
+        out = []
+        for j in range(len(asks)):
+            top = logp[j].topk(top_k).indices if ids is None else torch.as_tensor(ids[j], device=logp.device)
+            out.append(Inspection(top.cpu().numpy(), logp[j][top].cpu().numpy(), float(entropy[j]), hidden[j].numpy()))
+        return out
 
     @contextmanager
     def _watched(self, layers: Sequence[int]) -> Iterator[dict[int, torch.Tensor]]:
@@ -193,7 +191,7 @@ class ModelPredictor(Predictor):
         order = sorted(range(len(asks)), key=lambda i: (asks[i].image is None, size[i], i))
         chunk: list[int] = []
         for i in order:
-            full = len(chunk) >= self.rows or (len(chunk) + 1) * size[i] > self.tokens
+            full = len(chunk) >= self.handle.room.limit(self.rows) or (len(chunk) + 1) * size[i] > self.tokens
             if chunk and (full or (asks[chunk[0]].image is None) != (asks[i].image is None)):
                 yield chunk
                 chunk = []
@@ -204,7 +202,7 @@ class ModelPredictor(Predictor):
     def _generate(self, asks: list[Ask], ids: list[list[int]], max_new_tokens: int) -> list[Response]:
         """One prefill for both readings: where the generation follows the answer, its logits are the teacher-forced ones."""
         batch = collate(self.handle, asks, side="left")
-        watch = _AnswerWatch(ids)
+        watch = AnswerWatch(ids)
         with self.around(batch), _plain_decoding(self.handle):
             tokens = self.handle.model.generate(**batch.inputs, max_new_tokens=max_new_tokens, logits_processor=[watch])
             extras = self.explain(batch) if self.explain else [{} for _ in asks]
@@ -220,19 +218,23 @@ class ModelPredictor(Predictor):
 
     def _score(self, asks: Sequence[Ask], ids: Sequence[list[int]]) -> list[Score]:
         out: list[Score | None] = [None] * len(asks)
-        for chunk in self._chunks(asks, [len(x) for x in ids]):
-            batch = collate(self.handle, [asks[i] for i in chunk], [ids[i] for i in chunk], side="left")
-            with self.around(batch):
-                logits = self._last_logits(batch, 1 + max(len(ids[i]) for i in chunk))
-            logp = logits[batch.before_answer[:, -logits.shape[1] :]].float().log_softmax(-1)
-            target = batch.answer_ids
-            hits = (logp.argmax(-1) == target).cpu().numpy()
-            logprobs = logp.gather(1, target[:, None])[:, 0].double().cpu().numpy()
-            at = 0
-            for i in chunk:
-                out[i] = Score(hits[at : at + len(ids[i])], logprobs[at : at + len(ids[i])])
-                at += len(ids[i])
+        work = lambda part: self._forced([asks[i] for i in part], [ids[i] for i in part])  # noqa: E731
+        for chunk, scores in self.handle.room.fitting(self._chunks(asks, [len(x) for x in ids]), work):
+            for i, score in zip(chunk, scores):
+                out[i] = score
         return [s for s in out if s is not None]
+
+    def _forced(self, asks: list[Ask], ids: list[list[int]]) -> list[Score]:
+        """One teacher-forced forward."""
+        batch = collate(self.handle, asks, ids, side="left")
+        with self.around(batch):
+            logits = self._last_logits(batch, 1 + max(map(len, ids)))
+        logp = logits[batch.before_answer[:, -logits.shape[1] :]].float().log_softmax(-1)
+        target = batch.answer_ids
+        hits = (logp.argmax(-1) == target).cpu().numpy()
+        logprobs = logp.gather(1, target[:, None])[:, 0].double().cpu().numpy()
+        ends = np.cumsum([len(x) for x in ids]).tolist()
+        return [Score(hits[end - len(x) : end], logprobs[end - len(x) : end]) for x, end in zip(ids, ends)]
 
 
 @contextmanager
@@ -252,43 +254,3 @@ def _plain_decoding(handle: ModelHandle) -> Iterator[None]:
     finally:
         for m, config in zip(owners, kept):
             m.generation_config = config
-
-
-class _AnswerWatch:
-    """A logits processor that changes nothing and reads the answers' tokens as generation passes over them."""
-
-    def __init__(self, answers: list[list[int]]) -> None:
-        self.answers = answers
-        longest = max((len(a) for a in answers), default=0)
-        self._target = torch.zeros(len(answers), longest, dtype=torch.long)
-        for i, a in enumerate(answers):
-            self._target[i, : len(a)] = torch.tensor(a, dtype=torch.long)
-        self._first: torch.Tensor | None = None
-        self._hits: list[torch.Tensor] = []
-        self._logp: list[torch.Tensor] = []
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if self._first is None:
-            self._first = scores.topk(min(FIRST_IDS, scores.shape[-1]), -1).indices.cpu()
-        step = len(self._hits)
-        if step < self._target.shape[1]:
-            target = self._target[:, step].to(scores.device)
-            self._hits.append((scores.argmax(-1) == target).cpu())
-            self._logp.append(scores.float().log_softmax(-1).gather(1, target[:, None])[:, 0].double().cpu())
-        return scores
-
-    def first_ids(self) -> list[tuple[int, ...]]:
-        """The likeliest first tokens of each row."""
-        return [tuple(row) for row in self._first.tolist()] if self._first is not None else [() for _ in self.answers]
-
-    def scores(self) -> list[Score | None]:
-        """A score for every row whose generation followed the answer up to its last token; None for the others."""
-        if not self._hits:
-            return [None for _ in self.answers]
-        hits, logp = torch.stack(self._hits, 1).numpy(), torch.stack(self._logp, 1).numpy()
-        out: list[Score | None] = []
-        for i, a in enumerate(self.answers):
-            n = len(a)
-            known = 0 < n <= hits.shape[1] and bool(hits[i, : n - 1].all())
-            out.append(Score(hits[i, :n].copy(), logp[i, :n].copy()) if known else None)
-        return out

@@ -18,19 +18,23 @@ from testbed.config import BadConfig, RunConfig, set_fields
 from testbed.events import BadEvent, BadPicture
 from testbed.files import StoreError
 from testbed.registry import EDITORS, MONITORS, PROBES, STREAMS, WRAPPERS, UnknownName
+from testbed.stopping import Stop, Stopped
 
 T = TypeVar("T")
+TERMINATED = 143
+"""Exit code of a run that SIGTERM ended: 128 and the signal's number, as a shell has it."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 2 for a mistake of the user's (said in plain words), 130 when interrupted."""
+    """Exit code: 0 done, 2 for a mistake of the user's (said in plain words), 130 when interrupted, 143 when stopped by SIGTERM
+    (after the batch in hand, everything saved)."""
     console = Console(stderr=True)
     code, _ = told(lambda: _main(list(sys.argv[1:] if argv is None else argv), console))
     return code
 
 
 def told(work: Callable[[], T]) -> tuple[int, T | None]:
-    """An exit code (0 done, 2 for a mistake of the user's, which is said in plain words, 130 when interrupted), and the result."""
+    """An exit code (as `main`'s; a mistake of the user's, and memory that runs out, is said in plain words), and the result."""
     console = Console(stderr=True)
     try:
         return 0, work()
@@ -38,6 +42,9 @@ def told(work: Callable[[], T]) -> tuple[int, T | None]:
         for line in str(e).splitlines():
             console.print(f"error: {line}", style="bold red", markup=False, highlight=False, soft_wrap=True)
         return 2, None
+    except Stopped as e:
+        console.print(str(e), markup=False, highlight=False, soft_wrap=True)
+        return TERMINATED, None
     except KeyboardInterrupt:
         console.print("interrupted; what was saved is kept. Go on with --resume and the run folder.", markup=False)
         return 130, None
@@ -61,7 +68,10 @@ def _main(argv: list[str], console: Console) -> None:
     def say(line: str) -> None:
         console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
-    _show(runner.study(config, say))
+    stop = Stop()
+    with stop.on():
+        summary = runner.study(config, say, stop)
+    _show(summary)
 
 
 def _no_foreign_bars() -> None:
@@ -155,10 +165,11 @@ def told_errors() -> tuple[type[Exception], ...]:
     from testbed.benchmarks import BadBenchmark
     from testbed.editors.base import BadEditor
     from testbed.families import UnknownLayout
+    from testbed.memory import TOLD
     from testbed.models import BadModel
 
     streams = (BadStream, BadEvent, BadPicture, BadBenchmark)
-    return (BadConfig, *streams, BadEditor, BadRun, BadModel, UnknownLayout, UnknownName, StoreError)
+    return (BadConfig, *streams, BadEditor, BadRun, BadModel, *TOLD, UnknownLayout, UnknownName, StoreError)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ import platform
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,9 @@ from testbed.loop import Context, answer_base, run_editor
 from testbed.models import ModelHandle
 from testbed.progress import Bars, bars
 from testbed.registry import STREAMS
-from testbed.schema import SCHEMA_VERSION, EventRow, QuestionRow, ScheduleRow, folder_name
+from testbed.schema import SCHEMA_VERSION, BaseAnswer, EventRow, QuestionRow, ScheduleRow, folder_name
 from testbed.shared import base_answers
+from testbed.stopping import Stop, Stopped
 from testbed.store import RunFolder
 from testbed.track import About, tracking
 
@@ -74,14 +74,15 @@ def prepare(config: RunConfig) -> Plan:
     return Plan(config, stream, events, planned, handle, manifest)
 
 
-def study(config: RunConfig, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+def study(config: RunConfig, say: Callable[[str], None] = lambda line: None, stop: Stop | None = None) -> dict[str, Any]:
     """Run every editor of the configuration over its stream and write the run folder.
 
     Args:
         config: what to run; with `resume`, the stored configuration is used (see `resumed`).
         say: gets one line for each thing the user should know.
+        stop: asked after each batch whether to end there; the state is then saved and `Stopped` raised.
 
-    Returns the summary, as in summary.json. Raises `BadConfig`, `BadStream`, `BadModel`, `StoreError`.
+    Returns the summary, as in summary.json. Raises `BadConfig`, `BadStream`, `BadModel`, `StoreError`, `OutOfMemory`.
     """
     plan = prepare(config)
     folder = RunFolder(plan.out)
@@ -96,7 +97,7 @@ def study(config: RunConfig, say: Callable[[str], None] = lambda line: None) -> 
             folder.create(plan.manifest)
         _write_plan(plan, folder)
         with bars() as progress:
-            _run(plan, folder, progress, say)
+            _run(plan, folder, Voice(progress, say, stop or Stop()))
         _save_models(plan, folder, say)
         return finish(plan.out)
 
@@ -132,28 +133,56 @@ def make_editor(config: RunConfig, name: str) -> Editor:
     return config.editor_class(name)(config.editor_config(name), config.seed)
 
 
-def _run(plan: Plan, folder: RunFolder, progress: Bars, say: Callable[[str], None]) -> None:
+@dataclass(frozen=True)
+class Voice:
+    """How a run tells what it does, and is told to stop."""
+
+    progress: Bars
+    say: Callable[[str], None]
+    stop: Stop
+
+
+def _run(plan: Plan, folder: RunFolder, voice: Voice) -> None:
     config, phase = plan.config, phase_log(plan.config.log)
 
     def note(line: str) -> None:
-        say(line)
+        voice.say(line)
         folder.add_note(line)
 
+    numbers = (config.max_new_tokens, config.save_every, note, voice.stop)
+    try:
+        base = _base_answers(plan, folder, voice)
+        context = Context(plan.manifest["run"], config.seed, plan.handle, plan.stream, plan.schedule, base, *numbers)
+        for name in config.editor:
+            editor = make_editor(config, name)
+            _end_if_asked(voice.stop, f"stopped before {name}")
+            with tracking(config.track, About(plan.out, context.run, name, config.stored())) as saved:
+                place = folder.editor(name, phase, saved)
+                run_editor(context, editor, place, phase, lambda *a, name=name: voice.progress.advance(name, *a))
+    except Stopped as e:
+        raise Stopped(f"{e}; everything up to there is saved. Go on with --resume {plan.out}") from e
+
+
+def _base_answers(plan: Plan, folder: RunFolder, voice: Voice) -> dict[str, BaseAnswer]:
+    """The unedited model's answers by question id, asked where they are not stored. Raises `Stopped`."""
     base = folder.base_answers()
     questions = list(plan.schedule.unique_questions.values())
-    if set(base) != {q.id for q in questions}:
-        asked = (plan.handle, questions, config.max_new_tokens)
-        shown = partial(progress.advance, "unedited model")
-        answers = base_answers(config.cache, *asked, lambda: answer_base(*asked, shown))
-        folder.write_base_answers(answers)
-        base = {a.question_id: a for a in answers}
-    numbers = (config.max_new_tokens, config.save_every, note)
-    context = Context(plan.manifest["run"], config.seed, plan.handle, plan.stream, plan.schedule, base, *numbers)
-    for name in config.editor:
-        editor = make_editor(config, name)
-        with tracking(config.track, About(plan.out, context.run, name, config.stored())) as saved:
-            place = folder.editor(name, phase, saved)
-            run_editor(context, editor, place, phase, lambda *a, name=name: progress.advance(name, *a))
+    if set(base) == {q.id for q in questions}:
+        return base
+
+    def progress(*now: Any) -> None:
+        _end_if_asked(voice.stop, "stopped while the unedited model was asked")
+        voice.progress.advance("unedited model", *now)
+
+    asked = (plan.handle, questions, plan.config.max_new_tokens)
+    answers = base_answers(plan.config.cache, *asked, lambda: answer_base(*asked, progress))
+    folder.write_base_answers(answers)
+    return {a.question_id: a for a in answers}
+
+
+def _end_if_asked(stop: Stop, where: str) -> None:
+    if stop.asked:
+        raise Stopped(where)
 
 
 def _write_plan(plan: Plan, folder: RunFolder) -> None:

@@ -157,14 +157,16 @@ def capture(handle: ModelHandle, asks: list[Ask], answers: list[str], layer: int
         act, rest = act[at], rest[at]
     tail = Tail(handle, batch, layer, act, rest, at.nonzero()[:, 0], batch.answer_ids, key, last, calls)
     checked: set[int] = handle.cache.setdefault("tails", set())
-    if layer not in checked:
-        _check(tail)
+    if layer not in checked and _check(tail):
         checked.add(layer)
     return tail
 
 
-def _check(tail: Tail) -> None:
-    """Compare with the whole model under another weight, once a layer: norms after the MLP and the like cannot be seen otherwise."""
+def _check(tail: Tail) -> bool:
+    """Compare with the whole model under another weight, once a layer: norms after the MLP and the like cannot be seen otherwise.
+
+    False where the model's own logits are not finite, so that there is nothing to compare with.
+    """
     handle, name = tail.handle, tail.handle.down_weight(tail.layer)
     weight = handle.parameter(name).detach()
     noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
@@ -173,6 +175,8 @@ def _check(tail: Tail) -> None:
     base = handle.model(**tail.batch.inputs, use_cache=False).logits[at].float()
     with handle.swapped({name: other}):
         want = handle.model(**tail.batch.inputs, use_cache=False).logits[at].float()
+    if not torch.isfinite(base).all():
+        return False
     try:
         got = tail.logits(lambda act: project(handle.down(tail.layer), act, other)).float()
         share = float((got - want).norm() / (want - base).norm().clamp(min=1e-12))
@@ -183,6 +187,7 @@ def _check(tail: Tail) -> None:
             f"layer {tail.layer} of {type(handle.model).__name__} cannot be trained from its down-projection up: under a changed weight "
             f"the result is off by {share:.0%} of the change. Use one whose layers add the MLP's output as it is (Llama, GPT-2, OPT)"
         )
+    return True
 
 
 class Enough(Exception):

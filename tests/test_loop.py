@@ -211,13 +211,14 @@ def test_a_failed_edit_is_told_and_leaves_the_state_as_it_was(tmp_path: Path) ->
     assert float((editor.weight - editor.handle.parameter(editor.handle.down_weight(-1)))[0, 0]) == 2.0
 
 
-def test_all_edits_of_a_failed_batch_are_told(tmp_path: Path) -> None:
+def test_one_bad_edit_of_a_batch_costs_itself_alone(tmp_path: Path) -> None:
     stream = PlainStream([Line(1.0), Line(1.1, target="bad"), Line(1.2)])
     editor = Nudge()
     run(context(stream, batch=2), editor, tmp_path)
     told = reports(tmp_path)
-    assert [sorted(r["failed"]) for r in told] == [sorted(e.id for e in stream.all[:2]), []]
-    assert float((editor.weight - editor.handle.parameter(editor.handle.down_weight(-1)))[0, 0]) == 1.0
+    assert [list(r["failed"]) for r in told] == [[stream.all[1].id], []]
+    assert [r["notes"] for r in told] == [{"loss": 0.5, "parts": 2.0}, {"loss": 0.5}]
+    assert float((editor.weight - editor.handle.parameter(editor.handle.down_weight(-1)))[0, 0]) == 2.0
 
 
 def test_a_retire_is_skipped_and_counted_where_there_is_no_undo(tmp_path: Path) -> None:

@@ -11,10 +11,11 @@ import pytest
 import torch
 from _models import KINDS, TEXT, Noise, build
 
+from testbed._answer_watch import FIRST_IDS
 from testbed.encode import Ask, answer_ids, collate
 from testbed.grading import natural_stop
 from testbed.models import weights_hash
-from testbed.predictor import FIRST_IDS, ModelPredictor, Response, Score
+from testbed.predictor import ModelPredictor, Response, Score
 
 PROMPTS = (
     "who?", "what colour is the ship in the northern harbour?", "who leads the bridge?", "what stands beside the river?",

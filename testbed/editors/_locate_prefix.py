@@ -61,8 +61,10 @@ def behind(handle: ModelHandle, batch: Batch, first: int, column: int, width: in
     found = _behind(handle, batch, first, column, width)
     if "takes a past" not in handle.cache:
         whole = enter(handle, batch, first, last)
-        handle.cache["takes a past"] = found is not None and _agree(found, whole, batch, column)
-        return found if found is not None and handle.cache["takes a past"] else Behind(whole, 0)
+        agreed = found is not None and _agree(found, whole, batch, column)
+        if torch.isfinite(whole.hidden).all():  # else nothing was learned about the decoder
+            handle.cache["takes a past"] = agreed
+        return found if found is not None and agreed else Behind(whole, 0)
     return found if found is not None else Behind(enter(handle, batch, first, last), 0)
 
 

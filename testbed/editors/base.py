@@ -2,13 +2,14 @@
 
 A method is one file: a `Config` dataclass (the paper's symbol and default beside each field), its `Traits`,
 and four verbs: `_prepare`, `_edit`, `predictor`, the state. Tensors in a state are replaced, never changed
-in place, so a snapshot is a shallow copy and a failed edit is undone by putting it back.
+in place, so a snapshot is a shallow copy and a failed edit is undone by putting it back. A batch that fails
+is made in halves, so that one bad edit costs itself alone.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -16,6 +17,8 @@ import numpy as np
 import torch
 
 from streams.base import TrainPool
+from testbed import memory
+from testbed.encode import Unspellable
 from testbed.events import EditBatch, EditEvent, hide_previous
 from testbed.models import ModelHandle
 from testbed.predictor import Predictor
@@ -76,6 +79,8 @@ class Editor(ABC):
         self._revises: dict[str, str | None] = {}
         self.step = 0
         """Step of the newest batch."""
+        self.room: int | None = None
+        """Most edits that memory was found to have room for at once; None as long as it never ran out."""
 
     def prepare(self, handle: ModelHandle, pool: TrainPool) -> None:
         """Bind to a model, once, before the first edit; `pool` is empty unless the Traits declare its use."""
@@ -83,10 +88,12 @@ class Editor(ABC):
         self._prepare(pool if "train_pool" in self.traits.uses else TrainPool())
 
     def apply(self, batch: EditBatch) -> EditReport:
-        """Make the edits of one step, all or none of them; an empty batch is the identity.
+        """Make the edits of one step; an empty batch is the identity.
 
-        A retire is undone where the method has undo, else skipped and counted. Raises `BadEditor` for a
-        batch over `Traits.max_batch`; an edit that fails is reported, and the state is as it was.
+        An edit that fails is reported and changes nothing. A batch that fails is made in two halves, each of these
+        likewise, until the edits at fault stand alone: the others are made. So is a batch that memory has no room
+        for, and later batches are then made in parts of a size that fitted. A retire is undone where the method has
+        undo, else skipped and counted. Raises `BadEditor` for a batch over `Traits.max_batch`.
         """
         limit = self.traits.max_batch
         if limit is not None and len(batch) > limit:
@@ -95,18 +102,48 @@ class Editor(ABC):
         if not batch.events:
             return report
         self.step = batch.step
+        parts = self._in_parts(batch)
+        return replace(_joined(report, parts), delta_norm=self.delta_norm(), state_bytes=self.state_bytes())
+
+    def _in_parts(self, batch: EditBatch) -> list[EditReport]:
+        """A report for each part that was made or failed as one: the whole batch where nothing fails."""
+        if self.room is None or len(batch) <= self.room:
+            report = self._at_once(batch)
+            if not report.failed or len(batch) == 1:
+                return [report]
+        half = len(batch) // 2
+        both = (batch.events[:half], batch.events[half:])
+        return [part for events in both for part in self._in_parts(EditBatch(events, batch.step, _of(events, batch.paraphrases)))]
+
+    def _at_once(self, batch: EditBatch) -> EditReport:
+        """Make all edits together, or none of them and say why."""
+        report = EditReport(step=batch.step, event_ids=tuple(e.id for e in batch.events))
         before = self.state_dict()
         retire = [e for e in batch.events if e.kind == "retire"]
         edits = EditBatch(self._allowed(batch.events), batch.step, self._paraphrases(batch))
         try:
             notes = self._edit(edits) if edits.events else {}
             skipped = self._retire(retire)
-        except EditFailed as e:
-            self.load_state_dict(before)
-            return replace(report, failed={e2.id: str(e) for e2 in batch.events})
-        made = {e.id: e.revises for e in batch.events if e.kind != "retire"}
-        self._revises = {**self._revises, **made}
-        return replace(report, notes=notes, skipped=skipped, delta_norm=self.delta_norm(), state_bytes=self.state_bytes())
+        except (RuntimeError, MemoryError, Unspellable) as e:
+            if not (isinstance(e, (EditFailed, Unspellable, torch.linalg.LinAlgError)) or memory.ran_out(e)):
+                raise
+            reason = self._no_room(len(batch)) if memory.ran_out(e) else str(e)
+        else:
+            made = {e.id: e.revises for e in batch.events if e.kind != "retire"}
+            self._revises = {**self._revises, **made}
+            return replace(report, notes=notes, skipped=skipped)
+        memory.free()
+        self.load_state_dict(before)
+        return replace(report, failed={e.id: reason for e in batch.events})
+
+    def _no_room(self, n: int) -> str:
+        """Remember that memory ran out with n edits at once; the reason to report."""
+        if n > 1:
+            self.room = n // 2
+            self.notes.append(
+                f"memory ran out with {n} edits at once at step {self.step}: from there on at most {self.room} are made at once"
+            )
+        return "memory ran out"
 
     def _allowed(self, events: Iterable[EditEvent]) -> tuple[EditEvent, ...]:
         keep = [e for e in events if e.kind != "retire"]
@@ -185,6 +222,21 @@ class Editor(ABC):
         """Randomness of one step: a function of (seed, step), so a resumed run draws the same."""
         entropy = np.random.SeedSequence([self.seed, step]).generate_state(2, dtype=np.uint32)
         return torch.Generator().manual_seed(int(entropy[0]) << 32 | int(entropy[1]))
+
+
+def _of(events: Sequence[EditEvent], by_id: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a mapping by event id that belongs to these events."""
+    return {e.id: by_id[e.id] for e in events if e.id in by_id}
+
+
+def _joined(report: EditReport, parts: Sequence[EditReport]) -> EditReport:
+    """One report of a batch's parts. Of several, numbers are those of the last that was made, seconds added up."""
+    made = [p for p in parts if not p.failed]
+    notes = dict(made[-1].notes) if made else {}
+    notes |= {k: sum(p.notes.get(k, 0.0) for p in made) for k in notes if k.startswith("seconds_")}
+    notes |= {"parts": float(len(parts))} if len(parts) > 1 else {}
+    failed = {i: reason for p in parts for i, reason in p.failed.items()}
+    return replace(report, notes=notes, failed=failed, skipped={i: reason for p in parts for i, reason in p.skipped.items()})
 
 
 def need(state: dict[str, Any], name: str, shape: tuple[int | None, ...]) -> torch.Tensor:

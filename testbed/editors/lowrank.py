@@ -112,7 +112,7 @@ class Span:
         with self.handle.hooked(self.sites[0].module, lambda m, args: kept.append(args[0].detach()), pre=True):
             logits = self.logits([])
         checked: set[str] = self.handle.cache.setdefault("spans", set())
-        if self.sites[0].name not in checked:
+        if self.sites[0].name not in checked and torch.isfinite(logits).all():
             self._check(logits)
             checked.add(self.sites[0].name)
         return kept[0].reshape(*self.batch.prompt.shape, -1)

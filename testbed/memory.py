@@ -1,0 +1,78 @@
+"""Memory that runs out: how it is recognised, and work in halves where the whole does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+ADVICE = "use --dtype bfloat16, --device-map auto, or a smaller model"
+
+
+def ran_out(error: BaseException) -> bool:
+    """True for an error that says that memory ran out, on a GPU or on the CPU (where torch has no class of its own for it)."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError, OutOfMemory)) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator: " in str(error) and "memory" in str(error)
+    )
+
+
+def free() -> None:
+    """Give back what torch's allocator holds on to, so that smaller pieces find room. Call it outside the `except` block:
+    inside, the frames of the error still hold their tensors."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+class OutOfMemory(RuntimeError):
+    """Memory ran out for one row alone: nothing is left to halve."""
+
+
+TOLD = (OutOfMemory, torch.OutOfMemoryError)
+"""Errors of memory that are told in a line where nothing is left to halve."""
+
+
+class Room:
+    """How many rows of one forward memory has room for, as far as that was found out.
+
+    notes: what is still to be said about it, a line each time it turns out to be less.
+    """
+
+    def __init__(self) -> None:
+        self.rows: int | None = None
+        self.notes: list[str] = []
+
+    def limit(self, rows: int) -> int:
+        """That many rows, or as many as there is room for."""
+        return rows if self.rows is None else min(rows, self.rows)
+
+    def fitting(self, chunks: Iterable[list[int]], work: Callable[[list[int]], T]) -> Iterator[tuple[list[int], T]]:
+        """Each chunk with what `work` makes of it; of one that there is no room for, its halves, and so on.
+
+        Raises `OutOfMemory` where a single row is too much.
+        """
+        for chunk in chunks:
+            todo = [chunk]
+            while todo:
+                part = todo.pop()
+                found = self._attempt(part, work) if len(part) <= self.limit(len(part)) else None
+                if found is not None:
+                    yield part, found
+                else:
+                    half = len(part) // 2
+                    todo += [part[half:], part[:half]]
+
+    def _attempt(self, part: list[int], work: Callable[[list[int]], T]) -> T | None:
+        """The result of `work`, which is never None; None where memory ran out."""
+        try:
+            return work(part)
+        except (RuntimeError, MemoryError) as e:
+            if not ran_out(e):
+                raise
+            if len(part) == 1:
+                raise OutOfMemory(f"memory runs out for a single prompt ({type(e).__name__}): {ADVICE}") from e
+        self.rows = len(part) // 2
+        self.notes.append(f"memory ran out with {len(part)} prompts in one forward: from there on at most {self.rows}")
+        free()
+        return None
