@@ -8,7 +8,7 @@ import pandas as pd
 from analysis.bootstrap import Draws, Resampler
 from analysis.catalogue import SUFFIXES
 from analysis.load import READINGS, EditorRun, Run
-from analysis.records import AFTER, PANEL
+from analysis.records import AFTER, PANEL, keys
 
 LEAST_IN_BIN = 5
 """Fewer edits than this in an age bin say nothing about a half-life."""
@@ -56,7 +56,7 @@ def year_ends(rows: pd.DataFrame) -> pd.DataFrame:
 
 def in_common(a: pd.DataFrame, b: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Both frames cut to the answers that both have; the very same frames where nothing is cut."""
-    ours, theirs = _keys(a), _keys(b)
+    ours, theirs = keys(a), keys(b)
     columns = [*READINGS, "logprob"]
     if np.array_equal(ours, theirs) and all(np.array_equal(a[c].isna(), b[c].isna()) for c in columns):
         return a, b
@@ -95,11 +95,6 @@ def pooled(rows: pd.DataFrame, score: np.ndarray, cell: np.ndarray, count: int, 
 def unedited(editor: EditorRun, rows: pd.DataFrame) -> np.ndarray:
     """The unedited model's scores for the questions of the rows, one column a reading."""
     return editor.base[list(READINGS)].to_numpy()[rows["question"]]
-
-
-def _keys(rows: pd.DataFrame) -> np.ndarray:
-    """Step, question and role in one integer."""
-    return (rows["step"].to_numpy(np.int64) << 35) + (rows["question"].to_numpy(np.int64) << 3) + rows["role"].to_numpy()
 
 
 def means(name: str, rows: pd.DataFrame, scores: np.ndarray, resampler: Resampler, bounds: tuple[float, float] = SHARE) -> Metrics:

@@ -108,12 +108,12 @@ def matrix(run: Run, editor: EditorRun, resampler: Resampler, reading: str) -> p
     rows = year_ends(asked(editor.records, "edit"))
     if rows.empty:
         return table([], []).assign(made=[])
-    made = np.floor(run.events["time"].to_numpy()[rows["edit"]])
-    pairs, cell = np.unique(np.column_stack([made, np.floor(rows["time"])]), axis=0, return_inverse=True)
-    draws = pooled(rows, rows[reading].to_numpy(), cell.ravel(), len(pairs), resampler)
+    years = [run.events["time"].to_numpy()[rows["edit"]], rows["time"].to_numpy()]
+    (made, row), (asked_in, column) = (np.unique(np.floor(y), return_inverse=True) for y in years)
+    draws = pooled(rows, rows[reading].to_numpy(), row * len(asked_in) + column, len(made) * len(asked_in), resampler)
     known = [i for i, d in enumerate(draws) if d is not None]
-    place = years_passed(run, pairs[known])
-    return table(place[:, 1], [draws[i] for i in known]).assign(made=place[:, 0])
+    row, column = np.divmod(known, len(asked_in))
+    return table(years_passed(run, asked_in[column]), [draws[i] for i in known]).assign(made=years_passed(run, made[row]))
 
 
 def group_topics(run: Run, prefix: str) -> list[str]:

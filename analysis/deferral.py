@@ -6,26 +6,27 @@ it is to leave. Portability, stale answers and running text are neither and do n
 
 from __future__ import annotations
 
-import json
+from collections.abc import Collection
 
 import numpy as np
 import pandas as pd
 
 from analysis.bootstrap import Interval
+from analysis.extras import answers_with
 from analysis.load import RIGHT_AFTER, EditorRun
-from analysis.records import read_table
 
 ANSWERED = ("edit", "text_generality", "image_generality")
 """Splits that an edit bears on."""
 
 
-def decisions(editor: EditorRun) -> pd.DataFrame:
-    """One row a panel answer for which the editor noted its decision: step, split, fired, weight (1 / inclusion probability)."""
-    columns = ("probe_step", "probe", "split", "incl_prob", "extras")
-    parts = [read_table(p, columns).to_pandas() for p in sorted((editor.folder / "records").glob("step-*.parquet"))]
-    rows = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=list(columns))
-    rows = rows[(rows["probe"] != RIGHT_AFTER) & rows["extras"].str.contains('"entry"', regex=False)]
-    fired = [json.loads(x)["entry"] is not None for x in rows["extras"]]
+def decisions(editor: EditorRun, steps: Collection[int] | None = None) -> pd.DataFrame:
+    """One row a panel answer for which the editor noted its decision: step, split, fired, weight (1 / inclusion probability).
+
+    steps: only what was asked after one of these.
+    """
+    rows = answers_with(editor.folder, "entry", ("probe_step", "probe", "split", "incl_prob"), steps)
+    rows = rows[rows["probe"] != RIGHT_AFTER]
+    fired = ~rows["extras"].astype(str).str.contains(r'"entry":\s*null')
     weight = 1 / rows["incl_prob"].astype(float)
     return pd.DataFrame({"step": rows["probe_step"], "split": rows["split"], "fired": fired, "weight": weight})
 

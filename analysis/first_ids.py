@@ -9,15 +9,22 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow.compute
 import pyarrow.parquet as pq
 
 from analysis.answers import Metrics, at_end, means
 from analysis.bootstrap import Resampler
+from analysis.extras import answers_with, rows_with
 from analysis.load import EditorRun, Run
 
+pc: Any = pyarrow.compute
+"""Its functions are made at import, so no type checker knows them."""
+
+KEY = "first_ids"
 RANKS = {"locality_text": 1, "locality_far": 10}
 """Splits that have such a twin, and how many ranks are compared."""
 
@@ -29,12 +36,9 @@ def of_first_ids(run: Run, editor: EditorRun, resampler: Resampler) -> Metrics:
         end = at_end(editor.records, split)
         if end.empty:
             continue
-        ids = run.questions["question_id"].to_numpy()[end["question"]]
-        before = _stored(run.folders[0] / "base" / "answers.parquet", ids)
-        files = sorted((editor.folder / "records").glob("step-*.parquet"))
-        after: dict[str, list[int]] = {}
-        for file in files:
-            after |= _stored(file, ids, int(end["step"].iloc[0]))
+        ids, step = run.questions["question_id"].to_numpy()[end["question"]], int(end["step"].iloc[0])
+        before = _unedited(run.folders[0] / "base" / "answers.parquet", ids)
+        after = _by_question(answers_with(editor.folder, KEY, ("question_id",), [step])) if before else {}
         out |= means(f"{split}_top{ranks}", end, _agreement(ids, before, after, ranks), resampler)
     return out
 
@@ -51,12 +55,12 @@ def _agreement(ids: np.ndarray, before: dict[str, list[int]], after: dict[str, l
     return np.array([[equal_share(before.get(q, []), after.get(q, []), ranks)] for q in ids])
 
 
-def _stored(file: Path, ids: np.ndarray, step: int | None = None) -> dict[str, list[int]]:
-    """The `first_ids` of these questions in a file of answers (at a step), by question id."""
-    schema = pq.read_schema(file)
-    if "extras" not in schema.names:
+def _unedited(file: Path, ids: np.ndarray) -> dict[str, list[int]]:
+    """The unedited model's ids on these questions; none from a run of schema version 1."""
+    if "extras" not in pq.read_schema(file).names:
         return {}
-    wanted = [("question_id", "in", set(ids.tolist())), *([("probe_step", "=", step)] if step is not None else [])]
-    rows: pd.DataFrame = pq.read_table(file, columns=["question_id", "extras"], filters=wanted).to_pandas()
-    found = {q: json.loads(text).get("first_ids") for q, text in zip(rows["question_id"], rows["extras"]) if isinstance(text, str)}
-    return {q: ids for q, ids in found.items() if ids}
+    return _by_question(rows_with(file, KEY, ("question_id",), pc.field("question_id").isin(ids.tolist())))
+
+
+def _by_question(rows: pd.DataFrame) -> dict[str, list[int]]:
+    return {q: json.loads(x)[KEY] for q, x in zip(rows["question_id"], rows["extras"])}

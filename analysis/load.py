@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet as pq
 
-from analysis.records import READINGS, RIGHT_AFTER, BadRun, edits_at, read_base, read_records, read_table, rows_of
+from analysis.records import READINGS, RIGHT_AFTER, BadRun, edits_at, part_files, read_base, read_records, read_table, rows_of
 from testbed.schema import READABLE_VERSIONS, folder_name
 
 pc: Any = pyarrow.compute
@@ -115,9 +115,10 @@ def side_by_side(runs: Sequence[Run]) -> Run:
 def texts(editor: EditorRun, question_ids: Iterable[str], steps: Iterable[int]) -> pd.DataFrame:
     """What was generated for a few questions at a few steps: question_id, probe_step, probe, target, answer, generated."""
     columns = ["question_id", "probe_step", "probe", "target", "answer", "generated"]
-    wanted = [("probe_step", "in", list(steps)), ("question_id", "in", list(question_ids))]
-    parts = sorted((editor.folder / "records").glob("step-*.parquet"))
-    return pd.concat([pq.read_table(p, columns=columns, filters=wanted).to_pandas() for p in parts], ignore_index=True)
+    steps = list(steps)
+    wanted = [("probe_step", "in", steps), ("question_id", "in", list(question_ids))]
+    parts = [pq.read_table(p, columns=columns, filters=wanted).to_pandas() for p in part_files(editor.folder, steps)]
+    return pd.concat(parts or [pd.DataFrame(columns=columns)], ignore_index=True)
 
 
 def _manifest(folder: Path) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from analysis.first_ids import of_first_ids
 from analysis.forgetting import of_edits
 from analysis.hard import hard_edits
 from analysis.load import EditorRun, Run
+from analysis.records import AFTER
 
 AT_END = {
     "edit_success": "edit",
@@ -69,11 +70,16 @@ def assess(run: Run, rng: np.random.Generator, replicates: int = REPLICATES) -> 
     """Everything that is computed of one order."""
     resampler = Resampler(run.clusters, rng, replicates)
     measured = {name: measure(run, editor, resampler) for name, editor in run.editors.items()}
-    points = {
-        n: collapse(run, e) | alarm_step(e) | hard_edits(run, e) | deferral(decisions(e)) | cost(e, rng) for n, e in run.editors.items()
-    }
+    points = {n: _points(run, e, rng) for n, e in run.editors.items()}
     pairs = {f"{a} - {b}": differences(run, (a, b), measured, resampler) for a, b in combinations(run.editors, 2)}
     return Assessed(measured, pairs, points)
+
+
+def _points(run: Run, editor: EditorRun, rng: np.random.Generator) -> dict[str, Interval]:
+    """What is not a mean over answers: the breakdown, the alarm, hard edits, deferral at the end, cost."""
+    asked = editor.records.loc[editor.records["role"] != AFTER, "step"]
+    left = deferral(decisions(editor, [int(asked.max())])) if len(asked) else {}
+    return collapse(run, editor) | alarm_step(editor) | hard_edits(run, editor) | left | cost(editor, rng)
 
 
 def measure(run: Run, editor: EditorRun, resampler: Resampler) -> Metrics:

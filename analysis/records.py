@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,8 @@ class BadRun(ValueError):
     """A run folder that cannot be analysed; the message names the file, what was expected and what to do."""
 
 
-def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+def read_table(path: Path, columns: Sequence[str] | None = None, coded: Sequence[str] = ()) -> pa.Table:
+    """A file, or these of its columns; those in `coded` come as dictionaries. Raises `BadRun`."""
     if not path.is_file():
         raise BadRun(f"{path} is missing; the run folder is not complete")
     try:
@@ -57,15 +58,31 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
         lacking = [c for c in columns or () if c not in file.schema_arrow.names]
         if lacking:
             raise BadRun(f"{path} lacks the columns {', '.join(lacking)}: it was written by another schema version than the manifest says")
+        file = pq.ParquetFile(path, metadata=file.metadata, read_dictionary=list(coded)) if coded else file
         return file.read(columns=list(columns) if columns else None)
     except (pa.ArrowInvalid, OSError) as error:
         raise BadRun(f"{path} cannot be read ({error}); remove it and resume the run") from error
 
 
+def part_files(folder: Path, steps: Collection[int] | None = None) -> list[Path]:
+    """An editor's record files; with `steps` those whose footers do not rule out an answer of one of these steps."""
+    parts = sorted((folder / "records").glob("step-*.parquet"))
+    return parts if steps is None else [p for p in parts if any(low <= s <= high for low, high in _reach(p) for s in steps)]
+
+
+def _reach(path: Path) -> list[tuple[float, float]]:
+    """First and last step of each row group."""
+    about, out = pq.read_metadata(path), []
+    at = about.schema.names.index("probe_step")
+    for group in range(about.num_row_groups):
+        known = about.row_group(group).column(at).statistics
+        out.append((known.min, known.max) if known is not None and known.has_min_max else (-np.inf, np.inf))
+    return out
+
+
 def read_records(folder: Path, events: pd.DataFrame, questions: pd.DataFrame) -> tuple[pd.DataFrame | None, list[str]]:
     """An editor's answers as numbers (columns: see `analysis.load.EditorRun`), and notes about what was odd."""
-    parts = sorted((folder / "records").glob("step-*.parquet"))
-    tables = [typed(read_table(p, tuple(TYPES))) for p in parts]
+    tables = [typed(read_table(p, tuple(TYPES))) for p in part_files(folder)]
     table = pa.concat_tables(tables) if tables else None
     if table is None or not table.num_rows:
         return None, ["no records yet, left out"]
@@ -159,10 +176,15 @@ def _with_scores(frame: pd.DataFrame) -> pd.DataFrame:
 
 def _once(frame: pd.DataFrame) -> pd.DataFrame:
     """One answer a question, moment and role: the one that was likeliest to be asked."""
-    key = ["question", "step", "role"]
-    if not frame.duplicated(key, keep=False).any():
+    if pd.Index(keys(frame)).is_unique:
         return frame
-    return frame.sort_values("weight", kind="stable").drop_duplicates(key).sort_index()
+    first = frame.sort_values("weight", kind="stable")
+    return first[~pd.Index(keys(first)).duplicated()].sort_index()
+
+
+def keys(rows: pd.DataFrame) -> np.ndarray:
+    """Step, question and role in one integer."""
+    return (rows["step"].to_numpy(np.int64) << 35) + (rows["question"].to_numpy(np.int64) << 3) + rows["role"].to_numpy()
 
 
 def _placed(frame: pd.DataFrame, events: pd.DataFrame, questions: pd.DataFrame) -> pd.DataFrame:

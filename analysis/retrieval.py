@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from analysis.extras import answers_with
 from analysis.load import Run
-from analysis.records import read_table
 
 BEARING = ("edit", "text_generality", "image_generality", "portability")
 """Splits whose questions one edit bears on; on those of locality and general splits none does."""
@@ -24,7 +24,7 @@ STALE = "stale"
 ERRORS = ("miss", "reject", "wrong", "ignored")
 """Why a question that a fact bears on was answered wrongly: it was not retrieved; it was, and no fact was let through;
 another one was; it stood before the question, and the answer did not follow it."""
-_COLUMNS = ("edit_id", "probe_step", "split", "exact", "incl_prob", "seconds", "extras")
+_COLUMNS = ("edit_id", "probe_step", "split", "exact", "incl_prob", "seconds")
 
 
 def ledgers(folder: Path) -> pd.DataFrame:
@@ -33,14 +33,13 @@ def ledgers(folder: Path) -> pd.DataFrame:
     Columns: edit_id, step, split, exact (bool), weight, seconds, retrieved and used (lists of event ids), tokens
     (added to the question's prompt and spent on its gate), dropped (facts for which the window had no room).
     """
-    parts = [read_table(p, _COLUMNS).to_pandas() for p in sorted((folder / "records").glob("step-*.parquet"))]
-    kept = [p[p["extras"].str.contains('"retrieved"') & p["exact"].notna()] for p in parts]
-    rows = pd.concat(kept, ignore_index=True) if kept else pd.DataFrame(columns=list(_COLUMNS))
-    told = [json.loads(x) for x in rows.pop("extras")]
+    rows = answers_with(folder, "retrieved", _COLUMNS)
+    rows = rows[rows["exact"].notna()].reset_index(drop=True)
+    ledger = [json.loads(x) for x in rows.pop("extras")]
     rows["exact"], rows["weight"] = rows["exact"].astype(bool), 1 / rows.pop("incl_prob").astype(float)
-    rows["retrieved"], rows["used"] = [x["retrieved"] for x in told], [x["used"] for x in told]
-    rows["tokens"] = [x.get("added_tokens", 0) + x.get("gate_tokens", 0) for x in told]
-    rows["dropped"] = [x.get("dropped", 0) for x in told]
+    rows["retrieved"], rows["used"] = [x["retrieved"] for x in ledger], [x["used"] for x in ledger]
+    rows["tokens"] = [x.get("added_tokens", 0) + x.get("gate_tokens", 0) for x in ledger]
+    rows["dropped"] = [x.get("dropped", 0) for x in ledger]
     return rows.rename(columns={"probe_step": "step"})
 
 
