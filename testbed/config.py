@@ -44,6 +44,8 @@ class RunConfig:
     """Seed of the order of the stream, the panels and the editors."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
+    device_map: str | None = None
+    """Spread the model over several GPUs: auto, balanced, sequential, or a JSON file of parts and devices (needs accelerate)."""
     dtype: str = "auto"
     """auto (float32 on CPU, bfloat16 on GPU), float32, bfloat16, float16."""
     out: Path | None = None
@@ -61,7 +63,7 @@ class RunConfig:
     max_new_tokens: int = 16
     """Longest free generation, in tokens."""
     save_every: int = 50
-    """Steps between saved states; a stopped run goes on from the newest one."""
+    """Edits between saved states, rounded up to whole steps; a stopped run goes on from the newest one."""
     save_model: Path | None = None
     """Write the edited model of every editor that changes weights to this folder with save_pretrained."""
     cache: Path | None = None

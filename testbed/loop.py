@@ -75,7 +75,7 @@ def run_editor(context: Context, editor: Editor, folder: EditorFolder, phase: Ph
     said = say_new(context, editor, 0)
     if state is not None:
         editor.load_state_dict(state)
-    found = Found()
+    found, saved = Found(), context.schedule.steps[done - 1].moment.edits if done else 0
     total = context.schedule.steps[-1].moment.edits if context.schedule.steps else 0
     for step in context.schedule.steps[done:]:
         n = step.moment.step
@@ -89,9 +89,9 @@ def run_editor(context: Context, editor: Editor, folder: EditorFolder, phase: Ph
         said = say_new(context, editor, said)
         progress(step.moment.edits, total, success(answered))
         last = n == len(context.schedule.steps)
-        if n % context.save_every == 0 or last or context.stop.asked:
+        if step.moment.edits - saved >= context.save_every or last or context.stop.asked:
             folder.save(n, found, editor.state_dict())
-            found = Found()
+            found, saved = Found(), step.moment.edits
         if context.stop.asked and not last:
             raise Stopped(f"{editor.name}: stopped after step {n} of {len(context.schedule.steps)}")
 

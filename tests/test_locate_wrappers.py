@@ -34,6 +34,7 @@ def test_blue_changes_the_boundary_layers_only() -> None:
     single = make("memit+blue", layers=(1,))
     assert single._stages() == [(1,)]  # type: ignore[attr-defined]
     assert wrapped.name == "alphaedit+blue"
+    assert ["boundary" in note for note in single.notes] == [True] and not wrapped.notes
 
 
 def test_prune_restrains_the_spectrum_and_nothing_else() -> None:

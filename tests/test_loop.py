@@ -221,6 +221,14 @@ def test_one_bad_edit_of_a_batch_costs_itself_alone(tmp_path: Path) -> None:
     assert float((editor.weight - editor.handle.parameter(editor.handle.down_weight(-1)))[0, 0]) == 2.0
 
 
+def test_states_are_saved_by_edits_not_by_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved: list[int] = []
+    keep = EditorFolder.save
+    monkeypatch.setattr(EditorFolder, "save", lambda self, n, *rest: (saved.append(n), keep(self, n, *rest)))
+    run(context(plain(9, per_year=9), batch=2, save_every=4), Nudge(), tmp_path)
+    assert saved == [2, 4, 5]
+
+
 def test_a_retire_is_skipped_and_counted_where_there_is_no_undo(tmp_path: Path) -> None:
     stream = PlainStream([Line(1.0), Line(1.1, 0, "retire")])
     editor = Nudge()

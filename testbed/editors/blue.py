@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from streams.base import TrainPool
 from testbed.editors._locate_hyper import Hyper
 from testbed.editors._wrap import Wrapper
 from testbed.editors.base import EditorConfig
@@ -27,6 +28,11 @@ class Blue(Wrapper, LocateEditor):
     summary = "first and last critical layer only, each with its own target (BLUE)"
     hosts = LocateEditor
     Config = BlueConfig
+
+    def _prepare(self, pool: TrainPool) -> None:
+        super()._prepare(pool)
+        if len(self._stages()) == 1:
+            self.notes.append(f"one critical layer has no boundary layers, so it is edited as without BLUE; --set {self.name}.layers=0,1")
 
     def _tuned(self, hyper: Hyper) -> Hyper:
         own = {"l2": hyper.l2_blue, "lam": hyper.lam_blue}
