@@ -89,7 +89,7 @@ def small_gpt2(like: ModelHandle) -> ModelHandle:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         model = GPT2LMHeadModel(GPT2Config(pad_token_id=like.tokenizer.pad_token_id))
     return ModelHandle(model.float(), like.tokenizer, None, "random GPT-2 small", FAMILIES["gpt2"], torch.device("cpu"))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from importlib.util import find_spec
 from typing import Any
 
@@ -111,9 +112,8 @@ def _first_input(handle: ModelHandle, inputs: dict[str, torch.Tensor]) -> torch.
 
     hook = handle.layers[0].register_forward_pre_hook(keep, with_kwargs=True)
     try:
-        handle.model(**inputs, use_cache=False)
-    except _Seen:
-        pass
+        with suppress(_Seen):
+            handle.model(**inputs, use_cache=False)
     finally:
         hook.remove()
     return kept[0]
