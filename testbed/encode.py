@@ -4,7 +4,7 @@ prompt mask, never a label mask, so an answer cannot leak into a decision."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -52,6 +52,12 @@ class Batch:
     picture: torch.Tensor
     answer: torch.Tensor
     asks: tuple[Ask, ...] = ()
+
+    def on(self, device: torch.device) -> Batch:
+        """The same with its masks beside activations on another device; the inputs stay where the model takes them."""
+        if device == self.prompt.device:
+            return self
+        return replace(self, prompt=self.prompt.to(device), picture=self.picture.to(device), answer=self.answer.to(device))
 
     @property
     def last_prompt(self) -> torch.Tensor:

@@ -7,6 +7,7 @@ never changes the base weights: editors lay their own over them for the length o
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ from testbed import families
 from testbed.memory import Room
 
 TINY = Path(__file__).parent / "assets"
+PLANS = ("auto", "balanced", "balanced_low_0", "sequential")
+"""How accelerate spreads a model over devices by itself."""
 
 
 class BadModel(ValueError):
@@ -40,6 +43,7 @@ class ModelHandle:
     name: str
     family: families.Family
     device: torch.device
+    """Where the model takes its inputs."""
     notes: list[str] = field(default_factory=list)
     cache: dict[str, Any] = field(default_factory=dict)
     """Room for what cannot change while the base weights do not (tokenised prompts, picture features)."""
@@ -97,6 +101,10 @@ class ModelHandle:
         """Name of that matrix among the model's parameters."""
         i = self.layer_index(layer)
         return f"{self.layers_path}.{i}.{families.down_projection(self.layers[i])[0]}.weight"
+
+    def place(self, layer: int) -> torch.device:
+        """Where the down-projection of a layer lies; of a model that is split, not always where its inputs go."""
+        return self.parameter(self.down_weight(layer)).device
 
     def parameter(self, name: str) -> nn.Parameter:
         return self.model.get_parameter(name)
@@ -164,17 +172,32 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return known[name]
 
 
-def load(name: str, device: str = "auto", dtype: str = "auto") -> ModelHandle:
+def pick_map(name: str) -> str | dict[str, Any]:
+    """A plan of accelerate's, or the devices of a model's parts by name, from a JSON file. Raises `BadModel` for anything else."""
+    if name in PLANS:
+        return name
+    try:
+        found = json.loads(Path(name).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise BadModel(f"--device-map {name!r} is neither {', '.join(PLANS)} nor a readable JSON file: {e}") from e
+    if not isinstance(found, dict):
+        raise BadModel(f"--device-map {name} must hold parts of the model and their devices, found {type(found).__name__}")
+    return found
+
+
+def load(name: str, device: str = "auto", dtype: str = "auto", device_map: str | None = None) -> ModelHandle:
     """Load `tiny`, a folder or a hub id.
 
+    device_map: spread the model over devices with accelerate (see `pick_map`); `device` is then where its inputs go.
     Raises `BadModel` for a folder without a model, a hub id that cannot be reached, an unknown device or
-    dtype, a model without a tokenizer.
+    dtype, a model without a tokenizer, and one of which parts would be offloaded.
     """
     place = pick_device(device)
+    parts = None if device_map is None else pick_map(device_map)
     source = str(TINY) if name == "tiny" else name
     kind = pick_dtype(dtype, place)
     try:
-        return _load(name, source, place, kind)
+        return _load(name, source, place, kind, parts)
     except (BadModel, families.UnknownLayout):
         raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as e:
@@ -182,13 +205,13 @@ def load(name: str, device: str = "auto", dtype: str = "auto") -> ModelHandle:
         raise BadModel(f"model {name!r} cannot be loaded: {reason}. {_advice(source)}") from e
 
 
-def _load(name: str, source: str, place: torch.device, kind: torch.dtype) -> ModelHandle:
+def _load(name: str, source: str, place: torch.device, kind: torch.dtype, parts: str | dict[str, Any] | None) -> ModelHandle:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
     config = AutoConfig.from_pretrained(source)
     family = families.family_of(config)
     cls = AutoModelForImageTextToText if family.image is not None else AutoModelForCausalLM
-    loaded: Any = cls.from_pretrained(source, dtype=kind, output_loading_info=True)
+    loaded: Any = cls.from_pretrained(source, dtype=kind, output_loading_info=True, device_map=parts)
     model, info = loaded
     if info["missing_keys"]:
         raise BadModel(f"model {name!r} lacks weights for {', '.join(sorted(info['missing_keys'])[:4])}: transformers would make them up")
@@ -201,7 +224,26 @@ def _load(name: str, source: str, place: torch.device, kind: torch.dtype) -> Mod
     notes = []
     if family is families.DEFAULT:
         notes.append(f"model type {config.model_type!r} is not in the families table: the prompt is used as it is")
+    if parts is not None:
+        return spread(ModelHandle(model, tokenizer, processor, name, family, place, notes))
     return ModelHandle(model.to(place), tokenizer, processor, name, family, place, notes)
+
+
+def spread(handle: ModelHandle) -> ModelHandle:
+    """A handle on a model that accelerate has spread over devices: its inputs go where its embeddings lie.
+
+    Raises `BadModel` where parts are offloaded: their weights are not in memory between forwards, so none could be edited.
+    """
+    gone = sorted(n for n, p in handle.model.named_parameters() if p.device.type == "meta")
+    if gone:
+        raise BadModel(
+            f"{handle.name} does not fit: {len(gone)} parameters would be offloaded, {gone[0]} first, and what is not in memory "
+            "cannot be edited. Use more or larger GPUs, --dtype bfloat16, or a smaller model"
+        )
+    handle.device = handle.model.get_input_embeddings().weight.device
+    used = sorted({str(p.device) for p in handle.model.parameters()})
+    handle.notes.append(f"the model lies on {', '.join(used)}; its inputs go to {handle.device}")
+    return handle
 
 
 def _advice(source: str) -> str:

@@ -62,7 +62,7 @@ def prepare(config: RunConfig) -> Plan:
     events = stream.events(config.edits)
     if not events:
         raise BadConfig(f"{config.stream} ({stream.origin}) yields no edit; skipped records: {len(stream.skipped)}")
-    handle = models.load(config.model, config.device, config.dtype)
+    handle = models.load(config.model, config.device, config.dtype, config.device_map)
     handle.shelf = config.cache
     events = arrange(stream, events, lambda adds: losses(handle, adds))
     more = benchmarks.load(config.benchmarks, config.benchmark_config())

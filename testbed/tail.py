@@ -70,6 +70,8 @@ class Tail:
     row: (n,) the batch row of each answer position. target: (n,) its token.
     key: (B, f) float32 mean of the entering activations over the prompt positions.
     last: (B, f) float32 entering activation at the last prompt position.
+
+    All but `batch` and `target` lie beside the layer; logits and losses beside the model's inputs.
     """
 
     handle: ModelHandle
@@ -90,13 +92,13 @@ class Tail:
             for module, (args, kwargs) in zip(self.handle.layers[self.layer + 1 :], self.calls):
                 out = module(hidden, *args, **kwargs)
                 hidden = out[0] if isinstance(out, tuple) else out
-            hidden = hidden[self.batch.before_answer]
-        return self.handle.head(self.handle.norm(hidden))
+            hidden = hidden[self.batch.before_answer.to(hidden.device)]
+        return self.handle.head(self.handle.norm(hidden)).to(self.handle.device)
 
     def loss(self, project: Callable[[Tensor], Tensor]) -> Tensor:
         """(B,) mean next-token cross-entropy (nats a token) of each row's answer."""
         nll = torch.nn.functional.cross_entropy(self.logits(project).float(), self.target, reduction="none")
-        return watch(row_mean(nll, self.row, self.batch.answer.shape[0]))
+        return watch(row_mean(nll, self.row.to(nll.device), self.batch.answer.shape[0]))
 
 
 class WholeTail(Tail):
@@ -148,9 +150,9 @@ def capture(handle: ModelHandle, asks: list[Ask], answers: list[str], layer: int
             stack.callback(above.register_forward_pre_hook(keep_call, with_kwargs=True).remove)
         handle.model(**batch.inputs, use_cache=False)
     act, rest = kept["act"], kept["layer"] - kept["out"]
-    rows = torch.arange(shape[0], device=act.device)
-    at = batch.before_answer
-    key, last = pooled(act, batch), act[rows, batch.last_prompt].float()
+    rows, here = torch.arange(shape[0], device=act.device), batch.on(act.device)
+    at = here.before_answer
+    key, last = pooled(act, here), act[rows, here.last_prompt].float()
     if inside_plain():
         return WholeTail(handle, batch, layer, act, rest, at.nonzero()[:, 0], batch.answer_ids, key, last, [])
     if not calls:
@@ -240,7 +242,7 @@ class Above:
 
     def logits(self, hidden: Tensor, at: Tensor) -> Tensor:
         """(n, V) logits at the positions `at` (B, T) bool, from the output of the last layer."""
-        return self.handle.head(self.handle.norm(hidden[at]))
+        return self.handle.head(self.handle.norm(hidden[at.to(hidden.device)])).to(self.handle.device)
 
 
 @dataclass

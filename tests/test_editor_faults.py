@@ -24,6 +24,7 @@ from testbed.predictor import ModelPredictor
 from testbed.registry import EDITORS, STREAMS
 
 POISON = "\u2620"
+FEW = {"steps": 2, "encoder": "bm25"}
 
 
 @pytest.fixture
@@ -42,10 +43,11 @@ def edits(stream: Any) -> list[EditEvent]:
 
 
 def quick(name: str, handle: ModelHandle, stream: Any) -> Editor:
-    """An editor that takes few optimiser steps, where it takes any."""
+    """An editor that takes few optimiser steps, where it takes any, and needs no encoder."""
     cls = EDITORS.get(name)
     config = cls.Config(**NEEDS[name]()) if name in NEEDS else cls.Config()
-    editor = cls(replace(config, steps=3) if "steps" in {f.name for f in fields(config)} else config, seed=0)
+    own = {f.name for f in fields(config)}
+    editor = cls(replace(config, **{k: v for k, v in FEW.items() if k in own}), seed=0)
     editor.prepare(handle, stream.train_pool())
     return editor
 

@@ -76,7 +76,7 @@ class Rows:
             if ask is None:
                 raise KeyError(f"row {number} has no prompt")
             tail = capture(self.handle, [ask], [self.answers[number]], LAYER)
-            at = tail.batch.before_answer
+            at = tail.batch.before_answer.to(tail.act.device)
             act, rest = (x[at] if x.ndim == 3 else x for x in (tail.act, tail.rest))
             self._kept[number] = Kept(act, rest, tail.target)
         return self._kept[number]
@@ -118,7 +118,7 @@ class AnswerModel(nn.Module):
         kept = [self.rows.kept(int(i)) for i in numbers]
         act, rest = (pad_sequence(x, batch_first=True) for x in ([k.act for k in kept], [k.rest for k in kept]))
         hidden = rest + project(handle.down(LAYER), act, self.weight)
-        return handle.head(handle.norm(hidden)).float().transpose(1, 2)
+        return handle.head(handle.norm(hidden)).to(self.weight.device).float().transpose(1, 2)
 
 
 def answer_loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ class Mixture:
 
     def _add(self, site: int, log_scores: Tensor, act: Tensor) -> Tensor:
         """(B, T, d): the k adapters of each row side by side as one of rank k r."""
-        top = log_scores.topk(self.shape.active, dim=-1)
+        top = log_scores.to(act.device).topk(self.shape.active, dim=-1)
         s = top.values.exp()
         s = s / s.sum(-1, keepdim=True) if self.renormalise else s
         u, v = self.u[site][top.indices].flatten(1, 2), self.v[site][top.indices].flatten(1, 2)
@@ -95,13 +95,13 @@ class MixtureGate(Gate):
 
     def _at(self, site: int, act: Tensor, output: Tensor, batch: Batch) -> Tensor | None:
         if not self.beams:
-            self.decide(act, batch)
+            self.decide(act, batch.on(act.device))
         at = (self.row.repeat_interleave(self.beams) >= 0).nonzero()[:, 0]
         if not len(at):
             return None  # the very tensor that the base produced
         n = len(self.row) * self.beams
         x, out = act.reshape(n, -1, act.shape[-1]), output.clone().reshape(n, -1, output.shape[-1])
-        add = self.mixture.adds(self.scores, at // self.beams)[site]
+        add, at = self.mixture.adds(self.scores, at // self.beams)[site], at.to(out.device)
         out[at] = out[at] + add(x[at]).to(out.dtype)
         return out.reshape(output.shape)
 

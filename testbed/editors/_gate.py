@@ -85,6 +85,7 @@ class Gate:
             yield
 
     def _call(self, act: Tensor, output: Tensor, batch: Batch) -> Tensor | None:
+        batch = batch.on(act.device)
         if not self.beams:
             self.decide(act, batch)
         hit = self.row.repeat_interleave(self.beams)

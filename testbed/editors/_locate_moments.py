@@ -49,7 +49,7 @@ def _fill(handle: ModelHandle, corpus: Corpus, missing: Sequence[int], folder: P
     kept: dict[tuple[str, str, int], Tensor] = handle.cache["second moments"]
     name = (handle.hash, corpus.hash)
     if folder is not None:
-        stored = {n: _stored(_file(folder, *name, n), handle) for n in missing}
+        stored = {n: _stored(_file(folder, *name, n), handle.place(n)) for n in missing}
         kept.update({(*name, n): c for n, c in stored.items() if c is not None})
     missing = [n for n in missing if (*name, n) not in kept]
     for n, c in (_collect(handle, corpus, missing) if missing else {}).items():
@@ -63,12 +63,12 @@ def _file(folder: Path, model: str, corpus: str, layer: int) -> Path:
     return folder / f"moments-{model}-{corpus}-{layer}.safetensors"
 
 
-def _stored(path: Path, handle: ModelHandle) -> Tensor | None:
+def _stored(path: Path, place: torch.device) -> Tensor | None:
     """None where there is no file. Raises `BadEditor` for one that cannot be read."""
     if not path.is_file():
         return None
     try:
-        return load_file(path)["c"].to(handle.device)
+        return load_file(path)["c"].to(place)
     except (SafetensorError, OSError, KeyError) as e:
         raise BadEditor(f"second moments {path} cannot be read ({e}): remove the file, and they are computed anew") from e
 
@@ -103,7 +103,7 @@ def _keys(handle: ModelHandle, batch: Batch, keep: Tensor, layers: list[int]) ->
 
     def hook(layer: int) -> Callable[..., None]:
         def read(module: Any, args: tuple[Tensor, ...]) -> None:
-            seen[layer] = args[0].reshape(*keep.shape, -1)[keep].double()
+            seen[layer] = args[0].reshape(*keep.shape, -1)[keep.to(args[0].device)].double()
 
         return read
 

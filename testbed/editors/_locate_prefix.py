@@ -33,7 +33,7 @@ class Behind:
     def logits(self, add: Tensor, column: int, at: Tensor) -> Tensor:
         """(n, V) logits at `at` (B, T) bool, with `add` (B, d) added to what enters at a column."""
         hidden = self.above.hidden.clone()
-        hidden[:, column - self.start] += add.to(hidden.dtype)
+        hidden[:, column - self.start] += add.to(hidden)
         out = self.above.through(hidden, self.above.first, self.above.handle.n_layers)
         return self.above.logits(out, at[:, self.start : self.start + out.shape[1]])
 
@@ -116,5 +116,6 @@ def _agree(found: Behind, whole: Above, batch: Batch, column: int) -> bool:
     own = found.above.through(found.above.hidden, whole.first, whole.handle.n_layers)
     want = whole.through(whole.hidden, whole.first, whole.handle.n_layers)[:, column : column + own.shape[1]]
     real = (batch.prompt | batch.answer)[:, column : column + own.shape[1]]
+    real = real.to(own.device)
     off = (own - want)[real].float().norm() / want[real].float().norm().clamp(min=1e-30)
     return bool(off <= (1e-3 if own.dtype in (torch.float32, torch.float64) else 0.1))

@@ -103,7 +103,6 @@ class Changes:
     def load(self, state: dict[str, Any]) -> None:
         """The reverse. Raises `BadEditor` for tensors of another model or set of layers."""
         self._clear()
-        device = self.handle.device
         for key, blocks in state["blocks"].items():
             layer = int(key)
             if layer not in self.names:
@@ -113,7 +112,7 @@ class Changes:
             wanted = {"left": (None, d), "right": (None, f), "keys": (None, f), "dense": (d, f)}
             for name, shape in wanted.items():
                 if f"{name}.{layer}" in state:
-                    getattr(self, name)[layer] = need(state, f"{name}.{layer}", shape).to(device)
+                    getattr(self, name)[layer] = need(state, f"{name}.{layer}", shape).to(self.base(layer).device)
             self._restore(layer)
 
     def _restore(self, layer: int) -> None:

@@ -54,7 +54,7 @@ class Stream:
         self.hidden = self.hidden + project(self.act).to(self.hidden.dtype)
 
     def _at(self, x: Tensor) -> Tensor:
-        return x[torch.arange(len(x), device=x.device), self.rows.at]
+        return x[torch.arange(len(x), device=x.device), self.rows.at.to(x.device)]
 
 
 class Sweep:
@@ -84,12 +84,12 @@ class Sweep:
         return self.weight * self.bare_key + (1 - self.weight) * rest
 
     def ahead(self) -> Tensor:
-        """(n, d) float32 output of the last layer on the bare prompts."""
-        return self.bare.ahead()
+        """(n, d) float32 output of the last layer on the bare prompts, beside the model's inputs."""
+        return self.bare.ahead().to(self.bare.handle.device)
 
     def ahead_mlp(self) -> Tensor:
-        """(n, d) float32 output of the last layer's MLP on the bare prompts."""
-        return self.bare.ahead_mlp()
+        """(n, d) float32 output of the last layer's MLP on the bare prompts, beside the model's inputs."""
+        return self.bare.ahead_mlp().to(self.bare.handle.device)
 
     def add(self, project: Callable[[Tensor], Any]) -> None:
         for stream in (self.bare, self.others):

@@ -209,15 +209,15 @@ def _finite(loss: Tensor, events: list[EditEvent], lr: float) -> None:
 
 @torch.no_grad()
 def heights(handle: ModelHandle, events: Sequence[EditEvent], layer: int) -> Tensor:
-    """(n, d) float32 output of the layer where each bare prompt's subject ends."""
+    """(n, d) float32 output of the layer where each bare prompt's subject ends, beside the model's inputs."""
     rows = prompt_rows(handle, events, [""])
     above = enter(handle, rows.batch, layer + 1, layer + 1)
-    return above.hidden[torch.arange(len(events), device=above.hidden.device), rows.at].float()
+    return above.hidden.to(handle.device)[torch.arange(len(events), device=handle.device), rows.at].float()
 
 
 @torch.no_grad()
 def parts_of(handle: ModelHandle, events: Sequence[EditEvent], layer: int) -> tuple[Tensor, Tensor]:
-    """(n, d) float32 outputs of the layer's attention and of its MLP where each bare prompt's subject ends."""
+    """(n, d) float32 outputs of the layer's attention and of its MLP where each bare prompt's subject ends, beside the model's inputs."""
     rows = prompt_rows(handle, events, [""])
     above = enter(handle, rows.batch, layer, layer)
     kept: dict[str, Tensor] = {}
@@ -231,5 +231,5 @@ def parts_of(handle: ModelHandle, events: Sequence[EditEvent], layer: int) -> tu
     with handle.hooked(handle.attention(layer), keep("attention")), handle.hooked(handle.down(layer), keep("mlp")):
         above.layer(layer, above.hidden)
     each = torch.arange(len(events), device=rows.at.device)
-    attention, mlp = (kept[name][each, rows.at].float() for name in ("attention", "mlp"))
+    attention, mlp = (kept[name].to(each.device)[each, rows.at].float() for name in ("attention", "mlp"))
     return attention, mlp

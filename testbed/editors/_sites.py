@@ -68,7 +68,8 @@ def read(handle: ModelHandle, module: nn.Module, asks: Sequence[Ask], key: Calla
         kept: list[Tensor] = []
         with handle.hooked(module, lambda m, args, kept=kept: kept.append(args[0]), pre=True):
             handle.model(**batch.inputs, use_cache=False, **short)
-        out.update(zip(chunk, key(kept[0].reshape(*batch.prompt.shape, -1), batch).cpu()))
+        act = kept[0].reshape(*batch.prompt.shape, -1)
+        out.update(zip(chunk, key(act, batch.on(act.device)).cpu()))
     return torch.stack([out[i] for i in range(len(asks))])
 
 

@@ -33,7 +33,7 @@ def at_last(handle: ModelHandle, asks: list[Ask], targets: list[str], layer: int
     ends = [prompt_inputs(handle, a)["input_ids"].shape[1] - 1 for a in asks]
     batch = collate(handle, asks, [answer_ids(handle, a, t) for a, t in zip(asks, targets)], end=True, at=ends)
     above, column, at = behind(handle, batch, layer + 1, max(ends)), max(ends), batch.before_answer
-    own = _own(handle, layer, acts.to(handle.device, handle.dtype))
+    own = _own(handle, layer, acts.to(handle.place(layer), handle.dtype))
     row, ids = at.nonzero()[:, 0], batch.answer_ids
 
     def losses(vectors: Tensor) -> Tensor:
@@ -58,11 +58,12 @@ def _own(handle: ModelHandle, layer: int, act: Tensor) -> Tensor:
 
 def _places(tail: Tail, last: bool) -> tuple[tuple[Tensor, ...], Tensor]:
     """Where vectors go among the tail's activations, and which row's each is."""
-    prompt = tail.batch.prompt
+    batch = tail.batch.on(tail.act.device)
+    prompt = batch.prompt
     rows = torch.arange(len(prompt), device=prompt.device)
-    spots = torch.zeros_like(prompt).index_put((rows, tail.batch.last_prompt), torch.tensor(True, device=prompt.device))
+    spots = torch.zeros_like(prompt).index_put((rows, batch.last_prompt), torch.tensor(True, device=prompt.device))
     if tail.act.ndim == 2:  # the last layer keeps the positions before the answer only
-        spots = spots[tail.batch.before_answer]
+        spots = spots[batch.before_answer]
         return (spots.nonzero()[:, 0],), tail.row[spots]
     places = (spots if last else prompt).nonzero(as_tuple=True)
     return places, places[0]

@@ -101,8 +101,13 @@ class Elder(Editor):
             f"{len(self.sites)} sites, N = {n}, k = {h.active}, r = {h.rank}, deferral under distance {self.within}, "
             f"{self.shape.capacity:,} codes for {self.config.planned_edits:,} planned edits"
         )
-        self.book = Codes(self.shape, self.handle.device)
+        self.book = Codes(self.shape, self._place)
         self.mixture = self._fresh()
+
+    @property
+    def _place(self) -> torch.device:
+        """Where the first site lies: what enters it chooses the adapters of all."""
+        return self.handle.parameter(self.sites[0].weight).device
 
     def _fresh(self) -> Mixture:
         """Routers uniform in +-1/sqrt(f), adapters that change nothing."""
@@ -110,7 +115,7 @@ class Elder(Editor):
         router = (2 * torch.rand(s.sites, s.experts, self.sites[0].f, generator=g) - 1) / self.sites[0].f ** 0.5
         pairs = [[lowrank.fresh(site, self.hyper.rank, g) for _ in range(s.experts)] for site in self.sites]
         u, v = (tuple(torch.stack([p[i] for p in site]) for site in pairs) for i in (0, 1))
-        return Mixture(s, router.to(self.handle.device), u, v, self.config.renormalise)
+        return Mixture(s, router.to(self._place), u, v, self.config.renormalise)
 
     def _edit(self, batch: EditBatch) -> dict[str, float]:
         n = len(batch.events)
@@ -149,7 +154,8 @@ class Elder(Editor):
         for i, e in enumerate(batch.events):
             rows += [(i, Ask(p, e.image)) for p in batch.paraphrases.get(e.id, ())[: self.config.paraphrases]]
         span = lowrank.Span(self.handle, self.sites, [a for _, a in rows], [batch.events[i].target for i, _ in rows])
-        return Lesson(span, _sites.last(span.act, span.batch), codes[[i for i, _ in rows]].to(self.handle.device))
+        x = _sites.last(span.act, span.batch.on(span.act.device))
+        return Lesson(span, x, codes[[i for i, _ in rows]].to(x.device))
 
     def _inside(self, x: Tensor) -> int:
         """How many of these prompts would be answered by adapters now."""
@@ -167,7 +173,7 @@ class Elder(Editor):
             answer = lesson.span.loss(mixture.adds(log_scores)).mean()
             guide = -(log_scores * lesson.codes).sum((1, 2)).mean()
             loss, guided = float(answer.detach()), float(guide.detach())
-            total = answer + self.hyper.guide * guide
+            total = answer + self.hyper.guide * guide.to(answer.device)
             if not torch.isfinite(total):
                 raise EditFailed(f"the loss became {float(total.detach())} at lr {self.hyper.lr}; try a smaller one")
             total.backward()
@@ -205,4 +211,4 @@ class Elder(Editor):
         tensors = [need(state, name, tuple(t.shape)).to(t.device) for name, t in mine]
         packed = need(state, "codes", (len(state["entries"]), self.shape.bytes))
         self.mixture = self.mixture.like(tensors)
-        self.book = Codes(self.shape, self.handle.device, packed.cpu(), state["entries"], state["collisions"])
+        self.book = Codes(self.shape, self._place, packed.cpu(), state["entries"], state["collisions"])

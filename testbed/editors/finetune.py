@@ -98,7 +98,8 @@ class Finetune(Editor):
         return {"weight": self.weight}
 
     def _load(self, state: dict[str, Any]) -> None:
-        self.weight = need(state, "weight", tuple(self.handle.parameter(self.weight_name).shape))
+        base = self.handle.parameter(self.weight_name)
+        self.weight = need(state, "weight", tuple(base.shape)).to(base.device)
 
 
 @EDITORS.register("finetune-l")

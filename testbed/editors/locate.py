@@ -188,7 +188,7 @@ class LocateEditor(Editor):
         for i, layer in enumerate(layers):
             with log.timed("keys"), torch.no_grad():
                 keys = sweep.read(layer)
-                residual = self._residual(sweep, target, keys) * self._share(len(layers) - i)
+                residual = self._residual(sweep, target, keys).to(keys.device) * self._share(len(layers) - i)
             with log.timed("solve"), torch.no_grad():
                 old = self.changes.weight(layer)
                 solution = self._solve(layer, keys, residual, sweep.bare_key)

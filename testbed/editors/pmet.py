@@ -62,12 +62,12 @@ class Both(Forward):
 
         def put(module: Any, args: Any, output: Any) -> Any:
             out = (output[0] if isinstance(output, tuple) else output).clone()
-            out[:, here] += attention.to(out.dtype)
+            out[:, here] += attention.to(out)
             return (out, *output[1:]) if isinstance(output, tuple) else out
 
         with above.handle.hooked(above.handle.attention(self.layer), put):
             hidden = above.layer(self.layer, above.hidden).clone()
-        hidden[:, here] += mlp.to(hidden.dtype)
+        hidden[:, here] += mlp.to(hidden)
         out = above.through(hidden, self.layer + 1, above.handle.n_layers)
         return above.logits(out, at[:, rows.start : rows.start + out.shape[1]])
 

@@ -164,7 +164,8 @@ class Wise(Editor):
         before, value, step = float("inf"), float("nan"), 0
         for step in range(h.steps + 1):
             change = change.detach().requires_grad_(True)
-            loss = tail.loss(partial(project, self.module, weight=self.weight + change)).mean() + self._margins(edits, others, change)
+            margins = self._margins(edits, others, change)
+            loss = tail.loss(partial(project, self.module, weight=self.weight + change)).mean().to(margins.device) + margins
             value = float(loss.detach())
             if not torch.isfinite(loss):
                 raise EditFailed(f"the loss became {value} at lr {h.lr}; try a smaller one")
@@ -262,7 +263,7 @@ class Router:
 
 def _prompts(act: Tensor, batch: Batch) -> Prompts:
     """The prompt positions of activations (B, T, f)."""
-    act = act.reshape(*batch.prompt.shape, -1)
+    batch, act = batch.on(act.device), act.reshape(*batch.prompt.shape, -1)
     return Prompts(act[batch.prompt].float(), batch.prompt.nonzero()[:, 0], len(act))
 
 
