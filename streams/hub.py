@@ -153,7 +153,7 @@ class HubDataset(_Mapped):
         table = _load(name, part, split or "train")
         wanted = {item.partition("=")[2].split(".")[0] for item in config.fields} | set(OURS)
         kept = [c for c in table.column_names if c in wanted]
-        rows = _rows(table, kept) if kept else [dict.fromkeys(table.column_names)]
+        rows = _rows(table, kept, _roots(name)) if kept else [dict.fromkeys(table.column_names)]
         if config.fields and any(item.partition("=")[2].split(".")[0] not in table.column_names for item in config.fields):
             rows = [dict.fromkeys(table.column_names)]  # a wrong map: all columns are shown
         digest = content_id([{k: _plainly(v) for k, v in row.items()} for row in rows])
@@ -165,7 +165,16 @@ def _plainly(value: Any) -> Any:
     return value.key if isinstance(value, StoredPicture) else str(value) if isinstance(value, BadPicture) else value
 
 
-def _rows(table: Any, columns: Sequence[str]) -> list[dict[str, Any]]:
+def _roots(name: str) -> list[Path]:
+    """Folders that the picture files of a dataset may lie in: its own, and the caches that downloads go to."""
+    from datasets import config
+    from huggingface_hub import constants
+
+    caches = (config.HF_CACHE_HOME, config.HF_DATASETS_CACHE, constants.HF_HUB_CACHE)
+    return [Path(p).expanduser().resolve() for p in ([name] if Path(name).is_dir() else []) + list(map(str, caches))]
+
+
+def _rows(table: Any, columns: Sequence[str], roots: Sequence[Path]) -> list[dict[str, Any]]:
     """The rows of these columns; cells of a column of pictures as pictures that are decoded when asked for."""
     import datasets
 
@@ -175,18 +184,18 @@ def _rows(table: Any, columns: Sequence[str]) -> list[dict[str, Any]]:
     for column in shown:
         bare = table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
         for i, row in enumerate(rows):
-            row[column] = _stored(bare, column, i)
+            row[column] = _stored(bare, column, i, roots)
     return rows
 
 
-def _stored(table: Any, column: str, i: int) -> StoredPicture | BadPicture | None:
+def _stored(table: Any, column: str, i: int, roots: Sequence[Path]) -> StoredPicture | BadPicture | None:
     """The picture of a cell, why its file cannot be read, or None for an empty cell."""
     where = f"in {column} of record {i}"
 
     def read() -> bytes:
         cell = table[i][column]
         try:
-            return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
+            return cell["bytes"] if cell["bytes"] is not None else _inside(cell["path"], where, roots).read_bytes()
         except OSError as e:
             raise BadPicture(f"picture {where} cannot be read: {e.strerror or e}") from e
 
@@ -196,6 +205,14 @@ def _stored(table: Any, column: str, i: int) -> StoredPicture | BadPicture | Non
         return StoredPicture(hashlib.sha256(read()).hexdigest()[:16], where, read)
     except BadPicture as e:
         return e
+
+
+def _inside(path: str, where: str, roots: Sequence[Path]) -> Path:
+    """The file of a cell. Raises `BadPicture` for one outside the dataset's folders: a record must not show the machine's other files."""
+    found = Path(path).resolve()
+    if not any(found.is_relative_to(root) for root in roots):
+        raise BadPicture(f"picture {where} leaves the dataset's folder: keep the files in it, or the pictures in the table itself")
+    return found
 
 
 def _load(name: str, part: str, split: str) -> Any:

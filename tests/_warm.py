@@ -53,7 +53,8 @@ def command(*argv: Any, kill: str = "", figures: bool = True, cwd: Path | None =
 
     kill: "apply 4 adam 3" ends it without warning at the third optimiser step of the fourth `apply`;
         "probe 6 generate 1" in the first generation after step 6; "rename 10" between the writing and the
-        renaming of the first file of step 10 ("rename 10 again": of the second); "resume 0" when it goes on.
+        renaming of the first file of step 10 ("rename 10 again": of the second); "resume 0" when it goes on;
+        "apply 7 term" sends it SIGTERM there, which it may answer.
     figures: without them a report takes half a second.
     """
     server = _server()
@@ -152,7 +153,9 @@ def _arm(words: list[str]) -> None:
             if (name, str(at)) != (phase, step):
                 return
             left -= 1
-            if left == 0:
+            if left == 0 and more == ["term"]:
+                os.kill(os.getpid(), signal.SIGTERM)
+            elif left == 0:
                 _die_in(*more) if more and more != ["again"] else _die()
 
         return called

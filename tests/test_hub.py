@@ -124,8 +124,21 @@ def test_a_picture_that_is_gone_is_skipped_by_name(tmp_path: Path, monkeypatch: 
     rows[3]["image"] = str(tmp_path / "gone.png")
     table = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
     monkeypatch.setattr(hub, "_load", lambda *asked: table)
-    (left,) = STREAMS.get("hub:somewhere")(StreamConfig()).skipped
+    (left,) = STREAMS.get(f"hub:{tmp_path}")(StreamConfig()).skipped
     assert (left.where, left.reason) == ("record 3", "picture in image of record 3 cannot be read: No such file or directory")
+
+
+def test_a_picture_outside_the_dataset_is_skipped_and_never_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    for place in ("set/here.png", "secret.png"):
+        paint(tmp_path / place, 1)
+    rows = [{"prompt": f"Who owns {i}?", "target": f"Ann {i}", "image": str(tmp_path / "set" / "here.png")} for i in range(40)]
+    rows[3]["image"], rows[4]["image"] = str(tmp_path / "secret.png"), str(tmp_path / "set" / ".." / "secret.png")
+    table = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
+    monkeypatch.setattr(hub, "_load", lambda *asked: table)
+    left = STREAMS.get(f"hub:{tmp_path / 'set'}")(StreamConfig()).skipped
+    assert [x.where for x in left] == ["record 3", "record 4"]
+    assert all("leaves the dataset's folder" in x.reason for x in left)
 
 
 def test_a_name_with_a_colon_carries_an_argument() -> None:

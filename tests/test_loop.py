@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from testbed.loop import Context, answer_base, run_editor
 from testbed.predictor import ModelPredictor, Predictor
 from testbed.registry import EDITORS
 from testbed.schema import BaseAnswer, Record
+from testbed.stopping import Stop, Stopped
 from testbed.store import EditorFolder
 
 RIGHT = ("edit", "text_generality", "image_generality", "portability")
@@ -229,6 +233,46 @@ def test_states_are_saved_by_edits_not_by_steps(tmp_path: Path, monkeypatch: pyt
     assert saved == [2, 4, 5]
 
 
+def test_memory_that_runs_out_is_said_and_the_run_goes_on_in_smaller_parts(tmp_path: Path) -> None:
+    class Small(Nudge):
+        def _edit(self, batch: EditBatch) -> dict[str, float]:
+            if len(batch) > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return super()._edit(batch)
+
+    said: list[str] = []
+    editor, stream = Small(), PlainStream([Line(1.0), Line(1.1), Line(1.2), Line(1.3)])
+    run(replace(context(stream, batch=2), say=said.append), editor, tmp_path)
+    assert said == ["nudge: memory ran out with 2 edits at once at step 1: from there on at most 1 are made at once"]
+    assert [(r["failed"], r["notes"]["parts"]) for r in reports(tmp_path)] == [({}, 2)] * 2
+    assert float((editor.weight - editor.handle.parameter(editor.handle.down_weight(-1)))[0, 0]) == 4.0
+
+
+def test_a_run_that_is_asked_to_stop_ends_after_the_step_and_is_saved(tmp_path: Path) -> None:
+    where = shared()
+    whole = run(where, Nudge(), tmp_path / "whole")
+    stop = Stop()
+    folder = EditorFolder(tmp_path / "cut")
+    with pytest.raises(Stopped, match="nudge: stopped after step 3 of 7"):
+        run_editor(replace(where, stop=stop), Nudge(), folder, lambda name, step: stop.ask() if (name, step) == ("apply", 3) else None)
+    assert folder.newest()[0] == 3
+    assert [_untimed(r) for r in run(where, Nudge(), tmp_path / "cut")] == [_untimed(r) for r in whole]
+
+
+def test_a_second_signal_ends_the_process_as_it_would_have() -> None:
+    seen: list[int] = []
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: seen.append(number))
+    try:
+        stop = Stop()
+        with stop.on(signal.SIGUSR1):
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert stop.asked and not seen
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert seen == [signal.SIGUSR1]
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
 def test_a_retire_is_skipped_and_counted_where_there_is_no_undo(tmp_path: Path) -> None:
     stream = PlainStream([Line(1.0), Line(1.1, 0, "retire")])
     editor = Nudge()
@@ -267,7 +311,7 @@ def test_reports_say_what_an_edit_costs(tmp_path: Path) -> None:
     assert norms[0] == pytest.approx(where.handle.width**0.5)
 
 
-class Stop(BaseException):
+class Killed(BaseException):
     """Stands for the process ending here."""
 
 
@@ -278,10 +322,10 @@ def test_stopped_and_gone_on_the_records_are_the_same(tmp_path: Path, kill: tupl
 
     def phase(*now: Any) -> None:
         if now == kill:
-            raise Stop
+            raise Killed
 
     folder = EditorFolder(tmp_path / "cut", phase)
-    with pytest.raises(Stop):
+    with pytest.raises(Killed):
         run_editor(where, Nudge(), folder, phase)
     again = run(where, Nudge(), tmp_path / "cut")
     assert [_untimed(r) for r in again] == [_untimed(r) for r in whole]

@@ -91,6 +91,19 @@ def test_killed_again_and_again(tmp_path: Path, name: str) -> None:
     assert_same(out)
 
 
+def test_sigterm_ends_after_the_batch_in_hand_saved_and_says_how_to_go_on(tmp_path: Path) -> None:
+    """First in the middle of an editor, between two saves; then in its last step, so that the next has not begun."""
+    out = tmp_path / "run"
+    for kill, told in (("apply 7 term", "finetune: stopped after step 7 of 20"), ("probe 20 term", "stopped before balancedit")):
+        done = go_on(out, kill) if out.exists() else run(out, kill)
+        assert done.code == 143
+        assert f"{told}; everything up to there is saved. Go on with --resume {out}" in done.err
+        assert [p.name for p in (out / "finetune/state").iterdir()] == [f"step-{int(kill.split()[1]):06d}.safetensors"]
+        assert not (out / "summary.json").exists()
+    assert go_on(out).code == 0
+    assert_same(out)
+
+
 def test_the_log_tells_every_phase_in_order() -> None:
     """With save_every 5: apply and probe of each step, then two files written and renamed, three where there are monitors."""
     lines = uninterrupted().with_suffix(".log").read_text().splitlines()
