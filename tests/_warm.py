@@ -54,7 +54,7 @@ def command(*argv: Any, kill: str = "", figures: bool = True, cwd: Path | None =
     kill: "apply 4 adam 3" ends it without warning at the third optimiser step of the fourth `apply`;
         "probe 6 generate 1" in the first generation after step 6; "rename 10" between the writing and the
         renaming of the first file of step 10 ("rename 10 again": of the second); "resume 0" when it goes on;
-        "apply 7 term" sends it SIGTERM there, which it may answer.
+        "rename 10+" at the first of step 10 or later; "apply 7 term" sends it SIGTERM there, which it may answer.
     figures: without them a report takes half a second.
     """
     server = _server()
@@ -150,7 +150,7 @@ def _arm(words: list[str]) -> None:
         def called(name: str, at: int) -> None:
             nonlocal left
             write(name, at)
-            if (name, str(at)) != (phase, step):
+            if name != phase or not (at >= int(step[:-1]) if step.endswith("+") else at == int(step)):
                 return
             left -= 1
             if left == 0 and more == ["term"]:

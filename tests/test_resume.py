@@ -54,8 +54,8 @@ def reports(out: Path, editor: str) -> list[Any]:
     return [untimed(json.loads(line)) for line in (out / editor / "edits.jsonl").read_text().splitlines()]
 
 
-def assert_same(out: Path) -> None:
-    whole = uninterrupted()
+def assert_same(out: Path, whole: Path | None = None) -> None:
+    whole = whole or uninterrupted()
     for editor in EDITORS:
         for rows in ("records", "monitors"):
             assert stored(out, editor, rows) == stored(whole, editor, rows)
