@@ -33,8 +33,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def told(work: Callable[[], T]) -> tuple[int, T | None]:
-    """An exit code (as `main`'s; a mistake of the user's, and memory that runs out, is said in plain words), and the result."""
+def told(work: Callable[[], T], go_on: str = "--resume and the run folder") -> tuple[int, T | None]:
+    """An exit code (as `main`'s; a mistake of the user's, and memory that runs out, is said in plain words), and the result.
+
+    go_on: with what work that was interrupted goes on.
+    """
     console = Console(stderr=True)
     try:
         return 0, work()
@@ -46,7 +49,7 @@ def told(work: Callable[[], T]) -> tuple[int, T | None]:
         console.print(str(e), markup=False, highlight=False, soft_wrap=True)
         return TERMINATED, None
     except KeyboardInterrupt:
-        console.print("interrupted; what was saved is kept. Go on with --resume and the run folder.", markup=False)
+        console.print(f"interrupted; what was saved is kept. Go on with {go_on}.", markup=False)
         return 130, None
 
 

@@ -158,10 +158,9 @@ def _check_place(place: Path) -> None:
 @contextmanager
 def _cluster(ray: Any, config: SweepConfig) -> Iterator[Any]:
     """Ray, started on this machine or connected to a cluster. Raises `BadConfig` where there is none."""
-    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
-    local = {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
+    here = {"address": "local", "include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
     try:
-        ray.init(address=config.address, **quiet) if config.address else ray.init(**quiet, **local)
+        ray.init(**({"address": config.address} if config.address else here), log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, ValueError, RuntimeError, TimeoutError) as e:
         where = f"at --address {config.address}" if config.address else "on this machine"
         raise BadConfig(f"Ray cannot be reached {where}: {e}") from e
@@ -227,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config, values = parse(argv)
         return sweep(config, values, console)
 
-    code, board = told(work)
+    code, board = told(work, "the same command")
     if board is None:
         return code
     return _finish(board, time.perf_counter() - start)

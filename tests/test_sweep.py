@@ -145,6 +145,17 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, capsys: pytest
     assert sorted(p.name for p in tmp_path.iterdir()) == ["sweep.yaml", "thesis.txt"]
 
 
+def test_an_interrupted_sweep_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweeps, "sweep", interrupted)
+    assert main([str(written(tmp_path, "editor: noop"))]) == 130
+    assert "Go on with the same command." in capsys.readouterr().err
+
+
 def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     with pytest.raises(BadConfig, match=r"ray is not installed .*pip install 'lifelong-editing-testbed\[sweep\]'"):
@@ -174,7 +185,7 @@ def test_without_an_address_this_machine_is_used_and_given_back(tmp_path: Path, 
     monkeypatch.setattr(sweeps, "_library", lambda: ray)
     monkeypatch.setattr(sweeps, "_outcomes", lambda ray, config, cells, live: [(c, None) for c in cells])
     board = sweep(SweepConfig(tmp_path / "x.yaml", out=tmp_path / "out"), {"editor": "noop"}, Console())
-    assert "address" not in ray.started
+    assert ray.started["address"] == "local"
     assert ray.ended
     assert list(board.state.values()) == ["done"]
     assert [c.config.device for c in board.grid.cells.values()] == ["cpu"]
