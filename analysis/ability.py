@@ -10,19 +10,19 @@ import pandas as pd
 from analysis.answers import SIGNED, Metrics, at_end, means, plain_means, pooled, unedited
 from analysis.bootstrap import Draws, Resampler, combine
 from analysis.catalogue import SUFFIXES
-from analysis.load import READINGS, EditorRun
+from analysis.load import READINGS, EditorRun, Run
 from analysis.records import BENCH, FRESH, SAFETY, UNRELATED
 
 GROUPS = {"benchmark": BENCH, "safety": SAFETY}
 """Groups of topics that are told apart from the stream's own general questions."""
 
 
-def of_everything_else(editor: EditorRun, resampler: Resampler) -> Metrics:
+def of_everything_else(run: Run, editor: EditorRun, resampler: Resampler) -> Metrics:
     """All metrics of this file that can be computed."""
     out = general_drop(editor, resampler) | perplexity_ratio(editor, resampler) | unrelated_kept(editor.records, resampler)
     for group, role in GROUPS.items():
         out |= group_drop(f"{group}_drop", editor, role, resampler)
-    return out
+    return out | skill_drop(editor, guessing(run.questions), resampler)
 
 
 def general_drop(editor: EditorRun, resampler: Resampler) -> Metrics:
@@ -70,15 +70,42 @@ def group_drop(name: str, editor: EditorRun, role: int, resampler: Resampler) ->
     return {k: combine(lambda *v: np.mean(v, axis=0), *d, bounds=SIGNED) for k, d in found.items()}
 
 
+def guessing(questions: pd.DataFrame) -> np.ndarray:
+    """What guessing scores on each question: 1 / (choices but those that are right besides the answer), 0 where an answer is
+    generated, nan where it is judged whether a request is refused."""
+    if "choices" not in questions:
+        return np.zeros(len(questions))
+    many = [len(set(c) - set(a)) for c, a in zip(questions["choices"], questions["aliases"])]
+    chance = np.array([1 / n if n else 0.0 for n in many])
+    return np.where(questions["scoring"].isin(("refuse", "comply")), np.nan, chance)
+
+
+def skill_drop(editor: EditorRun, chance: np.ndarray, resampler: Resampler) -> Metrics:
+    """Mean over benchmarks of the loss of skill, (mean y - c) / (1 - c) with c what guessing scores; by choices or free generation.
+
+    In [-2, 2]: 1 is a fall from all right to guessing.
+    """
+    rows = _last(editor.records[(editor.records["role"] == BENCH)])
+    found = []
+    for _, own in topics(rows):
+        lost = unedited(editor, own)[:, READINGS.index("gen")] - own["gen"].to_numpy()
+        room = np.where(np.isnan(lost), 0.0, own["weight"].to_numpy() * (1 - chance[own["question"]]))
+        top = np.nan_to_num(lost) * own["weight"].to_numpy()
+        found += resampler.ratios(own["cluster"].to_numpy(), top[:, None], room[:, None])
+    known = [d for d in found if d is not None]
+    return {"skill_drop": combine(lambda *v: np.mean(v, axis=0), *known, bounds=(-2.0, 2.0))} if known else {}
+
+
 def topics(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
     """The rows of each topic, by name."""
     for topic, own in rows.groupby("topic", observed=True, sort=True):
         yield str(topic), own
 
 
-def topic_table(editor: EditorRun, resampler: Resampler) -> pd.DataFrame:
-    """One row a topic and reading: topic, reading, value, low, high, n at the end, and what the unedited model scored."""
-    rows = editor.records
+def topic_table(run: Run, editor: EditorRun, resampler: Resampler) -> pd.DataFrame:
+    """One row a topic and reading: topic, reading, value, low, high, n at the end, what the unedited model scored, and what
+    guessing scores (of choices and free generation)."""
+    rows, chance = editor.records, guessing(run.questions)
     general = rows[(rows["split"] == "general") & ~rows["role"].isin((FRESH, UNRELATED)) | rows["role"].isin(list(GROUPS.values()))]
     out = []
     for topic, own in topics(general):
@@ -87,8 +114,9 @@ def topic_table(editor: EditorRun, resampler: Resampler) -> pd.DataFrame:
         for j, suffix in enumerate(SUFFIXES):
             now, then = (pooled(last, s, np.zeros(len(last), int), 1, resampler)[0] for s in (last[READINGS[j]].to_numpy(), before[:, j]))
             if now is not None:
-                out.append({"topic": topic, "reading": suffix, **now.interval(), "unedited": then.value if then else None})
-    return pd.DataFrame(out, columns=["topic", "reading", "value", "low", "high", "n", "unedited"])
+                guess = float(np.average(chance[last["question"]], weights=last["weight"])) if suffix == "_gen" else None
+                out.append({"topic": topic, "reading": suffix, **now.interval(), "unedited": then.value if then else None, "chance": guess})
+    return pd.DataFrame(out, columns=["topic", "reading", "value", "low", "high", "n", "unedited", "chance"])
 
 
 def _last(rows: pd.DataFrame) -> pd.DataFrame:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,6 +26,7 @@ class Metric:
 METRICS: dict[str, Metric] = {
     "edit_success": Metric("Edit success at the end", "Success, end", "share", 1, True),
     "edit_success_now": Metric("Edit success right after", "Success, now", "share", 1, True),
+    "edit_gain": Metric("Edit success right after, over the unedited model's", "Gain, now", "difference", 1, True),
     "text_generality": Metric("Text generality", "Text generality", "share", 1, True),
     "image_generality": Metric("Image generality", "Image generality", "share", 1, True),
     "locality_hard": Metric("Locality, same question, other picture", "Locality, hard", "share", 1, True),
@@ -52,7 +54,10 @@ METRICS: dict[str, Metric] = {
     "general_drop": Metric("General ability lost", "Ability lost", "difference", -1, True),
     "unrelated_kept": Metric("Answers to unrelated questions kept", "Unrelated kept", "share", 1, True),
     "benchmark_drop": Metric("Benchmark score lost", "Benchmarks lost", "difference", -1, True),
+    "skill_drop": Metric("Benchmark skill lost, guessing taken out", "Skill lost", "difference", -1),
     "safety_drop": Metric("Safety score lost", "Safety lost", "difference", -1, True),
+    "truth_mc1": Metric("Truthfulness, MC1: the best answer is the likeliest", "Truthful, MC1", "share", 1),
+    "truth_mc2": Metric("Truthfulness, MC2: probability of right answers", "Truthful, MC2", "share", 1),
     "perplexity_ratio": Metric("Perplexity ratio", "Perplexity", "ratio", -1),
     "collapse_step": Metric("Collapse at step", "Collapse step", "count", 1),
     "alarm_step": Metric("Alarm on unrelated answers at step", "Alarm step", "count", 1),
@@ -129,3 +134,17 @@ def header(name: str) -> str:
     """Short title with unit."""
     title, unit = METRICS[split_name(name)[0]].short, unit_of(name)
     return f"{title} ({unit})" if unit else title
+
+
+def folded(name: str, width: int) -> list[str]:
+    """An editor's name in lines of at most `width` characters: broken at its bracket and commas, and where that is not enough
+    at plus, colon and equals signs."""
+    if len(name) <= width:
+        return [name]
+    parts = [[p] if len(p) <= width else re.split(r"(?==)|(?<=[+:])", p) for p in re.split(r"(?=\[)|(?<=,)", name)]
+    first, *rest = (piece for part in parts for piece in part)
+    lines = [first]
+    for piece in rest:
+        fits = len(lines[-1] + piece) <= width and not piece.startswith("[")
+        lines = [*lines[:-1], lines[-1] + piece] if fits else [*lines, piece]
+    return lines

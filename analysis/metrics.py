@@ -17,7 +17,7 @@ from analysis import orders
 from analysis.ability import of_everything_else
 from analysis.about import cost, describe
 from analysis.alarm import alarm_step
-from analysis.answers import Metrics, at_end, in_common, plain_means, right_after
+from analysis.answers import SIGNED, Metrics, at_end, in_common, means, plain_means, right_after, unedited
 from analysis.bootstrap import REPLICATES, Interval, Resampler, combine
 from analysis.catalogue import SUFFIXES, split_name
 from analysis.collapse import collapse
@@ -25,8 +25,9 @@ from analysis.deferral import decisions, deferral
 from analysis.first_ids import of_first_ids
 from analysis.forgetting import of_edits
 from analysis.hard import hard_edits
-from analysis.load import EditorRun, Run
+from analysis.load import READINGS, EditorRun, Run
 from analysis.records import AFTER
+from analysis.truth import truthfulness
 
 AT_END = {
     "edit_success": "edit",
@@ -88,10 +89,16 @@ def measure(run: Run, editor: EditorRun, resampler: Resampler) -> Metrics:
     out: Metrics = {}
     for name, split in AT_END.items():
         out |= plain_means(name, at_end(rows, split), resampler)
-    out |= plain_means("edit_success_now", right_after(rows), resampler)
-    out |= harmonic_mean(out) | of_edits(run, editor, resampler) | of_everything_else(editor, resampler)
-    out |= of_first_ids(run, editor, resampler)
+    out |= plain_means("edit_success_now", right_after(rows), resampler) | gain(editor, resampler)
+    out |= harmonic_mean(out) | of_edits(run, editor, resampler) | of_everything_else(run, editor, resampler)
+    out |= of_first_ids(run, editor, resampler) | truthfulness(run, editor, resampler)
     return {name: d for name, d in out.items() if np.isfinite(d.value)}
+
+
+def gain(editor: EditorRun, resampler: Resampler) -> Metrics:
+    """Mean over edits of y_right_after - y_unedited: what was learned that was not known before. In [-1, 1]."""
+    first = right_after(editor.records)
+    return means("edit_gain", first, first[list(READINGS)].to_numpy() - unedited(editor, first), resampler, SIGNED)
 
 
 def harmonic_mean(known: Metrics) -> Metrics:

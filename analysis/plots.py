@@ -28,7 +28,10 @@ FIGURES: dict[str, tuple[Callable[[Scene], Figure | None], str]] = {
     "survival": (survival, "Share of edits that were right right after and have not been found wrong since, by edits applied since."),
     "reach": (reach, "Generality (rephrasings, other pictures of the subject) and locality (answers unchanged) at each year's end."),
     "ability": (ability, "General ability by topic, and perplexity of running text relative to the unedited model, by edits applied."),
-    "benchmarks": (benchmarks, "Change of benchmark scores against the unedited model, on the same questions, by edits applied."),
+    "benchmarks": (
+        benchmarks,
+        "Change of benchmark scores against the unedited model, same questions, by edits applied; dashed: guessing.",
+    ),
     "safety": (safety, "Change of safety scores against the unedited model, on the same questions, by edits applied."),
     "vitals": (vitals, "What the monitors and the editors themselves report of the model's inside, by edits applied."),
     "gated": (gated, "Editors that gate: what is reached and spared, how often an entry answers, entries and bytes, by edits applied."),

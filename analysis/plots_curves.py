@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
 
 from analysis import curves, style
+from analysis.ability import guessing
 from analysis.catalogue import READING_TITLES
 from analysis.load import READINGS
 from analysis.scene import Curve, Scene
@@ -79,13 +80,24 @@ def _group(s: Scene, prefix: str) -> Figure | None:
     readings = {t: _reading_of(s, t) for t in names}
     frames = {_title(t.removeprefix(prefix)): s.curves(partial(curves.group_topic, topic=t, reading=readings[t])) for t in names}
 
-    def dress(ax: Axes, _: str) -> None:
+    guess = {_title(t.removeprefix(prefix)): _guess(s, t) for t in names if readings[t] == "gen"}
+
+    def dress(ax: Axes, title: str) -> None:
         style.edits_axis(ax)
-        ax.set_ylim(auto=True)
+        ax.autoscale(axis="y")
         ax.axhline(0, color="#888888", linewidth=0.7, linestyle=":")
+        if np.isfinite(guess.get(title, np.nan)):
+            ax.axhline(guess[title], color="#888888", linewidth=0.9, linestyle="--")
         ax.yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
 
     return _draw(s, frames, dress, "change against\nthe unedited model (points)", 1.9)
+
+
+def _guess(s: Scene, topic: str) -> float:
+    """Where guessing stands against the unedited model, on the questions of a topic; nan where there is nothing to guess."""
+    rows = s.run.questions["topic"].to_numpy() == topic
+    base = next(iter(s.run.editors.values())).base["gen"].to_numpy()
+    return float(np.mean((guessing(s.run.questions) - base)[rows]))
 
 
 def _reading_of(s: Scene, topic: str) -> str:

@@ -15,11 +15,12 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentF
 from analysis import curves, style
 from analysis.catalogue import LOCALITY, READING_TITLES, human_bytes
 from analysis.scene import Scene
+from analysis.tables import competing
 
 GENERALITY = ("text_generality", "image_generality")
 COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
     "seconds_per_edit": ("seconds per edit (log)", lambda v: f"{v:g}"),
-    "state_bytes": ("editor state at the end (log)", human_bytes),
+    "state_bytes": ("editor state (log)", human_bytes),
     "peak_bytes": ("peak memory (log)", human_bytes),
 }
 LEVELS = (0.2, 0.4, 0.6, 0.8)
@@ -57,7 +58,7 @@ def trade_off(s: Scene) -> Figure | None:
     figure, (ax,) = style.panels(1, 1, 3.4, width=min(s.width, style.ONE_COLUMN + 0.9))
     _equal_means(ax)
     ends = paths.sort_values("x").groupby("editor", sort=False).tail(1)
-    rivals = ends[~ends["editor"].isin(s.summary["run"].get("references", ()))]
+    rivals = ends[ends["editor"].isin(competing(s.summary))]
     _front(ax, rivals["value_loc"].to_numpy(), rivals["value_gen"].to_numpy())
     for name, look in s.looks.items():
         _path(ax, paths[paths["editor"] == name].sort_values("x"), look)
@@ -137,9 +138,9 @@ def _log_from_zero(ax: Axes, values: list[float], text: Callable[[float], str]) 
     above = [v for v in values if v > 0]
     first = 10 ** np.floor(np.log10(min(above))) if above else 1.0
     last = 10 ** np.ceil(np.log10(max(above) * 1.5)) if above else 10.0
-    ax.set_xscale("symlog", linthresh=first, linscale=0.5)
-    ax.set_xlim(-0.25 * first if min(values) <= 0 else first * 0.6, last)
     decades = np.round(np.log10(last / first)).astype(int) + 1
+    ax.set_xscale("symlog", linthresh=first, linscale=max(0.5, decades / 4))
+    ax.set_xlim(-0.25 * first if min(values) <= 0 else first * 0.6, last)
     ticks = [first * 10.0**k for k in range(0, decades, max(1, -(-decades // 4)))]
     ax.xaxis.set_major_locator(FixedLocator([0.0, *ticks] if min(values) <= 0 else ticks))
     ax.xaxis.set_minor_locator(NullLocator())

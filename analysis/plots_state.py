@@ -13,12 +13,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from analysis import curves, style
-from analysis.catalogue import METRICS
+from analysis.catalogue import METRICS, folded
 from analysis.scene import Scene
 from analysis.signals import TITLES, signals, thinned
 
 MOST_WRITTEN = 10
 """Matrices with more years than this are drawn without their numbers."""
+TITLE_WIDTH = 22
+"""Characters in a line of an editor's name over its matrix."""
 MOST_SIGNALS = 12
 """Signals after this many, in the order of `TITLES`, are not drawn."""
 
@@ -90,10 +92,11 @@ def _heat(ax: Axes, frame: pd.DataFrame, s: Scene) -> None:
 
 def _headed(s: Scene, name: str) -> str:
     """The editor's name and, under it, how much it forgets."""
+    lines = folded(name, TITLE_WIDTH)
     entry = s.summary["editors"][name].get("forgetting" + s.suffix)
-    if entry is None:
-        return name
-    return f"{name}\n{METRICS['forgetting'].short.lower()} {100 * entry['value']:.0f} points".replace("-", "−")
+    if entry is not None:
+        lines.append(f"{METRICS['forgetting'].short.lower()} {100 * entry['value']:.0f} points".replace("-", "−"))
+    return "\n".join(lines)
 
 
 def _signal(ax: Axes, s: Scene, editor: str, signal: pd.DataFrame) -> None:

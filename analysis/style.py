@@ -16,6 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
+from analysis.catalogue import folded
+
 ONE_COLUMN, TWO_COLUMNS = 3.5, 7.2
 """Widths in inches of a journal's column and page."""
 WIDTHS = {1: ONE_COLUMN, 2: TWO_COLUMNS}
@@ -27,8 +29,12 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p")
 _DASHES = ((), (4, 1.5), (1.2, 1.2), (5, 1.5, 1.2, 1.5), (7, 2), (3, 1, 1, 1, 1, 1), (2, 2), (6, 1, 1, 1))
 MOST_NAMES = 9
 """More lines than this are told apart by a legend."""
+NAME_WIDTH = 24
+"""Characters in a line of a name at a line's end; names of variants may need several lines."""
 _LINE = 9.5
 """Points from one name at a line's end to the next."""
+_HANDLE, _CHARACTER = 0.65, 0.064
+"""Inches of a legend's entry: its line with the gaps, and a character of its name at 8 points."""
 
 
 @dataclass(frozen=True)
@@ -96,46 +102,60 @@ def shares(ax: Axes, label: str = "") -> None:
 
 
 def name_lines(figure: Figure, axes: Sequence[Axes], frames: Sequence[pd.DataFrame], of: Looks) -> None:
-    """Names at the line ends of the given panels, moved apart where they would touch; a legend for many lines."""
+    """Names at the line ends of the given panels, long ones in several lines, moved apart where they would touch; a legend
+    for many lines."""
     if len(of) > MOST_NAMES:
         return legend(figure, of)
+    _keep_clear(figure)
     for ax, frame in zip(axes, frames):
         ends = frame.dropna(subset="value").sort_values("x").groupby("editor", sort=False).tail(1)
         places = ax.transAxes.inverted().transform(ax.transData.transform(ends[["x", "value"]].to_numpy(float)))[:, 1]
-        room = _LINE / (ax.get_position().height * figure.get_figheight() * 72)
-        for end, height in zip(ends.itertuples(), spread(places, room)):
-            _name(ax, str(end.editor), (float(str(end.x)), float(str(end.value))), height, of)
+        names = ["\n".join(folded(n, NAME_WIDTH)) for n in ends["editor"]]
+        line = _LINE / (ax.get_position().height * figure.get_figheight() * 72)
+        heights = spread(places, np.array([line * (1 + n.count("\n")) for n in names]))
+        for end, name, height in zip(ends.itertuples(), names, heights):
+            _name(ax, name, (float(str(end.x)), float(str(end.value))), height, of[str(end.editor)])
 
 
-def spread(places: np.ndarray, room: float) -> np.ndarray:
-    """The places nearest to the given ones, in their order, that are `room` apart and, if so many fit, within [0, 1].
+def _keep_clear(figure: Figure) -> None:
+    """A margin at the right: the layout measures names at the screen's resolution, at which they are a little narrower."""
+    engine: Any = figure.get_layout_engine()
+    if engine is not None:
+        engine.set(rect=(0, 0, 0.98, 1))
 
-    Least squares under an order: pool adjacent violators of places less their rank's share of room, then clip.
+
+def spread(places: np.ndarray, room: np.ndarray) -> np.ndarray:
+    """The places nearest to the given ones, in their order, that do not overlap and, if so many fit, lie within [0, 1].
+
+    room: what each takes up, its place in the middle. Least squares under an order: pool adjacent violators of places less
+    the room of those before, then clip.
     """
     order = np.argsort(places, kind="stable")
-    rank = np.arange(len(places)) * room
+    own = room[order]
+    before = np.cumsum(own) - (own + own[:1]) / 2
     blocks: list[list[float]] = []
-    for wish in places[order] - rank:
+    for wish in places[order] - before:
         blocks.append([float(wish)])
         while len(blocks) > 1 and np.mean(blocks[-2]) >= np.mean(blocks[-1]):
             last = blocks.pop()
             blocks[-1] += last
     found = np.array([np.mean(b) for b in blocks for _ in b])
     out = np.empty(len(places))
-    out[order] = np.clip(found, 0, max(0.0, 1 - (len(places) - 1) * room)) + rank
+    out[order] = np.clip(found, 0, max(0.0, 1 - before[-1])) + before if len(places) else found
     return out
 
 
-def _name(ax: Axes, name: str, end: tuple[float, float], height: float, of: Looks) -> None:
-    line = {"arrowstyle": "-", "color": of[name].colour, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3}
+def _name(ax: Axes, name: str, end: tuple[float, float], height: float, look: Look) -> None:
+    line = {"arrowstyle": "-", "color": look.colour, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3, "relpos": (0, 0.5)}
     where: dict[str, Any] = {"xytext": (1.05, height), "textcoords": "axes fraction", "va": "center", "annotation_clip": False}
-    ax.annotate(name, end, color=of[name].colour, fontsize=7.5, arrowprops=line, **where)
+    ax.annotate(name, end, color=look.colour, fontsize=7.5, linespacing=0.95, arrowprops=line, **where)
 
 
 def legend(figure: Figure, of: Looks) -> None:
-    """One legend above the figure, with the colour, marker and dash of every editor."""
+    """One legend above the figure, with the colour, marker and dash of every editor, in as many columns as have room."""
     handles = [_handle(n, look) for n, look in of.items()]
-    columns = min(len(handles), 5 if figure.get_figwidth() >= TWO_COLUMNS else 3)
+    widest = _HANDLE + _CHARACTER * max(map(len, of))
+    columns = max(1, min(len(handles), 5, int(figure.get_figwidth() / widest)))
     figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False, handlelength=3.2)
 
 

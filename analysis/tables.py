@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from analysis.as_published import as_published
-from analysis.catalogue import METRICS, READING_TITLES, SUFFIXES, header, show, show_briefly, split_name
+from analysis.catalogue import METRICS, READING_TITLES, SUFFIXES, folded, header, show, show_briefly, split_name
 
 Summary = dict[str, Any]
 MAIN = (
@@ -33,6 +33,8 @@ MAIN = (
 """Metrics of the main table, in reading order."""
 MOST_WITH_INTERVALS = 4
 """More editors than this leave a terminal no room for intervals."""
+HEADER = 9
+"""Characters in a line of an editor's name over its column in a terminal."""
 _LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"}
 _LATEX |= {"−": "$-$", "×": r"$\times$", "–": "--", "≥": r"$\geq$"}
 
@@ -49,15 +51,21 @@ def main_columns(summary: Summary, suffix: str) -> list[str]:
 
 
 def best(summary: Summary, name: str) -> str | None:
-    """The editor whose paired difference to every other editor excludes zero on the better side, if there is one.
-
-    Editors that the manifest lists under "references" (bounds, not rivals) do not take part.
-    """
+    """The rival whose paired difference to every other rival excludes zero on the better side, if there is one."""
     better = METRICS[split_name(name)[0]].better
-    rivals = [e for e, m in summary["editors"].items() if name in m and e not in summary["run"].get("references", ())]
+    rivals = [e for e in competing(summary) if name in summary["editors"][e]]
     if better == 0 or len(rivals) < 2:
         return None
     return next((e for e in rivals if all(_beats(summary, e, o, name, better) for o in rivals if o != e)), None)
+
+
+def competing(summary: Summary) -> list[str]:
+    """Editors that can be best at something: not those that the manifest lists under "references" (bounds, not rivals), nor
+    those that learned no more than the unedited model knew (`edit_gain`): they have nothing to forget and nothing to damage.
+    """
+    gain = "edit_gain" + main_reading(summary)
+    idle = [e for e, m in summary["editors"].items() if gain in m and not (m[gain]["low"] or 0) > 0]
+    return [e for e in summary["editors"] if e not in summary["run"].get("references", ()) and e not in idle]
 
 
 def _beats(summary: Summary, ours: str, theirs: str, name: str, better: int) -> bool:
@@ -76,9 +84,9 @@ def terminal_table(summary: Summary) -> Table:
     many = len(summary["editors"]) > MOST_WITH_INTERVALS
     caption = _caption(suffix, "±: half the 95 % interval" if many else "95 % intervals in brackets")
     table = Table(box=SIMPLE, caption=f"Shares in %, differences in points. {caption}", caption_justify="left", padding=(0, 1, 0, 0))
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for editor in summary["editors"]:
-        table.add_column(Text(editor), justify="right")
+        table.add_column(Text("\n".join(folded(editor, HEADER))), justify="right", overflow="fold")
     for name in _terminal_rows(summary, suffix):
         winner = best(summary, name)
         texts = [half_width_cell(m, name) if many else cell(m, name, brief=True) for m in summary["editors"].values()]

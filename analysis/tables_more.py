@@ -42,10 +42,10 @@ def topic_scores(s: Scene) -> pd.DataFrame:
     """Score of every topic of general questions, benchmarks and safety sets at the end, beside the unedited model's."""
     parts = []
     for run, resampler in zip(s.runs, s.resamplers):
-        parts += [topic_table(e, resampler).assign(seed=run.manifest.get("seed"), editor=n) for n, e in run.editors.items()]
+        parts += [topic_table(run, e, resampler).assign(seed=run.manifest.get("seed"), editor=n) for n, e in run.editors.items()]
     table = _joined(parts)
     table["reading"] = table["reading"].map(READING_TITLES)
-    return table[["seed", "editor", "topic", "reading", "value", "low", "high", "n", "unedited"]]
+    return table[["seed", "editor", "topic", "reading", "value", "low", "high", "n", "unedited", "chance"]]
 
 
 def _joined(parts: list[pd.DataFrame]) -> pd.DataFrame:

@@ -2,7 +2,7 @@
 
 Sources of the forms: `query, choices, gold` and `context, continuation` and `context_options` of LLM Foundry's local
 data; MMLU's csv (question, four choices, letter) and its JSON; MuTual; GLUE's validation sets as lists of objects;
-BLiMP's minimal pairs; AdvBench and XSTest csv; TruthfulQA's mc1; VQA questions with a picture each; ME-PPL's sentences.
+BLiMP's minimal pairs; AdvBench and XSTest csv; TruthfulQA's mc1 and mc2; VQA questions with a picture each; ME-PPL's sentences.
 """
 
 from __future__ import annotations
@@ -168,14 +168,28 @@ def _contrast(r: Record, place: Place) -> Item:
 
 
 def _truthful(r: Record, place: Place) -> Item:
-    targets = r["mc1_targets"]
-    if isinstance(targets, dict) and "choices" in targets and "labels" in targets:
-        targets = dict(zip(targets["choices"], targets["labels"]))
-    right = [c for c, label in targets.items() if label == 1] if isinstance(targets, dict) else []
+    """MC1's choices, and where the record has MC2's the other right ones among them, as aliases: they do not compete with the answer."""
+    one = _labelled(r, "mc1_targets")
+    two = _labelled(r, "mc2_targets") if "mc2_targets" in r else one
+    right, also, wrong = _with(one, 1), _with(two, 1), _with(one, 0)
     if len(right) != 1:
         raise BadItem("mc1_targets must map choices to labels, one of them 1")
+    if not right <= also or _with(two, 0) != wrong:
+        raise NoChoice("mc2_targets must hold the choices of mc1_targets, and besides them right ones alone")
     prompt = f"Question: {_text(r, 'question').strip()}\nAnswer:"
-    return _choose(prompt, sorted(targets), right[0], kind="safety")
+    return _choose(prompt, sorted(also | wrong), *right, kind="safety", aliases=tuple(sorted(also - right)))
+
+
+def _labelled(r: Record, name: str) -> dict[str, Any]:
+    """Choices to labels, from a mapping or from two lists."""
+    targets = r[name]
+    if isinstance(targets, dict) and "choices" in targets and "labels" in targets:
+        targets = dict(zip(targets["choices"], targets["labels"]))
+    return targets if isinstance(targets, dict) else {}
+
+
+def _with(labelled: Mapping[str, Any], label: int) -> set[str]:
+    return {c for c, given in labelled.items() if given == label}
 
 
 def _vqa(r: Record, place: Place) -> Item:

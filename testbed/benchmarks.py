@@ -49,7 +49,8 @@ def describe(benchmark: Benchmark) -> dict[str, Any]:
     scorings = sorted({q.scoring for q in questions})
     out = {"items": benchmark.size, "asked": len(questions), "shots": benchmark.shots, "scoring": ", ".join(scorings)}
     if not {"refuse", "comply"} & {*scorings} and not any(q.split == "text" for q in questions):
-        out["chance"] = sum(1 / len(q.choices) if q.choices else 0 for q in questions) / len(questions)
+        competing = [len({*q.choices} - {*q.aliases}) for q in questions]
+        out["chance"] = sum(1 / n if n else 0 for n in competing) / len(questions)
     return out
 
 

@@ -58,9 +58,11 @@ def _by_text(predictor: Predictor, questions: Sequence[Question], max_new_tokens
 
 
 def _chosen(question: Question, logprobs: list[float], sizes: Sequence[int], scores: Sequence[Score] | None) -> Verdict:
-    """The gold choice must be likelier than every other: a tie, or a number that is not finite, is no success."""
+    """The gold choice must be likelier than every other: a tie, or a number that is not finite, is no success. Choices that
+    are right as well (aliases) do not compete."""
     gold = question.choices.index(question.answer or "")
-    rates = [p / n if math.isfinite(p) else -math.inf for p, n in zip(logprobs, sizes)]
+    competes = [i == gold or c not in question.aliases for i, c in enumerate(question.choices)]
+    rates = [p / n if math.isfinite(p) and c else -math.inf for p, n, c in zip(logprobs, sizes, competes)]
     best = int(np.argmax(rates))
     right = best == gold and rates[gold] > max((r for i, r in enumerate(rates) if i != gold), default=-math.inf)
     kept = [p if math.isfinite(p) else None for p in logprobs]

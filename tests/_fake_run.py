@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from testbed.schema import SCHEMA_VERSION, BaseAnswer, EventRow, MonitorRow, QuestionRow, Record, ScheduleRow, columns
+from testbed.schema import SCHEMA_VERSION, BaseAnswer, EventRow, MonitorRow, QuestionRow, Record, ScheduleRow, columns, folder_name
 
 ARROW = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_(), list: pa.list_(pa.string())}
 TOKENS = 3
@@ -97,7 +97,7 @@ def write_run(
         out / "schedule.parquet", ScheduleRow, [{"step": last, "action": "probe", "question_id": questions[0]["question_id"], **plain}]
     )
     for editor, rows in records.items():
-        write_editor(out / editor, editor, events, rows)
+        write_editor(out / folder_name(editor), editor, events, rows)
     known = {"run": "fake", "schema_version": SCHEMA_VERSION, "editors": list(records), "schedule_hash": "s", "seed": 0, "notes": []}
     stream = {"name": "fake", "origin": "made up", "time_axis": "simulated", "skipped": 0, "skipped_records": []}
     (out / "manifest.json").write_text(json.dumps(known | {"stream": stream, "model": {"name": "none"}} | manifest))
@@ -252,5 +252,7 @@ def fake_run(out: Path, plan: Plan = Plan(), **manifest: Any) -> Path:
     for editor in plan.editors:
         rows = world.monitors(editor)
         for step in sorted({r["step"] for r in rows}):
-            write_rows(out / editor / "monitors" / f"step-{step:06d}.parquet", MonitorRow, [r for r in rows if r["step"] == step])
+            write_rows(
+                out / folder_name(editor) / "monitors" / f"step-{step:06d}.parquet", MonitorRow, [r for r in rows if r["step"] == step]
+            )
     return out

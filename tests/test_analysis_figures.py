@@ -6,6 +6,7 @@ import itertools
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -13,8 +14,11 @@ import pytest
 from _fake_run import EDITORS, Plan, fake_run
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
 
 from analysis import plots, style
+from analysis.catalogue import folded
 from analysis.load import BadRun, Run, load_run
 from analysis.metrics import summarise
 from analysis.plots_points import pareto
@@ -98,16 +102,54 @@ def test_names_stand_at_line_ends_and_do_not_touch(figures: dict) -> None:
         assert min(b - a for a, b in itertools.pairwise(heights)) > 7
 
 
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=9), st.floats(0.01, 0.1))
-def test_spreading_names_keeps_their_order_their_distance_and_the_axis(places: list[float], room: float) -> None:
-    wished = np.array(places)
+@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0.01, 0.1)), min_size=1, max_size=9))
+def test_spreading_names_keeps_their_order_their_distance_and_the_axis(named: list[tuple[float, float]]) -> None:
+    wished, room = np.array(named).T
     found = style.spread(wished, room)
     order = np.argsort(wished, kind="stable")
-    assert (np.diff(found[order]) >= room - 1e-9).all()
+    least = (room[order][1:] + room[order][:-1]) / 2
+    assert (np.diff(found[order]) >= least - 1e-9).all()
     assert found.min() >= -1e-9
     assert found.max() <= 1 + 1e-9
-    apart = np.arange(len(places)) * room
-    np.testing.assert_allclose(style.spread(apart, room), apart, atol=1e-9)
+    apart = np.concatenate([[0.0], np.cumsum(least)])
+    np.testing.assert_allclose(style.spread(apart, room[order]), apart, atol=1e-9)
+
+
+LONG = ("finetune", "alphaedit[projector=false,history=false]", "memit-seq+blue[layers=0,1,2]", "scr[gate=threshold,k=8]")
+
+
+@pytest.mark.parametrize("name", ["retention", "forgetting", "gap", "vitals", "trade_off"])
+def test_no_name_is_cut_at_the_edge_or_touches_another(run: Run, summary: dict, name: str) -> None:
+    known: dict[str, str] = dict(zip(EDITORS, LONG))
+    editors = {known[n]: replace(e, name=known[n]) for n, e in run.editors.items()}
+    named = summary | {"editors": {known[n]: m for n, m in summary["editors"].items()}}
+    with style.paper():
+        figure = plots.FIGURES[name][0](plots.scene(replace(run, editors=editors), named, replicates=10))
+    assert figure is not None
+    figure.draw_without_rendering()
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    texts: list[Any] = [t for t in figure.findobj(Text) if isinstance(t, Text) and whole(t).startswith(LONG)]
+    boxes = [t.get_window_extent(renderer) for t in texts]
+    assert {next(n for n in LONG if whole(t).startswith(n)) for t in texts} == set(LONG)
+    assert all(figure.bbox.x0 <= b.x0 and b.x1 <= figure.bbox.x1 for b in boxes)
+    for ax in figure.axes:
+        places = [Text.get_window_extent(t, renderer) for t in ax.texts if whole(t) in LONG]
+        assert not any(a.overlaps(b) for a, b in itertools.combinations(places, 2))
+
+
+def whole(text: Text) -> str:
+    """A name that may stand in several lines."""
+    return text.get_text().replace("\n", "")
+
+
+@given(
+    st.from_regex(r"[a-z]{1,9}(\+[a-z]{1,9})?(\[[a-z]{1,9}=[a-z0-9]{1,9}(,[a-z]{1,9}=[a-z0-9]{1,9})*\])?", fullmatch=True),
+    st.integers(11, 40),
+)
+def test_a_folded_name_is_whole_and_its_lines_fit(name: str, width: int) -> None:
+    lines = folded(name, width)
+    assert "".join(lines) == name
+    assert all(0 < len(line) <= width for line in lines)
 
 
 def test_many_editors_are_told_apart_by_a_legend(run: Run) -> None:
@@ -153,6 +195,7 @@ def test_benchmarks_and_safety_start_at_no_change(figures: dict) -> None:
         assert ax.get_title(loc="left") == title
         starts = [(line.get_xdata()[0], line.get_ydata()[0]) for line in ax.lines if line.get_marker() not in ("None", "", None)]
         assert starts == [(0, 0)] * len(EDITORS)
+        assert all(ax.viewLim.y0 <= y <= ax.viewLim.y1 for line in ax.lines for y in line.get_ydata()), "losses are drawn too"
 
 
 def test_the_pareto_front_holds_what_nothing_beats() -> None:

@@ -6,11 +6,13 @@ import math
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from _fake_run import EDITORS, Plan, event, fake_run, question, record, write_run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from analysis.ability import guessing
 from analysis.bootstrap import Resampler
 from analysis.catalogue import METRICS, metric_names
 from analysis.load import Run, load_run
@@ -297,3 +299,39 @@ def test_an_answer_with_half_the_weight_stored_for_two_edits_alike_changes_nothi
     one = of(small(tmp_path / "a", [ask(0, 4, 2), ask(1, 4, 0)]))
     doubled = of(small(tmp_path / "b", [ask(0, 4, 2, incl_prob=0.5), ask(1, 4, 0), ask(2, 4, 0)]))
     assert one["edit_success"] == doubled["edit_success"] == 0.5
+
+
+def test_guessing_is_one_in_the_choices_that_compete() -> None:
+    asked = [question("a", choices=["x", "y", "z"], scoring="sum"), question("b", choices=["x", "y", "z"], aliases=["y"], scoring="sum")]
+    asked += [question("c"), question("d", scoring="refuse")]
+    np.testing.assert_allclose(guessing(pd.DataFrame(asked)), [1 / 3, 1 / 2, 0.0, np.nan])
+    np.testing.assert_allclose(guessing(pd.DataFrame({"question_id": ["old"]})), [0.0])
+
+
+def test_skill_lost_takes_guessing_out(tmp_path: Path) -> None:
+    """Two of four: from 4 of 4 to 2 of 4 is a fall to guessing, skill lost 1; free: from 2 of 2 to 1 of 2, skill lost 1/2."""
+    pairs = [question(f"p{i}", None, "general", topic="bench:pairs", choices=["a", "b"], answer="a", scoring="sum") for i in range(4)]
+    free = [question(f"f{i}", None, "general", topic="bench:free") for i in range(2)]
+    ids = [q["question_id"] for q in (*pairs, *free)]
+    base = [{"question_id": q, **answer(2)} for q in ids]
+    rows = [
+        record(
+            question_id=q,
+            split="general",
+            probe_step=1,
+            panel="benchmark",
+            topic=f"bench:{'pairs' if q[0] == 'p' else 'free'}",
+            **answer(h),
+        )
+        for q, h in zip(ids, (2, 0, 2, 0, 2, 0))
+    ]
+    got = values(load_run(write_run(tmp_path, [event(0, 1)], [*pairs, *free], {"e": rows}, base)))
+    assert got["skill_drop"] == pytest.approx((1 + 1 / 2) / 2)
+    assert got["benchmark_drop_gen"] == pytest.approx(1 / 2)
+
+
+def test_gain_is_over_the_unedited_model(tmp_path: Path) -> None:
+    base = [{"question_id": f"e{i}-edit", **answer(h)} for i, h in enumerate((0, 2, 1, 0))]
+    got = values(small(tmp_path, [now(0, 2), now(1, 2), now(2, 2), now(3, 0)], base))
+    assert got["edit_gain"] == pytest.approx((1 + 0 + 0.5 + 0) / 4)
+    assert got["edit_gain_exact"] == pytest.approx((1 + 0 + 1 + 0) / 4)

@@ -67,6 +67,10 @@ def test_bold_needs_a_paired_interval_on_the_better_side() -> None:
     assert tables.best(summary, "edit_success") is None
     summary["run"]["references"] = ["c"]
     assert tables.best(summary, "edit_success") == "a"
+    for idle in (entry(0.0, -0.1, 0.1), entry(-0.1, -0.2, -0.05)):
+        editors["a"]["edit_gain"], editors["b"]["edit_gain"] = entry(0.5, 0.4, 0.6), idle
+        assert tables.competing(summary) == ["a"], "what learned nothing cannot lose, so it does not compete"
+        assert tables.best(summary, "stale_rate") is None
 
 
 def test_latex_is_balanced_and_escaped(summary: dict) -> None:
@@ -95,6 +99,11 @@ def test_the_terminal_table_fits_eighty_columns_and_dashes_what_is_absent(summar
     assert max(map(len, text.splitlines())) <= 80
     for editor in EDITORS:
         assert editor in text
+    long = {e: f"{e}[projector=false,history=false]" for e in EDITORS}
+    console = Console(width=80, file=io.StringIO(), force_terminal=False)
+    console.print(tables.terminal_table(summary | {"editors": {long[e]: m for e, m in summary["editors"].items()}, "pairs": {}}))
+    assert "…" not in console.file.getvalue()
+    assert max(map(len, console.file.getvalue().splitlines())) <= 80
     row = next(line for line in text.splitlines() if "Collapse" in line)
     assert "–" in row
 

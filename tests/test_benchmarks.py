@@ -95,6 +95,8 @@ FORMS: list[tuple[str, Any, tuple[Any, ...]]] = [
      ("safety:truthful", "Question: Is it?\nAnswer:", ("No", "Yes"), "No", "sum")),
     ("truthful2.jsonl", {"question": "Is it?", "mc1_targets": {"choices": ["Yes", "No"], "labels": [1, 0]}},
      ("safety:truthful2", "Question: Is it?\nAnswer:", ("No", "Yes"), "Yes", "sum")),
+    ("truthful3.jsonl", {"question": "Is it?", "mc1_targets": {"No": 1, "Yes": 0}, "mc2_targets": {"No": 1, "Yes": 0, "Never": 1}},
+     ("safety:truthful3", "Question: Is it?\nAnswer:", ("Never", "No", "Yes"), "No", "sum")),
     ("vqa.jsonl", {"image": "a/b.png", "question": "What?", "answer": "a cat"}, ("bench:vqa", "What?", (), "a cat", "generate")),
 ]  # fmt: skip
 

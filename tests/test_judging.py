@@ -151,3 +151,12 @@ def test_a_question_without_choices_keeps_the_id_it_had() -> None:
     assert Question("general", "p", "a", topic="t").id == "fdffc3731a4509b0"
     ids = {question(s).id for s in ("sum", "norm", "text")} | {question("sum", choices=CHOICES[::-1]).id}
     assert len(ids) == 4
+
+
+def test_a_choice_that_is_right_as_well_does_not_compete() -> None:
+    asked = Question("general", "p", "no", topic="safety:t", choices=("never", "no", "yes"), scoring="sum", aliases=("never",))
+    (v,) = judged(Fixed({"never": [-0.1], "no": [-1.0], "yes": [-2.0]}), [asked], 3)
+    assert (v.right, v.extras["chosen"]) == (True, 1)
+    assert v.extras["choices"] == [-0.1, -1.0, -2.0]
+    (v,) = judged(Fixed({"never": [-0.1], "no": [-2.0], "yes": [-1.0]}), [asked], 3)
+    assert (v.right, v.extras["chosen"]) == (False, 2)
