@@ -61,7 +61,7 @@ class Cell:
     @property
     def log(self) -> Path:
         """What its runs said: where each began or went on, stand-ins, skipped records."""
-        return self.folder.with_suffix(".log")
+        return self.folder.with_name(f"{self.folder.name}.log")
 
     @property
     def step(self) -> int:

@@ -21,6 +21,7 @@ import tyro
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from testbed.cells import Cell, Grid, expand, run_cell
 from testbed.config import BadConfig, set_fields
@@ -99,12 +100,14 @@ class Board:
         """One row a cell: what it is, its state, and how far its folder has come."""
         counts = Counter(self.state.values())
         table = Table(title=", ".join(f"{n} {s}" for s, n in sorted(counts.items())), box=None, title_justify="left")
-        for head in ("editor", "stream", "model", "seed", "state", "steps"):
+        for head in ("editor", "seed", "state", "steps", ""):
             table.add_column(head)
         for name, cell in self.grid.cells.items():
-            c, state = cell.config, self.state[name]
+            state = self.state[name]
             steps = f"{cell.step:,}" if state == "running" else ""
-            table.add_row(cell.editor, c.stream, Path(c.model).name, str(c.seed), f"[{_STYLES[state]}]{state}", steps)
+            apart = "; ".join(label for label, ids in self.grid.comparisons.items() if name in ids)
+            # as texts: an editor's name may have brackets, which are rich's markup
+            table.add_row(Text(cell.editor), str(cell.config.seed), Text(state, _STYLES[state]), steps, Text(apart))
         return table
 
 

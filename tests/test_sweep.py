@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,34 @@ def test_an_interrupted_sweep_says_how_to_go_on(
     monkeypatch.setattr(sweeps, "sweep", interrupted)
     assert main([str(written(tmp_path, "editor: noop"))]) == 130
     assert "Go on with the same command." in capsys.readouterr().err
+
+
+def test_the_table_tells_cells_apart_and_how_far_they_are(tmp_path: Path) -> None:
+    grid = expand({"editor": ["balancedit[w_pos=0.25]", "noop"], "batch": [1, 10]}, tmp_path / "out")
+    board = Board(tmp_path / "out", grid)
+    first = next(iter(grid.cells.values()))
+    first.log.parent.mkdir(parents=True)
+    first.log.write_text("begun\n")
+    (first.folder / "balancedit-w_pos=0.25" / "state").mkdir(parents=True)
+    (first.folder / "balancedit-w_pos=0.25" / "state" / "step-000050.safetensors").touch()
+    board.look()
+    screen = Console(width=120, record=True, file=io.StringIO())
+    screen.print(board.table())
+    lines = [line.split() for line in screen.export_text().splitlines()]
+    assert lines[0] == ["1", "running,", "3", "waiting"]
+    assert lines[2] == ["balancedit[w_pos=0.25]", "0", "running", "50", "batch=1"]
+    assert lines[3] == ["balancedit[w_pos=0.25]", "0", "waiting", "batch=10"]
+    assert [line[0] for line in lines[4:6]] == ["noop", "noop"]
+
+
+def test_on_a_terminal_the_table_is_live_and_elsewhere_silent(tmp_path: Path) -> None:
+    board = Board(tmp_path / "out", expand({"editor": "noop"}, tmp_path / "out"))
+    for terminal in (True, False):
+        shown = io.StringIO()
+        with sweeps._live(board, Console(file=shown, force_terminal=terminal, width=80)) as live:
+            live()
+        assert ("waiting" in shown.getvalue()) == terminal
+        assert terminal or shown.getvalue() == ""
 
 
 def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
