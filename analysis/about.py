@@ -41,6 +41,7 @@ def describe(runs: Sequence[Run], editors: Mapping[str, Mapping[str, Interval]],
     for name, entries in editors.items():
         absent = [m for m in expected if m not in entries]
         notes += [f"{name}: not measured: {', '.join(absent)}"] if absent else []
+    notes = gathered(notes, list(editors))
     last = {name: int(e.records["step"].max()) for name, e in run.editors.items()}
     left = {name: left_out(e) for name, e in run.editors.items()}
     out = run.manifest | {"notes": notes, "planned_step": run.planned_step, "last_step": last, "not_applied": left}
@@ -49,6 +50,15 @@ def describe(runs: Sequence[Run], editors: Mapping[str, Mapping[str, Interval]],
     if found:
         out["alarm"] = {"false_alarm_at_most": max(a.false_alarm for a in found), "evidence": EVIDENCE}
     return out
+
+
+def gathered(notes: Sequence[str], editors: Sequence[str]) -> list[str]:
+    """The notes, those that several editors share as one line that names them all, where the first of them stood."""
+    sharing: dict[str, list[str]] = {}
+    for note in notes:
+        name = next((e for e in editors if note.startswith(f"{e}: ")), None)
+        sharing.setdefault(note if name is None else note.removeprefix(f"{name}: "), []).extend([name] if name else [])
+    return [f"{', '.join(names)}: {text}" if names else text for text, names in sharing.items()]
 
 
 def precision(editors: Mapping[str, Mapping[str, Interval]]) -> dict[str, dict[str, float]]:

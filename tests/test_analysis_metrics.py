@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from analysis.ability import guessing
+from analysis.about import gathered
 from analysis.bootstrap import Resampler
 from analysis.catalogue import METRICS, metric_names
 from analysis.load import Run, load_run
@@ -185,6 +186,12 @@ def test_what_was_not_asked_is_absent_and_said_so(tmp_path: Path) -> None:
     assert {"edit_success", "edits"} <= set(summary["editors"]["e"])
     assert not {"portability", "general_score", "perplexity_ratio", "forgetting"} & set(summary["editors"]["e"])
     assert any("not measured" in n and "portability" in n for n in summary["run"]["notes"])
+
+
+def test_a_note_that_editors_share_is_one_line() -> None:
+    notes = ["a: derived values", "one order", "b: derived values", "c: derived values, nearly", "other: derived values"]
+    assert gathered(notes, ["a", "b", "c"]) == ["a, b: derived values", "one order", "c: derived values, nearly", "other: derived values"]
+    assert gathered(["memit+prune: x", "memit: x"], ["memit", "memit+prune"]) == ["memit+prune, memit: x"]
 
 
 def test_noop_scores_what_the_unedited_model_scored(fake: Run, fake_summary: dict) -> None:
