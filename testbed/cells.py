@@ -122,9 +122,12 @@ def _check_names(values: Mapping[str, Any]) -> None:
 
 
 def _choices(name: str, value: Any) -> list[Any]:
-    """The values of one field. Raises `BadConfig` for an empty list."""
+    """The values of one field. Raises `BadConfig` for an empty list, and editors that are no names."""
     if name == "editor":
-        found: list[Any] = [[e] for e in (variants.names(value) if isinstance(value, str) else value or []) if e]
+        names = variants.names(value) if isinstance(value, str) else value
+        if not isinstance(names, (list, tuple)) or not all(isinstance(e, str) for e in names):
+            raise BadConfig(f"editor must be a name or a list of names, got {value!r}")
+        found: list[Any] = [[e] for e in names if e]
     elif typing.get_origin(typing.get_type_hints(RunConfig)[name]) is tuple:
         several = isinstance(value, list) and any(isinstance(v, list) for v in value)
         found = [v if isinstance(v, list) else [v] for v in value] if several else [value]
