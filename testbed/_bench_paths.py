@@ -53,12 +53,12 @@ class Paths:
 def paths(handle: ModelHandle, stream: Stream, make: Make, edits: int = 4, batch: int = 16) -> Paths:
     """Measure one editor on the stream's first new facts: `edits` of them plainly, 4 times as many fast, `batch` at once."""
     events = [e for e in stream.events(8 * max(edits, batch)) if e.kind == "add"]
-    slow, slow_losses = _run(handle, stream, make(), [[e] for e in events[:edits]], whole=True)
-    fast, fast_losses = _run(handle, stream, make(), [[e] for e in events[: 4 * edits]])
+    slow, slow_losses = run_steps(handle, stream, make(), [[e] for e in events[:edits]], whole=True)
+    fast, fast_losses = run_steps(handle, stream, make(), [[e] for e in events[: 4 * edits]])
     together, batch_losses, most = None, [], make().traits.max_batch
     if most is None or most >= batch:
         many = events[: 2 * batch]
-        together, batch_losses = _run(handle, stream, make(), [many[:batch], many[batch:]])
+        together, batch_losses = run_steps(handle, stream, make(), [many[:batch], many[batch:]])
     traits = make().traits
     alone = traits.gated and traits.undo  # what can be undone one by one was trained one by one
     return Paths(
@@ -73,13 +73,18 @@ def paths(handle: ModelHandle, stream: Stream, make: Make, edits: int = 4, batch
     )
 
 
-def _run(
+def clock_of(handle: ModelHandle) -> Callable[[], float]:
+    """CPU seconds where the model runs on a CPU, in which neighbours do not count; else wall time."""
+    return time.process_time if handle.device.type == "cpu" else time.perf_counter
+
+
+def run_steps(
     handle: ModelHandle, stream: Stream, editor: Editor, steps: Sequence[Sequence[EditEvent]], whole: bool = False
 ) -> tuple[float, list[list[Tensor]]]:
     """Edits a second, and the losses (B,) of every training step of every step of the stream."""
     editor.prepare(handle, stream.train_pool())
     handle.cache.clear()
-    clock = time.process_time if handle.device.type == "cpu" else time.perf_counter
+    clock = clock_of(handle)
     seconds, losses = 0.0, []
     for n, events in enumerate(steps, 1):
         if whole:

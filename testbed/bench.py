@@ -1,8 +1,9 @@
 """`python -m testbed.bench`: edits a second, probe cost, state size, peak memory, for every editor and model.
 
 Timings live here and never in tests. `--what` chooses the tables: `editors` (one fresh editor on one model a
-line: a number of edits one at a time, then a panel of picture questions scored and generated through the
-edited model), `paths` (each method beside its plain path: one edit, whole forwards and backwards, no cache),
+line: a number of edits one at a time beside the method's plain path, seconds by stage, then a panel of questions
+scored and generated through the edited model, bytes kept), `long` (the cost of an edit late against early, from
+the reports of a run), `paths` (each method beside its plain path: one edit, whole forwards and backwards, no cache),
 `codebook` (insertion, retrieval and bytes by the number of entries), `locate` (locate-then-edit in batches
 beside one edit at a time on the plain path, also on a random model of GPT-2 small's shape; the solve beside
 dense ones).
@@ -13,7 +14,6 @@ from __future__ import annotations
 import json
 import platform
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -25,14 +25,14 @@ from rich.table import Table
 
 from streams.base import Stream
 from testbed import _bench_codebook, _bench_locate, models, variants
+from testbed._bench_editors import Amount, line
+from testbed._bench_long import costs
+from testbed._bench_models import NoRoom, open_model
 from testbed._bench_paths import paths
 from testbed.config import RunConfig
-from testbed.encode import Ask
-from testbed.events import EditBatch
-from testbed.loop import peak_bytes
-from testbed.predictor import Predictor
 from testbed.progress import bars
 from testbed.registry import STREAMS
+from testbed.run import told
 from testbed.runner import make_editor
 
 
@@ -41,47 +41,44 @@ class BenchConfig:
     """Measure editors: speed, probe cost, state size, peak memory."""
 
     what: tuple[str, ...] = ("editors",)
-    """Tables, separated by commas: editors, paths, codebook, locate."""
+    """Tables, separated by commas: editors, long, paths, codebook, locate."""
     editor: tuple[str, ...] = RunConfig.editor
     """Editors, separated by commas."""
     model: tuple[str, ...] = ("tiny",)
-    """Models, separated by commas: tiny, a folder or a hub id."""
+    """Models, separated by commas: tiny, a folder, a hub id, or random weights of a published shape: random:gpt2-small, random:gpt2-xl,
+    random:llama-3-8b, random:llava-1.5-7b, random:blip-2-opt-2.7b (what memory has no room for is left out and said)."""
+    device: str = "auto"
+    """auto, cpu, cuda, ..."""
+    dtype: str = "auto"
+    """auto (float32 on CPU, bfloat16 on GPU), float32, bfloat16, float16."""
     stream: str = "okedit-yearly"
     """Where edits and questions come from."""
+    text_stream: str = "world-yearly"
+    """The same for models that read no pictures."""
     seed: int = 0
     """Seed of the stream."""
     edits: int = 100
-    """Edits per editor; a plain path makes at most 4 of them."""
+    """Edits per editor; the plain path of `paths` makes at most 4 of them."""
+    plain: int = 2
+    """Edits on the plain path in `editors`; 0 leaves it out."""
     batch: int = 16
     """Edits trained at once, in `paths` and `locate`."""
     set: tuple[str, ...] = ()
-    """editor.field=value, in `locate`."""
+    """editor.field=value, in `locate` and `editors`."""
     questions: int = 512
     """Questions asked of the edited model."""
+    run: Path | None = None
+    """Run folder that `long` reads."""
+    at: tuple[int, ...] = (500, 5000)
+    """Edits made, at which `long` looks."""
     threads: int = 0
     """CPU threads; 0 leaves torch's own choice."""
     out: Path | None = None
     """JSON file to write."""
 
     def problems(self) -> list[str]:
-        unknown = [w for w in self.what if w not in TABLES]
-        return [f"--what {w!r} is not known; there are {', '.join(TABLES)}" for w in unknown]
-
-
-@dataclass(frozen=True)
-class Line:
-    """One editor on one model."""
-
-    model: str
-    editor: str
-    edits: int
-    edits_per_second: float
-    questions_per_second: float
-    """Scored and generated, after the edits, prompts already tokenised once."""
-    questions_per_second_first: float
-    """The same with nothing cached: tokenising, decoding and seeing each picture for the first time."""
-    state_bytes_per_edit: float
-    peak_bytes: int
+        unknown = [f"--what {w!r} is not known; there are {', '.join(TABLES)}" for w in self.what if w not in TABLES]
+        return unknown + (["--what long reads a run folder: give it with --run"] if "long" in self.what and self.run is None else [])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -98,26 +95,35 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(config.threads)
     console = Console()
     console = console if console.is_terminal else Console(width=_FILE_WIDTH)
-    found = {name: TABLES[name](config) for name in config.what}
+    code, found = told(lambda: {name: TABLES[name](config) for name in config.what})
+    if found is None:
+        return code
     for tables in found.values():
         for lines in tables:
-            console.print(table(lines))
+            if lines:
+                console.print(table(lines))
     if config.out:
         plain = {name: [_plain(x) for lines in tables for x in lines] for name, tables in found.items()}
         config.out.write_text(json.dumps({"machine": machine(), **plain}, indent=1) + "\n")
     return 0
 
 
-def measure(config: BenchConfig) -> list[list[Line]]:
+def measure(config: BenchConfig) -> list[list[Any]]:
     """Every editor on every model, one after another."""
-    return [_each(config, lambda handle, name: _line(config, handle, _stream(config), name))]
+    run, amount = RunConfig(set=config.set), Amount(config.edits, config.plain, config.questions)
+    return [_each(config, lambda h, name: line(h, _stream(config, h), lambda: make_editor(run, name), amount))]
+
+
+def measure_long(config: BenchConfig) -> list[list[Any]]:
+    """What an edit cost at each point of a run."""
+    return [costs(config.run, config.at)] if config.run else []
 
 
 def measure_paths(config: BenchConfig) -> list[list[Any]]:
     """Every editor beside its plain path, on every model."""
     edits = min(4, config.edits)
     run = RunConfig()
-    return [_each(config, lambda h, name: paths(h, _stream(config), lambda: make_editor(run, name), edits, config.batch))]
+    return [_each(config, lambda h, name: paths(h, _stream(config, h), lambda: make_editor(run, name), edits, config.batch))]
 
 
 def measure_codebook(config: BenchConfig) -> list[list[Any]]:
@@ -137,49 +143,40 @@ def measure_locate(config: BenchConfig) -> list[list[Any]]:
 
 TABLES: dict[str, Callable[[BenchConfig], list[list[Any]]]] = {
     "editors": measure,
+    "long": measure_long,
     "paths": measure_paths,
     "codebook": measure_codebook,
     "locate": measure_locate,
 }
 
 
-def _each(config: BenchConfig, line: Callable[[models.ModelHandle, str], Any]) -> list[Any]:
+def _each(config: BenchConfig, measured: Callable[[models.ModelHandle, str], Any]) -> list[Any]:
+    """A line an editor and model; nothing that one editor left on the model spares the next its work."""
     out = []
     with bars() as progress:
         for name in config.model:
+            handle = _opened(config, name)
+            if handle is None:
+                continue
             for editor in config.editor:
-                out.append(line(models.load(name), editor))
+                handle.cache.clear()
+                out.append(measured(handle, editor))
                 progress.advance("bench", len(out), len(config.model) * len(config.editor))
     return out
 
 
-def _stream(config: BenchConfig) -> Stream:
-    return STREAMS.get(config.stream)(RunConfig(stream=config.stream, seed=config.seed).stream_config())
+def _opened(config: BenchConfig, name: str) -> models.ModelHandle | None:
+    """The model, or None where memory has no room for it, which is said."""
+    try:
+        return open_model(name, config.device, config.dtype)
+    except NoRoom as e:
+        Console(stderr=True).print(f"left out: {e}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+        return None
 
 
-def _line(config: BenchConfig, handle: models.ModelHandle, stream: Stream, name: str) -> Line:
-    events = stream.events(config.edits)
-    asks = [Ask(q.prompt, q.image) for e in events for q in stream.questions(e) if q.image is not None or not handle.reads_pictures]
-    answers = [q.answer for e in events for q in stream.questions(e) if q.image is not None or not handle.reads_pictures]
-    asks, answers = asks[: config.questions], answers[: config.questions]
-    editor = make_editor(RunConfig(), name)
-    editor.prepare(handle, stream.train_pool())
-    start = time.perf_counter()
-    report = None
-    for i, e in enumerate(events, 1):
-        report = editor.apply(EditBatch((e,), i, {e.id: stream.paraphrases(e)}))
-    seconds = time.perf_counter() - start
-    handle.cache.clear()
-    first, again = (_ask_speed(editor.predictor(), asks, answers) for _ in range(2))
-    state = report.state_bytes if report else 0
-    speeds = (len(events) / seconds, again, first)
-    return Line(handle.name, name, len(events), *speeds, state / max(1, len(events)), peak_bytes(handle.device))
-
-
-def _ask_speed(predictor: Predictor, asks: list[Ask], answers: list[str | None]) -> float:
-    start = time.perf_counter()
-    predictor.respond(asks, answers, 16)
-    return len(asks) / (time.perf_counter() - start)
+def _stream(config: BenchConfig, handle: models.ModelHandle | None = None) -> Stream:
+    name = config.stream if handle is None or handle.reads_pictures else config.text_stream
+    return STREAMS.get(name)(RunConfig(stream=name, seed=config.seed).stream_config())
 
 
 def table(lines: Sequence[Any]) -> Table:

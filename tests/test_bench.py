@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,10 +12,13 @@ from _models import build
 from _plain import plain as plain_stream
 
 from testbed import _bench_codebook as books
-from testbed import bench
+from testbed import _bench_models, bench
+from testbed._bench_editors import Amount, line
+from testbed._bench_long import costs
 from testbed._bench_paths import apart, paths
 from testbed.editors._nearest import to_all
 from testbed.editors.codebook import Codebook
+from testbed.files import StoreError
 from testbed.registry import EDITORS
 
 GRADIENTS = [n for n in EDITORS.names() if n in ("balancedit", "balancedit-plus", "grace", "finetune")]
@@ -71,6 +76,58 @@ def test_retrieval_is_measured_against_the_forward_of_the_model() -> None:
     assert all(x.width == 96 and x.retrieval > 0 and x.share > 0 for x in lines)
 
 
+def test_an_editor_is_measured_beside_its_plain_path() -> None:
+    found = line(build("gpt2"), plain_stream(8), lambda: EDITORS.get("memit")(), Amount(edits=2, plain=1, questions=6))
+    assert (found.edits, found.failed) == (2, 0)
+    assert found.ratio is not None and found.ratio > 0
+    assert {part.split()[0] for part in found.edit_seconds.split(", ")} == {"setup", "targets", "keys", "solve"}
+    assert min(found.prepare_seconds, found.probe_seconds_per_thousand, found.probe_seconds_per_thousand_first) > 0
+    assert found.state_bytes_per_edit > 0
+    without = line(build("gpt2"), plain_stream(8), EDITORS.get("noop"), Amount(edits=2, plain=0, questions=2))
+    assert (without.plain_per_second, without.ratio, without.state_bytes_per_edit) == (None, None, 0)
+    assert bench.table([found, without]).row_count == 2
+
+
+def test_costs_early_and_late_are_medians_of_a_runs_reports(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(json.dumps({"editors": ["a", "short"]}))
+    for name, steps in (("a", 300), ("short", 3)):
+        lines = [
+            {
+                "step": n,
+                "event_ids": ["x", "y"],
+                "seconds": 0.01 * (1 + (n > 100)),
+                "state_bytes": n,
+                "notes": {"loss": 1.0, "entries": 2.0 * n},
+            }
+            for n in range(1, steps + 1)
+        ]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "edits.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    early, late = costs(tmp_path, (200, 600))
+    assert (early.editor, early.edits, early.milliseconds, early.times_first) == ("a", 200, 5.0, 1.0)
+    assert (late.edits, late.milliseconds, late.times_first, late.entries, late.state_bytes) == (600, 10.0, 2.0, 600.0, 300)
+    with pytest.raises(StoreError, match="has made 700 edits"):
+        costs(tmp_path, (700,))
+
+
+@pytest.mark.parametrize("name", list(_bench_models.SHAPES))
+def test_a_shape_has_the_layers_of_its_model(name: str) -> None:
+    """Parameters as published, to a hundredth: GPT-2 124 M and 1.56 B, Llama-3 8.03 B, LLaVA-1.5 7.06 B, BLIP-2 3.74 B."""
+    published = dict(zip(_bench_models.SHAPES, (124.4e6, 1557.6e6, 8030e6, 7063e6, 3745e6), strict=True))
+    assert _bench_models.parameters(name) == pytest.approx(published[name], rel=0.01)
+
+
+def test_a_shape_that_does_not_fit_is_left_out_and_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(_bench_models, "_free", lambda place: 10**9)
+    assert bench.main(["--model", "random:llama-3-8b", "--editor", "noop", "--device", "cpu", "--dtype", "bfloat16"]) == 0
+    assert "left out: random:llama-3-8b takes 16.1 GB" in capsys.readouterr().err
+
+
+def test_long_needs_a_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main(["--what", "long"]) == 2
+    assert "--run" in capsys.readouterr().err
+
+
 def test_an_unknown_table_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.main(["--what", "everything"]) == 2
-    assert "editors, paths, codebook" in capsys.readouterr().err
+    assert "editors, long, paths, codebook" in capsys.readouterr().err

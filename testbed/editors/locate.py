@@ -158,7 +158,7 @@ class LocateEditor(Editor):
             for stage in self._stages():
                 with self.handle.swapped(self.changes.parameters()):
                     self._run_stage(stage, group, batch.step, log)
-        return log.notes()
+        return log.notes() | {"past_keys": float(max(map(len, self.changes.keys.values()), default=0))}
 
     def _groups(self, events: list[EditEvent]) -> list[list[EditEvent]]:
         """Edits that are made together; a later group meets the weights that an earlier one left."""

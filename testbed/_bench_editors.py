@@ -1,0 +1,108 @@
+"""One editor on one model: edits a second beside its plain path, where the seconds go, what a probe costs, what is kept."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from streams.base import Stream
+from testbed._bench_paths import clock_of, run_steps
+from testbed.editors.base import Editor
+from testbed.encode import Ask
+from testbed.events import EditBatch, EditEvent
+from testbed.loop import peak_bytes
+from testbed.models import ModelHandle
+from testbed.predictor import Predictor
+
+
+@dataclass(frozen=True)
+class Line:
+    """One editor on one model; edits one at a time. Seconds are CPU seconds on a CPU, in which neighbours do not count, else wall
+    time to the end of all work; `edit_seconds` is wall time everywhere."""
+
+    model: str
+    editor: str
+    edits: int
+    failed: int
+    edits_per_second: float
+    plain_per_second: float | None
+    """The same method's plain path; absent where it was left out."""
+    prepare_seconds: float
+    """Once, before the first edit."""
+    edit_seconds: str
+    """Seconds of the edits by stage, where the method tells them."""
+    probe_seconds_per_thousand: float
+    """A thousand questions scored and generated, after the edits, prompts already tokenised once."""
+    probe_seconds_per_thousand_first: float
+    """The same with nothing cached: tokenising, decoding and seeing each picture for the first time."""
+    state_bytes_per_edit: float
+    peak_bytes: int
+    """Largest memory so far: of the process on a CPU, of this line on a GPU."""
+
+    @property
+    def ratio(self) -> float | None:
+        return self.edits_per_second / self.plain_per_second if self.plain_per_second else None
+
+
+@dataclass(frozen=True)
+class Amount:
+    """How much is measured: edits made, edits on the plain path (0 leaves it out), questions asked."""
+
+    edits: int
+    plain: int
+    questions: int
+
+
+def line(handle: ModelHandle, stream: Stream, make: Callable[[], Editor], amount: Amount) -> Line:
+    """Measure one editor on the stream's first events."""
+    if handle.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(handle.device)
+    events = stream.events(amount.edits)
+    editor = make()
+    prepared = _seconds(handle, lambda: editor.prepare(handle, stream.train_pool()))
+    stages, failed, report = Counter[str](), 0, None
+    clock = clock_of(handle)
+    start = clock()
+    for i, e in enumerate(events, 1):
+        report = editor.apply(EditBatch((e,), i, {e.id: stream.paraphrases(e)}))
+        stages.update({k.removeprefix("seconds_"): v for k, v in report.notes.items() if k.startswith("seconds_")})
+        failed += len(report.failed)
+    _wait(handle)
+    seconds = clock() - start
+    handle.cache.clear()
+    first, again = (_per_thousand(handle, editor.predictor(), *_asked(handle, stream, events, amount.questions)) for _ in range(2))
+    state, peak = (report.state_bytes if report else 0) / max(1, len(events)), peak_bytes(handle.device)
+    plain = _plainly(handle, stream, make, events[: amount.plain])
+    told = ", ".join(f"{k} {v:.2f}" for k, v in stages.items()) or f"{seconds:.2f}"
+    return Line(handle.name, editor.name, len(events), failed, len(events) / seconds, plain, prepared, told, again, first, state, peak)
+
+
+def _plainly(handle: ModelHandle, stream: Stream, make: Callable[[], Editor], events: Sequence[EditEvent]) -> float | None:
+    return run_steps(handle, stream, make(), [[e] for e in events], whole=True)[0] if events else None
+
+
+def _asked(handle: ModelHandle, stream: Stream, events: Sequence[EditEvent], n: int) -> tuple[list[Ask], list[str | None]]:
+    """Questions about the edits that the model can read, and their answers."""
+    found = [q for e in events for q in stream.questions(e) if (q.image is not None) == handle.reads_pictures][:n]
+    return [Ask(q.prompt, q.image) for q in found], [q.answer for q in found]
+
+
+def _per_thousand(handle: ModelHandle, predictor: Predictor, asks: list[Ask], answers: list[str | None]) -> float:
+    return 1000 * _seconds(handle, lambda: predictor.respond(asks, answers, 16)) / max(1, len(asks))
+
+
+def _seconds(handle: ModelHandle, work: Callable[[], object]) -> float:
+    clock = clock_of(handle)
+    start = clock()
+    work()
+    _wait(handle)
+    return clock() - start
+
+
+def _wait(handle: ModelHandle) -> None:
+    """Until the GPU has done what it was given."""
+    if handle.device.type == "cuda":
+        torch.cuda.synchronize(handle.device)
