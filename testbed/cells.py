@@ -34,15 +34,12 @@ _COMMON = ("stream", "benchmarks")
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of one editor; `config.out` is its folder."""
+    """One run of one editor."""
 
     id: str
     config: RunConfig
-
-    @property
-    def folder(self) -> Path:
-        assert self.config.out is not None
-        return self.config.out
+    folder: Path
+    """Its run folder, which is `config.out`."""
 
     @property
     def editor(self) -> str:
@@ -147,7 +144,7 @@ def _cell(chosen: Mapping[str, Any], out: Path) -> Cell:
         config = replace(config, data_root=config.data_root.absolute())
     name = content_id("cell", config.stored())[:12]
     folder = out.absolute() / "cells" / f"{folder_name(config.editor[0])}-{config.seed}-{name}"
-    return Cell(name, replace(config, out=folder, cache=out.absolute() / "shared"))
+    return Cell(name, replace(config, out=folder, cache=out.absolute() / "shared"), folder)
 
 
 def _anywhere(model: str) -> str:

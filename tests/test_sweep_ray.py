@@ -61,6 +61,7 @@ def rows(out: Path, editor: str) -> list[dict[str, Any]]:
     return [{k: v for k, v in r.items() if k != "seconds"} for r in found]
 
 
+@pytest.mark.slow
 def test_a_node_dies_and_everything_is_made_all_the_same(
     cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
