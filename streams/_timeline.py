@@ -53,10 +53,11 @@ class DatedStream(Stream):
         self.skipped = list(reading.skipped)
         self._digest = content_id(reading.digests)
         self._total = reading.total
-        self._single = 0
+        self._single = self._earlier = 0
         self._facts = list(self._changing(reading))
         if not self._facts:
-            raise BadStream(f"{self.name}: none of {reading.total:,} records makes a change ({reasons(self.skipped) or 'no records'}).")
+            what = f"none of {reading.total:,} records makes a change{self._since}"
+            raise BadStream(f"{self.name}: {what} ({reasons(self.skipped) or 'no records'}).")
         self._edited = {f.timeline.name: f for f in self._facts if f.role == "edit"}
         self._reserved = {f.place for f in self._facts if f.role != "probe"}
         self._controls = [f for f in self._facts if f.role == "probe"]
@@ -75,17 +76,22 @@ class DatedStream(Stream):
                 continue
             seen |= keys
             found = tuple(moves(t, self.skipped))
-            if found:
-                yield Fact(t, found, _role(t.name))
-            else:
-                self._single += 1
+            late = tuple(m for m in found if m.time >= self.config.since)
+            if late:
+                yield Fact(t, late, _role(t.name))
+            self._single += not found
+            self._earlier += len(found) - len(late)
+
+    @property
+    def _since(self) -> str:
+        return f" from {self.config.since} on" if self.config.since else ""
 
     @property
     def origin(self) -> str:
         changes = sum(len(f.moves) for f in self._facts)
         controls = len(self._facts) - len(self._edited)
         title = self.summary.split(":")[0]
-        return f"{title}, {changes:,} dated changes of {len(self._facts):,} facts, {controls:,} of these never edited"
+        return f"{title}, {changes:,} dated changes{self._since} of {len(self._facts):,} facts, {controls:,} of these never edited"
 
     def data_hash(self) -> str:
         return self._digest
@@ -94,7 +100,12 @@ class DatedStream(Stream):
         years: dict[str, int] = {}
         for e in self._events:
             years[str(e.year)] = years.get(str(e.year), 0) + 1
-        return {"records": self._total, "facts_without_a_certain_change": self._single, "edits_by_year": years}
+        return {
+            "records": self._total,
+            "facts_without_a_certain_change": self._single,
+            "changes_before": self._earlier,
+            "edits_by_year": years,
+        }
 
     @cached_property
     def _events(self) -> list[EditEvent]:

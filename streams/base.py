@@ -48,6 +48,9 @@ class StreamConfig:
     records: int = 0
     """How many usable records of a source without dates are taken, drawn by a hash of their names, so the same ones
     under every seed: a small model can be taught only so many beliefs. 0 is all of them."""
+    since: int = 0
+    """First year of a dated stream: a model is taught what was so before it, and what changed earlier is no edit.
+    0 begins with the first change."""
     missing_images: MissingImages = "skip"
     """What to do with a record whose picture is absent: skip it, ask without, or put its caption."""
     fields: tuple[str, ...] = ()
@@ -67,6 +70,8 @@ class StreamConfig:
                 out.append(f"stream.{name} must lie in [0, 1), got {getattr(self, name)}")
         if self.records < 0:
             out.append(f"stream.records must be 0 (all) or more, got {self.records}")
+        if self.since < 0:
+            out.append(f"stream.since must be 0 (the first change) or a year, got {self.since}")
         if self.repeats < 1:
             out.append(f"stream.repeats must be 1 or more, got {self.repeats}")
         if self.bursts and not UNEVEN[0] <= self.bursts <= UNEVEN[1]:

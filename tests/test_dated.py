@@ -113,6 +113,23 @@ def test_the_card_says_what_the_files_give(name: str, data_root: Path) -> None:
     assert sum(s.counts()["edits_by_year"].values()) == len(events)
 
 
+def test_a_stream_that_begins_later_is_its_last_part(tmp_path: Path) -> None:
+    rows = [[query(i, "2010", f"A{i}"), query(i, "2012", f"B{i}"), query(i, "2015", f"C{i}")] for i in range(40)]
+    (tmp_path / "time_editing.json").write_text(json.dumps(rows))
+    whole, late = (STREAMS.get("templama")(StreamConfig(data_root=tmp_path, since=y)) for y in (0, 2012))
+    assert [(e.prompt, e.target, e.time) for e in late.events(99)] == [
+        (e.prompt, e.target, e.time) for e in whole.events(99) if e.year >= 2012
+    ]
+    assert {e.kind for e in late.events(99)} == {"add"} and {e.kind for e in whole.events(99)} == {"add", "revise"}
+    assert {(q.answer or "")[0] for q in whole.beliefs()} == {"A"} and {(q.answer or "")[0] for q in late.beliefs()} == {"B"}
+    assert {(q.answer or "")[0] for q in late.general()} == {"B"}
+    assert late.counts()["changes_before"] == 40 and "from 2012 on" in late.origin
+    with pytest.raises(BadStream, match="none of 120 records makes a change from 2030 on"):
+        STREAMS.get("templama")(StreamConfig(data_root=tmp_path, since=2030))
+    with pytest.raises(BadStream, match="since must be 0"):
+        STREAMS.get("templama")(StreamConfig(data_root=tmp_path, since=-5))
+
+
 # bad input ---------------------------------------------------------------------------------------------------
 
 
