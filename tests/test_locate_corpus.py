@@ -46,7 +46,7 @@ def test_an_editor_takes_its_corpus_by_name(tmp_path: Path) -> None:
 def test_statistics_on_disk_are_used_for_their_model_text_and_layer_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     handle, corpus = replace(build("llama"), cache={}), corpus_of(TrainPool(texts=TEXTS[:7]), None)
     first = second_moments(handle, corpus, [0, 1], tmp_path)
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
     collected: list[Any] = []
     collect = _locate_moments._collect
     monkeypatch.setattr(_locate_moments, "_collect", lambda *a: (collected.append(a[2]), collect(*a))[1])

@@ -9,6 +9,7 @@ import importlib.util
 import json
 import math
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -123,16 +124,25 @@ def messages(raw: bytes) -> Iterator[bytes]:
             part = b""
 
 
-def test_wandb_holds_every_number_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def records(path: Path) -> list[Any]:
+    """All records of an offline run; wandb's own process may still be writing when a run has ended."""
     from wandb.proto import wandb_internal_pb2
 
+    for _ in range(300):
+        found: list[Any] = [wandb_internal_pb2.Record.FromString(m) for m in messages(path.read_bytes())]  # type: ignore[attr-defined]
+        if any(r.WhichOneof("record_type") == "exit" for r in found):
+            return found
+        time.sleep(0.1)
+    raise AssertionError(f"{path} was never ended")
+
+
+def test_wandb_holds_every_number_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = run(tmp_path / "run", monkeypatch, "wandb")
     files = sorted((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"), key=lambda p: p.stat().st_mtime)
     assert len(files) == len(kept)
     for path, steps in zip(files, kept.values()):
         got = {}
-        for data in messages(path.read_bytes()):
-            message: Any = wandb_internal_pb2.Record.FromString(data)  # type: ignore[attr-defined]
+        for message in records(path):
             if message.history.item:
                 row = {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in message.history.item}
                 got[int(row["_step"])] = row
