@@ -54,11 +54,12 @@ def describe(runs: Sequence[Run], editors: Mapping[str, Mapping[str, Interval]],
 
 def gathered(notes: Sequence[str], editors: Sequence[str]) -> list[str]:
     """The notes, those that several editors share as one line that names them all, where the first of them stood."""
-    sharing: dict[str, list[str]] = {}
+    sharing: dict[tuple[bool, str], list[str]] = {}
     for note in notes:
         name = next((e for e in editors if note.startswith(f"{e}: ")), None)
-        sharing.setdefault(note if name is None else note.removeprefix(f"{name}: "), []).extend([name] if name else [])
-    return [f"{', '.join(names)}: {text}" if names else text for text, names in sharing.items()]
+        text = note if name is None else note.removeprefix(f"{name}: ")
+        sharing.setdefault((name is None, text), []).extend([name] if name else [])
+    return [f"{', '.join(names)}: {text}" if names else text for (_, text), names in sharing.items()]
 
 
 def precision(editors: Mapping[str, Mapping[str, Interval]]) -> dict[str, dict[str, float]]:

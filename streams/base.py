@@ -46,8 +46,9 @@ class StreamConfig:
     """Order of the facts among the edits that a run takes: as drawn (or dated), by the unedited model's loss on the
     target, or those of one subject together. It depends on how many edits are taken; see `streams.arrange`."""
     records: int = 0
-    """How many usable records of a source without dates are taken, drawn by a hash of their names, so the same ones
-    under every seed: a small model can be taught only so many beliefs. 0 is all of them."""
+    """How many usable records of MMEdit, VLKEB, zsRE, CounterFact, KnowEdit, `jsonl:` or `hub:` are taken, drawn by a
+    hash of their names, so the same ones under every seed: a small model can be taught only so many beliefs. 0 is all
+    of them; other streams take all they have."""
     since: int = 0
     """First year of a dated stream: a model is taught what was so before it, and what changed earlier is no edit.
     0 begins with the first change."""

@@ -191,6 +191,7 @@ def test_what_was_not_asked_is_absent_and_said_so(tmp_path: Path) -> None:
 def test_a_note_that_editors_share_is_one_line() -> None:
     notes = ["a: derived values", "one order", "b: derived values", "c: derived values, nearly", "other: derived values"]
     assert gathered(notes, ["a", "b", "c"]) == ["a, b: derived values", "one order", "c: derived values, nearly", "other: derived values"]
+    assert gathered(["a: one order", "one order"], ["a"]) == ["a: one order", "one order"]
     assert gathered(["memit+prune: x", "memit: x"], ["memit", "memit+prune"]) == ["memit+prune, memit: x"]
 
 

@@ -166,7 +166,7 @@ def write(folder: Path, form: Form, name: str, content: Any) -> bytes:
     return raw
 
 
-def use(root: Path, form: Form) -> Stream | None:
+def check_use(root: Path, form: Form) -> Stream | None:
     """Everything that a run asks of a stream; None where it is refused with a message that says where."""
     s, message = None, ""
     try:
@@ -188,7 +188,7 @@ def use(root: Path, form: Form) -> Stream | None:
 
 
 def test_whole_files_are_read(root: Path, form: Form) -> None:
-    s = use(root, form)
+    s = check_use(root, form)
     assert s is not None
     assert len(s.events(100)) > N // 2
 
@@ -205,7 +205,7 @@ def test_any_byte_may_be_cut_changed_or_dropped(root: Path, form: Form, data: st
     )
     try:
         write(root, form, name, spoiled)
-        use(root, form)
+        check_use(root, form)
     finally:
         write(root, form, name, raw)
 
@@ -240,7 +240,7 @@ def test_any_value_may_have_any_type(root: Path, form: Form, data: st.DataObject
         target[last] = data.draw(JSON)
     try:
         write(root, form, name, top)
-        use(root, form)
+        check_use(root, form)
     finally:
         write(root, form, name, raw)
 
@@ -250,7 +250,7 @@ def test_a_thousand_copies_are_left_out_by_name(root: Path, form: Form) -> None:
     name, content = next(iter(form.files.items()))
     try:
         write(root, form, name, content + [content[3]] * 1000)
-        s = use(root, form)
+        s = check_use(root, form)
     finally:
         write(root, form, name, content)
     assert s is not None
