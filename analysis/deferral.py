@@ -1,7 +1,7 @@
 """Deferral of editors that gate: which questions they leave to the unedited model, against those that they should.
 
 An edit bears on its own question and the rephrased ones, those the editor is to answer; locality and general questions
-it is to leave. Portability, stale answers and running text are neither and do not count.
+it is to leave. Portability, stale answers, running text and edits still to come are neither and do not count.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ def decisions(editor: EditorRun, steps: Collection[int] | None = None) -> pd.Dat
 
     steps: only what was asked after one of these.
     """
-    rows = answers_with(editor.folder, "entry", ("probe_step", "probe", "split", "incl_prob"), steps)
-    rows = rows[rows["probe"] != RIGHT_AFTER]
+    rows = answers_with(editor.folder, "entry", ("probe_step", "edit_step", "probe", "split", "incl_prob"), steps)
+    coming = rows["edit_step"].astype(float) > rows["probe_step"].astype(float)
+    rows = rows[(rows["probe"] != RIGHT_AFTER) & ~coming]
     fired = ~rows["extras"].astype(str).str.contains(r'"entry":\s*null')
     weight = 1 / rows["incl_prob"].astype(float)
     return pd.DataFrame({"step": rows["probe_step"], "split": rows["split"], "fired": fired, "weight": weight})

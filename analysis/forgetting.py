@@ -75,7 +75,10 @@ def forgetting_max(run: Run, rows: pd.DataFrame, resampler: Resampler) -> Metric
 
 
 def forward_transfer(editor: EditorRun, resampler: Resampler) -> Metrics:
-    """Mean over edits asked before they were made of y_before - y_unedited (the last such answer). In [-1, 1]."""
+    """Mean over edits asked before they were made of y_before - y_unedited (the last such answer). In [-1, 1].
+
+    Lopez-Paz and Ranzato 2017, against the unedited model where they take an untrained one.
+    """
     rows = editor.records
     early = rows[(rows["split"] == "edit") & (rows["edit"] >= 0) & (rows["made"] > rows["step"]) & (rows["step"] > 0)]
     early = early.sort_values("step").drop_duplicates("edit", keep="last")

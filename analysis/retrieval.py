@@ -18,7 +18,7 @@ from analysis.extras import answers_with
 from analysis.load import Run
 
 BEARING = ("edit", "text_generality", "image_generality", "portability")
-"""Splits whose questions one edit bears on; on those of locality and general splits none does."""
+"""Splits whose questions one edit bears on, once it is made; on those of locality and general splits none does."""
 STALE = "stale"
 """The edit's own question once more, judged by the value before; left out."""
 ERRORS = ("miss", "reject", "wrong", "ignored")
@@ -52,8 +52,9 @@ def judged(rows: pd.DataFrame, events: pd.DataFrame) -> pd.DataFrame:
     rows = rows[rows["split"] != STALE]
     newer = {r.revises: r for r in events.itertuples() if r.revises}
     retired = set(events["edit_id"][events["kind"] == "retire"])
+    made = dict(zip(events["edit_id"], events["step"]))
     asked = zip(rows["split"], rows["edit_id"], rows["step"])
-    held = [_newest(newer, e, s) if split in BEARING and e is not None else None for split, e, s in asked]
+    held = [_newest(newer, e, s) if split in BEARING and e is not None and made[e] <= s else None for split, e, s in asked]
     truth = [None if e in retired else e for e in held]
     out = rows.assign(facts=_live(events, rows["step"].to_numpy()), bears=[t is not None for t in truth])
     out["rank"] = [found.index(t) + 1 if t in found else 0 for t, found in zip(truth, rows["retrieved"])]

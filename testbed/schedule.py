@@ -135,13 +135,15 @@ def _remember(stream: Stream) -> Callable[[EditEvent], Sequence[Question]]:
 def _build(past: Past, events: Sequence[EditEvent], batch: int, probes: dict[str, Probe]) -> Schedule:
     steps = []
     live: dict[str, Applied] = {}
-    for moment, edits in moments(events, batch):
+    planned = list(moments(events, batch))
+    every = tuple(a for _, edits in planned for a in edits)
+    for moment, edits in planned:
         for a in edits:
             if a.event.revises:
                 live.pop(a.event.revises, None)
             live[a.event.id] = a
         alive = tuple(a for a in edits if a.event.id in live)
-        now = replace(past, new=alive, live=tuple(live.values()))
+        now = replace(past, new=alive, live=tuple(live.values()), coming=every[moment.edits :])
         asked = [Asked(plan, name, p.version) for name, p in sorted(probes.items()) for plan in p.ask(now, moment)]
         steps.append(Step(moment, edits, tuple(asked)))
     return Schedule(tuple(steps), past.scale)

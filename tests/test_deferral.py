@@ -48,13 +48,14 @@ def test_an_editor_that_defers_exactly_what_it_should_scores_one() -> None:
     assert {k: v["value"] for k, v in deferral(rows).items()} == {"deferral_precision": 1.0, "deferral_recall": 1.0}
 
 
-def test_decisions_are_read_from_extras_and_answers_right_after_an_edit_are_left_out(tmp_path: Path) -> None:
-    told: list[dict[str, Any]] = [{"entry": None, "distance": 4}, {"entry": "abc"}, {}, {"entry": "abc"}]
+def test_decisions_are_read_from_extras_but_for_those_right_after_an_edit_or_before_it(tmp_path: Path) -> None:
+    told: list[dict[str, Any]] = [{"entry": None, "distance": 4}, {"entry": "abc"}, {}, {"entry": "abc"}, {"entry": None}]
     table = {
-        "probe_step": [3, 3, 3, 3],
-        "probe": ["locality", "retention", "general", "right_after"],
-        "split": ["locality_far", "edit", "general", "edit"],
-        "incl_prob": [0.5, 1.0, 1.0, 1.0],
+        "probe_step": [3, 3, 3, 3, 3],
+        "edit_step": [1, 3, None, 3, 4],
+        "probe": ["locality", "retention", "general", "right_after", "coming"],
+        "split": ["locality_far", "edit", "general", "edit", "edit"],
+        "incl_prob": [0.5, 1.0, 1.0, 1.0, 1.0],
         "extras": [json.dumps(x) for x in told],
     }
     (tmp_path / "records").mkdir()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections import Counter, defaultdict
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from _plain import Line, PlainStream, plain
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from testbed.events import Question
 from testbed.probes.base import Past, draw
+from testbed.probes.coming import SHARE as COMING
 from testbed.probes.ladder import SHARE
 from testbed.registry import PROBES
 from testbed.schedule import Asked, Plan, Schedule, build, moments
@@ -160,3 +162,29 @@ def test_a_stream_without_anything_unrelated_asks_nothing() -> None:
     for name in ("fresh", "unrelated", "ladder"):
         assert PROBES.get(name)().ask(past, full) == []
     assert PROBES.get("fresh")().ask(past, replace(full, reasons=frozenset({"power"}))) == []
+
+
+@WAITS
+@given(st.integers(1, 7), st.integers(3, 120), st.integers(0, 3))
+def test_before_a_year_begins_its_first_edits_are_asked_by_their_draw(batch: int, n: int, seed: int) -> None:
+    """Every third edit replaces the one before it, and is not asked before its time."""
+    stream = PlainStream([Line(1 + i * 4 / n, *((i - 1, "revise") if i % 3 == 2 else ())) for i in range(n)])
+    planned = schedule(stream, batch, seed)
+    asked = {(step, a.plan.edit.event.id) for step, a in of_panel(planned, "coming_year") if a.plan.edit}
+    ends = {s.edits[-1].event.year: s.moment.step for s in planned.steps}
+    years = sorted(ends)
+    due = set()
+    for before, year in pairwise(years):
+        first = (e for e in stream.all if e.year == year and e.revises is None)
+        due |= {(ends[before], e.id) for e in first if draw(seed, "coming", e.id) < COMING}
+    assert asked == due
+    assert all(a.plan.incl_prob == COMING and a.plan.question.split == "edit" for _, a in of_panel(planned, "coming_year"))
+
+
+def test_a_smaller_budget_asks_a_part_of_the_coming_edits() -> None:
+    stream = plain(500, per_year=50)
+    free, tight = (of_panel(schedule(stream, budget=b), "coming_year") for b in (10**6, 3000))
+    shares = {a.plan.incl_prob for _, a in tight}
+    assert len(shares) == 1
+    assert shares.pop() < COMING
+    assert {a.plan.question.id for _, a in tight} < {a.plan.question.id for _, a in free}

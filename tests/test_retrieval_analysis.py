@@ -61,6 +61,13 @@ def test_what_bears_is_the_newest_version_and_nothing_after_a_retirement(tmp_pat
     assert found["facts"].tolist() == [2, 2, 2, 2, 1, 1]
 
 
+def test_no_fact_bears_on_an_edit_still_to_come(tmp_path):
+    write_rows(tmp_path / "records" / "step-000001.parquet", Record, [answer("edit", "b1", 1, False, ["a1"], ["a1"])])
+    found = judged(ledgers(tmp_path), EVENTS)
+    assert (found["bears"].tolist(), found["error"].tolist()) == ([False], [""])
+    assert by_facts(found).iloc[0]["false_accept"] == 1
+
+
 def test_ranks_and_the_four_errors(rows):
     found = judged(rows, EVENTS)
     assert found["rank"].tolist() == [2, 0, 1, 2, 1, 0, 0, 1]

@@ -73,7 +73,8 @@ class Benchmark:
 class Past:
     """What has happened up to a moment.
 
-    new: edits of this step. live: all edits that no later one has replaced, oldest first.
+    new: edits of this step. live: all edits that no later one has replaced, oldest first. coming: edits that the run
+        will still make, in their order.
     scale: factor on panel sizes that keeps the run within its budget of questions.
     benchmarks: what the run was given to ask besides.
     """
@@ -85,6 +86,7 @@ class Past:
     seed: int
     scale: float = 1.0
     benchmarks: Sequence[Benchmark] = ()
+    coming: tuple[Applied, ...] = ()
 
     def size(self, n: int) -> int:
         """A panel size within the budget, never under 8."""
