@@ -125,6 +125,19 @@ def test_38_revise_and_revert() -> None:
     assert len(editor.book.log) == 4
 
 
+@pytest.mark.parametrize(("revision", "stands"), [("zone", [1]), ("key", [0, 1])])
+def test_38_how_near_another_answer_replaces_an_edit(revision: str, stands: list[int]) -> None:
+    """The first edit's paraphrase lies beyond the second edit's question; the third has the first one's own key."""
+    editor = make(revision=revision)
+    pair = [edit(0), edit(0, "two red towers", Noise(1), c.PROMPTS[0] + " now")]
+    editor.apply(EditBatch(tuple(pair), 1, {pair[0].id: ("the yellow stars and the river and the bridge",), pair[1].id: ()}))
+    assert editor.book.active.nonzero()[:, 0].tolist() == stands
+    again = edit(0, "three ships")
+    editor.apply(EditBatch((again,), 2, {again.id: ()}))
+    assert logits(editor, ASKS[:1])[1] == [again.id]
+    assert not editor.book.active[0]
+
+
 def test_39_nulls_come_from_the_pool_and_an_edit_beats_them() -> None:
     editor = make(BalancEditPlus, w_pos=0.0, others=0, siblings=0)
     pool = [Ask(q.prompt, q.image) for q in c.POOL.questions]

@@ -26,6 +26,17 @@ class Rows:
     at: Tensor
     edit: Tensor
 
+    @property
+    def widths(self) -> Tensor:
+        """(B,) columns from the lookup position to the last that predicts an answer token, both counted."""
+        column = torch.arange(self.batch.answer.shape[1], device=self.at.device)
+        return (self.batch.before_answer * column).amax(1) + 1 - self.at
+
+    @property
+    def width(self) -> int:
+        """The largest of `widths`."""
+        return int(self.widths.max())
+
 
 def ask_of(event: EditEvent, context: str = "") -> Ask:
     """The edit's prompt with its picture, behind a context sentence where one is given."""
@@ -90,13 +101,16 @@ def lookup(handle: ModelHandle, ask: Ask, subject: str | None) -> int:
 
 @torch.no_grad()
 def draw_contexts(handle: ModelHandle, n: int, length: int, generator: torch.Generator) -> list[str]:
-    """`n` beginnings of sentences of `length` tokens, sampled from the base model among its 5 likeliest next tokens."""
+    """`n` beginnings of sentences of `length` tokens, sampled from the base model among its 5 likeliest next tokens.
+
+    Of ids that the tokenizer has: some models score more, and those would be words of no letters.
+    """
     tok = handle.tokenizer
     out = []
     for i in range(n):
         ids: list[int] = tok(STARTERS[i % len(STARTERS)])["input_ids"]
         while len(ids) < length:
-            logits = handle.model(**text_batch(handle, [ids]).inputs, use_cache=False).logits[0, -1].float().cpu()
+            logits = handle.model(**text_batch(handle, [ids]).inputs, use_cache=False).logits[0, -1, : len(tok)].float().cpu()
             best = logits.topk(_TOP_K)
             new = int(best.indices[torch.multinomial(best.values.softmax(-1), 1, generator=generator)])
             if new == tok.eos_token_id:

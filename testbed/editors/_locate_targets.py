@@ -5,7 +5,7 @@
 (Meng et al. 2022, 2023, as released: the decay is the first power over the square.) All edits of a batch are
 optimised together, each with its own Adam moments, clamp and stop, so an edit's target does not depend on its
 batch mates. Layers up to the one that is changed, and all columns before the lookup position, run once; the
-head runs at answer positions only.
+head runs at answer positions only, nothing behind the last of them runs, and edits with as much to run share a forward.
 """
 
 from __future__ import annotations
@@ -23,6 +23,10 @@ from testbed.editors.base import EditFailed
 from testbed.events import EditEvent
 from testbed.models import ModelHandle
 from testbed.tail import enter, row_mean
+
+
+_LEAST = 8
+"""Fewer edits than this do not get a forward of their own for having less to run."""
 
 
 class Search(Protocol):
@@ -79,7 +83,7 @@ class Forward:
         self.n, self.layer = len(task.events), task.layer
         self.rows = answer_rows(task.handle, task.events, task.contexts, task.end)
         self.essence = subject_rows(task.handle, task.events)
-        self.answers = self._enter(task, self.rows, None)
+        self.answers = self._enter(task, self.rows, self.rows.width)
         self.plain = self._enter(task, self.essence, 1) if self.essence is not None else None
         self.before: Tensor | None = None
 
@@ -153,6 +157,30 @@ def search(task: Task, h: Search, scale: Tensor, forward_of: type[Forward] = For
     Raises `EditFailed` when a loss is not finite.
     """
     n, device, scale = len(task.events), scale.device, scale.reshape(len(scale), -1)
+    zero = torch.zeros(n, scale.shape[1] * task.handle.width, device=device)
+    found = Found(zero, torch.zeros(n, device=device), torch.zeros(n, device=device))
+    for keep in _alike(task):
+        part = _search(task.part(keep), h, scale[keep], forward_of)
+        found.delta[keep], found.loss[keep], found.steps[keep] = part.delta, part.loss, part.steps
+    return found
+
+
+def _alike(task: Task) -> list[list[int]]:
+    """The edits in groups with as many columns to run, so that little of a forward is padding."""
+    if len(task.events) == 1:
+        return [[0]]
+    rows = answer_rows(task.handle, task.events, task.contexts, task.end)
+    width = rows.widths.reshape(len(task.events), -1).amax(1)
+    groups: list[list[int]] = [[]]
+    for edit in width.argsort(stable=True).tolist():
+        if len(groups[-1]) >= _LEAST and width[edit] > width[groups[-1][-1]]:
+            groups.append([])
+        groups[-1].append(edit)
+    return groups
+
+
+def _search(task: Task, h: Search, scale: Tensor, forward_of: type[Forward]) -> Found:
+    n, device = len(task.events), scale.device
     zero = torch.zeros(n, scale.shape[1] * task.handle.width, device=device)
     found = Found(zero, torch.zeros(n, device=device), torch.zeros(n, device=device))
     live = torch.arange(n, device=device)

@@ -52,6 +52,8 @@ class BalancEditConfig(EditorConfig):
     """Which ball answers (paper: the nearest key's, if it holds the query)."""
     overlap: Literal["continue", "fresh"] = "continue"
     """Where an edit falls into the scope of an entry with the same answer, tune on from that entry's weights (paper) or from the base's."""
+    revision: Literal["zone", "key"] = "zone"
+    """Which earlier edit with another answer an edit replaces: one within reach of either's paraphrases, or only one with its own key."""
     negative: Literal["black", "white", "random"] = "black"
     """The negative anchor's picture (paper: black; white and a random one ablated)."""
     key: Literal["mean", "blocks"] = "mean"
@@ -173,7 +175,8 @@ class BalancEdit(Editor):
         least = _sites.slack(key, metric)
         d_pos, d_neg = float(direct(positive, key, metric).max()), float(direct(negative, key, metric).min())
         label = tuple(answer_ids(self.handle, _ask(event), event.target))
-        entry = Entry(event.id, label, d_pos < d_neg, max(d_pos, least))
+        zone = max(d_pos, least) if self.config.revision == "zone" else least
+        entry = Entry(event.id, label, d_pos < d_neg, zone)
         return Scope(key, max(radius(self.config.w_pos, d_pos, d_neg), least), entry)
 
     def _positive(self, event: EditEvent, paraphrases: tuple[str, ...]) -> list[Ask]:
