@@ -24,7 +24,6 @@ from testbed.events import EditEvent
 from testbed.models import ModelHandle
 from testbed.tail import enter, row_mean
 
-
 _LEAST = 8
 """Fewer edits than this do not get a forward of their own for having less to run."""
 
