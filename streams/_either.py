@@ -13,6 +13,7 @@ from testbed.events import EditEvent, Question
 class Either(Stream):
     """Hands everything to its source; `origin` and `time_axis` say which of the two a run has seen."""
 
+    heeds = frozenset({"records", "since"})  # or not, as its source does
     form: str
     """Form of the simulated world (see `streams.world.FORMS`)."""
 

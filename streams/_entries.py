@@ -28,6 +28,7 @@ class EntryStream(Stream):
     """
 
     time_axis = "scheduled"
+    heeds = frozenset({"records"})
     far_controls = True
     """Ask a control of another category as `locality_far`, where the record brings no far question itself."""
 

@@ -44,6 +44,7 @@ class DatedStream(Stream):
     """
 
     time_axis = "dated"
+    heeds = frozenset({"since"})
 
     def __init__(self, config: StreamConfig) -> None:
         super().__init__(config)

@@ -48,10 +48,10 @@ class StreamConfig:
     records: int = 0
     """How many usable records of MMEdit, VLKEB, zsRE, CounterFact, KnowEdit, `jsonl:` or `hub:` are taken, drawn by a
     hash of their names, so the same ones under every seed: a small model can be taught only so many beliefs. 0 is all
-    of them; other streams take all they have."""
+    of them; other streams refuse a number."""
     since: int = 0
     """First year of a dated stream: a model is taught what was so before it, and what changed earlier is no edit.
-    0 begins with the first change."""
+    0 begins with the first change; streams without dates refuse a year."""
     missing_images: MissingImages = "skip"
     """What to do with a record whose picture is absent: skip it, ask without, or put its caption."""
     fields: tuple[str, ...] = ()
@@ -118,9 +118,15 @@ class Stream(ABC):
     size: ClassVar[str]
     """How much the published source holds, for --list; what a run could use of it stands in `origin`."""
 
+    heeds: ClassVar[frozenset[str]] = frozenset()
+    """Which of `records` and `since` this stream can be told."""
+
     def __init__(self, config: StreamConfig) -> None:
         self.config = config
         self.skipped: list[Skipped] = []
+        for name in sorted({"records", "since"} - self.heeds):
+            if getattr(config, name):
+                raise BadStream(f"stream.{name} means nothing to this stream: leave it out, or take one that heeds it (docs/schedules.md)")
 
     @property
     @abstractmethod

@@ -36,6 +36,7 @@ class Merged(Stream):
 
     summary = "Several streams in one order of time: merged:A+B, each as NAME or NAME@FOLDER under --data-root"
     time_axis = "scheduled"
+    heeds = frozenset({"records", "since"})
     licence = "those of its streams"
     size = "as its streams"
     argument: ClassVar[str] = ""

@@ -165,6 +165,19 @@ def test_a_drifting_stream_is_a_stream(make: Make) -> None:
     assert {e.fact for e in one.events(N)} - {e.fact for e in one.events(40)}
 
 
+@pytest.mark.parametrize("name", ["records", "since"])
+def test_what_a_stream_does_not_heed_it_refuses(make: Make, stream: Stream, name: str) -> None:
+    """What it heeds changes its edits; nothing is passed over in silence."""
+    events = stream.events(N)
+    value = 60 if name == "records" else events[-1].year
+    sources = getattr(stream, "parts", [getattr(stream, "_source", stream)])
+    if all(name in s.heeds for s in sources):
+        assert [e.id for e in make(**{name: value}).events(N)] != [e.id for e in events]
+        return
+    with pytest.raises(BadStream, match=f"stream.{name}"):
+        make(**{name: value})
+
+
 def test_another_seed_is_another_order_of_the_same_data(make: Make) -> None:
     one, two = make(seed=0), make(seed=1)
     assert one.data_hash() == two.data_hash()
