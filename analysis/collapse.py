@@ -13,6 +13,8 @@ LOG_PERPLEXITY = float(np.log(2))
 """A rise of the log-perplexity above this (nats a token) marks a checkpoint."""
 RETAINED = 0.2
 """Retention under this share of the immediate success marks a checkpoint."""
+TAKEN = 0.1
+"""An editor whose edits have not raised token accuracy by this much right after has nothing to lose (`noop`)."""
 LEAST_EDITS = 5
 """A checkpoint that asked fewer edits is not judged by its retention."""
 
@@ -50,16 +52,21 @@ def perplexity_marks(editor: EditorRun) -> tuple[np.ndarray, np.ndarray]:
 
 
 def retention_marks(editor: EditorRun) -> tuple[np.ndarray, np.ndarray]:
-    """Steps, and whether token accuracy on live edits is under 0.2 x the mean right-after accuracy so far."""
+    """Steps, and whether token accuracy on live edits is under 0.2 x the mean right-after accuracy so far.
+
+    Only where that mean is at least 0.1 above the unedited model's on the same questions.
+    """
     rows = editor.records
     rows = rows[(rows["split"] == "edit") & rows["live"] & rows["tf"].notna()]
-    first = rows[rows["role"] == AFTER].groupby("step")["tf"].agg(["sum", "size"]).cumsum()
-    later = rows[rows["role"] == PANEL]
+    after, later = rows[rows["role"] == AFTER], rows[rows["role"] == PANEL]
+    before = np.nan_to_num(editor.base["tf"].to_numpy()[after["question"]])
+    first = pd.DataFrame({"step": after["step"], "tf": after["tf"], "gain": after["tf"] - before, "n": 1.0}).groupby("step").sum().cumsum()
     sums = pd.DataFrame({"step": later["step"], "top": later["tf"] * later["weight"], "bottom": later["weight"], "n": 1.0})
     kept = sums.groupby("step").sum()
     kept = kept[kept["n"] >= LEAST_EDITS]
-    once = (first["sum"] / first["size"]).reindex(kept.index.union(first.index)).ffill().reindex(kept.index)
-    return kept.index.to_numpy(), (kept["top"] / kept["bottom"] < RETAINED * once).to_numpy()
+    so_far = first.div(first["n"], axis=0).reindex(kept.index.union(first.index)).ffill().reindex(kept.index)
+    lost = (kept["top"] / kept["bottom"] < RETAINED * so_far["tf"]) & (so_far["gain"] >= TAKEN)
+    return kept.index.to_numpy(), lost.to_numpy()
 
 
 def _onset(steps: np.ndarray, marked: np.ndarray) -> Interval | None:

@@ -12,6 +12,7 @@ from analysis import style
 from analysis.plots_curves import ability, age, benchmarks, reach, retention, safety, survival
 from analysis.plots_gated import gated
 from analysis.plots_points import cost, gap, trade_off
+from analysis.plots_retrieval import retrieved
 from analysis.plots_state import forgetting, vitals
 from analysis.records import BadRun
 from analysis.scene import Scene, scene
@@ -26,7 +27,7 @@ FIGURES: dict[str, tuple[Callable[[Scene], Figure | None], str]] = {
     "forgetting": (forgetting, "Success (%) at the end of each year (across) on the live edits of each year (down), by editor."),
     "age": (age, "Share of live edits that are right, by the number of edits applied since; the first point is right after the edit."),
     "survival": (survival, "Share of edits that were right right after and have not been found wrong since, by edits applied since."),
-    "reach": (reach, "Generality (rephrasings, other pictures of the subject) and locality (answers unchanged) at each year's end."),
+    "reach": (reach, "Generality (rephrasings, other pictures), locality (answers unchanged) and portability at each year's end."),
     "ability": (ability, "General ability by topic, and perplexity of running text relative to the unedited model, by edits applied."),
     "benchmarks": (
         benchmarks,
@@ -35,6 +36,10 @@ FIGURES: dict[str, tuple[Callable[[Scene], Figure | None], str]] = {
     "safety": (safety, "Change of safety scores against the unedited model, on the same questions, by edits applied."),
     "vitals": (vitals, "What the monitors and the editors themselves report of the model's inside, by edits applied."),
     "gated": (gated, "Editors that gate: what is reached and spared, how often an entry answers, entries and bytes, by edits applied."),
+    "retrieved": (
+        retrieved,
+        "Editors that keep facts beside the model: facts found, given rightly, for nothing; what a question costs, by facts in the store.",
+    ),
     "gap": (gap, "One set of answers, three readings: token accuracy under teacher forcing, all tokens, free generation."),
     "cost": (cost, "Success at the end against the cost of an edit, its memory and the size of what the editor keeps."),
     "trade_off": (

@@ -24,6 +24,7 @@ SMALL_MULTIPLES = {
     "locality_sibling": "Locality: other question",
     "locality_far": "Locality: unrelated",
     "locality_text": "Locality: text only",
+    "portability": "Portability",
 }
 Frames = Mapping[str, pd.DataFrame]
 

@@ -148,7 +148,9 @@ def spread(places: np.ndarray, room: np.ndarray) -> np.ndarray:
 def _name(ax: Axes, name: str, end: tuple[float, float], height: float, look: Look) -> None:
     line = {"arrowstyle": "-", "color": look.colour, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3, "relpos": (0, 0.5)}
     where: dict[str, Any] = {"xytext": (1.05, height), "textcoords": "axes fraction", "va": "center", "annotation_clip": False}
-    ax.annotate(name, end, color=look.colour, fontsize=7.5, linespacing=0.95, arrowprops=line, **where)
+    text = ax.annotate(name, end, color=look.colour, fontsize=7.5, linespacing=0.95, arrowprops=line, **where)
+    place = ax.get_subplotspec()
+    text.set_in_layout(place is None or place.is_last_col())  # the empty place beside a short row is room enough
 
 
 def legend(figure: Figure, of: Looks) -> None:

@@ -161,6 +161,18 @@ def test_collapse_by_retention_under_a_fifth_of_the_immediate_success(tmp_path: 
     assert (entry["value"], entry["low"]) == (7.0, 6.0)
 
 
+def test_edits_that_never_took_cannot_collapse(tmp_path: Path) -> None:
+    """One of nine is right anyway, and the panel happens to miss it."""
+    events = [event(i, i + 1, time=float(i), subject=f"s{i}") for i in range(9)]
+    questions = [question(f"e{i}-edit", f"e{i}") for i in range(9)]
+    rows = [now(i, 2 * (i == 0)) for i in range(9)] + [ask(i, s, 0) for s in (6, 7, 9) for i in range(5)]
+    base = [{"question_id": f"e{i}-edit", "token_hits": 2 * (i == 0), "n_tokens": 2, "logprob": -2.0, "exact": i == 0} for i in range(9)]
+    for name, known, expected in (("noop", base, None), ("taught", base[1:], 6.0)):
+        run = load_run(write_run(tmp_path / name, events, questions, {"e": rows}, base=known))
+        entry = summarise(run, replicates=FEW)["editors"]["e"].get("collapse_step")
+        assert (entry and entry["value"]) == expected
+
+
 def test_half_life_is_where_conditional_retention_crosses_one_half(tmp_path: Path) -> None:
     events = [event(i, i + 1, subject=f"s{i}") for i in range(40)]
     questions = [question(f"e{i}-edit", f"e{i}") for i in range(40)]

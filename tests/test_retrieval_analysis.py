@@ -8,8 +8,11 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from _fake_run import record, write_rows
+from _fake_run import event, question, record, write_rows, write_run
 
+from analysis import plots
+from analysis.load import load_run
+from analysis.metrics import summarise
 from analysis.retrieval import by_facts, judged, ledgers, table
 from testbed.schema import Record
 
@@ -109,3 +112,29 @@ def test_the_table_names_the_order_and_the_editors_that_have_ledgers(tmp_path):
     found = table([run])
     assert found[["seed", "editor", "questions"]].values.tolist() == [[3, "a", 8]]
     assert table([SimpleNamespace(manifest={}, events=EVENTS, editors={"b": editors["b"]})]).empty  # type: ignore[list-item]
+
+
+def test_the_figure_shows_what_was_found_and_what_it_cost(tmp_path):
+    events = [event(i, i + 1, time=float(i + 1), subject=f"s{i}") for i in range(2)]
+    questions = [question(f"{i}-{s}", f"e{i}", s) for i in range(2) for s in ("edit", "locality_far")]
+    ledger = json.dumps({"retrieved": ["e1"], "used": ["e1"], "added_tokens": 10, "gate_tokens": 5, "dropped": 0})
+    told = [
+        record(editor="store", probe_step=2, question_id=f"{i}-{s}", edit_id=f"e{i}", edit_step=i + 1, split=s, exact=True, extras=ledger)
+        | {"generated": "x", "seconds": 0.02}
+        for i in range(2)
+        for s in ("edit", "locality_far")
+    ]
+    plain = [record(editor="weights", probe_step=2, question_id="0-edit", edit_id="e0", edit_step=1, exact=True)]
+    run = load_run(write_run(tmp_path, events, questions, {"store": told, "weights": plain}))
+    figure = plots.draw_all(plots.scene(run, summarise(run)))["retrieved"]
+    shown = {ax.get_title(loc="left"): [tuple(line.get_ydata()) for line in ax.lines if len(line.get_ydata())] for ax in figure.axes}
+    assert shown == {
+        "Bearing fact found": [(0.5,)],
+        "Bearing fact given": [(0.5,)],
+        "Given facts that bear": [(0.25,)],
+        "Given a fact for nothing": [(1.0,)],
+        "Tokens added a question": [(15.0,)],
+        "Milliseconds a question": [(20.0,)],
+    }
+    del run.editors["store"]
+    assert "retrieved" not in plots.draw_all(plots.scene(run, summarise(run)))
