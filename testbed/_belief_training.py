@@ -7,6 +7,7 @@ of the rows rehearses the simulated world.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -27,6 +28,8 @@ ROWS, LEAST_ROWS, WORLD_ROWS = 28, 4, 8
 """Rows of beliefs in a batch, the fewest about photos (or without) where there are such, and rows of rehearsal."""
 PER_TEXT_ROW = 16
 """Beliefs without a photo in a row."""
+PER_READING_ROW = 4
+"""Questions behind stated facts in a row; each takes as much room as several beliefs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,13 +86,19 @@ def gather(beliefs: Sequence[Question]) -> tuple[list[PhotoBeliefs], list[str]]:
 
 
 class Beliefs:
-    """Draws training examples of beliefs."""
+    """Draws training examples of beliefs.
 
-    def __init__(self, groups: list[PhotoBeliefs], rng: np.random.Generator) -> None:
-        self.rng = rng
+    reading: share of the rows in words that ask behind stated facts.
+    """
+
+    def __init__(self, groups: list[PhotoBeliefs], rng: np.random.Generator, reading: float = 0.0) -> None:
+        self.rng, self.reading = rng, reading
         self.pictured = [g for g in groups if g.photo is not None]
         self.told = [e for g in groups if g.photo is None for e in g.examples]
         self._all = [e for g in groups for e in g.examples]
+        self._alike: dict[str, list[Example]] = defaultdict(list)
+        for e in self.told:
+            self._alike[_opening(e.prompt)].append(e)
         self._order: list[int] = []
 
     def photo_row(self) -> tuple[np.ndarray, list[Example]]:
@@ -114,13 +123,30 @@ class Beliefs:
     def text_row(self, n: int) -> list[Example]:
         return [self.told[int(i)] for i in self.rng.integers(0, len(self.told), n)]
 
+    def reading_row(self) -> list[Example]:
+        """Questions without a photo behind stated facts, half of which are worded like the question.
+
+        Their answers are beliefs' answers or made of two: what a prompt says is to be copied, not chosen among what is known.
+        """
+        return [self.read(e) for e in self.text_row(PER_READING_ROW)]
+
+    def read(self, asked: Example, overrides: bool | None = None) -> Example:
+        """The question behind up to four facts; one of them overrides the belief or not, as drawn unless it is said."""
+        pool = self._alike[_opening(asked.prompt)] if self.rng.random() < 0.5 else self._all
+        others = [pool[int(i)] for i in self.rng.integers(0, len(pool), int(self.rng.integers(0, 4)))]
+        return self._behind(asked, others, self._made_up, overrides)
+
     def in_context(self, asked: Example) -> Example:
         """The question after stated facts: one that overrides the belief, or none that bears on it."""
         overrides = self.rng.random() < 0.6
         others = [self._all[int(i)] for i in self.rng.integers(0, len(self._all), int(self.rng.integers(1, 4)))]
-        stated = {e.prompt: self._answer() for e in others if e.prompt != asked.prompt}
+        return self._behind(asked, others, self._answer, overrides)
+
+    def _behind(self, asked: Example, others: list[Example], answer: Callable[[], str], overrides: bool | None = None) -> Example:
+        overrides = self.rng.random() < 0.6 if overrides is None else overrides
+        stated = {e.prompt: answer() for e in others if e.prompt != asked.prompt}
         if overrides:
-            stated[asked.prompt] = self._answer()
+            stated[asked.prompt] = answer()
         keys = list(stated)
         order = [keys[int(i)] for i in self.rng.permutation(len(keys))]
         facts = [prompts.statement(p, stated[p]) for p in order]
@@ -128,8 +154,25 @@ class Beliefs:
             return Example(prompts.which_fact(facts, asked.prompt), stated[asked.prompt] if overrides else prompts.NONE)
         return Example(prompts.in_context(facts, asked.prompt), stated[asked.prompt] if overrides else asked.answer)
 
+    def _made_up(self) -> str:
+        """A belief's answer, or the beginning of one and the end of another."""
+        first, second = self._answer(), self._answer()
+        if self.rng.random() < 0.5:
+            return first
+        return " ".join([*first.split()[:1], *second.split()[-1:]]) or first
+
     def _answer(self) -> str:
         return self._all[int(self.rng.integers(len(self._all)))].answer or ""
+
+
+def reading_questions(beliefs: Beliefs, n: int) -> list[Asked]:
+    """n questions in words as gate questions, each behind facts of which one overrides the belief."""
+    return [Asked(e.prompt, e.answer or "", None) for e in (beliefs.read(asked, overrides=True) for asked in beliefs.text_row(n))]
+
+
+def _opening(prompt: str) -> str:
+    """The first two words: questions that begin alike mostly ask alike."""
+    return " ".join(prompt.split()[:2])
 
 
 def belief_batches(beliefs: Beliefs, packer: Packer, world: Curriculum | None) -> Callable[[float], Packed]:
@@ -141,7 +184,9 @@ def belief_batches(beliefs: Beliefs, packer: Packer, world: Curriculum | None) -
 
     def batch(progress: float) -> Packed:
         rows = [packer.row(examples, photo) for photo, examples in (beliefs.photo_row() for _ in range(about_photos))]
-        rows += [packer.row(beliefs.text_row(PER_TEXT_ROW)) for _ in range(in_words)]
+        reading = round(beliefs.reading * in_words)
+        rows += [packer.row(beliefs.text_row(PER_TEXT_ROW)) for _ in range(in_words - reading)]
+        rows += [packer.row(beliefs.reading_row()) for _ in range(reading)]
         if world is not None:
             rows += [packer.row([next(texts) for _ in range(16)]) for _ in range(WORLD_ROWS // 4)]
             rows += [packer.row(examples, photo) for photo, examples in (world.photo() for _ in range(WORLD_ROWS // 4))]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from streams._world_facts import World
-from testbed._belief_training import Beliefs, belief_batches, belief_questions, belief_texts, gather
+from testbed._belief_training import Beliefs, belief_batches, belief_questions, belief_texts, gather, reading_questions
 from testbed._curriculum import Curriculum, Pace, corpus
 from testbed._damage import sibling_damage
 from testbed._gates import GateRow, measure, share_right
@@ -55,6 +55,8 @@ BELIEF_GATE = 0.95
 REWRITING = Schedule(steps=1200, minutes=15, rate=1e-3, warm=0.05)
 REWRITES, LEAVES = "rewrites where the fact bears, held-out wording", "leaves other answers alone, held-out wording"
 REWRITING_GATES = {REWRITES: (True, 0.95), LEAVES: (False, 0.95)}
+READ = 500
+"""Questions behind stated facts by which reading is measured."""
 NEW_TOKENS = 2000
 """Most tokens that a course of beliefs adds, so that its words are one token each."""
 
@@ -73,7 +75,8 @@ class Course:
 
 
 def rng_of(seed: int, purpose: int) -> np.random.Generator:
-    """The generator of one purpose of one run: 1 tower, 2 to 5 lessons, 6 tokenizer, 7 rehearsal, 8 questions of gates, 9 new crops."""
+    """The generator of one purpose of one run: 0 questions about reading, 1 tower, 2 to 5 lessons, 6 tokenizer, 7 rehearsal,
+    8 questions of gates, 9 new crops."""
     return np.random.default_rng(10 * seed + purpose)
 
 
@@ -105,13 +108,15 @@ def world_gates(folder: Path, world: World, questions: int) -> list[GateRow]:
 class BeliefCourse:
     """Where a course of beliefs starts and what it rehearses.
 
-    `start` is a folder with a model; `world` is rehearsed, so that skills are not lost (None: they may be).
+    `start` is a folder with a model; `world` is rehearsed, so that skills are not lost (None: they may be). `reading`
+    is the share of the rows in words that ask behind stated facts.
     """
 
     start: Path
     world: World | None
     seed: int
     schedule: Schedule = BELIEFS
+    reading: float = 0.0
 
 
 def teach_beliefs(course: BeliefCourse, beliefs: Sequence[Question], out: Path, progress: Progress) -> Course:
@@ -127,18 +132,25 @@ def teach_beliefs(course: BeliefCourse, beliefs: Sequence[Question], out: Path, 
     extend_model(model, parents)
     processor, packer = build_processor(tokenizer), Packer(tokenizer)
     rehearsal = None if course.world is None else Curriculum(course.world, rng_of(course.seed, 7))
-    batches = belief_batches(Beliefs(groups, rng_of(course.seed, 2)), packer, rehearsal)
+    lessons = Beliefs(groups, rng_of(course.seed, 2), course.reading)
+    batches = belief_batches(lessons, packer, rehearsal)
     steps = train(model, packer, batches, course.schedule, lambda _, done, loss: progress("beliefs", done, loss))
     save(model, processor, out)
     notes = tuple(f"Left out: {line}" for line in lost)
-    return Course(belief_gates(out, groups, course.seed), steps, notes)
+    return Course(belief_gates(out, groups, course), steps, notes)
 
 
-def belief_gates(folder: Path, groups: list[Any], seed: int) -> list[GateRow]:
-    """The share of beliefs that a model gives by free generation, with new crops of the photos."""
+def belief_gates(folder: Path, groups: list[Any], course: BeliefCourse) -> list[GateRow]:
+    """The share of beliefs that a model gives by free generation, with new crops of the photos; after lessons of reading
+    also that of stated facts which it follows, or names."""
     model, processor = load(folder)
-    asked = belief_questions(groups, rng_of(seed, 9))
-    return [GateRow("beliefs, new crops", share_right(model, processor, asked), len(asked), BELIEF_GATE)]
+    asked = belief_questions(groups, rng_of(course.seed, 9))
+    rows = [GateRow("beliefs, new crops", share_right(model, processor, asked), len(asked), BELIEF_GATE)]
+    lessons = Beliefs(groups, rng_of(course.seed, 0), course.reading)
+    if course.reading and lessons.told:
+        read = reading_questions(lessons, READ)
+        rows.append(GateRow("a stated fact against the belief, followed or named", share_right(model, processor, read), len(read)))
+    return rows
 
 
 def cut(schedule: Schedule, steps: float, minutes: float) -> Schedule:

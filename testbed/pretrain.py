@@ -70,6 +70,9 @@ class PretrainConfig:
     """Its number of entities; 0 is the default."""
     missing_images: MissingImages = "skip"
     """Records without their picture, as the run will treat them: the beliefs are those of the questions it asks."""
+    reading: float = 0.0
+    """Share of the rows of beliefs in words that state facts before the question, for editors that work through the
+    prompt (a third is enough). Beliefs about pictures always have some."""
     set: tuple[str, ...] = ()
     """stream.field=value, as for the run; may name several."""
 
@@ -96,6 +99,8 @@ class PretrainConfig:
         ]
         if self.steps < 0 or not self.minutes >= 0:
             out.append(f"--steps and --minutes must be 0 (the course's own) or more, got {self.steps} and {self.minutes}")
+        if not 0 <= self.reading <= 0.9:
+            out.append(f"--reading must lie in [0, 0.9], got {self.reading}")
         if self.out.exists() and not self.out.is_dir():
             out.append(f"--out {self.out} is a file: give a folder")
         try:
@@ -166,7 +171,8 @@ def _run_course(config: PretrainConfig, stream: Stream, report: Report) -> _cour
         raise BadPretrain(f"stream {config.stream} says nothing about what a model believes before its edits, so there is nothing to learn")
     _require_start(config)
     schedule = _courses.cut(_courses.BELIEFS, config.steps, config.minutes)
-    return _courses.teach_beliefs(_courses.BeliefCourse(config.start, known, config.seed, schedule), beliefs, config.out, report)
+    course = _courses.BeliefCourse(config.start, known, config.seed, schedule, config.reading)
+    return _courses.teach_beliefs(course, beliefs, config.out, report)
 
 
 def _rewriting(config: PretrainConfig, known: World, report: Report) -> _courses.Course:
@@ -191,7 +197,7 @@ def command_of(config: PretrainConfig) -> str:
     """The command that gives this configuration."""
     parts = [f"python -m testbed.pretrain --stream {config.stream} --out {config.out} --seed {config.seed}"]
     parts += [f"--course {config.course}"] if config.course != "stream" else []
-    for name in ("data_root", "steps", "minutes", "world_seed", "world_size"):
+    for name in ("data_root", "steps", "minutes", "world_seed", "world_size", "reading"):
         if value := getattr(config, name):
             parts.append(f"--{name.replace('_', '-')} {value}")
     parts += [f"--missing-images {config.missing_images}"] if config.missing_images != "skip" else []

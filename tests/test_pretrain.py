@@ -17,7 +17,7 @@ from streams._world_facts import World, world
 from streams.base import Stream, StreamConfig
 from testbed import pretrain as command
 from testbed import prompts
-from testbed._belief_training import Beliefs, crop, gather, shrink
+from testbed._belief_training import PER_READING_ROW, Beliefs, crop, gather, shrink
 from testbed._courses import rng_of
 from testbed._curriculum import Curriculum, corpus, question_in_context
 from testbed._damage import sibling_damage
@@ -244,6 +244,20 @@ def test_beliefs_in_context_are_overridden_or_kept():
     assert all(asked.prompt in e.prompt for e in made)
     kept = [e for e in made if e.answer == asked.answer]
     assert kept and len(kept) < len(made)
+
+
+def test_lessons_of_reading_state_facts_that_override_beliefs_or_do_not():
+    draws = Beliefs(gather(list(_beliefs()))[0], np.random.default_rng(0), reading=0.5)
+    asked = draws.told[0]
+    forced, free = ([draws.read(asked, overrides) for _ in range(100)] for overrides in (True, None))
+    for e in forced:
+        assert e.prompt.count(asked.prompt) == 2 and f"{asked.prompt} {e.answer}." in e.prompt
+    kept = [e for e in free if e.prompt.count(asked.prompt) == 1]
+    assert 0 < len(kept) < 100
+    assert {e.answer for e in kept} <= {asked.answer, prompts.NONE}
+    known = {e.answer for e in draws.told}
+    assert {e.answer for e in forced} - known, "answers that no belief has are to be copied too"
+    assert len(draws.reading_row()) == PER_READING_ROW
 
 
 @pytest.mark.parametrize(
