@@ -6,18 +6,17 @@ import copy
 import re
 import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from _shots import beliefs
 
 from streams._world_facts import World, world
 from streams.base import Stream, StreamConfig
 from testbed import pretrain as command
 from testbed import prompts
-from testbed._belief_training import PER_READING_ROW, Beliefs, crop, gather, shrink
 from testbed._courses import rng_of
 from testbed._curriculum import Curriculum, corpus, question_in_context
 from testbed._damage import sibling_damage
@@ -204,71 +203,6 @@ def test_measuring_the_damage_puts_the_weights_back(small, saved):
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
-@dataclass(frozen=True)
-class Shot:
-    """A made-up photo."""
-
-    key: str
-
-    def load(self) -> np.ndarray:
-        return np.random.default_rng(len(self.key)).integers(0, 255, (160, 120, 3), dtype=np.uint8)
-
-
-def _beliefs() -> Iterator[Question]:
-    for i in range(4):
-        yield Question("general", f"What is in picture {i}?", f"thing {i}", image=Shot("p" * (i + 1)))
-    yield Question("general", "What is the sky?", "blue")
-
-
-def test_beliefs_are_gathered_by_photo_and_contradictions_refused():
-    groups, lost = gather(list(_beliefs()))
-    assert [g.photo is None for g in groups] == [False] * 4 + [True] and not lost
-    with pytest.raises(ValueError, match="two answers"):
-        gather([*_beliefs(), Question("general", "What is the sky?", "grey")])
-    with pytest.raises(ValueError, match="no answer"):
-        gather([Question("locality_far", "What is it?")])
-
-
-def test_crops_are_new_squares_of_the_photo():
-    rng = np.random.default_rng(0)
-    photo = shrink(Shot("x").load())
-    assert photo.shape == (128, 96, 3)
-    a, b = crop(photo, rng), crop(photo, rng)
-    assert a.shape == (48, 48, 3) and a.dtype == np.uint8 and not np.array_equal(a, b)
-
-
-def test_beliefs_in_context_are_overridden_or_kept():
-    draws = Beliefs(gather(list(_beliefs()))[0], np.random.default_rng(0))
-    asked = draws.told[0]
-    made = [draws.in_context(asked) for _ in range(100)]
-    assert all(asked.prompt in e.prompt for e in made)
-    kept = [e for e in made if e.answer == asked.answer]
-    assert kept and len(kept) < len(made)
-
-
-def test_lessons_of_reading_state_facts_that_override_beliefs_or_do_not():
-    draws = Beliefs(gather(list(_beliefs()))[0], np.random.default_rng(0), reading=0.5)
-    asked = draws.told[0]
-    forced, free = ([draws.read(asked, overrides) for _ in range(100)] for overrides in (True, None))
-    for e in forced:
-        assert e.prompt.count(asked.prompt) == 2 and f"{asked.prompt} {e.answer}." in e.prompt
-    kept = [e for e in free if e.prompt.count(asked.prompt) == 1]
-    assert 0 < len(kept) < 100
-    assert {e.answer for e in kept} <= {asked.answer, prompts.NONE}
-    known = {e.answer for e in draws.told}
-    assert {e.answer for e in forced} - known, "answers that no belief has are to be copied too"
-    assert len(draws.reading_row()) == PER_READING_ROW
-
-
-@pytest.mark.parametrize(
-    ("photos", "texts", "rows"), [(9, 0, (24, 0)), (0, 9, (0, 24)), (72, 140, (24, 4)), (315, 16_230, (7, 21)), (1, 10**5, (4, 24))]
-)
-def test_photos_and_texts_share_a_batch_by_their_numbers(photos, texts, rows):
-    draws = Beliefs(gather(list(_beliefs()))[0], np.random.default_rng(0))
-    draws.pictured, draws.told = draws.pictured[:1] * photos, draws.told[:1] * texts
-    assert draws.rows() == rows
-
-
 def test_new_words_become_one_token_and_old_ones_stay(small, parts):
     tokenizer, _, model = parts
     texts = [" a passenger bus"] * 3 + ["\nIn this photograph, what is it?"]
@@ -310,7 +244,7 @@ def made_up_stream(monkeypatch):
             return ()
 
         def beliefs(self) -> Iterator[Question]:
-            return _beliefs() if self.told else iter(())
+            return beliefs() if self.told else iter(())
 
     STREAMS.scan()
     monkeypatch.setitem(STREAMS._entries, "made-up", MadeUp)
@@ -319,9 +253,10 @@ def made_up_stream(monkeypatch):
 
 def test_a_course_of_beliefs_writes_a_model_and_its_card(made_up_stream, saved, tmp_path, capsys):
     out = tmp_path / "out"
-    args = ["--stream", "made-up", "--out", str(out), "--start", str(saved), "--steps", "2", "--threads", "2"]
+    args = ["--stream", "made-up", "--out", str(out), "--start", str(saved), "--steps", "2", "--threads", "2", "--reading", "0.3"]
     assert command.main(args) in (0, 1)
     card = (out / "README.md").read_text()
+    assert "a stated fact against the belief" in card and "--reading 0.3" in card
     assert "made-up photos" in card and "beliefs, new crops" in card and command.weights_sha256(out) in card
     assert "--steps 2" in card and "beliefs" in capsys.readouterr().out
     load(out)
@@ -333,6 +268,7 @@ def test_a_course_of_beliefs_writes_a_model_and_its_card(made_up_stream, saved, 
         (["--stream", "world-yearl", "--out", "o"], "world-yearly"),
         (["--stream", "world-yearly", "--out", "o", "--threads", "0", "--minutes", "-1"], "--threads"),
         (["--stream", "world-yearly", "--out", "o", "--world-size", "33"], "multiple of 20"),
+        (["--stream", "world-yearly", "--out", "o", "--reading", "1"], "--reading must lie in"),
         (["--stream", "made-up", "--out", "o", "--start", "nowhere"], "no model lies in nowhere"),
         (["--stream", "world-yearly", "--out", "o", "--set", "world_size=40"], "expected stream.field=value"),
         (["--stream", "world-yearly", "--out", "o", "--set", "stream.colour=1", "stream.revise=2"], "no field 'colour'"),
