@@ -15,7 +15,7 @@ from analysis import facts, plots, published, style
 from analysis.catalogue import METRICS, READING_TITLES, SUFFIXES, show, split_name, unit_of
 from analysis.load import Run
 from analysis.scene import Scene
-from analysis.tables import best, interval, main_columns, main_reading
+from analysis.tables import best, interval, main_columns, main_reading, other_columns
 from analysis.verdict import verdicts
 
 _SHOWN_DPI = 170
@@ -40,6 +40,7 @@ def context(s: Scene, figures: dict[str, Figure]) -> dict[str, Any]:
         "references": about.get("references", ()),
         "headlines": {e: facts.headline(m, suffix) for e, m in summary["editors"].items()},
         "tables": {READING_TITLES[x]: main_table(summary, x) for x in _readings_first(summary, suffix)},
+        "others": other_table(summary, suffix),
         "published": published.beside(run, summary),
         "figures": [
             {"name": n, "caption": plots.FIGURES[n][1], "data": picture(f), "narrow": f.get_figwidth() < 5} for n, f in figures.items()
@@ -84,6 +85,13 @@ def main_table(summary: dict[str, Any], suffix: str) -> dict[str, Any]:
         ],
         "rows": rows,
     }
+
+
+def other_table(summary: dict[str, Any], suffix: str) -> dict[str, dict[str, Any]]:
+    """Title and unit of every other metric to a cell an editor."""
+    editors, names = summary["editors"].items(), other_columns(summary, suffix)
+    titles = {n: METRICS[split_name(n)[0]].title + (f" ({unit_of(n)})" if unit_of(n) else "") for n in names}
+    return {titles[n]: {e: _cell(m, n, False) for e, m in editors} for n in names}
 
 
 def commands(s: Scene) -> list[str]:

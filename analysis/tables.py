@@ -50,6 +50,12 @@ def main_columns(summary: Summary, suffix: str) -> list[str]:
     return [n for n in names if any(n in e for e in summary["editors"].values())]
 
 
+def other_columns(summary: Summary, suffix: str) -> list[str]:
+    """All metrics beside the main ones that some editor has, under one reading, in the order of the catalogue."""
+    names = [m + suffix if metric.readings else m for m, metric in METRICS.items() if m not in MAIN]
+    return [n for n in names if any(n in e for e in summary["editors"].values())]
+
+
 def best(summary: Summary, name: str) -> str | None:
     """The rival whose paired difference to every other rival excludes zero on the better side, if there is one."""
     better = METRICS[split_name(name)[0]].better

@@ -13,10 +13,12 @@ from pathlib import Path
 
 import pytest
 from _fake_run import EDITORS, Plan, event, fake_run, question, record, write_run
+from markupsafe import escape
 from rich.console import Console
 
 from analysis import plots, tables
 from analysis.__main__ import main
+from analysis.catalogue import METRICS, split_name
 from analysis.load import BadRun, load_run
 from analysis.metrics import summarise
 from analysis.report import write_all
@@ -147,6 +149,16 @@ def test_the_page_is_whole_self_contained_and_escaped(out: Path) -> None:
     assert len(pictures) == len(list((out / "figures").glob("*.png")))
     assert all(a["src"].startswith("data:image/png;base64,") and a["alt"] for a in pictures)
     assert not re.search(r"(src|href)=\"(?!data:|#)", text)
+
+
+def test_every_metric_of_the_leading_reading_is_on_the_page(out: Path, summary: dict) -> None:
+    """The main ones in the first table, all others below it."""
+    text = (out / "report.html").read_text("utf-8")
+    have = {n for m in summary["editors"].values() for n in m}
+    shown = {*tables.main_columns(summary, "_gen"), *tables.other_columns(summary, "_gen")}
+    assert shown == {n for n in have if n.endswith("_gen") or not METRICS[split_name(n)[0]].readings}
+    for name in tables.other_columns(summary, "_gen"):
+        assert f'<th scope="row">{escape(METRICS[split_name(name)[0]].title)}' in text
 
 
 def test_verdicts_come_first_then_notes_and_skipped_records_are_listed(out: Path) -> None:
