@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from analysis import retrieval, style
+from analysis import style
 from analysis.scene import Scene
 
 PANELS = {
@@ -27,7 +27,7 @@ _COUNTED = ("tokens", "seconds")
 
 def retrieved(s: Scene) -> Figure | None:
     """Shares of questions and costs of a question by the number of facts, mean of the orders; no intervals."""
-    table = retrieval.table(s.runs)
+    table = s.ledgers
     if not len(table):
         return None
     figure, axes, across = s.panels(len(PANELS), 1.9, sharex=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis import curves, style
+from analysis import curves, retrieval, style
 from analysis.bootstrap import Resampler
 from analysis.catalogue import READING_TITLES, SUFFIXES
 from analysis.load import READINGS, EditorRun, Run
@@ -51,6 +52,11 @@ class Scene:
     @property
     def time_label(self) -> str:
         return style.TIME_LABELS.get(self.run.time_axis, "years")
+
+    @cached_property
+    def ledgers(self) -> pd.DataFrame:
+        """The table of `analysis.retrieval`, read once for figure and file."""
+        return retrieval.table(self.runs)
 
     @property
     def width(self) -> float:

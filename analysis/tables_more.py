@@ -6,7 +6,7 @@ from functools import partial
 
 import pandas as pd
 
-from analysis import curves, published, retrieval
+from analysis import curves, published
 from analysis.ability import topic_table
 from analysis.catalogue import READING_TITLES
 from analysis.load import READINGS
@@ -21,7 +21,7 @@ def files(s: Scene, kinds: tuple[str, ...]) -> dict[str, str]:
             "forgetting.csv": matrices(s),
             "topics.csv": topic_scores(s),
             "published.csv": pd.DataFrame(published.rows(s.run, s.summary)),
-            "retrieval.csv": retrieval.table(s.runs),
+            "retrieval.csv": s.ledgers,
         }
         out = {name: frame.to_csv(index=False, lineterminator="\n") for name, frame in found.items() if len(frame)}
     return out

@@ -197,6 +197,7 @@ def command_of(config: PretrainConfig) -> str:
     """The command that gives this configuration."""
     parts = [f"python -m testbed.pretrain --stream {config.stream} --out {config.out} --seed {config.seed}"]
     parts += [f"--course {config.course}"] if config.course != "stream" else []
+    parts += [f"--start {config.start}"] if config.start != ASSETS else []
     for name in ("data_root", "steps", "minutes", "world_seed", "world_size", "reading"):
         if value := getattr(config, name):
             parts.append(f"--{name.replace('_', '-')} {value}")

@@ -257,6 +257,7 @@ def test_a_course_of_beliefs_writes_a_model_and_its_card(made_up_stream, saved, 
     assert command.main(args) in (0, 1)
     card = (out / "README.md").read_text()
     assert "a stated fact against the belief" in card and "--reading 0.3" in card
+    assert f"--start {saved}" in card
     assert "made-up photos" in card and "beliefs, new crops" in card and command.weights_sha256(out) in card
     assert "--steps 2" in card and "beliefs" in capsys.readouterr().out
     load(out)

@@ -27,15 +27,9 @@ class Rows:
     edit: Tensor
 
     @property
-    def widths(self) -> Tensor:
-        """(B,) columns from the lookup position to the last that predicts an answer token, both counted."""
-        column = torch.arange(self.batch.answer.shape[1], device=self.at.device)
-        return (self.batch.before_answer * column).amax(1) + 1 - self.at
-
-    @property
     def width(self) -> int:
-        """The largest of `widths`."""
-        return int(self.widths.max())
+        """Columns from the lookup position to the last that predicts an answer token, both counted."""
+        return int(self.batch.before_answer.nonzero()[:, 1].max()) + 1 - int(self.at[0])
 
 
 def ask_of(event: EditEvent, context: str = "") -> Ask:
@@ -62,6 +56,13 @@ def answer_rows(handle: ModelHandle, events: Sequence[EditEvent], contexts: Sequ
     """The same, each followed by the edit's target (and, with `end`, by the end token), lookup positions in one column."""
     rows = [(i, e, c) for i, e in enumerate(events) for c in contexts]
     return _aligned(handle, rows, [answer_ids(handle, ask_of(e), e.target) for _, e, _ in rows], end)
+
+
+def columns(handle: ModelHandle, event: EditEvent, end: bool) -> int:
+    """Columns from the subject's end in the bare prompt to the last that predicts an answer token, both counted."""
+    ask = ask_of(event)
+    behind = prompt_inputs(handle, ask)["input_ids"].shape[1] - lookup(handle, ask, subject_of(event))
+    return behind - 1 + len(answer_ids(handle, ask, event.target)) + end
 
 
 def subject_rows(handle: ModelHandle, events: Sequence[EditEvent]) -> Rows | None:

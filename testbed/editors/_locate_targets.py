@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from testbed.editors._locate_prefix import Behind, behind
-from testbed.editors._locate_rows import Rows, answer_rows, prompt_rows, subject_rows
+from testbed.editors._locate_rows import Rows, answer_rows, columns, prompt_rows, subject_rows
 from testbed.editors.base import EditFailed
 from testbed.events import EditEvent
 from testbed.models import ModelHandle
@@ -155,9 +155,8 @@ def search(task: Task, h: Search, scale: Tensor, forward_of: type[Forward] = For
     scale: (n,), or (n, parts), norm of what each part of the delta is added to: the clamp's and the decay's unit.
     Raises `EditFailed` when a loss is not finite.
     """
-    n, device, scale = len(task.events), scale.device, scale.reshape(len(scale), -1)
-    zero = torch.zeros(n, scale.shape[1] * task.handle.width, device=device)
-    found = Found(zero, torch.zeros(n, device=device), torch.zeros(n, device=device))
+    scale = scale.reshape(len(scale), -1)
+    found = _nothing(task, scale)
     for keep in _alike(task):
         part = _search(task.part(keep), h, scale[keep], forward_of)
         found.delta[keep], found.loss[keep], found.steps[keep] = part.delta, part.loss, part.steps
@@ -166,23 +165,25 @@ def search(task: Task, h: Search, scale: Tensor, forward_of: type[Forward] = For
 
 def _alike(task: Task) -> list[list[int]]:
     """The edits in groups with as many columns to run, so that little of a forward is padding."""
-    if len(task.events) == 1:
-        return [[0]]
-    rows = answer_rows(task.handle, task.events, task.contexts, task.end)
-    width = rows.widths.reshape(len(task.events), -1).amax(1)
+    width = [columns(task.handle, e, task.end) for e in task.events]
     groups: list[list[int]] = [[]]
-    for edit in width.argsort(stable=True).tolist():
+    for edit in sorted(range(len(width)), key=width.__getitem__):
         if len(groups[-1]) >= _LEAST and width[edit] > width[groups[-1][-1]]:
             groups.append([])
         groups[-1].append(edit)
     return groups
 
 
+def _nothing(task: Task, scale: Tensor) -> Found:
+    """Where a search begins."""
+    n, parts = scale.shape
+    none = torch.zeros(n, device=scale.device)
+    return Found(torch.zeros(n, parts * task.handle.width, device=scale.device), none, none.clone())
+
+
 def _search(task: Task, h: Search, scale: Tensor, forward_of: type[Forward]) -> Found:
-    n, device = len(task.events), scale.device
-    zero = torch.zeros(n, scale.shape[1] * task.handle.width, device=device)
-    found = Found(zero, torch.zeros(n, device=device), torch.zeros(n, device=device))
-    live = torch.arange(n, device=device)
+    found = _nothing(task, scale)
+    live = torch.arange(len(scale), device=scale.device)
     forward, adam, delta = forward_of(task), Adam(found.delta, h.lr), found.delta.clone()
     for step in range(h.steps):
         loss, grad = _value(forward, delta, h, scale[live])
