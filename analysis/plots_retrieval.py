@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from analysis import style
+from analysis.answers import LEAST_IN_BIN
 from analysis.scene import Scene
 
 PANELS = {
@@ -32,7 +33,8 @@ def retrieved(s: Scene) -> Figure | None:
         return None
     figure, axes, across = s.panels(len(PANELS), 1.9, sharex=True)
     for i, (ax, (column, title)) in enumerate(zip(axes, PANELS.items())):
-        style.lines(ax, _curve(table, column), s.looks)
+        if len(curve := _curve(table, column)):
+            style.lines(ax, curve, s.looks)
         ax.set_title(title)
         ax.set_xscale("log", base=2)
         ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}"))
@@ -43,8 +45,13 @@ def retrieved(s: Scene) -> Figure | None:
 
 
 def _curve(table: pd.DataFrame, column: str) -> pd.DataFrame:
-    """One point an editor and doubling of the store, at the geometric middle of its numbers of facts."""
+    """One point an editor and doubling of the store, at the geometric middle of its numbers of facts.
+
+    Of questions that no fact bears on there is none where too few were asked.
+    """
     found = table.assign(value=table[column].astype(float) * (1e3 if column == "seconds" else 1))
+    if column == "false_accept":
+        found["value"] = found["value"].where(found["unrelated"] >= LEAST_IN_BIN)
     found["x"] = np.sqrt(found["facts_from"] * found["facts_to"])
     mean = found.dropna(subset="value").groupby(["editor", "x"], sort=False)["value"].mean().reset_index()
     return mean.assign(low=mean["value"], high=mean["value"])

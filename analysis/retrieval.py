@@ -93,7 +93,8 @@ def _live(events: pd.DataFrame, steps: np.ndarray) -> np.ndarray:
 def by_facts(rows: pd.DataFrame) -> pd.DataFrame:
     """One row for each doubling of the number of facts; shares are weighted by 1 / inclusion probability.
 
-    facts_from, facts_to; questions; hit_rate and reciprocal_rank over questions that a fact bears on; scope_precision
+    facts_from, facts_to; questions, and of these unrelated (no fact bears on them);
+    hit_rate and reciprocal_rank over questions that a fact bears on; scope_precision
     (of the questions given a fact, those given the bearing one); scope_recall (of those that one bears on);
     false_accept (of the others, those given a fact); `ERRORS` as shares of the questions that a fact bears on; tokens,
     dropped and seconds a question.
@@ -110,6 +111,7 @@ def by_facts(rows: pd.DataFrame) -> pd.DataFrame:
                 "facts_from": 2**power,
                 "facts_to": 2 ** (power + 1) - 1,
                 "questions": len(part),
+                "unrelated": len(off),
                 "hit_rate": _mean(on, on["rank"] > 0),
                 "reciprocal_rank": _mean(on, 1 / on["rank"].replace(0, np.inf)),
                 "scope_precision": _mean(told, told["right"]),

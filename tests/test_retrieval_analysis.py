@@ -114,15 +114,20 @@ def test_the_table_names_the_order_and_the_editors_that_have_ledgers(tmp_path):
     assert table([SimpleNamespace(manifest={}, events=EVENTS, editors={"b": editors["b"]})]).empty  # type: ignore[list-item]
 
 
-def test_the_figure_shows_what_was_found_and_what_it_cost(tmp_path):
+SPLITS = ("edit", "locality_far", "locality_hard", "locality_text")
+
+
+@pytest.mark.parametrize(("kinds", "precision", "accepted"), [(4, 0.125, [(1.0,)]), (2, 0.25, [])])
+def test_the_figure_shows_what_was_found_and_what_it_cost(tmp_path, kinds, precision, accepted):
+    """Six questions that no fact bears on are shown, two are too few."""
     events = [event(i, i + 1, time=float(i + 1), subject=f"s{i}") for i in range(2)]
-    questions = [question(f"{i}-{s}", f"e{i}", s) for i in range(2) for s in ("edit", "locality_far")]
+    questions = [question(f"{i}-{s}", f"e{i}", s) for i in range(2) for s in SPLITS]
     ledger = json.dumps({"retrieved": ["e1"], "used": ["e1"], "added_tokens": 10, "gate_tokens": 5, "dropped": 0})
     told = [
         record(editor="store", probe_step=2, question_id=f"{i}-{s}", edit_id=f"e{i}", edit_step=i + 1, split=s, exact=True, extras=ledger)
         | {"generated": "x", "seconds": 0.02}
         for i in range(2)
-        for s in ("edit", "locality_far")
+        for s in SPLITS[:kinds]
     ]
     plain = [record(editor="weights", probe_step=2, question_id="0-edit", edit_id="e0", edit_step=1, exact=True)]
     run = load_run(write_run(tmp_path, events, questions, {"store": told, "weights": plain}))
@@ -131,8 +136,8 @@ def test_the_figure_shows_what_was_found_and_what_it_cost(tmp_path):
     assert shown == {
         "Bearing fact found": [(0.5,)],
         "Bearing fact given": [(0.5,)],
-        "Given facts that bear": [(0.25,)],
-        "Given a fact for nothing": [(1.0,)],
+        "Given facts that bear": [(precision,)],
+        "Given a fact for nothing": accepted,
         "Tokens added a question": [(15.0,)],
         "Milliseconds a question": [(20.0,)],
     }
