@@ -33,12 +33,17 @@ from testbed.events import content_id
 
 @dataclass(frozen=True)
 class Source:
-    """One set: its files (every part that is found is read), the layouts of a record, a file of questions beside it."""
+    """One set: its files (every part that is found is read), the layouts of a record, a file of questions beside it.
+
+    `further`: where another set may lie whose records of the same question and target lend their portability, and
+    its fields.
+    """
 
     name: str
     parts: tuple[tuple[str, ...], ...]
     forms: Mapping[str, FieldMap]
     queries: str = ""
+    further: tuple[tuple[str, ...], FieldMap] | None = None
 
 
 def load(source: Source, config: StreamConfig) -> Data:
@@ -58,6 +63,10 @@ def load(source: Source, config: StreamConfig) -> Data:
             asked, raw = read_rows(queries, reader.skipped)
             digests.append((queries.name, hashlib.sha256(raw).hexdigest()))
             reader.add_queries(queries.name, asked, rows)
+    if source.further and (path := _first(config.data_root, source.further[0])):
+        lent, raw = read_rows(path, reader.skipped)
+        digests.append((path.name, hashlib.sha256(raw).hexdigest()))
+        reader.add_further(path.name, lent, source.further[1])
     none_left(reader.entries, total, str(files[0]), reasons(reader.skipped))
     names = " and ".join(p.name for p in files)
     origin = f"{source.name} files {names} ({len(reader.entries):,} usable of {total:,} records)"
@@ -67,8 +76,12 @@ def load(source: Source, config: StreamConfig) -> Data:
 def _files(source: Source, root: Path | None) -> list[Path]:
     if root is None or not Path(root).is_dir():
         return find(root, [p for part in source.parts for p in part], source.name)
-    found = [next((Path(root) / p for p in part if (Path(root) / p).is_file()), None) for part in source.parts]
+    found = [_first(root, part) for part in source.parts]
     return [p for p in found if p] or find(root, [p for part in source.parts for p in part], source.name)
+
+
+def _first(root: Path | None, names: Sequence[str]) -> Path | None:
+    return next((Path(root) / name for name in names if (Path(root) / name).is_file()), None) if root else None
 
 
 @dataclass
@@ -115,6 +128,19 @@ class TextReader:
                 own.setdefault(at, ask)
         pool = list(own.values())
         self.entries = [_with_queries(e, held_out, own, pool) for e in self.entries]
+
+    def add_further(self, file: str, rows: Sequence[Any], form: FieldMap) -> None:
+        """Portability questions from another set's records with the same prompt and target."""
+        lent: dict[tuple[str, str], list[Ask]] = {}
+        for i, row in enumerate(rows):
+            try:
+                if not isinstance(row, Mapping):
+                    raise BadField(f"expected an object, found {kind_of(row)}")
+                key = plain(one(row, form["prompt"])), plain(one(row, form["target"]))
+                lent.setdefault(key, []).extend(nested(row, form["portability"], "portability"))
+            except BadField as e:
+                self.skipped.append(Skipped(f"{file} record {i}", str(e)))
+        self.entries = [replace(e, asks=(*e.asks, *lent.get((plain(e.prompt), plain(e.target)), ()))) for e in self.entries]
 
 
 def _query(row: object, place: Mapping[str, int]) -> tuple[int, str, Ask]:

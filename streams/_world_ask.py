@@ -10,7 +10,7 @@ import numpy as np
 from streams._emblem import Photo
 from streams._world_facts import FAMILY, Entity, Fact, World, stable_index
 from streams._world_history import Change
-from streams._world_skills import arithmetic, caption
+from streams._world_skills import arithmetic, caption, through
 from streams._world_words import CAPTION_HELD, CAPTION_PROMPT, CAPTION_TRAIN, SLOTS, canonical, phrasings, picture_ref
 from testbed.events import Question, Split
 
@@ -48,11 +48,21 @@ def pool_controls(world: World) -> list[Entity]:
     return [e for e in world.controls() if in_pool(e)]
 
 
+def _pointing(world: World) -> dict[str, list[Entity]]:
+    """By entity: those whose fourth relation points at it for good."""
+    out: dict[str, list[Entity]] = {}
+    for entity in world.entities:
+        if SLOTS - 1 in entity.frozen:
+            out.setdefault(world.value(entity, SLOTS - 1), []).append(entity)
+    return out
+
+
 class Asker:
     """Makes prompts, answers and questions of one world in one form."""
 
     def __init__(self, world: World, form: Form) -> None:
         self.world, self.form = world, form
+        self._pointing = _pointing(world)
         self._controls = {kind: probe_controls(world, kind) for kind in ("country", "company", "club", "university")}
 
     def ref(self, entity: Entity) -> str:
@@ -81,8 +91,9 @@ class Asker:
 
     def questions(self, change: Change, event_id: str) -> tuple[Question, ...]:
         """All questions about a change; the answer to its fact is the value after it."""
-        asked = [*self._about(change), *self._around(change.fact), self._cross_modal(change)]
-        return tuple(replace(q, event_id=event_id, id="") for q in asked if q is not None)
+        follows = self._cross_modal(change) if self.form.pictures else self._hops(change)
+        asked = [*self._about(change), *self._around(change.fact), *follows]
+        return tuple(replace(q, event_id=event_id, id="") for q in asked)
 
     def _about(self, change: Change) -> Iterator[Question]:
         fact = change.fact
@@ -128,9 +139,22 @@ class Asker:
         prompt = canonical(near.relations[fact.slot], near.name)
         return Question("locality_text", prompt, self.world.value(near, fact.slot), topic="fact by name")
 
-    def _cross_modal(self, change: Change) -> Question | None:
-        """The fact edited by picture, asked by name; a text edit has no counterpart without a picture."""
-        if not self.form.pictures:
-            return None
+    def _cross_modal(self, change: Change) -> Iterator[Question]:
+        """The fact edited by picture, asked by name."""
         prompt = canonical(change.fact.relation, change.fact.entity.name)
-        return Question("portability", prompt, change.value, topic="cross_modal")
+        yield Question("portability", prompt, change.value, topic="cross_modal")
+
+    def _hops(self, change: Change) -> Iterator[Question]:
+        """What follows from the change and one fact that never changes: the edited fact first, or second.
+
+        Training shows no such composition. One whose answer the change leaves as it was is not asked.
+        """
+        fact, names = change.fact, self.world.by_name
+        if fact.slot == SLOTS - 1 and change.value in names:
+            middle, before = names[change.value], names[change.previous]
+            slot = min(middle.frozen)
+            prompt, answer = through(fact.entity, middle.relations[slot]), self.world.value(middle, slot)
+            if answer != self.world.value(before, slot):
+                yield Question("portability", prompt, answer, topic="hop_first")
+        for entity in self._pointing.get(fact.entity.name, ())[:1]:
+            yield Question("portability", through(entity, fact.relation), change.value, topic="hop_second")

@@ -9,7 +9,7 @@ import numpy as np
 
 from streams._emblem import PARTS, Code
 from streams._world_facts import Entity, World, stable_index
-from streams._world_words import LED_BY, SLOTS, STRUCTURES, canonical
+from streams._world_words import LED_BY, SLOTS, STRUCTURES, Relation, canonical
 
 PART_NOUNS = {
     "field": ("field colour", "background colour", "main colour"),
@@ -135,8 +135,12 @@ def running_text(world: World, entity: Entity, order: tuple[int, int], rng: np.r
 def two_hop(world: World, entity: Entity, slot: int) -> tuple[str, str]:
     """The fact `slot` of the entity that the fourth relation of `entity` points at, asked through it."""
     middle = world.by_name[world.value(entity, SLOTS - 1)]
-    link = entity.relations[SLOTS - 1].nouns[0]
-    return canonical(middle.relations[slot], f"the {link} of {entity.name}"), world.value(middle, slot)
+    return through(entity, middle.relations[slot]), world.value(middle, slot)
+
+
+def through(entity: Entity, relation: Relation) -> str:
+    """The question for a relation of what the fourth relation of `entity` points at, which it does not name."""
+    return canonical(relation, f"the {entity.relations[SLOTS - 1].nouns[0]} of {entity.name}")
 
 
 def two_hop_held_out(entity: Entity, slot: int) -> bool:

@@ -15,6 +15,13 @@ from testbed.registry import STREAMS
 _KNOWEDIT = {"prompt": "prompt", "target": "target_new", "previous": "ground_truth", "subject": "subject"}
 _NESTED = {"locality": "locality", "portability": "portability"}
 
+_KNOWEDIT_ZSRE = (
+    "ZsRE-test-all.json",
+    "ZsRE/ZsRE-test-all.json",
+    "data/ZsRE/ZsRE-test-all.json",
+    "knowedit_portability/data/ZsRE/ZsRE-test-all.json",
+)
+
 COUNTERFACT = Source(
     "CounterFact",
     (("counterfact.json", "counterfact-train.json", "counterfact-edit.json", "counterfact/counterfact-train.json"),),
@@ -59,16 +66,12 @@ ZSRE = Source(
         },
     },
     queries="query_data.json",
+    further=(_KNOWEDIT_ZSRE, _KNOWEDIT | _NESTED),
 )
 KNOWEDIT = Source(
     "KnowEdit",
     (
-        (
-            "ZsRE-test-all.json",
-            "ZsRE/ZsRE-test-all.json",
-            "data/ZsRE/ZsRE-test-all.json",
-            "knowedit_portability/data/ZsRE/ZsRE-test-all.json",
-        ),
+        _KNOWEDIT_ZSRE,
         (
             "test_cf.json",
             "wiki_counterfact/test_cf.json",
@@ -118,7 +121,7 @@ class CounterFactYearly(TextFacts):
 
 @STREAMS.register("zsre-yearly")
 class ZsreYearly(TextFacts):
-    """zsRE, in the layout of postEdit or of MEND."""
+    """zsRE, in the layout of postEdit or of MEND; with portability where KnowEdit's file lies under the same root."""
 
     summary = "zsRE: answers to questions about entities, unrelated questions beside (needs --data-root)"
     licence = "zsRE (Levy et al., MEND, postEdit): MIT; questions: Wikipedia, CC BY-SA; unrelated questions: NQ, CC BY-SA 3.0"

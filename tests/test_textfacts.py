@@ -36,7 +36,7 @@ def rome(i: int) -> dict[str, Any]:
 
 
 def put(root: Path, name: str, rows: Any) -> Path:
-    root.mkdir(parents=True, exist_ok=True)
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
     (root / name).write_text(json.dumps(rows))
     return root
 
@@ -77,6 +77,23 @@ def test_the_layout_of_mend(tmp_path: Path) -> None:
     assert (event.previous, event.subject, event.relation) == (f"o{i}", f"S{i}", "Where is {}?")
     assert (asked["locality_text"].prompt, asked["text_generality"].prompt) == (f"nq {i}", f"S{i} is where?")
     assert asked["stale"].aliases == (f"p{i}",)
+
+
+def test_zsre_borrows_portability_of_the_same_question_and_target(tmp_path: Path) -> None:
+    rows = [{"edit_id": i, "requested_rewrite": f"Land of S{i}?", "target_old": f"o{i}", "target_new": f"n{i}"} for i in range(80)]
+    root = put(tmp_path, "zsre/fullTest/edit_data.json", rows)
+    alone = stream("zsre-yearly", root)
+    port = {"Reasoning": [{"prompt": "Capital of that land?", "ground_truth": "c"}]}
+    lent = [{"prompt": f"Land of S{i}?", "target_new": f"n{i}" if i % 2 else "else", "portability": port} for i in range(80)]
+    put(tmp_path, "knowedit_portability/data/ZsRE/ZsRE-test-all.json", [*lent, {"prompt": "no target"}])
+    s = stream("zsre-yearly", root)
+    assert [e.id for e in s.events(60)] == [e.id for e in alone.events(60)] and s.data_hash() != alone.data_hash()
+    assert any("record 80" in x.where and "target_new" in x.reason for x in s.skipped)
+    for e in s.events(60):
+        asked = [q.answer for q in s.questions(e) if q.split == "portability"]
+        number = int(e.prompt[len("Land of S") : -1])
+        assert asked == (["c"] if number % 2 and e.target == f"n{number}" else [])
+        assert not [q for q in alone.questions(e) if q.split == "portability"]
 
 
 def test_portability_follows_the_records_own_target(tmp_path: Path) -> None:

@@ -100,15 +100,47 @@ def test_questions_have_unique_ids_and_no_prompt_of_the_train_pool(form, seed):
 @pytest.mark.parametrize("form", sorted(FORMS))
 def test_an_event_is_asked_for_in_every_split_of_its_form(form):
     stream = make(form)
-    e = stream.events(1)[0]
+    e = next(e for e in stream.events(50) if any(q.split == "portability" for q in stream.questions(e)))
     by_split = Counter(q.split for q in stream.questions(e))
+    portability = by_split.pop("portability")
     expected = {"edit": 1, "text_generality": 2, "stale": 1, **dict.fromkeys(LOCALITY_SPLITS, 1)}
     if FORMS[form].pictures:
-        expected |= {"image_generality": FORMS[form].new_photos, "portability": 1}
+        expected |= {"image_generality": FORMS[form].new_photos}
+        assert portability == 1
     assert by_split == expected
     answers = {q.split: q.answer for q in stream.questions(e)}
     assert answers["edit"] == e.target and answers["stale"] == e.previous
     assert all(q.image is None for q in stream.questions(e)) is (not FORMS[form].pictures)
+
+
+def test_two_hops_are_true_after_the_edit_and_were_not_before():
+    """Facts kept in a plain dictionary and changed as events say, hops walked by the words of the prompts."""
+    stream = make("text", retire=0.1, revise=0.3)
+    world = stream.world
+    facts = {(f.entity.name, f.slot): f.value for f in world.facts()}
+    slots = {(f.entity.kind, f.relation.name): f.slot for f in world.facts()}
+
+    def walk(prompt: str) -> set[str]:
+        out = set()
+        for entity in world.entities:
+            for relation in {r for e in world.entities for r in e.relations}:
+                middle = world.by_name[facts[entity.name, 3]]
+                slot = slots.get((middle.kind, relation.name))
+                link = f"the {entity.relations[3].nouns[0]} of {entity.name}"
+                if entity.name in prompt and slot is not None and prompt == canonical(relation, link):
+                    out.add(facts[middle.name, slot])
+        return out
+
+    topics = Counter()
+    for e in stream.events(60):
+        asked = [q for q in stream.questions(e) if q.split == "portability"]
+        before = [walk(q.prompt) for q in asked]
+        change = stream._change(e)
+        facts[change.fact.entity.name, change.fact.slot] = change.value
+        for q, old in zip(asked, before, strict=True):
+            assert walk(q.prompt) == {q.answer} and q.answer not in old, q
+            topics[q.topic] += 1
+    assert topics["hop_first"] > 5 and topics["hop_second"] > 5
 
 
 def test_after_a_retire_the_answer_is_the_one_before_any_edit():
