@@ -29,13 +29,18 @@ _PLAIN = 3
 
 @dataclass(frozen=True)
 class Batches:
-    """Edits a second (on a CPU: a CPU second), one at a time on the plain path and in one batch, and how far their targets lie apart."""
+    """Edits a second, one at a time on the plain path and in one batch, and how far their targets lie apart.
+
+    Of wall time, and (for a machine that does other work too) of CPU time, over all threads.
+    """
 
     model: str
     editor: str
     batch: int
     plain_per_second: float
     batch_per_second: float
+    plain_per_cpu_second: float
+    batch_per_cpu_second: float
     target_difference: float
     """Largest |delta - delta'| / |delta| over the plain path's edits: alone and whole, against in the batch."""
 
@@ -43,31 +48,37 @@ class Batches:
     def ratio(self) -> float:
         return self.batch_per_second / self.plain_per_second
 
+    @property
+    def cpu_ratio(self) -> float:
+        return self.batch_per_cpu_second / self.plain_per_cpu_second
+
 
 def batches(handle: ModelHandle, stream: Stream, make: Callable[[], Editor], batch: int) -> Batches:
     """Measure one editor (a `LocateEditor`) on the stream's first new facts."""
     events = [e for e in stream.events(8 * batch) if e.kind == "add"]
     slow = _run(handle, stream, make(), [[e] for e in events[:_PLAIN]], whole=True)
     fast = _run(handle, stream, make(), [events[:1], events[1 : batch + 1]], whole=False)
-    return Batches(handle.name, make().name, batch, slow, fast, _apart(handle, stream, make(), events[:batch]))
+    each = slow[0], fast[0], slow[1], fast[1]
+    return Batches(handle.name, make().name, batch, *each, _apart(handle, stream, make(), events[:batch]))
 
 
-def _run(handle: ModelHandle, stream: Stream, editor: Any, steps: list[list[EditEvent]], whole: bool) -> float:
-    """Edits a second from the second step on; statistics of general text are made in the first."""
+def _run(handle: ModelHandle, stream: Stream, editor: Any, steps: list[list[EditEvent]], whole: bool) -> tuple[float, float]:
+    """Edits a second and a CPU second from the second step on; statistics of general text are made in the first."""
     editor.prepare(handle, stream.train_pool())
-    clock = time.process_time if handle.device.type == "cpu" else time.perf_counter
-    seconds = 0.0
+    seconds, of_cpu = 0.0, 0.0
     for n, events in enumerate(steps, 1):
         statistics = handle.cache.get("second moments", {})
         handle.cache.clear()
         handle.cache["second moments"] = statistics
-        start = clock()
+        start = time.perf_counter(), time.process_time()
         with plain() if whole else nullcontext():
             report = editor.apply(EditBatch(tuple(events), n))
-        seconds += (clock() - start) if n > 1 else 0.0
+        if n > 1:
+            seconds, of_cpu = seconds + time.perf_counter() - start[0], of_cpu + time.process_time() - start[1]
         if report.failed:
             raise RuntimeError(f"{editor.name} failed: {next(iter(report.failed.values()))}")
-    return sum(map(len, steps[1:])) / seconds
+    made = sum(map(len, steps[1:]))
+    return made / seconds, made / of_cpu
 
 
 def _apart(handle: ModelHandle, stream: Stream, editor: Any, events: list[EditEvent]) -> float:

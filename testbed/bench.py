@@ -134,9 +134,9 @@ def measure_codebook(config: BenchConfig) -> list[list[Any]]:
 
 def measure_locate(config: BenchConfig) -> list[list[Any]]:
     """Every editor in batches beside its plain path, on every model and on a random one of GPT-2 small's shape; the solve."""
-    run, stream = RunConfig(set=config.set), _stream(config)
-    lines = []
+    run, lines = RunConfig(set=config.set), []
     for handle in (*map(models.load, config.model), _bench_locate.small_gpt2(models.load("tiny"))):
+        stream = _stream(config, handle)
         lines += [_bench_locate.batches(handle, stream, lambda name=name: make_editor(run, name), config.batch) for name in config.editor]
     return [lines, [_bench_locate.solve()]]
 

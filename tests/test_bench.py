@@ -12,7 +12,7 @@ from _models import build
 from _plain import plain as plain_stream
 
 from testbed import _bench_codebook as books
-from testbed import _bench_models, bench
+from testbed import _bench_locate, _bench_models, bench
 from testbed._bench_editors import Amount, line
 from testbed._bench_long import costs
 from testbed._bench_paths import apart, paths
@@ -86,6 +86,13 @@ def test_an_editor_is_measured_beside_its_plain_path() -> None:
     without = line(build("gpt2"), plain_stream(8), EDITORS.get("noop"), Amount(edits=2, plain=0, questions=2))
     assert (without.plain_per_second, without.ratio, without.state_bytes_per_edit) == (None, None, 0)
     assert bench.table([found, without]).row_count == 2
+
+
+def test_batches_of_locate_then_edit_are_set_beside_single_edits() -> None:
+    found = _bench_locate.batches(build("gpt2"), plain_stream(60), lambda: EDITORS.get("memit")(), 4)
+    assert min(found.ratio, found.cpu_ratio, found.plain_per_second, found.batch_per_cpu_second) > 0
+    assert found.target_difference <= 1e-3
+    assert bench.table([found]).row_count == 1
 
 
 def test_costs_early_and_late_are_medians_of_a_runs_reports(tmp_path: Path) -> None:
