@@ -10,7 +10,7 @@ from _plain import Line, PlainStream, lines, plain
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from testbed.events import BadEvent
+from testbed.events import BadEvent, EditEvent, Question
 from testbed.probes.base import FIRST_STRATUM, Past, Planned, Probe, by_age, draw
 from testbed.registry import PROBES
 from testbed.schedule import GRID, Plan, Schedule, build, moments
@@ -147,9 +147,25 @@ def test_a_panel_grows_without_dropping_anyone() -> None:
     planned = schedule(plain(300, per_year=300))
     last = planned.steps[-1]
     live = tuple(a for s in planned.steps for a in s.edits if a.event.id not in planned.superseded)
-    past = Past((), live, lambda e: (), (), 0)
-    small, large = ({a.event.id for a, _ in by_age(past, last.moment, n, "retention")} for n in (60, 120))
+    past = Past((), live, lambda e: (Question("edit", "asked?", "yes", e.id),), (), 0)
+    small, large = ({a.event.id for a, _ in by_age(past, last.moment, n, "edit")} for n in (60, 120))
     assert small < large
+
+
+def test_a_split_of_few_edits_is_asked_of_those_that_have_it() -> None:
+    """Every twentieth edit has a consequence: all of them are asked, not those that a panel drawn from all edits meets."""
+    every = schedule(plain(400, per_year=400))
+    live = tuple(a for s in every.steps for a in s.edits if a.event.id not in every.superseded)
+    rare = {a.event.id for a in live[::20]}
+
+    def questions(e: EditEvent) -> tuple[Question, ...]:
+        edit = Question("edit", "asked?", "yes", e.id)
+        return (edit, Question("portability", "so?", "so", e.id)) if e.id in rare else (edit,)
+
+    drawn = by_age(Past((), live, questions, (), 0), every.steps[-1].moment, 48, "portability")
+    assert {a.event.id for a, _ in drawn} == rare
+    assert {p for _, p in drawn} == {1.0}
+    assert not by_age(Past((), live, questions, (), 0), every.steps[-1].moment, 48, "stale")
 
 
 def test_a_longer_stream_asks_the_same_questions_on_the_way() -> None:

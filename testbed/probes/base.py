@@ -129,22 +129,24 @@ def smallest(items: Iterable[T], n: int, key: Callable[[T], float]) -> list[T]:
     return [x for i, x in enumerate(listed) if i in chosen]
 
 
-def by_age(past: Past, moment: Moment, n: int, panel: str) -> list[tuple[Applied, float]]:
-    """About n live edits, stratified by age, each with its inclusion probability.
+def by_age(past: Past, moment: Moment, n: int, split: str) -> list[tuple[Applied, float]]:
+    """About n live edits that a question of this split is about, stratified by age, each with its inclusion probability.
 
-    Strata of ages [0, 64), [64, 128), [128, 256), ... edits. With H strata of N_h live edits among N,
+    Strata of ages [0, 64), [64, 128), [128, 256), ... edits. With H strata of N_h such edits among N,
     n_h = max(12, n/2H + n/2 * N_h/N): half spread over ages, half in proportion, so that both the average
-    and the newest edits are measured well. The 12 shrinks with the budget too, down to 2.
+    and the newest edits are measured well. The 12 shrinks with the budget too, down to 2. Where all edits have
+    questions of all splits, the same edits are asked for each.
     """
     strata: dict[int, list[Applied]] = defaultdict(list)
-    for a in past.live:
+    among = [a for a in past.live if any(q.split == split for q in past.questions(a.event))]
+    for a in among:
         age = moment.edits - a.position
         strata[0 if age < FIRST_STRATUM else math.floor(math.log2(age / FIRST_STRATUM)) + 1].append(a)
     least = max(2, round(MIN_STRATUM * past.scale))
     out: list[tuple[Applied, float]] = []
     for _, group in sorted(strata.items(), reverse=True):
-        want = max(least, round(n / (2 * len(strata)) + n / 2 * len(group) / len(past.live)))
-        chosen = smallest(group, min(want, len(group)), lambda a: draw(past.seed, panel, a.event.id))
+        want = max(least, round(n / (2 * len(strata)) + n / 2 * len(group) / len(among)))
+        chosen = smallest(group, min(want, len(group)), lambda a: draw(past.seed, "retention", a.event.id))
         out += [(a, len(chosen) / len(group)) for a in chosen]
     return out
 
@@ -164,3 +166,8 @@ def ask_splits(past: Past, edits: Iterable[tuple[Applied, float]], splits: Itera
             if q is not None:
                 out.append(Planned(q, panel, edit, p))
     return out
+
+
+def ask_by_age(past: Past, moment: Moment, n: int, splits: Iterable[str]) -> list[Planned]:
+    """One question of each split about each of about n live edits that have one."""
+    return [q for split in splits for q in ask_splits(past, by_age(past, moment, n, split), (split,), "age_mixed")]

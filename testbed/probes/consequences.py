@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from testbed.probes.base import Moment, Past, Planned, Probe, ask_splits, by_age
+from testbed.probes.base import Moment, Past, Planned, Probe, ask_by_age
 from testbed.registry import PROBES
 
 
@@ -11,13 +11,13 @@ class Portability(Probe):
     """48 live edits (96 at the end), one consequence of each."""
 
     summary = "consequences of edits: the fact reached by another way than it was edited"
-    version = 1
+    version = 2
 
     def ask(self, past: Past, moment: Moment) -> list[Planned]:
         if not moment.full:
             return []
         n = past.size(96 if "end" in moment.reasons else 48)
-        return ask_splits(past, by_age(past, moment, n, "retention"), ("portability",), "age_mixed")
+        return ask_by_age(past, moment, n, ("portability",))
 
 
 @PROBES.register("stale")
@@ -25,10 +25,10 @@ class Stale(Probe):
     """48 live edits (96 at the end), judged by the value that they replaced."""
 
     summary = "does the model still say what was true before the edit? (a hit is a stale answer)"
-    version = 1
+    version = 2
 
     def ask(self, past: Past, moment: Moment) -> list[Planned]:
         if not moment.full:
             return []
         n = past.size(96 if "end" in moment.reasons else 48)
-        return ask_splits(past, by_age(past, moment, n, "retention"), ("stale",), "age_mixed")
+        return ask_by_age(past, moment, n, ("stale",))

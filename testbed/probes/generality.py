@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from testbed.probes.base import Moment, Past, Planned, Probe, ask_splits, by_age
+from testbed.probes.base import Moment, Past, Planned, Probe, ask_by_age
 from testbed.registry import PROBES
 
 
@@ -11,10 +11,10 @@ class Generality(Probe):
     """64 live edits (128 at the end), a held-out paraphrase and a new picture of each."""
 
     summary = "held-out paraphrases and new pictures of live edits"
-    version = 1
+    version = 2
 
     def ask(self, past: Past, moment: Moment) -> list[Planned]:
         if not moment.full:
             return []
         n = past.size(128 if "end" in moment.reasons else 64)
-        return ask_splits(past, by_age(past, moment, n, "retention"), ("text_generality", "image_generality"), "age_mixed")
+        return ask_by_age(past, moment, n, ("text_generality", "image_generality"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from testbed.events import LOCALITY_SPLITS
-from testbed.probes.base import Moment, Past, Planned, Probe, ask_splits, by_age
+from testbed.probes.base import Moment, Past, Planned, Probe, ask_by_age
 from testbed.registry import PROBES
 
 
@@ -12,10 +12,10 @@ class Locality(Probe):
     """48 live edits (96 at the end), one neighbour of each kind."""
 
     summary = "same question on another picture, another question on the same picture, far facts, text facts"
-    version = 1
+    version = 2
 
     def ask(self, past: Past, moment: Moment) -> list[Planned]:
         if not moment.full:
             return []
         n = past.size(96 if "end" in moment.reasons else 48)
-        return ask_splits(past, by_age(past, moment, n, "retention"), LOCALITY_SPLITS, "age_mixed")
+        return ask_by_age(past, moment, n, LOCALITY_SPLITS)

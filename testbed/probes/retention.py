@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from testbed.probes.base import Moment, Past, Planned, Probe, ask_splits, by_age
+from testbed.probes.base import Moment, Past, Planned, Probe, ask_by_age
 from testbed.registry import PROBES
 
 
@@ -17,4 +17,4 @@ class Retention(Probe):
         if not (moment.full or "power" in moment.reasons):
             return []
         n = 512 if "end" in moment.reasons else 128 if moment.full else 48
-        return ask_splits(past, by_age(past, moment, past.size(n), "retention"), ("edit",), "age_mixed")
+        return ask_by_age(past, moment, past.size(n), ("edit",))
