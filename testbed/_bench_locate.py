@@ -87,7 +87,8 @@ def _apart(handle: ModelHandle, stream: Stream, editor: Any, events: list[EditEv
     layer = editor.hyper.layers[-1]
 
     def found(some: list[EditEvent]) -> Tensor:
-        return search(Task(handle, some, layer, editor.contexts), editor.hyper, heights(handle, some, layer).norm(dim=1)).delta
+        task = Task(handle, some, layer, editor.contexts, editor.config.end)
+        return search(task, editor.hyper, heights(handle, some, layer).norm(dim=1)).delta
 
     together = found(events)
     with plain():
