@@ -49,7 +49,7 @@ class Source:
 def load(source: Source, config: StreamConfig) -> Data:
     """Read the set under the data root. Raises `BadStream`."""
     reader = TextReader()
-    digests, total = [], 0
+    digests, total, borrowed = [], 0, ""
     files = _files(source, config.data_root)
     for path in files:
         rows, raw = read_rows(path, reader.skipped)
@@ -66,10 +66,10 @@ def load(source: Source, config: StreamConfig) -> Data:
     if source.further and (path := _first(config.data_root, source.further[0])):
         lent, raw = read_rows(path, reader.skipped)
         digests.append((path.name, hashlib.sha256(raw).hexdigest()))
-        reader.add_further(path.name, lent, source.further[1])
+        borrowed = reader.add_further(path.name, lent, source.further[1])
     none_left(reader.entries, total, str(files[0]), reasons(reader.skipped))
     names = " and ".join(p.name for p in files)
-    origin = f"{source.name} files {names} ({len(reader.entries):,} usable of {total:,} records)"
+    origin = f"{source.name} files {names} ({len(reader.entries):,} usable of {total:,} records{borrowed})"
     return Data(origin, with_roles(reader.entries), tuple(reader.skipped), content_id(digests))
 
 
@@ -129,8 +129,8 @@ class TextReader:
         pool = list(own.values())
         self.entries = [_with_queries(e, held_out, own, pool) for e in self.entries]
 
-    def add_further(self, file: str, rows: Sequence[Any], form: FieldMap) -> None:
-        """Portability questions from another set's records with the same prompt and target."""
+    def add_further(self, file: str, rows: Sequence[Any], form: FieldMap) -> str:
+        """Portability questions from another set's records with the same prompt and target; says how many have some."""
         lent: dict[tuple[str, str], list[Ask]] = {}
         for i, row in enumerate(rows):
             try:
@@ -140,7 +140,9 @@ class TextReader:
                 lent.setdefault(key, []).extend(nested(row, form["portability"], "portability"))
             except BadField as e:
                 self.skipped.append(Skipped(f"{file} record {i}", str(e)))
-        self.entries = [replace(e, asks=(*e.asks, *lent.get((plain(e.prompt), plain(e.target)), ()))) for e in self.entries]
+        found = [lent.get((plain(e.prompt), plain(e.target)), []) for e in self.entries]
+        self.entries = [replace(e, asks=(*e.asks, *asks)) for e, asks in zip(self.entries, found, strict=True)]
+        return f"; portability of {sum(map(bool, found)):,} from {file}"
 
 
 def _query(row: object, place: Mapping[str, int]) -> tuple[int, str, Ask]:

@@ -150,7 +150,7 @@ class Asker:
         Training shows no such composition. One whose answer the change leaves as it was is not asked.
         """
         fact, names = change.fact, self.world.by_name
-        if fact.slot == SLOTS - 1 and change.value in names:
+        if fact.slot == SLOTS - 1:
             middle, before = names[change.value], names[change.previous]
             slot = min(middle.frozen)
             prompt, answer = through(fact.entity, middle.relations[slot]), self.world.value(middle, slot)

@@ -88,6 +88,7 @@ def test_zsre_borrows_portability_of_the_same_question_and_target(tmp_path: Path
     put(tmp_path, "knowedit_portability/data/ZsRE/ZsRE-test-all.json", [*lent, {"prompt": "no target"}])
     s = stream("zsre-yearly", root)
     assert [e.id for e in s.events(60)] == [e.id for e in alone.events(60)] and s.data_hash() != alone.data_hash()
+    assert "portability of 40 from ZsRE-test-all.json" in s.origin and "portability" not in alone.origin
     assert any("record 80" in x.where and "target_new" in x.reason for x in s.skipped)
     for e in s.events(60):
         asked = [q.answer for q in s.questions(e) if q.split == "portability"]
