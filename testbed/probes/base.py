@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar, TypeVar
 
 from testbed.events import EditEvent, Question
@@ -116,6 +117,7 @@ class Probe(ABC):
         """The questions of this moment; none when it is not this probe's time."""
 
 
+@lru_cache(1 << 17)  # each panel of each moment draws the same edits again
 def draw(seed: int, *ids: str) -> float:
     """A number in [0, 1) that belongs to these ids and the seed, on any machine."""
     digest = hashlib.blake2b("|".join((str(seed), *ids)).encode(), digest_size=8).digest()
