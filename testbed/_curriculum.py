@@ -52,6 +52,8 @@ class Pace:
     """Shares of stated facts about the same entity, and of the same relation of another one."""
     mix: Mapping[str, float] = field(default_factory=lambda: TEXT_MIX)
     """Shares of the questions without a picture."""
+    by_number: bool = False
+    """The fact that bears is named by its number, else by its target."""
 
 
 class Curriculum:
@@ -95,7 +97,7 @@ class Curriculum:
         out, shared = [], prompts.in_context(stated.facts, "").removesuffix(CONTEXT_TAIL)
         for point in asked:
             learned = self._learned(point, entity)
-            answer, name = stated.answer(point, learned)
+            answer, name = stated.answer(point, learned, self.pace.by_number)
             wording = canonical(*point) if easy else self._ask(*point)
             out.append(Example(prompts.in_context(stated.facts, wording).removeprefix(shared), answer))
             if point in stated.about or self._below(3) == 0:
@@ -184,12 +186,12 @@ class Stated:
     def facts(self) -> list[str]:
         return [prompts.statement(canonical(*p), v) for p, v in zip(self.about, self.values, strict=True)]
 
-    def answer(self, asked: Point, learned: str) -> tuple[str, str]:
-        """(answer, target that names the fact that bears on the question, or "none")."""
-        if asked in self.about:
-            value = self.values[self.about.index(asked)]
-            return value, value
-        return learned, prompts.NONE
+    def answer(self, asked: Point, learned: str, by_number: bool = False) -> tuple[str, str]:
+        """(answer, target or number that names the fact that bears on the question, or "none")."""
+        if asked not in self.about:
+            return learned, prompts.NONE
+        at = self.about.index(asked)
+        return self.values[at], str(at + 1) if by_number else self.values[at]
 
 
 def state(world: World, points: Iterable[Point], count: int, rng: np.random.Generator) -> Stated:

@@ -240,9 +240,13 @@ class Above:
             hidden = self.layer(n, hidden)
         return hidden
 
+    def ends(self, hidden: Tensor, at: Tensor) -> Tensor:
+        """(n, d) what enters the head at the positions `at` (B, T) bool, from the output of the last layer."""
+        return self.handle.norm(hidden[at.to(hidden.device)])
+
     def logits(self, hidden: Tensor, at: Tensor) -> Tensor:
-        """(n, V) logits at the positions `at` (B, T) bool, from the output of the last layer."""
-        return self.handle.head(self.handle.norm(hidden[at.to(hidden.device)])).to(self.handle.device)
+        """(n, V) logits at the same."""
+        return self.handle.head(self.ends(hidden, at)).to(self.handle.device)
 
 
 @dataclass

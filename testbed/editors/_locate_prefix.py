@@ -30,12 +30,12 @@ class Behind:
     above: Above
     start: int
 
-    def logits(self, add: Tensor, column: int, at: Tensor) -> Tensor:
-        """(n, V) logits at `at` (B, T) bool, with `add` (B, d) added to what enters at a column."""
+    def ends(self, add: Tensor, column: int, at: Tensor) -> Tensor:
+        """(n, d) what enters the head at `at` (B, T) bool, with `add` (B, d) added to what enters at a column."""
         hidden = self.above.hidden.clone()
         hidden[:, column - self.start] += add.to(hidden)
         out = self.above.through(hidden, self.above.first, self.above.handle.n_layers)
-        return self.above.logits(out, at[:, self.start : self.start + out.shape[1]])
+        return self.above.ends(out, at[:, self.start : self.start + out.shape[1]])
 
 
 class Prefix(DynamicCache):

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from testbed._head_loss import answer_loss
 from testbed.editors._locate_prefix import Behind, behind
 from testbed.editors._locate_rows import Rows, answer_rows, columns, prompt_rows, subject_rows
 from testbed.editors.base import EditFailed
@@ -79,7 +80,7 @@ class Forward:
     """
 
     def __init__(self, task: Task) -> None:
-        self.n, self.layer = len(task.events), task.layer
+        self.n, self.layer, self.handle = len(task.events), task.layer, task.handle
         self.rows = answer_rows(task.handle, task.events, task.contexts, task.end)
         self.essence = subject_rows(task.handle, task.events)
         self.answers = self._enter(task, self.rows, self.rows.width)
@@ -91,30 +92,27 @@ class Forward:
 
     def losses(self, delta: Tensor, kl: float) -> Tensor:
         """(n,) negative log-likelihood of the answers, mean over tokens then contexts, plus kl times the drift of the essence."""
-        loss = self._over_edits(torch.nn.functional.cross_entropy(self._answer_logits(delta), self._answer_ids, reduction="none"))
+        loss = self._over_edits(self._answers(delta)[0])
         return loss + kl * self._drift(delta) if kl and self.essence is not None else loss
 
     def done(self, loss: Tensor, stop: float) -> Tensor:
         """(n,) bool: the edits whose target is found, by the loss with its decay."""
         return loss < stop
 
-    @property
-    def _answer_ids(self) -> Tensor:
-        return self.rows.batch.answer_ids
-
-    def _answer_logits(self, delta: Tensor) -> Tensor:
-        """(m, V) float32 logits at all answer positions of all rows."""
+    def _answers(self, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """(m,) loss of each answer token of all rows, nats, and (m,) whether it is the likeliest."""
         at = self.rows.batch.before_answer
-        return self._logits(self.answers, delta[self.rows.edit], int(self.rows.at[0]), at).float()
+        ends = self._ends(self.answers, delta[self.rows.edit], int(self.rows.at[0]), at)
+        return answer_loss(self.handle, ends, self.rows.batch.answer_ids)
 
     def _over_edits(self, values: Tensor) -> Tensor:
         """(n,) mean over a row's answer tokens, then over an edit's rows."""
         row = self.rows.batch.before_answer.nonzero()[:, 0]
         return row_mean(row_mean(values, row, len(self.rows.edit)), self.rows.edit, self.n)
 
-    def _logits(self, rows: Behind, delta: Tensor, column: int, at: Tensor) -> Tensor:
-        """(m, V) logits at `at` with each row's delta in place."""
-        return rows.logits(delta, column, at)
+    def _ends(self, rows: Behind, delta: Tensor, column: int, at: Tensor) -> Tensor:
+        """(m, d) what enters the head at `at` with each row's delta in place."""
+        return rows.ends(delta, column, at)
 
     def _drift(self, delta: Tensor) -> Tensor:
         """(n,) KL(p_delta || p_0) of the next token after the subject; 0 for edits whose prompt names none."""
@@ -123,7 +121,8 @@ class Forward:
         column = int(self.essence.at[0])
         at = torch.zeros_like(self.essence.batch.prompt)
         at[:, column] = True
-        logp = self._logits(self.plain, delta[self.essence.edit], column, at).float().log_softmax(-1)
+        ends = self._ends(self.plain, delta[self.essence.edit], column, at)
+        logp = self.handle.head(ends).to(self.handle.device).float().log_softmax(-1)
         if self.before is None:
             self.before = logp.detach()
         drift = (logp.exp() * (logp - self.before)).sum(-1)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from testbed._head_loss import answer_loss
 from testbed.editors._locate_prefix import behind
 from testbed.encode import Ask, answer_ids, collate, prompt_inputs
 from testbed.models import ModelHandle, project
@@ -37,8 +38,8 @@ def at_last(handle: ModelHandle, asks: list[Ask], targets: list[str], layer: int
     row, ids = at.nonzero()[:, 0], batch.answer_ids
 
     def losses(vectors: Tensor) -> Tensor:
-        logits = above.logits(vectors - own, column, at)
-        return watch(row_mean(torch.nn.functional.cross_entropy(logits.float(), ids, reduction="none"), row, len(asks)))
+        each, _ = answer_loss(handle, above.ends(vectors - own, column, at), ids)
+        return watch(row_mean(each, row, len(asks)))
 
     return losses
 

@@ -46,9 +46,9 @@ class Both(Forward):
         return behind(task.handle, rows.batch, task.layer, int(rows.at[0]), width)
 
     def losses(self, delta: Tensor, kl: float) -> Tensor:
-        logits, ids = self._answer_logits(delta), self._answer_ids
-        nll = self._over_edits(torch.nn.functional.cross_entropy(logits, ids, reduction="none"))
-        self.known = self._over_edits((logits.argmax(1) == ids).float()).detach() > 1 - 1e-6
+        each, likeliest = self._answers(delta)
+        nll = self._over_edits(each)
+        self.known = self._over_edits(likeliest.float()) > 1 - 1e-6
         drift = self._drift(delta)
         self.drift = drift.detach()
         return torch.where(self.known, _KNOWN * nll, nll) + kl * drift
@@ -56,7 +56,7 @@ class Both(Forward):
     def done(self, loss: Tensor, stop: float) -> Tensor:
         return (loss < stop) | (self.known & (self.drift < _SETTLED))
 
-    def _logits(self, rows: Behind, delta: Tensor, column: int, at: Tensor) -> Tensor:
+    def _ends(self, rows: Behind, delta: Tensor, column: int, at: Tensor) -> Tensor:
         above, here = rows.above, column - rows.start
         attention, mlp = delta.chunk(2, dim=1)
 
@@ -69,7 +69,7 @@ class Both(Forward):
             hidden = above.layer(self.layer, above.hidden).clone()
         hidden[:, here] += mlp.to(hidden)
         out = above.through(hidden, self.layer + 1, above.handle.n_layers)
-        return above.logits(out, at[:, rows.start : rows.start + out.shape[1]])
+        return above.ends(out, at[:, rows.start : rows.start + out.shape[1]])
 
 
 @EDITORS.register("pmet")
