@@ -26,7 +26,7 @@ def direct(a: Tensor, b: Tensor, metric: Metric) -> Tensor:
     """(...,) float64 distances by direct differences along the last axis. Cosine of a zero vector counts as distance 1."""
     a, b = a.double(), b.double()
     if metric == "euclidean":
-        return (a - b).square().sum(-1).sqrt()
+        return torch.sub(a, b).square_().sum(-1).sqrt_()
     # half the squared chord: exactly zero for equal vectors, 1 - cosine otherwise
     chord = (unit(a) - unit(b)).square().sum(-1) / 2
     zero = (a.abs().amax(-1) == 0) | (b.abs().amax(-1) == 0)
@@ -118,9 +118,10 @@ class Keys:
         return part, own, (q.shape[1] + 16) * _ROUNDING * (own.sqrt() + self.longest).square()
 
     def within(self, key: Tensor, reach: Tensor) -> Tensor:
-        """(n,) float64 distances of a key (f,), exact where they are at most `reach` (n,); those beyond may be inf."""
+        """(n,) float64 distances of a key (f,), exact where they are at most `reach` (n,); beyond, and where it is negative, inf may stand."""
         part, own, slack = self.squares(key[None], self.norms)
-        near = ~((part + own - slack)[0] > self.square(reach).float() * (1 + 4 * _ROUNDING))  # what overflowed is near
+        beyond = (part + own - slack)[0] > self.square(reach).float() * (1 + 4 * _ROUNDING)  # not what overflowed
+        near = ~beyond & (reach >= 0)
         out = torch.full_like(reach, torch.inf)
         rows = near.nonzero()[:, 0]
         out[rows] = to_all(self.all[rows], key, self.metric)

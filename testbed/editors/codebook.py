@@ -93,7 +93,7 @@ class Codebook:
         """Add a row, as a member of the entry into whose scope it falls, if there is one. Returns the edits it
         supersedes. Raises ValueError for a key, radius or id that cannot be."""
         key = self._checked(key, radius, entry)
-        d = self._to_alive(key, radius, entry.positive)
+        d = self._distances(key, radius, entry.positive, self.active)
         near = self._scope(d, radius, entry.label)
         head = self.entry_of(near) if near is not None else None
         self.log = [*self.log, ["insert", len(self.entries)]]
@@ -112,7 +112,7 @@ class Codebook:
 
     def overlapping(self, key: Tensor, radius: float, label: tuple[int, ...]) -> str | None:
         """The edit whose scope a new key falls into: the nearest active row whose ball meets the new one, if it has this label."""
-        row = self._scope(self._to_alive(key.detach().float().cpu(), radius, 0.0), radius, label)
+        row = self._scope(self._distances(key.detach().float().cpu(), radius, 0.0, self.active), radius, label)
         return None if row is None else self.entries[row].event_id
 
     def _scope(self, d: Tensor, radius: float, label: tuple[int, ...]) -> int | None:
@@ -168,13 +168,13 @@ class Codebook:
             raise ValueError(f"{entry.event_id} is in the codebook already")
         return key
 
-    def _to_alive(self, key: Tensor, radius: float, positive: float) -> Tensor:
-        """(n,) distances of a key to all alive rows whose balls or positive zones it may meet; to the others inf."""
-        reach = torch.maximum(self.raw + radius, self._positive.clamp_min(positive))
-        return torch.where(self.alive, self._keys.within(key, torch.where(self.alive, reach, 0.0)), torch.inf)
+    def _distances(self, key: Tensor, radius: float, positive: float, among: Tensor) -> Tensor:
+        """(n,) distances of a key to those of some rows (n,) whose balls or positive zones it may meet; to the others inf."""
+        reach = torch.where(among, torch.maximum(self.raw + radius, self._positive.clamp_min(positive)), -1.0)
+        return torch.where(among, self._keys.within(key, reach), torch.inf)
 
-    def _from(self, row: int) -> Tensor:
-        return self._to_alive(self.keys[row], float(self.raw[row]), float(self._positive[row]))
+    def _from(self, row: int, among: Tensor) -> Tensor:
+        return self._distances(self.keys[row], float(self.raw[row]), float(self._positive[row]), among)
 
     def _append(self, key: Tensor, radius: float, entry: Entry) -> None:
         """A row that is not yet alive."""
@@ -214,7 +214,7 @@ class Codebook:
         back = (self.alive & torch.isin(self.superseded, gone)).nonzero()[:, 0].tolist()
         self.superseded = _set(self.superseded, rows, NONE)
         self._release(rows)
-        distances = {i: self._from(i) for i in back}
+        distances = {i: self._from(i, self.alive) for i in back}
         for i, d in distances.items():
             later = (self.alive & self._rivals(i, d))[i:].nonzero()[:, 0]
             self.superseded = _set(self.superseded, [i], i + int(later[0]) if len(later) else NONE)
@@ -253,7 +253,7 @@ class Codebook:
         freed = (self.active & torch.isin(self.capped_by, torch.tensor(gone, dtype=torch.long))).nonzero()[:, 0].tolist()
         self.caps, self.capped_by = _set(self.caps, gone, torch.inf), _set(self.capped_by, gone, NONE)
         for i in freed:
-            self._cap(i, self._shares(i, self._from(i)))
+            self._cap(i, self._shares(i, self._from(i, self.active)))
 
     def _silence(self, rows: list[int], sign: int) -> None:
         """Count the nulls in the positive zones of rows in or out: a counted null does not speak."""
