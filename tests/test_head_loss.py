@@ -37,7 +37,14 @@ def by_softmax(handle: Any, hidden: Tensor, targets: Tensor, pull: Tensor) -> tu
 
 
 @settings(deadline=None)
-@given(n=st.integers(1, 9), tokens=st.integers(11, 40), block=st.integers(1, 5), rows=st.integers(1, 9), bias=st.booleans(), seed=st.integers(0, 99))
+@given(
+    n=st.integers(1, 9),
+    tokens=st.integers(11, 40),
+    block=st.integers(1, 5),
+    rows=st.integers(1, 9),
+    bias=st.booleans(),
+    seed=st.integers(0, 99),
+)
 def test_blocks_of_any_size_give_the_softmax_over_all(n: int, tokens: int, block: int, rows: int, bias: bool, seed: int) -> None:
     handle, rng = head_of(tokens, bias, seed)
     hidden = torch.randn(n, 6, generator=rng).requires_grad_(True)
