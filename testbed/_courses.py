@@ -55,7 +55,7 @@ WORLD = (
     Leg("quoting", Schedule(steps=900, rate=1.5e-3, warm=0.03, rows=(7, 7, 4, 8)), replace(NAMES, by_number=False)),
 )
 """Copying from the prompt is found late and needs many rows of stated facts, so legs of their own. Names alone are told apart only
-some 600 steps into "names"; with targets for answers from the start, and no such leg, they never were."""
+some 600 steps into "names"; a course with targets for answers from the start did not come to it, with such legs or without."""
 BELIEFS = Schedule(steps=1600, minutes=9, rate=1.5e-3, warm=0.05)
 BELIEF_GATE = 0.95
 REWRITING = Schedule(steps=1200, minutes=15, rate=1e-3, warm=0.05)
