@@ -118,8 +118,8 @@ class Keys:
         return part, own, (q.shape[1] + 16) * _ROUNDING * (own.sqrt() + self.longest).square()
 
     def within(self, key: Tensor, reach: Tensor) -> Tensor:
-        """(n,) float64 distances of a key (f,), exact where they are at most `reach` (n,); those beyond may be inf. A negative reach
-        leaves a row out."""
+        """(n,) float64 distances of a key (f,), exact where they are at most `reach` (n,); those beyond may be inf, those of a
+        negative reach are."""
         part, own, slack = self.squares(key[None], self.norms)
         beyond = (part + own - slack)[0] > self.square(reach).float() * (1 + 4 * _ROUNDING)  # not what overflowed
         near = ~beyond & (reach >= 0)

@@ -171,7 +171,7 @@ class Codebook:
     def _distances(self, key: Tensor, radius: float, positive: float, among: Tensor) -> Tensor:
         """(n,) distances of a key to those of some rows (n,) whose balls or positive zones it may meet; to the others inf."""
         reach = torch.where(among, torch.maximum(self.raw + radius, self._positive.clamp_min(positive)), -1.0)
-        return torch.where(among, self._keys.within(key, reach), torch.inf)
+        return self._keys.within(key, reach)
 
     def _from(self, row: int, among: Tensor) -> Tensor:
         return self._distances(self.keys[row], float(self.raw[row]), float(self._positive[row]), among)
