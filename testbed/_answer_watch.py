@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,10 +25,15 @@ class Score:
 
 
 class AnswerWatch:
-    """A logits processor that changes nothing and reads the answers' tokens as generation passes over them."""
+    """A logits processor that changes nothing and reads the answers' tokens as generation passes over them.
 
-    def __init__(self, answers: list[list[int]]) -> None:
-        self.answers = answers
+    Args:
+        answers: token ids, a row each.
+        then: called once, when the first token is known.
+    """
+
+    def __init__(self, answers: list[list[int]], then: Callable[[], None] = lambda: None) -> None:
+        self.answers, self._then = answers, then
         longest = max((len(a) for a in answers), default=0)
         self._target = torch.zeros(len(answers), longest, dtype=torch.long)
         for i, a in enumerate(answers):
@@ -39,6 +45,7 @@ class AnswerWatch:
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         if self._first is None:
             self._first = scores.topk(min(FIRST_IDS, scores.shape[-1]), -1).indices.cpu()
+            self._then()
         step = len(self._hits)
         if step < self._target.shape[1]:
             target = self._target[:, step].to(scores.device)

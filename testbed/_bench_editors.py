@@ -16,6 +16,7 @@ from testbed.events import EditBatch, EditEvent
 from testbed.loop import peak_bytes
 from testbed.models import ModelHandle
 from testbed.predictor import Predictor
+from testbed.schema import EditReport
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Line:
     prepare_seconds: float
     """Once, before the first edit."""
     edit_seconds: str
-    """Seconds of the edits by stage, where the method tells them."""
+    """Seconds of all edits by stage; what no stage names is left out."""
     probe_seconds_per_thousand: float
     """A thousand questions scored and generated, after the edits, prompts already tokenised once."""
     probe_seconds_per_thousand_first: float
@@ -68,12 +69,12 @@ def line(handle: ModelHandle, stream: Stream, make: Callable[[], Editor], amount
     start = clock()
     for i, e in enumerate(events, 1):
         report = editor.apply(EditBatch((e,), i, {e.id: stream.paraphrases(e)}))
-        stages.update({k.removeprefix("seconds_"): v for k, v in report.notes.items() if k.startswith("seconds_")})
+        stages.update(stages_of(report))
         failed += len(report.failed)
     _wait(handle)
     seconds = clock() - start
     handle.cache.clear()
-    first, again = (_per_thousand(handle, editor.predictor(), *_asked(handle, stream, events, amount.questions)) for _ in range(2))
+    first, again = (_per_thousand(handle, editor.predictor(), *asked(handle, stream, events, amount.questions)) for _ in range(2))
     state, peak = (report.state_bytes if report else 0) / max(1, len(events)), peak_bytes(handle.device)
     plain = _plainly(handle, stream, make, events[: amount.plain])
     told = ", ".join(f"{k} {v:.2f}" for k, v in stages.items()) or f"{seconds:.2f}"
@@ -84,7 +85,12 @@ def _plainly(handle: ModelHandle, stream: Stream, make: Callable[[], Editor], ev
     return run_steps(handle, stream, make(), [[e] for e in events], whole=True)[0] if events else None
 
 
-def _asked(handle: ModelHandle, stream: Stream, events: Sequence[EditEvent], n: int) -> tuple[list[Ask], list[str | None]]:
+def stages_of(report: EditReport) -> dict[str, float]:
+    """Seconds of a batch by stage."""
+    return {k.removeprefix("seconds_"): v for k, v in report.notes.items() if k.startswith("seconds_")}
+
+
+def asked(handle: ModelHandle, stream: Stream, events: Sequence[EditEvent], n: int) -> tuple[list[Ask], list[str | None]]:
     """Questions about the edits that the model can read, and their answers."""
     found = [q for e in events for q in stream.questions(e) if (q.image is not None) == handle.reads_pictures][:n]
     return [Ask(q.prompt, q.image) for q in found], [q.answer for q in found]

@@ -1,6 +1,6 @@
 """Locate-then-edit, measured: batches against one edit at a time on the plain path, and the solve against dense ones.
 
-The plain path is `testbed.tail.plain()`: the whole model at every step, one edit a batch, nothing kept between them.
+The plain path is `testbed.plain_path.plain()`: the whole model at every step, one edit a batch, nothing kept between them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from testbed.editors.base import Editor
 from testbed.events import EditBatch, EditEvent
 from testbed.families import FAMILIES
 from testbed.models import ModelHandle
-from testbed.tail import plain
+from testbed.plain_path import plain
 
 _LEARNED = ("second moments", "takes a past")
 """What is found out once a model, in the first step, and not once a batch."""

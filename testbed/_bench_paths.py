@@ -1,6 +1,6 @@
 """Two paths of one method, measured side by side: as it is, and plain (one edit at a time, the whole model at every step, no cache).
 
-The plain path is the method's own code inside `testbed.tail.plain()`, with everything kept on the handle
+The plain path is the method's own code inside `testbed.plain_path.plain()`, with everything kept on the handle
 dropped before each edit. Nothing but speed may differ: the losses of every training step are compared.
 """
 
@@ -17,7 +17,7 @@ from streams.base import Stream
 from testbed.editors.base import Editor
 from testbed.events import EditBatch, EditEvent
 from testbed.models import ModelHandle
-from testbed.tail import plain, watched
+from testbed.plain_path import plain, watched
 
 Make = Callable[[], Editor]
 """A fresh editor."""

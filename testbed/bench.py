@@ -6,7 +6,8 @@ scored and generated through the edited model, bytes kept), `long` (the cost of 
 the reports of a run), `paths` (each method beside its plain path: one edit, whole forwards and backwards, no cache),
 `codebook` (insertion, retrieval and bytes by the number of entries), `locate` (locate-then-edit in batches
 beside one edit at a time on the plain path, also on a random model of GPT-2 small's shape; the solve beside
-dense ones).
+dense ones), `floors` (each stage of an edit and of a question beside the least that its matrix products take on
+this machine; wants an otherwise idle machine).
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from rich.table import Table
 from streams.base import Stream
 from testbed import _bench_codebook, _bench_locate, models, variants
 from testbed._bench_editors import Amount, line
+from testbed._bench_floor import Machine
+from testbed._bench_hot import hot_paths
 from testbed._bench_long import costs
 from testbed._bench_models import NoRoom, open_model
 from testbed._bench_paths import paths
@@ -41,7 +44,7 @@ class BenchConfig:
     """Measure editors: speed, probe cost, state size, peak memory."""
 
     what: tuple[str, ...] = ("editors",)
-    """Tables, separated by commas: editors, long, paths, codebook, locate."""
+    """Tables, separated by commas: editors, long, paths, codebook, locate, floors."""
     editor: tuple[str, ...] = RunConfig.editor
     """Editors, separated by commas."""
     model: tuple[str, ...] = ("tiny",)
@@ -64,7 +67,7 @@ class BenchConfig:
     batch: int = 16
     """Edits trained at once, in `paths` and `locate`."""
     set: tuple[str, ...] = ()
-    """editor.field=value, in `locate` and `editors`."""
+    """editor.field=value, in `locate`, `editors` and `floors`."""
     questions: int = 512
     """Questions asked of the edited model."""
     run: Path | None = None
@@ -141,12 +144,25 @@ def measure_locate(config: BenchConfig) -> list[list[Any]]:
     return [lines, [_bench_locate.solve()]]
 
 
+def measure_floors(config: BenchConfig) -> list[list[Any]]:
+    """Every stage of every editor on every model, beside the floor of its matrix products; a table a model and editor."""
+    run, amount, machines = RunConfig(set=config.set), Amount(config.edits, config.plain, config.questions), dict[str, Machine]()
+
+    def each(handle: models.ModelHandle, name: str) -> list[Any]:
+        machine = machines.setdefault(str(handle.device), Machine(handle.device))
+        return hot_paths(handle, _stream(config, handle), lambda: make_editor(run, name), amount, machine)
+
+    lines = [x for found in _each(config, each) for x in found]
+    return [lines, [m.rates() for m in machines.values()]]
+
+
 TABLES: dict[str, Callable[[BenchConfig], list[list[Any]]]] = {
     "editors": measure,
     "long": measure_long,
     "paths": measure_paths,
     "codebook": measure_codebook,
     "locate": measure_locate,
+    "floors": measure_floors,
 }
 
 
@@ -199,7 +215,7 @@ def _plain(line: Any) -> dict[str, Any]:
 
 _FILE_WIDTH = 200
 """Characters a line where the output is no terminal."""
-_BYTES = {"state_bytes_per_edit", "peak_bytes", "keys", "values", "memory", "disk"}
+_BYTES = {"state_bytes_per_edit", "peak_bytes", "keys", "values", "memory", "disk", "cache"}
 
 
 def _shown(name: str, value: Any) -> str:

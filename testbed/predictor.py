@@ -23,6 +23,7 @@ from testbed._answer_watch import AnswerWatch, Score
 from testbed.encode import Ask, Batch, answer_ids, collate, prompt_inputs, text_batch
 from testbed.grading import natural_stop
 from testbed.models import ModelHandle
+from testbed.stages import stage
 
 Around = Callable[[Batch], AbstractContextManager[Any]]
 
@@ -201,9 +202,10 @@ class ModelPredictor(Predictor):
 
     def _generate(self, asks: list[Ask], ids: list[list[int]], max_new_tokens: int) -> list[Response]:
         """One prefill for both readings: where the generation follows the answer, its logits are the teacher-forced ones."""
-        batch = collate(self.handle, asks, side="left")
-        watch = AnswerWatch(ids)
-        with self.around(batch), _plain_decoding(self.handle):
+        with stage("encode"):
+            batch = collate(self.handle, asks, side="left")
+        with self.around(batch), _plain_decoding(self.handle), stage("prefill") as turn:
+            watch = AnswerWatch(ids, then=lambda: turn("decode"))
             tokens = self.handle.model.generate(**batch.inputs, max_new_tokens=max_new_tokens, logits_processor=[watch])
             extras = self.explain(batch) if self.explain else [{} for _ in asks]
         new = tokens[:, batch.inputs["input_ids"].shape[1] :]
@@ -227,7 +229,7 @@ class ModelPredictor(Predictor):
     def _forced(self, asks: list[Ask], ids: list[list[int]]) -> list[Score]:
         """One teacher-forced forward."""
         batch = collate(self.handle, asks, ids, side="left")
-        with self.around(batch):
+        with self.around(batch), stage("score"):
             logits = self._last_logits(batch, 1 + max(map(len, ids)))
         logp = logits[batch.before_answer[:, -logits.shape[1] :]].float().log_softmax(-1)
         target = batch.answer_ids

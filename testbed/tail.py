@@ -4,7 +4,7 @@ Every editor here changes a down-projection W (d, f) of one decoder layer. Nothi
 training W, a copy of it or a low-rank addition re-runs only what lies above. At the last layer that is the
 final norm and the head, at the few positions that predict the answer.
 
-Inside `plain()` the same objects re-run the whole model at every call and keep nothing: the plain path, to
+Inside `plain_path.plain()` the same objects re-run the whole model at every call and keep nothing: the plain path, to
 measure and to check the fast one against.
 """
 
@@ -12,53 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from testbed._head_loss import answer_nll
 from testbed.encode import Ask, Batch, answer_ids, collate
 from testbed.families import UnknownLayout
 from testbed.models import ModelHandle, project
-
-_WHOLE: ContextVar[bool] = ContextVar("whole", default=False)
-_SEEN: ContextVar[list[Tensor] | None] = ContextVar("seen", default=None)
-
-
-@contextmanager
-def plain() -> Iterator[None]:
-    """Inside, `capture` and `enter` give objects that run the whole model, from pixels to logits, at every call."""
-    token = _WHOLE.set(True)
-    try:
-        yield
-    finally:
-        _WHOLE.reset(token)
-
-
-@contextmanager
-def watched() -> Iterator[list[Tensor]]:
-    """Inside, the losses (B,) of every training step are kept, in order: what two paths are compared by."""
-    seen: list[Tensor] = []
-    token = _SEEN.set(seen)
-    try:
-        yield seen
-    finally:
-        _SEEN.reset(token)
-
-
-def watch(losses: Tensor) -> Tensor:
-    """The same losses, shown to `watched()`."""
-    seen = _SEEN.get()
-    if seen is not None:
-        seen.append(losses.detach())
-    return losses
-
-
-def inside_plain() -> bool:
-    """True inside `plain()`."""
-    return _WHOLE.get()
+from testbed.plain_path import inside_plain, watch
+from testbed.stages import stage
 
 
 @dataclass
@@ -85,20 +50,27 @@ class Tail:
     last: Tensor
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
 
-    def logits(self, project: Callable[[Tensor], Tensor]) -> Tensor:
-        """(n, V) logits at the answer positions when `project` takes the down-projection's place."""
+    def ends(self, project: Callable[[Tensor], Tensor]) -> Tensor:
+        """(n, d) what enters the head at the answer positions when `project` takes the down-projection's place."""
         hidden = self.rest + project(self.act)
         if self.calls:
             for module, (args, kwargs) in zip(self.handle.layers[self.layer + 1 :], self.calls):
                 out = module(hidden, *args, **kwargs)
                 hidden = out[0] if isinstance(out, tuple) else out
             hidden = hidden[self.batch.before_answer.to(hidden.device)]
-        return self.handle.head(self.handle.norm(hidden)).to(self.handle.device)
+        return self.handle.norm(hidden)
+
+    def logits(self, project: Callable[[Tensor], Tensor]) -> Tensor:
+        """(n, V) logits at the same."""
+        return self.handle.head(self.ends(project)).to(self.handle.device)
 
     def loss(self, project: Callable[[Tensor], Tensor]) -> Tensor:
         """(B,) mean next-token cross-entropy (nats a token) of each row's answer."""
-        nll = torch.nn.functional.cross_entropy(self.logits(project).float(), self.target, reduction="none")
+        nll = self._nll(project)
         return watch(row_mean(nll, self.row.to(nll.device), self.batch.answer.shape[0]))
+
+    def _nll(self, project: Callable[[Tensor], Tensor]) -> Tensor:
+        return answer_nll(self.handle, self.ends(project), self.target)
 
 
 class WholeTail(Tail):
@@ -114,6 +86,9 @@ class WholeTail(Tail):
             logits = self.handle.model(**self.batch.inputs, use_cache=False).logits
         return logits[self.batch.before_answer]
 
+    def _nll(self, project: Callable[[Tensor], Tensor]) -> Tensor:
+        return torch.nn.functional.cross_entropy(self.logits(project).float(), self.target, reduction="none")
+
 
 def row_mean(values: Tensor, row: Tensor, rows: int) -> Tensor:
     """Mean of `values` (n,) by row index (n,), as (rows,)."""
@@ -121,6 +96,7 @@ def row_mean(values: Tensor, row: Tensor, rows: int) -> Tensor:
     return total / torch.bincount(row, minlength=rows).clamp(min=1)
 
 
+@stage("capture")
 @torch.no_grad()
 def capture(handle: ModelHandle, asks: list[Ask], answers: list[str], layer: int, end: bool = True) -> Tail:
     """Run the batch once and keep what training the layer's down-projection needs.

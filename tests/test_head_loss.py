@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from testbed import _head_loss
 from testbed._head_loss import TOKENS, answer_loss, in_blocks
-from testbed.tail import plain
+from testbed.plain_path import plain
 
 
 def head_of(tokens: int, bias: bool, seed: int, width: int = 6) -> tuple[Any, torch.Generator]:

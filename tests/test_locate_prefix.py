@@ -14,7 +14,7 @@ from testbed.editors._locate_prefix import behind
 from testbed.editors._locate_rows import answer_rows
 from testbed.editors._locate_targets import Forward, Task, search
 from testbed.encode import Ask, answer_ids, collate
-from testbed.tail import plain
+from testbed.plain_path import plain
 
 MIXED = [
     replace(FACTS[0], id=""),

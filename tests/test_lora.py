@@ -25,7 +25,7 @@ from testbed.encode import Ask, collate
 from testbed.events import EditBatch, EditEvent
 from testbed.families import UnknownLayout
 from testbed.models import load
-from testbed.tail import plain
+from testbed.plain_path import plain
 
 DOWN = r"\.[12]\.(mlp\.(down_proj|c_proj|fc_out|dense_4h_to_h)|fc2)$"
 SMALL: dict[str, Any] = {"rank": 2, "lr": 0.02, "steps": 3, "modules": DOWN}

@@ -12,7 +12,8 @@ from _models import KINDS, TEXT, Noise, build
 from testbed.editors._values import FullCopies, LowRank, Values, train
 from testbed.encode import Ask, answer_ids, collate
 from testbed.models import ModelHandle, project
-from testbed.tail import Tail, WholeTail, capture, enter, plain
+from testbed.plain_path import plain
+from testbed.tail import Tail, WholeTail, capture, enter
 
 PROMPTS = ("who?", "what colour is the ship in the northern harbour?", "who leads the bridge?")
 ANSWERS = ["green", "Mara Venn", "two red towers"]

@@ -9,7 +9,7 @@ from test_tail_plain import ANSWERS, asks
 
 from testbed.editors import _sites
 from testbed.editors._vectors import at_last, at_prompt
-from testbed.tail import plain, watched
+from testbed.plain_path import plain, watched
 
 
 @pytest.mark.parametrize("layer", [0, -2, -1])

@@ -17,7 +17,8 @@ from transformers.cache_utils import DynamicCache
 
 from testbed.encode import Batch
 from testbed.models import ModelHandle
-from testbed.tail import Above, Enough, enter, inside_plain
+from testbed.plain_path import inside_plain
+from testbed.tail import Above, Enough, enter
 
 _SLICED = ("input_ids", "inputs_embeds", "position_ids")
 """Arguments of a decoder that have a column a token; the attention mask covers past and present."""

@@ -21,6 +21,7 @@ from testbed.encode import Ask, answer_ids, prompt_inputs
 from testbed.events import EditBatch
 from testbed.predictor import Inspection, ModelPredictor, Predictor, Response, Score, Tokens
 from testbed.prompts import WORDINGS, statement
+from testbed.stages import stage
 
 R = TypeVar("R")
 _LEAST_PICTURES = 8
@@ -105,6 +106,7 @@ class MemoryEditor(Editor):
         """What is compared with questions."""
         return statement(fact.prompt, fact.target)
 
+    @stage("index")
     def _edit(self, batch: EditBatch) -> dict[str, float]:
         self.now = batch.step
         first = len(self.store.log)

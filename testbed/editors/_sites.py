@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from testbed.editors._nearest import Metric
 from testbed.encode import Ask, Batch, collate
 from testbed.models import ModelHandle
+from testbed.stages import stage
 from testbed.tail import pooled
 
 _ROWS = 32
@@ -58,6 +59,7 @@ def mean(act: Tensor, batch: Batch) -> Tensor:
     return pooled(act, batch)
 
 
+@stage("keys")
 @torch.no_grad()
 def read(handle: ModelHandle, module: nn.Module, asks: Sequence[Ask], key: Callable[[Tensor, Batch], Tensor]) -> Tensor:
     """(n, width) float32 keys of prompts on the CPU, many a forward; none of them holds an answer."""

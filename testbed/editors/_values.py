@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from testbed.editors._gate import Hits
 from testbed.editors.base import EditFailed
 from testbed.models import project
+from testbed.stages import stage
 from testbed.tail import Tail
 
 
@@ -102,6 +103,7 @@ class Trained:
     losses: list[float]
 
 
+@stage("train")
 def train(family: Values, tail: Tail, starts: Sequence[Tensor], lr: float, steps: int) -> Trained:
     """Tune the values of a batch with Adam. Raises `EditFailed` on a loss that is not finite."""
     values = torch.stack(list(starts)).to(tail.act.device, torch.float32).clone().requires_grad_(True)

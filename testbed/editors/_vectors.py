@@ -15,7 +15,8 @@ from testbed._head_loss import answer_loss
 from testbed.editors._locate_prefix import behind
 from testbed.encode import Ask, answer_ids, collate, prompt_inputs
 from testbed.models import ModelHandle, project
-from testbed.tail import Tail, capture, row_mean, watch
+from testbed.plain_path import watch
+from testbed.tail import Tail, capture, row_mean
 
 Losses = Callable[[Tensor], Tensor]
 """Vectors (B, d) to losses (B,), nats a token of each row's answer, its end token included."""

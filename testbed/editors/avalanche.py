@@ -20,6 +20,7 @@ from testbed.encode import Ask
 from testbed.events import EditBatch
 from testbed.predictor import ModelPredictor, Predictor
 from testbed.registry import EDITORS
+from testbed.stages import stage
 
 
 class AvalancheEditor(Editor):
@@ -52,7 +53,7 @@ class AvalancheEditor(Editor):
         strategy = self.carrier.strategy(model)
         self.carrier.put(strategy, carried)
         experience = bridge.experience_of(rows, self.carrier.lesson(carried, new))
-        with bridge.seeded(self.generator(batch.step)):
+        with stage("train"), bridge.seeded(self.generator(batch.step)):
             strategy.train([experience], eval_streams=[])
         self.weight, self.carried = model.weight.detach(), self.carrier.take(strategy)
         self.rows, self.edits = rows, {**edits, **{i: e.id for i, e in zip(new, batch.events)}}

@@ -31,6 +31,7 @@ from testbed.encode import Ask, answer_ids
 from testbed.events import EditBatch, EditEvent
 from testbed.predictor import ModelPredictor, Predictor
 from testbed.registry import EDITORS
+from testbed.stages import stage
 from testbed.tail import capture
 
 _TEXT_NEGATIVES = 32
@@ -151,12 +152,14 @@ class BalancEdit(Editor):
         """A value that changes nothing yet, the same whatever batch the edit stands in."""
         return self.family.fresh(self.generator(int(event.id, 16)))
 
+    @stage("insert")
     def _insert(self, scope: Scope) -> list[str]:
         try:
             return self.book.insert(scope.key, scope.radius, scope.entry)
         except ValueError as e:
             raise EditFailed(str(e)) from e
 
+    @stage("keys")
     def _scopes(self, batch: EditBatch) -> list[Scope]:
         """Keys and radii of a batch's edits, all prompts read together. Raises `EditFailed` where a key is not finite."""
         positive = [self._positive(e, batch.paraphrases.get(e.id, ())) for e in batch.events]

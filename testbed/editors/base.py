@@ -23,6 +23,7 @@ from testbed.events import EditBatch, EditEvent, hide_previous
 from testbed.models import ModelHandle
 from testbed.predictor import Predictor
 from testbed.schema import EditReport
+from testbed.stages import collected
 
 Sample = Literal["paraphrase", "previous", "train_pool"]
 
@@ -122,7 +123,8 @@ class Editor(ABC):
         retire = [e for e in batch.events if e.kind == "retire"]
         edits = EditBatch(self._allowed(batch.events), batch.step, self._paraphrases(batch))
         try:
-            notes = self._edit(edits) if edits.events else {}
+            with collected() as seconds:
+                notes = self._edit(edits) if edits.events else {}
             skipped = self._retire(retire)
         except (RuntimeError, MemoryError, Unspellable) as e:
             if not (isinstance(e, (EditFailed, Unspellable, torch.linalg.LinAlgError)) or memory.ran_out(e)):
@@ -131,6 +133,7 @@ class Editor(ABC):
         else:
             made = {e.id: e.revises for e in batch.events if e.kind != "retire"}
             self._revises = {**self._revises, **made}
+            notes = notes | {f"seconds_{k}": v for k, v in seconds.items()}
             return replace(report, notes=notes, skipped=skipped)
         memory.free()
         self.load_state_dict(before)

@@ -24,6 +24,7 @@ from testbed.encode import Ask
 from testbed.events import EditBatch
 from testbed.predictor import ModelPredictor, Predictor
 from testbed.registry import EDITORS
+from testbed.stages import stage
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,7 @@ class Elder(Editor):
         row, _ = CodeBook(self.book, self.within).retrieve(self.mixture.chosen(self.mixture.log_scores(x)).flatten(1))
         return int((row >= 0).sum())
 
+    @stage("train")
     def _train(self, lesson: Lesson) -> tuple[Mixture, float, float]:
         """The mixture after one batch, and the last losses (answer, guided). Raises `EditFailed` when one is not finite."""
         tensors = [t.clone().requires_grad_(True) for t in self.mixture.tensors()]

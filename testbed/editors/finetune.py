@@ -19,6 +19,7 @@ from testbed.events import EditBatch
 from testbed.models import project
 from testbed.predictor import ModelPredictor, Predictor
 from testbed.registry import EDITORS
+from testbed.stages import stage
 from testbed.tail import Tail, capture
 
 
@@ -68,6 +69,7 @@ class Finetune(Editor):
         self.weight, loss = self._train(tail)
         return {"loss": loss}
 
+    @stage("train")
     def _train(self, tail: Tail) -> tuple[torch.Tensor, float]:
         """The new weight and the last loss (nats a token). Raises `EditFailed` when the loss is not finite."""
         start, module = self.weight, self.handle.down(self.config.layer)

@@ -31,6 +31,7 @@ from testbed.encode import Ask, answer_ids
 from testbed.events import EditBatch, EditEvent
 from testbed.predictor import ModelPredictor, Predictor
 from testbed.registry import EDITORS
+from testbed.stages import stage
 
 _SPLIT = 1e-5
 
@@ -85,6 +86,7 @@ class Scopes:
     def entry_of(self, row: int) -> str:
         return self.edits[int(self.owner[row])][0]
 
+    @stage("insert")
     def insert(self, key: Tensor, label: tuple[int, ...], event_id: str) -> None:
         """Add an edit: new, split or expand."""
         if self.edits:
@@ -192,12 +194,14 @@ class Grace(Editor):
         """(d,) uniform in [0, 1), the same whatever batch the edit stands in."""
         return torch.rand(self.handle.width, generator=self.generator(int(event.id, 16)))
 
+    @stage("capture")
     def _losses(self, asks: list[Ask], batch: EditBatch, keys: Tensor) -> Losses:
         targets = [e.target for e in batch.events]
         if self.config.replace == "last":
             return at_last(self.handle, asks, targets, self.layer, keys)
         return at_prompt(self.handle, asks, targets, self.layer)
 
+    @stage("train")
     def _train(self, losses_of: Losses, cold: Tensor) -> tuple[Tensor, list[float]]:
         """(B, d) a vector for each row, from `cold` (B, d) on. Raises `EditFailed` on a loss that is not finite."""
         vectors = cold.to(self.weight.device).requires_grad_(True)

@@ -11,10 +11,8 @@ both made, at the mean where they conflict, and counted as `collisions`.
 
 from __future__ import annotations
 
-import time
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +32,7 @@ from testbed.editors._locate_targets import Found, Task, heights, search
 from testbed.editors.base import BadEditor, EditFailed, Editor, EditorConfig, Traits
 from testbed.events import EditBatch, EditEvent
 from testbed.predictor import ModelPredictor, Predictor
+from testbed.stages import stage
 from testbed.tail import capture
 
 _SAME_KEY = 0.98
@@ -152,12 +151,12 @@ class LocateEditor(Editor):
     def _edit(self, batch: EditBatch) -> dict[str, float]:
         events = _newest(batch.events)
         log = Log(superseded=len(batch) - len(events), unnamed=sum(e.image is None and subject_of(e) is None for e in events))
-        with log.timed("setup"):
+        with stage("setup"):
             self._set_up(events[0])
         for group in self._groups(events):
-            for stage in self._stages():
+            for layers in self._stages():
                 with self.handle.swapped(self.changes.parameters()):
-                    self._run_stage(stage, group, batch.step, log)
+                    self._run_stage(layers, group, batch.step, log)
         return log.notes() | {"past_keys": float(max(map(len, self.changes.keys.values()), default=0))}
 
     def _groups(self, events: list[EditEvent]) -> list[list[EditEvent]]:
@@ -178,18 +177,18 @@ class LocateEditor(Editor):
 
     def _run_stage(self, layers: tuple[int, ...], events: Sequence[EditEvent], step: int, log: Log) -> None:
         task = Task(self.handle, events, layers[-1], self.contexts, self.config.end)
-        with log.timed("targets"):
+        with stage("targets"):
             before = heights(self.handle, events, layers[-1])
             found = self._search(task, self._unit(task, before))
             target = self._start(task, before) + found.delta
             log.targets(found)
-        with log.timed("keys"):
+        with stage("keys"):
             sweep = Sweep(self.handle, events, self.contexts, layers, self.bare_share)
         for i, layer in enumerate(layers):
-            with log.timed("keys"), torch.no_grad():
+            with stage("keys"), torch.no_grad():
                 keys = sweep.read(layer)
                 residual = self._residual(sweep, target, keys).to(keys.device) * self._share(len(layers) - i)
-            with log.timed("solve"), torch.no_grad():
+            with stage("solve"), torch.no_grad():
                 old = self.changes.weight(layer)
                 solution = self._solve(layer, keys, residual, sweep.bare_key)
                 self._keep(layer, step, solution, keys if self.history else None)
@@ -230,18 +229,11 @@ def _newest(events: Sequence[EditEvent]) -> list[EditEvent]:
 
 
 class Log:
-    """Numbers of one batch for its report: seconds by stage, and what targets and solves say of themselves."""
+    """Numbers of one batch for its report: what targets and solves say of themselves."""
 
     def __init__(self, **counts: float) -> None:
         self.values: dict[str, list[float]] = {}
         self.counts = {k: float(v) for k, v in counts.items()}
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
     def targets(self, found: Found) -> None:
         """Raises `EditFailed` for a target that is not finite."""
@@ -266,7 +258,7 @@ class Log:
         """Norms joined over layers, the worst condition and most collisions, the mean of everything else."""
         joined = {"change_norm": lambda v: sum(x * x for x in v) ** 0.5, "condition": max, "collisions": max, "excluded": max}
         means = {k: float(joined.get(k, lambda v: sum(v) / len(v))(v)) for k, v in self.values.items()}
-        return {**means, **self.counts, **{f"seconds_{k}": v for k, v in self.seconds.items()}}
+        return means | self.counts
 
 
 def collisions(keys: Tensor) -> int:

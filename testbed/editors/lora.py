@@ -22,6 +22,7 @@ from testbed.encode import Ask
 from testbed.events import EditBatch
 from testbed.predictor import ModelPredictor, Predictor
 from testbed.registry import EDITORS
+from testbed.stages import stage
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ class Lora(Editor):
         """The weights that the adapter is trained on top of, where they are not the base's."""
         return {}
 
+    @stage("train")
     def _train(self, span: lowrank.Span) -> tuple[tuple[tuple[Tensor, Tensor], ...], float]:
         """The adapter after one batch and the last loss (nats a token). Raises `EditFailed` when the loss is not finite."""
         pairs = [(u.clone().requires_grad_(True), v.clone().requires_grad_(True)) for u, v in self.pairs]

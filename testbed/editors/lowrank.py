@@ -18,11 +18,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from testbed._head_loss import answer_nll
 from testbed.editors.base import BadEditor
 from testbed.encode import Ask, Batch, answer_ids, collate
 from testbed.families import UnknownLayout
 from testbed.models import ModelHandle
-from testbed.tail import enter, row_mean, watch
+from testbed.plain_path import watch
+from testbed.stages import stage
+from testbed.tail import enter, row_mean
 
 Add = Callable[[Tensor], Tensor]
 """What a site adds to its output: (B, T, f) activations to (B, T, d)."""
@@ -99,6 +102,7 @@ class Span:
     whose logits are not those of its last norm and head.
     """
 
+    @stage("capture")
     def __init__(self, handle: ModelHandle, sites: Sequence[Site], asks: Sequence[Ask], answers: Sequence[str]) -> None:
         self.handle, self.sites = handle, sites
         self.batch: Batch = collate(handle, asks, [answer_ids(handle, a, x) for a, x in zip(asks, answers)], end=True)
@@ -110,7 +114,7 @@ class Span:
     def _entering(self) -> Tensor:
         kept: list[Tensor] = []
         with self.handle.hooked(self.sites[0].module, lambda m, args: kept.append(args[0].detach()), pre=True):
-            logits = self.logits([])
+            logits = self.handle.head(self.ends([])).to(self.handle.device)
         checked: set[str] = self.handle.cache.setdefault("spans", set())
         if self.sites[0].name not in checked and torch.isfinite(logits).all():
             self._check(logits)
@@ -126,13 +130,13 @@ class Span:
                 f"the logits of {type(self.handle.model).__name__} are not those of its last norm and head: off by {share:.0%}"
             )
 
-    def logits(self, adds: Sequence[Add]) -> Tensor:
-        """(n, V) logits at the answer positions with an addition at each site, in order; none changes nothing."""
+    def ends(self, adds: Sequence[Add]) -> Tensor:
+        """(n, d) what enters the head at the answer positions with an addition at each site, in order; none changes nothing."""
         with ExitStack() as stack:
             for site, add in zip(self.sites, adds):
                 stack.enter_context(self.handle.hooked(site.module, lambda m, args, out, add=add: self._put(add, args[0], out)))
             hidden = self.above.through(self.above.hidden, self.above.first, self.handle.n_layers)
-            return self.above.logits(hidden, self.at)
+            return self.above.ends(hidden, self.at)
 
     def _put(self, add: Add, act: Tensor, out: Tensor) -> Tensor:
         more = add(act.reshape(*self.batch.prompt.shape, -1))
@@ -140,7 +144,7 @@ class Span:
 
     def loss(self, adds: Sequence[Add]) -> Tensor:
         """(B,) mean next-token cross-entropy (nats a token) of each row's answer, its end token included."""
-        nll = torch.nn.functional.cross_entropy(self.logits(adds).float(), self.batch.answer_ids, reduction="none")
+        nll = answer_nll(self.handle, self.ends(adds), self.batch.answer_ids)
         return watch(row_mean(nll, self.at.nonzero()[:, 0], len(self.at)))
 
 

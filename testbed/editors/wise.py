@@ -27,6 +27,7 @@ from testbed.events import EditBatch
 from testbed.models import project
 from testbed.predictor import ModelPredictor, Predictor
 from testbed.registry import EDITORS
+from testbed.stages import stage
 from testbed.tail import Tail, capture, row_mean
 
 _SAMPLE = 32
@@ -127,6 +128,7 @@ class Wise(Editor):
         draw = torch.rand(self.weight.shape, generator=self.generator(step))
         self.mask = (draw < self.config.density).to(self.weight.device)
 
+    @stage("keys")
     def _read(self, asks: Sequence[Ask]) -> Prompts:
         """One forward over prompts without answers."""
         batch = collate(self.handle, asks)
@@ -158,6 +160,7 @@ class Wise(Editor):
         """(n,) D of each prompt."""
         return row_mean(_norm(_through(self.module, prompts.act, change)), prompts.row, prompts.n)
 
+    @stage("train")
     def _train(self, tail: Tail, edits: Prompts, others: Prompts | None) -> tuple[Memory, float, int]:
         """The shard after one batch, the last loss and the steps taken. Raises `EditFailed` when a loss is not finite."""
         change, h = self.working.change, self.hyper
