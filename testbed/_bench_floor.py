@@ -168,3 +168,5 @@ _COUNTS: dict[Any, Callable[..., float]] = {
     _aten.cholesky_solve: _by(lambda b, a, *_: 2.0 * a.shape[-1] * b.numel()),
 }
 """Operations of each kind of product, by its operands."""
+if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    _COUNTS[torch.ops.mkldnn._linear_pointwise] = _by(lambda x, w, *_: 2.0 * x.numel() * w.shape[0])
