@@ -104,6 +104,9 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _split(weight: Tensor, bias: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
+    """Blocks of tokens; all of them at once on a GPU, where a call costs more than a cache spares."""
+    if weight.device.type != "cpu":
+        return [(weight, bias)]
     size = min(TOKENS, max(_LEAST, _BYTES // (weight.shape[1] * weight.element_size())))
     parts = weight.split(size)
     return list(zip(parts, bias.split(size) if bias is not None else [None] * len(parts)))

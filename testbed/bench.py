@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from testbed._bench_long import costs
 from testbed._bench_models import NoRoom, open_model
 from testbed._bench_paths import paths
 from testbed.config import RunConfig
+from testbed.files import replacing
 from testbed.progress import bars
 from testbed.registry import STREAMS
 from testbed.run import told
@@ -84,6 +85,10 @@ class BenchConfig:
         return unknown + (["--what long reads a run folder: give it with --run"] if "long" in self.what and self.run is None else [])
 
 
+Tables = Iterator[list[Any]]
+"""Lines as they are measured; those of one kind make one table."""
+
+
 def main(argv: list[str] | None = None) -> int:
     import tyro
     from transformers.utils import logging
@@ -98,65 +103,76 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(config.threads)
     console = Console()
     console = console if console.is_terminal else Console(width=_FILE_WIDTH)
-    code, found = told(lambda: {name: TABLES[name](config) for name in config.what})
-    if found is None:
-        return code
-    for tables in found.values():
-        for lines in tables:
-            if lines:
-                console.print(table(lines))
-    if config.out:
-        plain = {name: [_plain(x) for lines in tables for x in lines] for name, tables in found.items()}
-        config.out.write_text(json.dumps({"machine": machine(), **plain}, indent=1) + "\n")
-    return 0
+    found: dict[str, list[Any]] = {}
+    code, _ = told(lambda: _fill(found, config), "the same command: it begins anew")
+    for lines in found.values():
+        for kind in dict.fromkeys(map(type, lines)):
+            console.print(table([x for x in lines if type(x) is kind]))
+    return code
 
 
-def measure(config: BenchConfig) -> list[list[Any]]:
+def _fill(found: dict[str, list[Any]], config: BenchConfig) -> None:
+    """Measure; what is measured is in `found`, and in the file, whatever happens later."""
+    for name in config.what:
+        for lines in TABLES[name](config):
+            found.setdefault(name, []).extend(lines)
+            if config.out:
+                with replacing(config.out) as temporary:
+                    plain = {what: [_plain(x) for x in measured] for what, measured in found.items()}
+                    temporary.write_text(json.dumps({"machine": machine(), **plain}, indent=1) + "\n")
+
+
+def measure(config: BenchConfig) -> Tables:
     """Every editor on every model, one after another."""
     run, amount = RunConfig(set=config.set), Amount(config.edits, config.plain, config.questions)
-    return [_each(config, lambda h, name: line(h, _stream(config, h), lambda: make_editor(run, name), amount))]
+    yield from _each(config, lambda h, name: [line(h, _stream(config, h), lambda: make_editor(run, name), amount)])
 
 
-def measure_long(config: BenchConfig) -> list[list[Any]]:
+def measure_long(config: BenchConfig) -> Tables:
     """What an edit cost at each point of a run."""
-    return [costs(config.run, config.at)] if config.run else []
+    if config.run:
+        yield costs(config.run, config.at)
 
 
-def measure_paths(config: BenchConfig) -> list[list[Any]]:
+def measure_paths(config: BenchConfig) -> Tables:
     """Every editor beside its plain path, on every model."""
     edits = min(4, config.edits)
     run = RunConfig()
-    return [_each(config, lambda h, name: paths(h, _stream(config, h), lambda: make_editor(run, name), edits, config.batch))]
+    yield from _each(config, lambda h, name: [paths(h, _stream(config, h), lambda: make_editor(run, name), edits, config.batch)])
 
 
-def measure_codebook(config: BenchConfig) -> list[list[Any]]:
+def measure_codebook(config: BenchConfig) -> Tables:
     """Retrieval against the forward of each model and of a 7B shape, insertion, bytes."""
-    shares = [x for name in config.model for x in _bench_codebook.tiny_share(models.load(name), _stream(config))]
-    return [[*shares, *_bench_codebook.large_share()], _bench_codebook.insertion(), [_bench_codebook.weight()]]
+    for name in config.model:
+        yield _bench_codebook.tiny_share(models.load(name), _stream(config))
+    yield _bench_codebook.large_share()
+    yield _bench_codebook.insertion()
+    yield [_bench_codebook.weight()]
 
 
-def measure_locate(config: BenchConfig) -> list[list[Any]]:
+def measure_locate(config: BenchConfig) -> Tables:
     """Every editor in batches beside its plain path, on every model and on a random one of GPT-2 small's shape; the solve."""
-    run, lines = RunConfig(set=config.set), []
+    run = RunConfig(set=config.set)
     for handle in (*map(models.load, config.model), _bench_locate.small_gpt2(models.load("tiny"))):
         stream = _stream(config, handle)
-        lines += [_bench_locate.batches(handle, stream, lambda name=name: make_editor(run, name), config.batch) for name in config.editor]
-    return [lines, [_bench_locate.solve()]]
+        for name in config.editor:
+            yield [_bench_locate.batches(handle, stream, lambda name=name: make_editor(run, name), config.batch)]
+    yield [_bench_locate.solve()]
 
 
-def measure_floors(config: BenchConfig) -> list[list[Any]]:
-    """Every stage of every editor on every model, beside the floor of its matrix products; a table a model and editor."""
+def measure_floors(config: BenchConfig) -> Tables:
+    """Every stage of every editor on every model, beside the floor of its matrix products; then what the machine can do."""
     run, amount, machines = RunConfig(set=config.set), Amount(config.edits, config.plain, config.questions), dict[str, Machine]()
 
     def each(handle: models.ModelHandle, name: str) -> list[Any]:
         machine = machines.setdefault(str(handle.device), Machine(handle.device))
         return hot_paths(handle, _stream(config, handle), lambda: make_editor(run, name), amount, machine)
 
-    lines = [x for found in _each(config, each) for x in found]
-    return [lines, [m.rates() for m in machines.values()]]
+    yield from _each(config, each)
+    yield [m.rates() for m in machines.values()]
 
 
-TABLES: dict[str, Callable[[BenchConfig], list[list[Any]]]] = {
+TABLES: dict[str, Callable[[BenchConfig], Tables]] = {
     "editors": measure,
     "long": measure_long,
     "paths": measure_paths,
@@ -166,19 +182,20 @@ TABLES: dict[str, Callable[[BenchConfig], list[list[Any]]]] = {
 }
 
 
-def _each(config: BenchConfig, measured: Callable[[models.ModelHandle, str], Any]) -> list[Any]:
-    """A line an editor and model; nothing that one editor left on the model spares the next its work."""
-    out = []
+def _each(config: BenchConfig, measured: Callable[[models.ModelHandle, str], list[Any]]) -> Tables:
+    """The lines of each editor and model; nothing that one editor left on the model spares the next its work."""
+    done, total = 0, len(config.model) * len(config.editor)
     with bars() as progress:
         for name in config.model:
             handle = _opened(config, name)
             if handle is None:
+                total -= len(config.editor)
                 continue
             for editor in config.editor:
                 handle.cache.clear()
-                out.append(measured(handle, editor))
-                progress.advance("bench", len(out), len(config.model) * len(config.editor))
-    return out
+                yield measured(handle, editor)
+                done += 1
+                progress.advance(f"bench: {name}, {editor}", done, total)
 
 
 def _opened(config: BenchConfig, name: str) -> models.ModelHandle | None:

@@ -90,6 +90,13 @@ def test_a_head_that_is_more_than_a_matrix_is_called_as_it_is() -> None:
     torch.testing.assert_close(answer_loss(other, hidden, targets)[0], want)
 
 
+def test_blocks_are_of_few_bytes_on_a_cpu_and_of_the_whole_vocabulary_elsewhere() -> None:
+    for width, rows in ((8, TOKENS), (1024, 2048), (2**20, 256)):
+        parts = _head_loss._split(torch.empty(1, dtype=torch.float32).expand(3 * TOKENS, width), None)
+        assert [len(w) for w, _ in parts] == [rows] * (3 * TOKENS // rows)
+    assert len(_head_loss._split(torch.empty(3 * TOKENS, 1024, device="meta"), None)) == 1
+
+
 def test_half_precision_keeps_losses_in_float32() -> None:
     handle, rng = head_of(3 * TOKENS, bias=True, seed=2)
     hidden, targets = torch.randn(5, 6, generator=rng).requires_grad_(True), torch.arange(5)
