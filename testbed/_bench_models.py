@@ -76,10 +76,12 @@ def _blip2(like: ModelHandle) -> Any:
 
 
 def _blip2_processor(like: ModelHandle) -> Any:
-    from transformers import Blip2Processor
+    from transformers import AddedToken, Blip2Processor
     from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
-    return Blip2Processor(BlipImageProcessorPil(size={"height": 224, "width": 224}), like.tokenizer, num_query_tokens=32)
+    processor = Blip2Processor(BlipImageProcessorPil(size={"height": 224, "width": 224}), like.tokenizer, num_query_tokens=32)
+    processor.image_token = AddedToken("<image>", normalized=False, special=True)  # of the tokenizer's own it took the text
+    return processor
 
 
 SHAPES: dict[str, Shape] = {

@@ -195,7 +195,7 @@ def _each(config: BenchConfig, measured: Callable[[models.ModelHandle, str], lis
                 handle.cache.clear()
                 yield measured(handle, editor)
                 done += 1
-                progress.advance(f"bench: {name}, {editor}", done, total)
+                progress.advance("bench", done, total)
 
 
 def _opened(config: BenchConfig, name: str) -> models.ModelHandle | None:

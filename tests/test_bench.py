@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from _models import build
+from _models import Noise, build
 from _plain import plain as plain_stream
+from PIL import Image
 
 from testbed import _bench_codebook as books
-from testbed import _bench_locate, _bench_models, bench
+from testbed import _bench_locate, _bench_models, bench, families, models
 from testbed._bench_editors import Amount, line
 from testbed._bench_long import costs
 from testbed._bench_paths import apart, paths
@@ -122,6 +123,19 @@ def test_a_shape_has_the_layers_of_its_model(name: str) -> None:
     """Parameters as published, to a hundredth: GPT-2 124 M and 1.56 B, Llama-3 8.03 B, LLaVA-1.5 7.06 B, BLIP-2 3.74 B."""
     published = dict(zip(_bench_models.SHAPES, (124.4e6, 1557.6e6, 8030e6, 7063e6, 3745e6), strict=True))
     assert _bench_models.parameters(name) == pytest.approx(published[name], rel=0.01)
+
+
+@pytest.mark.parametrize(("name", "places"), [("random:llava-1.5-7b", 576), ("random:blip-2-opt-2.7b", 32)])
+def test_a_shape_that_reads_pictures_has_its_models_places_for_them(name: str, places: int) -> None:
+    like = models.load("tiny", "cpu")
+    shape = _bench_models.SHAPES[name]
+    assert shape.processor is not None
+    config = shape.config(like)
+    template = families.family_of(config).image
+    assert template is not None
+    words = template.format(prompt="what is this?")
+    out = shape.processor(like)(images=[Image.fromarray(Noise(1).load())], text=[words], return_tensors="pt")
+    assert int((out["input_ids"] == config.image_token_index).sum()) == places and out["pixel_values"].ndim == 4
 
 
 def test_a_shape_that_does_not_fit_is_left_out_and_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
