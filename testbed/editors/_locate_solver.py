@@ -57,9 +57,9 @@ class Moment(Prior):
 
     def __init__(self, c: Tensor, lam: float, eta: float) -> None:
         self.rho = 1.0
-        system = c.to(torch.float64, copy=True)  # a wide layer's C fills gigabytes: one copy, changed in place
-        system.diagonal().add_(eta * system.diagonal().mean())
-        self._root = cholesky(system.mul_(lam))
+        c = c.double()
+        shift = eta * c.diagonal().mean()
+        self._root = cholesky(lam * (c + shift * torch.eye(len(c), dtype=c.dtype, device=c.device)))
 
     def whiten(self, keys: Tensor) -> Tensor:
         return solve_triangular(self._root, keys, upper=False)
@@ -183,10 +183,9 @@ def cholesky(m: Tensor) -> Tensor:
     """
     root, bad = cholesky_ex(m)
     scale = m.diagonal().abs().mean()
+    eye = torch.eye(len(m), dtype=m.dtype, device=m.device)
     for power in range(-14, -5):
         if not bad:
             return root
-        raised = m.clone()
-        raised.diagonal().add_(10.0**power * scale)
-        root, bad = cholesky_ex(raised)
+        root, bad = cholesky_ex(m + 10.0**power * scale * eye)
     raise EditFailed("the solve has no positive definite system: the keys or their second moments are not finite")
