@@ -220,10 +220,6 @@ class Above:
         """(n, d) what enters the head at the positions `at` (B, T) bool, from the output of the last layer."""
         return self.handle.norm(hidden[at.to(hidden.device)])
 
-    def logits(self, hidden: Tensor, at: Tensor) -> Tensor:
-        """(n, V) logits at the same."""
-        return self.handle.head(self.ends(hidden, at)).to(self.handle.device)
-
 
 @dataclass
 class WholeAbove(Above):
