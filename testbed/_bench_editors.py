@@ -17,6 +17,7 @@ from testbed.loop import peak_bytes
 from testbed.models import ModelHandle
 from testbed.predictor import Predictor
 from testbed.schema import EditReport
+from testbed.stages import NOTE
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def _plainly(handle: ModelHandle, stream: Stream, make: Callable[[], Editor], ev
 
 def stages_of(report: EditReport) -> dict[str, float]:
     """Seconds of a batch by stage."""
-    return {k.removeprefix("seconds_"): v for k, v in report.notes.items() if k.startswith("seconds_")}
+    return {k.removeprefix(NOTE): v for k, v in report.notes.items() if k.startswith(NOTE)}
 
 
 def asked(handle: ModelHandle, stream: Stream, events: Sequence[EditEvent], n: int) -> tuple[list[Ask], list[str | None]]:

@@ -29,7 +29,7 @@ from testbed import _bench_codebook, _bench_locate, models, variants
 from testbed._bench_editors import Amount, line
 from testbed._bench_floor import Machine
 from testbed._bench_hot import hot_paths
-from testbed._bench_long import costs
+from testbed._bench_long import costs, wholes
 from testbed._bench_models import NoRoom, open_model
 from testbed._bench_paths import paths
 from testbed.config import RunConfig
@@ -129,9 +129,10 @@ def measure(config: BenchConfig) -> Tables:
 
 
 def measure_long(config: BenchConfig) -> Tables:
-    """What an edit cost at each point of a run."""
+    """What an edit and a question cost at each point of a run, and where its minutes went."""
     if config.run:
         yield costs(config.run, config.at)
+        yield wholes(config.run)
 
 
 def measure_paths(config: BenchConfig) -> Tables:

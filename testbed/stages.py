@@ -12,6 +12,9 @@ from contextvars import ContextVar
 
 import torch
 
+NOTE = "seconds_"
+"""How notes of a report that are seconds of a stage begin."""
+
 
 class Listener:
     """Seconds by stage so far, and the stage that is running."""

@@ -6,6 +6,8 @@ import dataclasses
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from _models import Noise, build
@@ -15,7 +17,7 @@ from PIL import Image
 from testbed import _bench_codebook as books
 from testbed import _bench_locate, _bench_models, bench, families, models
 from testbed._bench_editors import Amount, line
-from testbed._bench_long import costs
+from testbed._bench_long import costs, wholes
 from testbed._bench_paths import apart, paths
 from testbed.editors._nearest import to_all
 from testbed.editors.codebook import Codebook
@@ -96,26 +98,39 @@ def test_batches_of_locate_then_edit_are_set_beside_single_edits() -> None:
     assert bench.table([found]).row_count == 1
 
 
-def test_costs_early_and_late_are_medians_of_a_runs_reports(tmp_path: Path) -> None:
-    (tmp_path / "manifest.json").write_text(json.dumps({"editors": ["a", "short"]}))
+def _run_folder(root: Path) -> None:
+    """Two editors, two edits a step; the first's late edits, of its second hundred, and its late questions take twice as long."""
+    (root / "manifest.json").write_text(json.dumps({"editors": ["a", "short"]}))
     for name, steps in (("a", 300), ("short", 3)):
+        late = [1 + (n > 100) for n in range(1, steps + 1)]
+        notes = [{"loss": 1.0, "entries": 2.0 * n, "seconds_keys": 0.002, "seconds_train": 0.008 * x} for n, x in enumerate(late, 1)]
         lines = [
-            {
-                "step": n,
-                "event_ids": ["x", "y"],
-                "seconds": 0.01 * (1 + (n > 100)),
-                "state_bytes": n,
-                "notes": {"loss": 1.0, "entries": 2.0 * n},
-            }
-            for n in range(1, steps + 1)
+            {"step": n, "event_ids": ["x", "y"], "seconds": 0.01 * x, "state_bytes": n, "peak_bytes": 7 * n, "notes": note}
+            for n, (x, note) in enumerate(zip(late, notes, strict=True), 1)
         ]
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "edits.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+        (root / name / "records").mkdir(parents=True)
+        (root / name / "edits.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    asked = {"probe_step": [1, 60, 60, 250], "seconds": [9.0, 0.001, 0.003, 0.004]}
+    pq.write_table(pa.table(asked), root / "a" / "records" / "step-000300.parquet")
+
+
+def test_costs_early_and_late_are_medians_of_a_runs_reports(tmp_path: Path) -> None:
+    _run_folder(tmp_path)
     early, late = costs(tmp_path, (200, 600))
     assert (early.editor, early.edits, early.milliseconds, early.times_first) == ("a", 200, 5.0, 1.0)
     assert (late.edits, late.milliseconds, late.times_first, late.entries, late.state_bytes) == (600, 10.0, 2.0, 600.0, 300)
+    assert (early.stages, late.stages) == ("train 4.0, keys 1.0", "train 8.0, keys 1.0")
+    assert early.question_milliseconds == pytest.approx(2.0) and late.question_milliseconds is None
     with pytest.raises(StoreError, match="has made 700 edits"):
         costs(tmp_path, (700,))
+
+
+def test_the_minutes_of_a_run_are_those_of_its_edits_and_questions(tmp_path: Path) -> None:
+    _run_folder(tmp_path)
+    long, short = wholes(tmp_path)
+    assert (long.editor, long.edits, long.questions, long.peak_bytes) == ("a", 600, 4, 2100)
+    assert long.edit_minutes == pytest.approx(5 / 60) and long.question_minutes == pytest.approx(9.008 / 60)
+    assert (short.edits, short.questions, short.question_minutes) == (6, 0, 0.0)
 
 
 @pytest.mark.parametrize("name", list(_bench_models.SHAPES))

@@ -23,7 +23,7 @@ from testbed.events import EditBatch, EditEvent, hide_previous
 from testbed.models import ModelHandle
 from testbed.predictor import Predictor
 from testbed.schema import EditReport
-from testbed.stages import collected
+from testbed.stages import NOTE, collected
 
 Sample = Literal["paraphrase", "previous", "train_pool"]
 
@@ -133,7 +133,7 @@ class Editor(ABC):
         else:
             made = {e.id: e.revises for e in batch.events if e.kind != "retire"}
             self._revises = {**self._revises, **made}
-            notes = notes | {f"seconds_{k}": v for k, v in seconds.items()}
+            notes = notes | {NOTE + k: v for k, v in seconds.items()}
             return replace(report, notes=notes, skipped=skipped)
         memory.free()
         self.load_state_dict(before)
@@ -236,7 +236,7 @@ def _joined(report: EditReport, parts: Sequence[EditReport]) -> EditReport:
     """One report of a batch's parts. Of several, numbers are those of the last that was made, seconds added up."""
     made = [p for p in parts if not p.failed]
     notes = dict(made[-1].notes) if made else {}
-    notes |= {k: sum(p.notes.get(k, 0.0) for p in made) for k in notes if k.startswith("seconds_")}
+    notes |= {k: sum(p.notes.get(k, 0.0) for p in made) for k in notes if k.startswith(NOTE)}
     notes |= {"parts": float(len(parts))} if len(parts) > 1 else {}
     failed = {i: reason for p in parts for i, reason in p.failed.items()}
     return replace(report, notes=notes, failed=failed, skipped={i: reason for p in parts for i, reason in p.skipped.items()})
