@@ -110,6 +110,10 @@ class Keys:
         """What the squared distance of two points is for a distance of their keys."""
         return distance.square() if self.metric == "euclidean" else 2 * distance
 
+    def distance(self, square: Tensor) -> Tensor:
+        """The reverse of `square`."""
+        return square.sqrt() if self.metric == "euclidean" else square / 2
+
     def squares(self, q: Tensor, norms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of queries (B, f): squared distances of points (B, n) float32, less a query's own part (B, 1); how far off they may be (B, 1)."""
         x = self.point(q)
@@ -117,16 +121,25 @@ class Keys:
         part = torch.addmm(norms, x, self._points[: self._size].T, alpha=-2)
         return part, own, (q.shape[1] + 16) * _ROUNDING * (own.sqrt() + self.longest).square()
 
+    def bounds(self, key: Tensor) -> tuple[Tensor, Tensor]:
+        """(n,) float64 numbers between which the distance of each key to this one (f,) certainly lies."""
+        part, own, slack = self.squares(key[None], self.norms)
+        least, most = ((part + own + s)[0].double().clamp_min(0.0) for s in (-slack, slack))
+        known = most.isfinite()  # not what overflowed
+        low, high = (self.distance(x * (1 + r)) for x, r in ((least, -4 * _ROUNDING), (most, 4 * _ROUNDING)))
+        return torch.where(known, low, 0.0), torch.where(known, high, torch.inf)
+
+    def exact(self, key: Tensor, wanted: Tensor) -> Tensor:
+        """(n,) float64 distances of a key (f,) to those that are wanted (n,) bool; to the others inf."""
+        out = torch.full(wanted.shape, torch.inf, dtype=torch.float64, device=wanted.device)
+        rows = wanted.nonzero()[:, 0]
+        out[rows] = to_all(self.all[rows], key, self.metric)
+        return out
+
     def within(self, key: Tensor, reach: Tensor) -> Tensor:
         """(n,) float64 distances of a key (f,), exact where they are at most `reach` (n,); those beyond may be inf, those of a
         negative reach are."""
-        part, own, slack = self.squares(key[None], self.norms)
-        beyond = (part + own - slack)[0] > self.square(reach).float() * (1 + 4 * _ROUNDING)  # not what overflowed
-        near = ~beyond & (reach >= 0)
-        out = torch.full_like(reach, torch.inf)
-        rows = near.nonzero()[:, 0]
-        out[rows] = to_all(self.all[rows], key, self.metric)
-        return out
+        return self.exact(key, (self.bounds(key)[0] <= reach) & (reach >= 0))
 
 
 def _appended(room: Tensor, at: int, new: Tensor) -> Tensor:

@@ -18,30 +18,19 @@ rule; under the first a small ball punches a hole into a larger one.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from testbed.editors._entry import Entry
 from testbed.editors._nearest import Keys, Metric, Nearest, Rule, to_all
+from testbed.editors._reach import Met, reach
 
 NONE = -1
 _SHARE = 1 - 1e-12
 _TENSORS = ("raw", "caps", "alive", "superseded", "capped_by", "silenced")
-
-
-@dataclass(frozen=True)
-class Entry:
-    """What is known of a row besides its key and radius."""
-
-    event_id: str
-    label: tuple[int, ...]
-    separable: bool = True
-    positive: float = 0.0
-    """Distance of the farthest positive anchor: the zone in which the entry must answer."""
-    member_of: str | None = None
-    """The older entry with the same label whose scope it fell into when it was inserted."""
 
 
 class Codebook:
@@ -93,7 +82,7 @@ class Codebook:
         """Add a row, as a member of the entry into whose scope it falls, if there is one. Returns the edits it
         supersedes. Raises ValueError for a key, radius or id that cannot be."""
         key = self._checked(key, radius, entry)
-        d = self._distances(key, radius, entry.positive, self.active)
+        d = self._distances(key, radius, entry.positive, self._labels.get(entry.label, NONE))
         near = self._scope(d, radius, entry.label)
         head = self.entry_of(near) if near is not None else None
         self.log = [*self.log, ["insert", len(self.entries)]]
@@ -112,7 +101,7 @@ class Codebook:
 
     def overlapping(self, key: Tensor, radius: float, label: tuple[int, ...]) -> str | None:
         """The edit whose scope a new key falls into: the nearest active row whose ball meets the new one, if it has this label."""
-        row = self._scope(self._distances(key.detach().float().cpu(), radius, 0.0, self.active), radius, label)
+        row = self._scope(self._distances(key.detach().float().cpu(), radius, 0.0, self._labels.get(label, NONE)), radius, label)
         return None if row is None else self.entries[row].event_id
 
     def _scope(self, d: Tensor, radius: float, label: tuple[int, ...]) -> int | None:
@@ -168,13 +157,20 @@ class Codebook:
             raise ValueError(f"{entry.event_id} is in the codebook already")
         return key
 
-    def _distances(self, key: Tensor, radius: float, positive: float, among: Tensor) -> Tensor:
-        """(n,) distances of a key to those of some rows (n,) whose balls or positive zones it may meet; to the others inf."""
-        reach = torch.where(among, torch.maximum(self.raw + radius, self._positive.clamp_min(positive)), -1.0)
-        return self._keys.within(key, reach)
+    def _distances(self, key: Tensor, radius: float, positive: float, label: int) -> Tensor:
+        """(n,) distances of a key to those of the active rows for which they matter; to the others inf."""
+        low, high = self._keys.bounds(key)
+        rival, zone = self.active & (self._label != label), self._positive.clamp_min(positive)
+        reached = reach(Met(self.active, rival, zone, self.raw + radius, self.caps / self.raw), low, high)
+        return self._keys.exact(key, low <= reached)
 
-    def _from(self, row: int, among: Tensor) -> Tensor:
-        return self._distances(self.keys[row], float(self.raw[row]), float(self._positive[row]), among)
+    def _from(self, row: int) -> Tensor:
+        return self._distances(self.keys[row], float(self.raw[row]), float(self._positive[row]), int(self._label[row]))
+
+    def _from_all(self, row: int) -> Tensor:
+        """(n,) distances of a row to the alive ones whose balls or positive zones it may meet; to the others inf."""
+        meets = torch.maximum(self.raw + self.raw[row], self._positive.clamp_min(float(self._positive[row])))
+        return self._keys.within(self.keys[row], torch.where(self.alive, meets, -1.0))
 
     def _append(self, key: Tensor, radius: float, entry: Entry) -> None:
         """A row that is not yet alive."""
@@ -188,7 +184,7 @@ class Codebook:
 
     def _note(self, *entries: Entry) -> None:
         self.entries = [*self.entries, *entries]
-        self._json = [*self._json, *([e.event_id, list(e.label), e.separable, e.positive, e.member_of] for e in entries)]
+        self._json = [*self._json, *(e.json() for e in entries)]
         labels = [self._labels.setdefault(e.label, len(self._labels)) for e in entries]
         self._label = torch.cat([self._label, torch.tensor(labels, dtype=torch.long)])
         self._positive = torch.cat([self._positive, torch.tensor([e.positive for e in entries], dtype=torch.float64)])
@@ -214,7 +210,7 @@ class Codebook:
         back = (self.alive & torch.isin(self.superseded, gone)).nonzero()[:, 0].tolist()
         self.superseded = _set(self.superseded, rows, NONE)
         self._release(rows)
-        distances = {i: self._from(i, self.alive) for i in back}
+        distances = {i: self._from_all(i) for i in back}
         for i, d in distances.items():
             later = (self.alive & self._rivals(i, d))[i:].nonzero()[:, 0]
             self.superseded = _set(self.superseded, [i], i + int(later[0]) if len(later) else NONE)
@@ -253,7 +249,7 @@ class Codebook:
         freed = (self.active & torch.isin(self.capped_by, torch.tensor(gone, dtype=torch.long))).nonzero()[:, 0].tolist()
         self.caps, self.capped_by = _set(self.caps, gone, torch.inf), _set(self.capped_by, gone, NONE)
         for i in freed:
-            self._cap(i, self._shares(i, self._from(i, self.active)))
+            self._cap(i, self._shares(i, self._from(i)))
 
     def _silence(self, rows: list[int], sign: int) -> None:
         """Count the nulls in the positive zones of rows in or out: a counted null does not speak."""
@@ -285,7 +281,7 @@ class Codebook:
         self._clear(state["nulls"], state["keys"])
         for name in _TENSORS:
             setattr(self, name, state[name])
-        self._note(*(Entry(i, tuple(label), *rest) for i, label, *rest in state["entries"]))
+        self._note(*map(Entry.of, state["entries"]))
         self._row = {self.entries[i].event_id: i for i in self.alive.nonzero()[:, 0].tolist()}
         self.log = [list(op) for op in state["log"]]
 
