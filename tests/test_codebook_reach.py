@@ -83,6 +83,27 @@ def test_few_rows_are_measured_where_all_balls_meet(monkeypatch: pytest.MonkeyPa
     assert len(measured) == 300 and sum(measured[100:]) < 0.1 * sum(range(100, 300))
 
 
+@pytest.mark.parametrize("rule", ["nearest-then-check", "containing-nearest"])
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_superseded_rows_are_not_searched_and_come_back_when_they_are_active_again(metric: Any, rule: Any) -> None:
+    g = torch.Generator().manual_seed(0)
+    book, keys = Codebook(5, metric, rule), torch.randn(20, 5, generator=g)
+    queries = keys.repeat(2, 1) + 0.02 * torch.randn(40, 5, generator=g)
+    for year in range(6):
+        for i, key in enumerate(keys):
+            book.insert(key, 0.05, Entry(f"{year}:{i}", (year,), positive=0.01))
+            assert int(book.active.sum()) <= len(book._keys.rows) <= 2 * int(book.active.sum())
+    row, distance = book.retrieve(queries)
+    assert {book.entries[i].event_id[0] for i in row.tolist() if i >= 0} == {"5"} and bool((row >= 0).any())
+    book.remove([f"{year}:{i}" for year in (3, 4, 5) for i in range(20)])
+    again, same = book.retrieve(queries)
+    assert again.tolist() == [i - 60 if i >= 0 else i for i in row.tolist()] and torch.equal(distance, same)
+    assert int(book._keys.rows.max()) < 60
+    fresh = Codebook(5, metric, rule)
+    fresh.load(book.state())
+    assert len(fresh._keys.rows) == 20 and torch.equal(fresh.retrieve(queries)[0], again)
+
+
 @settings(max_examples=EXAMPLES, deadline=None)
 @given(seed=st.integers(0, 2**32), scale=st.sampled_from([1e-3, 1.0, 1e4]), metric=st.sampled_from(["euclidean", "cosine"]))
 def test_every_distance_lies_between_its_bounds(seed: int, scale: float, metric: Any) -> None:
@@ -92,6 +113,9 @@ def test_every_distance_lies_between_its_bounds(seed: int, scale: float, metric:
     low, high = keys.bounds(key)
     distance = to_all(keys.all, key, metric)
     assert bool((low <= distance).all() and (distance <= high).all())
+    keys.search_among(torch.arange(50) % 5 == 0)
+    low, high = keys.bounds(key)
+    assert bool((low <= distance).all() and (distance <= high).all()) and int(high.isfinite().sum()) == 10
 
 
 def test_bounds_of_what_overflows_say_nothing() -> None:

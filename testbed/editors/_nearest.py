@@ -49,14 +49,16 @@ class Keys:
     """Keys (n, f) float32 that only grow, with what a search needs of them, here and on other devices.
 
     They lie in buffers with room to spare, written only past every view that was handed out: a view never changes.
+    A search goes over the points of m rows, rising: of all, until `search_among` leaves some out.
     """
 
     def __init__(self, keys: Tensor, metric: Metric = "euclidean") -> None:
         self.metric: Metric = metric
         self._all = self._points = keys[:0].float()
         self._norms = self._all.sum(1)
+        self._rows = torch.zeros(0, dtype=torch.long, device=keys.device)
         self._centre = self._all.sum(0)
-        self._size = 0
+        self._size = self._kept = 0
         self._twins: dict[torch.device, Keys] = {}
         self.longest = 0.0
         self.add(keys)
@@ -71,12 +73,17 @@ class Keys:
     @property
     def nbytes(self) -> int:
         """Bytes held here, spare room included."""
-        return self._all.nbytes + self._points.nbytes + self._norms.nbytes
+        return self._all.nbytes + self._points.nbytes + self._norms.nbytes + self._rows.nbytes
+
+    @property
+    def rows(self) -> Tensor:
+        """(m,) the rows that are searched."""
+        return self._rows[: self._kept]
 
     @property
     def norms(self) -> Tensor:
-        """(n,) squared norms of the points."""
-        return self._norms[: self._size]
+        """(m,) squared norms of their points."""
+        return self._norms[: self._kept]
 
     def add(self, keys: Tensor) -> None:
         """Append keys (m, f)."""
@@ -85,19 +92,41 @@ class Keys:
         keys = keys.to(self._all)
         if not self._size and self.metric == "euclidean":
             self._centre = keys[0].clone()  # any point among the keys spares digits
-        points, at = self.point(keys), self._size
-        norms = points.square().sum(1)
-        self._all, self._points, self._norms = (
-            _appended(room, at, new) for room, new in zip((self._all, self._points, self._norms), (keys, points, norms))
-        )
+        self._all = _appended(self._all, self._size, keys)
         self._size += len(keys)
+        self._keep(torch.arange(self._size - len(keys), self._size, device=keys.device))
+
+    def _keep(self, rows: Tensor) -> None:
+        """Search these rows besides."""
+        points, at = self.point(self._all[rows]), self._kept
+        norms = points.square().sum(1)
+        self._points, self._norms, self._rows = (
+            _appended(room, at, new) for room, new in zip((self._points, self._norms, self._rows), (points, norms, rows))
+        )
+        self._kept += len(rows)
         self.longest = max(self.longest, float(norms.max().sqrt()))
+
+    def search_among(self, wanted: Tensor) -> None:
+        """Leave rows out of the search that are not wanted (n,) bool, once they are the greater part; bring wanted ones back."""
+        missing = int(wanted.sum()) - int(wanted[self.rows].sum())
+        if missing or self._kept > 2 * int(wanted.sum()):
+            self._only(wanted.nonzero()[:, 0])
+
+    def _only(self, rows: Tensor) -> None:
+        self._points, self._norms, self._rows, self._kept = self._points[:0], self._norms[:0], self._rows[:0], 0
+        self.longest, self._twins = 0.0, {}
+        if len(rows):
+            self._keep(rows)
 
     def on(self, device: torch.device) -> Keys:
         """The same keys on a device; a copy there is kept and grows along."""
         if device == self._all.device:
             return self
-        twin = self._twins.get(device) or Keys(self._all[:0].to(device), self.metric)
+        twin = self._twins.get(device)
+        if twin is None:
+            twin = Keys(self.all.to(device), self.metric)
+            if self._kept < self._size:
+                twin._only(self.rows.to(device))
         twin.add(self.all[len(twin) :])
         self._twins[device] = twin
         return twin
@@ -115,19 +144,22 @@ class Keys:
         return square.sqrt() if self.metric == "euclidean" else square / 2
 
     def squares(self, q: Tensor, norms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of queries (B, f): squared distances of points (B, n) float32, less a query's own part (B, 1); how far off they may be (B, 1)."""
+        """Of queries (B, f): squared distances of points (B, m) float32, less a query's own part (B, 1); how far off they may be (B, 1)."""
         x = self.point(q)
         own = x.square().sum(1, keepdim=True)
-        part = torch.addmm(norms, x, self._points[: self._size].T, alpha=-2)
+        part = torch.addmm(norms, x, self._points[: self._kept].T, alpha=-2)
         return part, own, (q.shape[1] + 16) * _ROUNDING * (own.sqrt() + self.longest).square()
 
     def bounds(self, key: Tensor) -> tuple[Tensor, Tensor]:
-        """(n,) float64 numbers between which the distance of each key to this one (f,) certainly lies."""
+        """(n,) float64 numbers between which the distance of each key to this one (f,) certainly lies; 0 and inf for rows not searched."""
         part, own, slack = self.squares(key[None], self.norms)
         least, most = ((part + own + s)[0].double().clamp_min(0.0) for s in (-slack, slack))
         known = most.isfinite()  # not what overflowed
         low, high = (self.distance(x * (1 + r)) for x, r in ((least, -4 * _ROUNDING), (most, 4 * _ROUNDING)))
-        return torch.where(known, low, 0.0), torch.where(known, high, torch.inf)
+        none = torch.zeros(len(self), dtype=torch.float64, device=key.device)
+        return none.index_put((self.rows,), torch.where(known, low, 0.0)), (none + torch.inf).index_put(
+            (self.rows,), torch.where(known, high, torch.inf)
+        )
 
     def exact(self, key: Tensor, wanted: Tensor) -> Tensor:
         """(n,) float64 distances of a key (f,) to those that are wanted (n,) bool; to the others inf."""
@@ -172,13 +204,14 @@ class Nearest:
     def __init__(self, keys: Keys, radii: Tensor, rule: Rule = "nearest-then-check", newest: bool = False) -> None:
         self.keys, self.radii, self.newest = keys, radii, newest
         self.rule: Rule = rule
-        self.norms = torch.where(radii >= 0, keys.norms, torch.inf)
+        self._reach = keys.square(radii[keys.rows]).float() * (1 + 4 * _ROUNDING)
+        self.norms = torch.where(radii[keys.rows] >= 0, keys.norms, torch.inf)
 
     def __call__(self, queries: Tensor) -> Found:
         """Search for queries (B, f) float32. A query that is not finite finds nothing."""
         finite = queries.isfinite().all(1)
         q = torch.where(finite[:, None], queries, 0.0)
-        if not len(self.keys):
+        if not len(self.norms):
             return Found(torch.full_like(finite, -1, dtype=torch.long), torch.full_like(finite, torch.inf, dtype=torch.float64))
         near, sure = self._candidates(q)
         row, distance = self._judge(q, near)
@@ -191,11 +224,11 @@ class Nearest:
         """(B, k) candidate rows in the order of preference, and (B,) a squared distance that all other keys certainly exceed."""
         part, own, slack = self.keys.squares(q, self.norms)
         if self.rule == "containing-nearest":
-            part = part.masked_fill(part + own - slack > self.keys.square(self.radii).float() * (1 + 4 * _ROUNDING), torch.inf)
-        k = min(_CANDIDATES, len(self.keys))
+            part = part.masked_fill(part + own - slack > self._reach, torch.inf)
+        k = min(_CANDIDATES, len(self.norms))
         low = part.topk(k, largest=False)
-        sure = (low.values[:, -1:] + own - slack)[:, 0].double() if k < len(self.keys) else torch.full_like(own[:, 0], torch.inf).double()
-        return low.indices.sort(1, descending=self.newest).values, sure
+        sure = (low.values[:, -1:] + own - slack)[:, 0].double() if k < len(self.norms) else torch.full_like(own[:, 0], torch.inf).double()
+        return self.keys.rows[low.indices].sort(1, descending=self.newest).values, sure
 
     def _judge(self, q: Tensor, near: Tensor) -> tuple[Tensor, Tensor]:
         """The answering row and the decisive distance among candidate rows (B, k)."""

@@ -79,8 +79,7 @@ class Codebook:
         return torch.where(self.active, torch.minimum(self.raw, self.caps), -1.0)
 
     def insert(self, key: Tensor, radius: float, entry: Entry) -> list[str]:
-        """Add a row, as a member of the entry into whose scope it falls, if there is one. Returns the edits it
-        supersedes. Raises ValueError for a key, radius or id that cannot be."""
+        """Add a row, as a member of the entry whose scope it falls into; the edits it supersedes. Raises ValueError for what cannot be."""
         key = self._checked(key, radius, entry)
         d = self._distances(key, radius, entry.positive, self._labels.get(entry.label, NONE))
         near = self._scope(d, radius, entry.label)
@@ -90,8 +89,7 @@ class Codebook:
         return [self.entries[i].event_id for i in self._enter(len(self.entries) - 1, d)]
 
     def remove(self, event_ids: Iterable[str]) -> None:
-        """Take rows out, in one operation; a superseded row too. Raises KeyError for an id that is unknown or
-        already out, and changes nothing."""
+        """Take rows out, at once; a superseded row too. Raises KeyError for an id that is unknown or out already, and changes nothing."""
         ids = sorted(set(event_ids))
         missing = [i for i in ids if i not in self._row]
         if missing:
@@ -199,7 +197,7 @@ class Codebook:
         self._release(stale)
         self._silence(stale, -1)
         self._settle(row, d)
-        self._find = {}
+        self._seek()
         return stale
 
     def _leave(self, rows: list[int]) -> None:
@@ -217,6 +215,11 @@ class Codebook:
         for i, d in distances.items():
             if self.superseded[i] == NONE:
                 self._settle(i, d)
+        self._seek()
+
+    def _seek(self) -> None:
+        """Searches from here on go over the active rows, and few others."""
+        self._keys.search_among(self.active)
         self._find = {}
 
     def _rivals(self, row: int, d: Tensor) -> Tensor:
@@ -284,6 +287,7 @@ class Codebook:
         self._note(*map(Entry.of, state["entries"]))
         self._row = {self.entries[i].event_id: i for i in self.alive.nonzero()[:, 0].tolist()}
         self.log = [list(op) for op in state["log"]]
+        self._seek()
 
 
 def _set(t: Tensor, rows: list[int], value: Any) -> Tensor:
