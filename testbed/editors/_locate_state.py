@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from testbed.editors._room import appended
 from testbed.editors.base import BadEditor, need
 from testbed.models import ModelHandle
 
@@ -39,6 +40,7 @@ class Changes:
         self.dense: dict[int, Tensor] = {}
         self.blocks: dict[int, list[list[int]]] = {}
         self.current: dict[int, Tensor] = {}
+        self._rooms: dict[tuple[str, int], Tensor] = {}
 
     def base(self, layer: int) -> Tensor:
         """(d, f) unedited weight in at least float32."""
@@ -60,8 +62,8 @@ class Changes:
     def add(self, layer: int, step: int, left: Tensor, right: Tensor, keys: Tensor | None) -> None:
         """A change in factors, and the keys to remember where there is history."""
         self.current = {**self.current, layer: _applied(self.weight(layer), left.float(), right.float())}
-        self.left = _grown(self.left, layer, left.float())
-        self.right = _grown(self.right, layer, right.float())
+        self.left = self._grown("left", layer, left.float())
+        self.right = self._grown("right", layer, right.float())
         self._close(layer, step, len(left), keys)
 
     def add_dense(self, layer: int, step: int, change: Tensor, keys: Tensor | None, rows: int) -> None:
@@ -71,9 +73,17 @@ class Changes:
         self.current = {**self.current, layer: self.base(layer) + total.to(self.base(layer).dtype)}
         self._close(layer, step, rows, keys)
 
+    def _grown(self, name: str, layer: int, rows: Tensor) -> dict[int, Tensor]:
+        """The factors or keys of this name with rows more; nothing that was handed out changes."""
+        kept: dict[int, Tensor] = getattr(self, name)
+        old = kept.get(layer, rows[:0])
+        room = appended(self._rooms.get((name, layer), old), len(old), rows)
+        self._rooms[name, layer] = room
+        return {**kept, layer: room[: len(old) + len(rows)]}
+
     def _close(self, layer: int, step: int, rows: int, keys: Tensor | None) -> None:
         if keys is not None:
-            self.keys = _grown(self.keys, layer, keys.float())
+            self.keys = self._grown("keys", layer, keys.float())
         self.blocks = {**self.blocks, layer: [*self.blocks.get(layer, []), [step, rows]]}
 
     def at(self, step: int) -> dict[str, Tensor]:
@@ -121,10 +131,6 @@ class Changes:
             self.current[layer] = w + self.dense[layer].to(w.dtype)
         else:
             self.current[layer] = self._replayed(layer)
-
-
-def _grown(kept: dict[int, Tensor], layer: int, rows: Tensor) -> dict[int, Tensor]:
-    return {**kept, layer: torch.cat([kept[layer], rows]) if layer in kept else rows.contiguous()}
 
 
 def _applied(w: Tensor, left: Tensor, right: Tensor) -> Tensor:

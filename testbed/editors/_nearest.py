@@ -13,13 +13,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from testbed.editors._room import appended
+
 Metric = Literal["euclidean", "cosine"]
 Rule = Literal["nearest-then-check", "containing-nearest"]
 _CANDIDATES = 4
 _ROUNDING = 2.0**-23
 _CHUNK = 2**18
 """Numbers of one exact comparison held at once: few enough to stay in a processor's cache."""
-_GROWTH = 1.25
 
 
 def direct(a: Tensor, b: Tensor, metric: Metric) -> Tensor:
@@ -92,7 +93,7 @@ class Keys:
         keys = keys.to(self._all)
         if not self._size and self.metric == "euclidean":
             self._centre = keys[0].clone()  # any point among the keys spares digits
-        self._all = _appended(self._all, self._size, keys)
+        self._all = appended(self._all, self._size, keys)
         self._size += len(keys)
         self._keep(torch.arange(self._size - len(keys), self._size, device=keys.device))
 
@@ -101,7 +102,7 @@ class Keys:
         points, at = self.point(self._all[rows]), self._kept
         norms = points.square().sum(1)
         self._points, self._norms, self._rows = (
-            _appended(room, at, new) for room, new in zip((self._points, self._norms, self._rows), (points, norms, rows))
+            appended(room, at, new) for room, new in zip((self._points, self._norms, self._rows), (points, norms, rows))
         )
         self._kept += len(rows)
         self.longest = max(self.longest, float(norms.max().sqrt()))
@@ -172,16 +173,6 @@ class Keys:
         """(n,) float64 distances of a key (f,), exact where they are at most `reach` (n,); those beyond may be inf, those of a
         negative reach are."""
         return self.exact(key, (self.bounds(key)[0] <= reach) & (reach >= 0))
-
-
-def _appended(room: Tensor, at: int, new: Tensor) -> Tensor:
-    """A buffer that holds `new` from row `at` on: the same one where it has the room, else a larger one."""
-    if at + len(new) > len(room):
-        larger = room.new_zeros(max(16, int(_GROWTH * at), at + len(new)), *room.shape[1:])
-        larger[:at] = room[:at]
-        room = larger
-    room[at : at + len(new)] = new
-    return room
 
 
 @dataclass(frozen=True)
