@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from _facts import FACTS, POOL, SMALL, TEXTS, make, task
 from _models import KINDS, TEXT, Noise, build
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from streams.base import TrainPool
+from testbed.editors import _locate_targets
 from testbed.editors._locate_corpus import corpus_of
 from testbed.editors._locate_moments import second_moments
 from testbed.editors._locate_rows import ask_of, draw_contexts, lookup, subject_of
@@ -217,3 +221,15 @@ def test_entering_a_model_stops_early_and_gives_the_same_hidden_states(kind: str
         torch.testing.assert_close(above.hidden, seen[0])
         torch.testing.assert_close(above.through(above.hidden, 1, 3), seen[2], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(handle.model(**batch.inputs, use_cache=False).logits, logits)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=40))
+def test_every_edit_is_in_one_group_and_no_forward_is_for_a_few_of_many(widths: list[int]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_locate_targets, "columns", lambda handle, width, end: width)
+        groups = _locate_targets._alike(Task(None, widths, 0, []))  # pyright: ignore[reportArgumentType]
+    assert sorted(i for g in groups for i in g) == list(range(len(widths)))
+    assert all(len(g) >= 8 for g in groups) or len(groups) == 1
+    edges = [(min(widths[i] for i in g), max(widths[i] for i in g)) for g in groups]
+    assert all(last < first for (_, last), (first, _) in pairwise(edges))

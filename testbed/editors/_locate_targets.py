@@ -170,6 +170,9 @@ def _alike(task: Task) -> list[list[int]]:
         if len(groups[-1]) >= _LEAST and width[edit] > width[groups[-1][-1]]:
             groups.append([])
         groups[-1].append(edit)
+    if len(groups) > 1 and len(groups[-1]) < _LEAST:
+        few = groups.pop()
+        groups[-1] += few
     return groups
 
 
