@@ -62,8 +62,8 @@ def test_15_anchors_that_are_not_separable_give_less_than_the_negative(w: float,
 def test_16_alone_the_positive_anchor_is_in_and_the_negative_out(w: float, d_pos: float, gap: float) -> None:
     d_neg = d_pos + gap
     c = Nearest(Keys(torch.zeros(1, 1)), torch.tensor([radius(w, d_pos, d_neg)], dtype=torch.float64))
-    assert c._brute(torch.tensor([d_pos], dtype=torch.float64))[0] == 0
-    assert c._brute(torch.tensor([d_neg], dtype=torch.float64))[0] == -1
+    assert c._among(torch.tensor([d_pos], dtype=torch.float64), c.keys.rows)[0] == 0
+    assert c._among(torch.tensor([d_neg], dtype=torch.float64), c.keys.rows)[0] == -1
 
 
 @quick
@@ -162,7 +162,7 @@ def test_27_the_search_is_the_brute_force_one(metric: Any, rule: Any, monkeypatc
     found = Nearest(Keys(keys, metric), reach, rule)(queries)
     monkeypatch.setattr(_nearest, "_CHUNK", 24 * 13)
     search = Nearest(Keys(keys, metric), reach, rule)
-    want = [search._brute(q) for q in queries]
+    want = [search._among(q, search.keys.rows) for q in queries]
     assert 0.2 < float((found.row >= 0).float().mean()) < 1
     assert found.row.tolist() == [int(row) for row, _ in want]
     assert found.distance.tolist() == pytest.approx([float(d) for _, d in want], rel=1e-12)
@@ -195,7 +195,7 @@ def test_27_rows_with_a_negative_radius_take_no_part_and_the_newest_may_win() ->
     for newest, row in ((False, 0), (True, 4)):
         search = Nearest(keys, out, newest=newest)
         assert search(torch.zeros(1, 2)).row.tolist() == [row]
-        assert int(search._brute(torch.zeros(2))[0]) == row
+        assert int(search._among(torch.zeros(2), search.keys.rows)[0]) == row
     none = Nearest(keys, torch.full((6,), -1.0).double())(torch.zeros(1, 2))
     assert none.row.tolist() == [-1] and none.distance.tolist() == [math.inf]
 
@@ -280,3 +280,16 @@ def test_bad_rows_are_refused_and_bad_queries_miss(x: tuple) -> None:
         add(c, Row("a", x, 1.0, (1,)))
     assert hits(c, [(math.nan, 0, 0), x, (math.inf, 0, 0)]) == [None, "a", None]
     assert len(c) == 1
+
+
+@quick
+@given(seed=st.integers(0, 2**16), metric=st.sampled_from(["euclidean", "cosine"]), rule=rules, newest=st.booleans())
+def test_27_many_keys_at_one_place_are_searched_as_by_brute_force(seed: int, metric: Any, rule: Any, newest: bool) -> None:
+    g = torch.Generator().manual_seed(seed)
+    keys = torch.randn(6, 3, generator=g).repeat(7, 1)[torch.randperm(42, generator=g)]
+    queries = torch.cat([keys[:8], keys[:8] + 1e-4 * torch.randn(8, 3, generator=g), torch.randn(8, 3, generator=g)])
+    radii = torch.rand(42, generator=g).double() - 0.2
+    search = Nearest(Keys(keys, metric), radii, rule, newest)
+    found, want = search(queries), [search._among(q, search.keys.rows) for q in queries]
+    assert found.row.tolist() == [int(row) for row, _ in want]
+    assert found.distance.tolist() == [float(d) for _, d in want]

@@ -1,7 +1,7 @@
 """Distances and nearest keys: one fp32 matrix product chooses candidates, exact differences judge them.
 
 The product is never trusted beyond its rounding: where more keys than were measured exactly could still be
-the nearest, the row is measured against all of them. So the answer is the brute-force one, whatever the
+the nearest, the row is measured against all that could be. So the answer is the brute-force one, whatever the
 batch, the chunk or the device, and a key's distance to itself is exactly zero.
 """
 
@@ -204,22 +204,29 @@ class Nearest:
         q = torch.where(finite[:, None], queries, 0.0)
         if not len(self.norms):
             return Found(torch.full_like(finite, -1, dtype=torch.long), torch.full_like(finite, torch.inf, dtype=torch.float64))
-        near, sure = self._candidates(q)
+        part, own, slack = self._parts(q)
+        least = part + own - slack
+        near, sure = self._candidates(part, least)
         row, distance = self._judge(q, near)
         best = self.keys.square(distance)
         for i in (~(best < sure) & (sure != torch.inf)).nonzero()[:, 0].tolist():
-            row[i], distance[i] = self._brute(q[i])
+            possible = ~(least[i] > best[i].float() * (1 + 4 * _ROUNDING))  # not what overflowed
+            row[i], distance[i] = self._among(q[i], self.keys.rows[possible])
         return Found(torch.where(finite, row, -1), torch.where(finite, distance, torch.inf))
 
-    def _candidates(self, q: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, k) candidate rows in the order of preference, and (B,) a squared distance that all other keys certainly exceed."""
+    def _parts(self, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`Keys.squares` of queries; inf for keys that take no part and, where only balls that hold a query count, certainly do not."""
         part, own, slack = self.keys.squares(q, self.norms)
         if self.rule == "containing-nearest":
             part = part.masked_fill(part + own - slack > self._reach, torch.inf)
+        return part, own, slack
+
+    def _candidates(self, part: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, k) candidate rows in the order of preference, and (B,) a squared distance that all other keys certainly exceed."""
         k = min(_CANDIDATES, len(self.norms))
-        low = part.topk(k, largest=False)
-        sure = (low.values[:, -1:] + own - slack)[:, 0].double() if k < len(self.norms) else torch.full_like(own[:, 0], torch.inf).double()
-        return self.keys.rows[low.indices].sort(1, descending=self.newest).values, sure
+        low = part.topk(k, largest=False).indices
+        sure = least.gather(1, low[:, -1:])[:, 0].double() if k < len(self.norms) else torch.full_like(least[:, 0], torch.inf).double()
+        return self.keys.rows[low].sort(1, descending=self.newest).values, sure
 
     def _judge(self, q: Tensor, near: Tensor) -> tuple[Tensor, Tensor]:
         """The answering row and the decisive distance among candidate rows (B, k)."""
@@ -228,10 +235,11 @@ class Nearest:
         row = torch.where(inside.gather(1, best), near.gather(1, best), -1)[:, 0]
         return row, order.gather(1, best)[:, 0]
 
-    def _brute(self, query: Tensor) -> tuple[Tensor, Tensor]:
-        order, inside = self._order(to_all(self.keys.all, query, self.keys.metric), self.radii)
+    def _among(self, query: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The answering row and the decisive distance among rows (r,), rising, at least one."""
+        order, inside = self._order(to_all(self.keys.all[rows], query, self.keys.metric), self.radii[rows])
         best = len(order) - 1 - order.flip(0).argmin() if self.newest else order.argmin()
-        return torch.where(inside[best], best, -1), order[best]
+        return torch.where(inside[best], rows[best], -1), order[best]
 
     def _order(self, d: Tensor, radii: Tensor) -> tuple[Tensor, Tensor]:
         """By what the least is taken, and which keys hold the query."""
