@@ -131,9 +131,7 @@ def test_a_miss_is_the_base_itself_and_generation_agrees_with_and_without_cache(
     middle = float(signals(editor, what)[:, 0].median())
 
     def gate() -> Gate:
-        return Gate(
-            editor.handle, editor.module, Router([middle]), lambda act, b: editor._signals(act, b, live), lambda h: editor._answer(h, live)
-        )
+        return Gate(editor.handle, editor.module, Router([middle]), lambda act, b: editor._signals(act, b, live), editor._answering(live))
 
     with torch.no_grad():
         base = editor.handle.model(**batch.inputs, use_cache=False).logits

@@ -9,9 +9,9 @@ editing times a ratio. A shard of edits trains a random part of the matrix; shar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -34,6 +34,8 @@ _SAMPLE = 32
 """Prompts over which the unit of the margins is measured."""
 _STILL = 1e-4
 """Change of the loss under which a batch counts as settled (released code)."""
+_HELD = 4
+"""Edited matrices that are held while questions are asked; others are added up when they are called for."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ class Wise(Editor):
         self.module, self.weight_name = self.handle.down(self.hyper.layer), self.handle.down_weight(self.hyper.layer)
         self.weight = self.handle.parameter(self.weight_name).detach().float()
         self.unit = self._unit() if self.hyper.relative else 1.0
-        self.memories: tuple[Memory, ...] = ()
+        self._remember(self.weight.new_zeros(0, *self.weight.shape), [])
         self.made = 0
         self._start_shard(0)
 
@@ -120,6 +122,11 @@ class Wise(Editor):
         """Mean norm of what the down-projection adds at a prompt position, over some prompts of the train pool."""
         prompts = self._read(self.irrelevant[:_SAMPLE] or [Ask("What is this?")])
         return float(_through(self.module, prompts.act, self.weight).norm(dim=-1).mean())
+
+    def _remember(self, changes: Tensor, least: Sequence[float]) -> None:
+        """Closed shards, their changes (S, *shape) in one tensor, which a state hands out as it is."""
+        self._changes = changes
+        self.memories = tuple(Memory(c, x) for c, x in zip(changes, least, strict=True))
 
     def _start_shard(self, step: int) -> None:
         """A side memory equal to the main one, and the random part of it that this shard may change."""
@@ -195,14 +202,14 @@ class Wise(Editor):
         shard, merge = self.config.shard, self.config.merge
         if before // shard == self.made // shard:
             return
-        self.memories = (*self.memories, self.working)
+        closed = (*self.memories, self.working)
         self._start_shard(step)
-        if before // merge == self.made // merge:
-            return
-        n = merge // shard if self.config.retrieve else len(self.memories)
-        first, last = self.memories[:-n], self.memories[-n:]
-        change = ties([m.change for m in last], [1.0] * len(last), self.config.keep)
-        self.memories = (*first, Memory(change, min(m.least for m in last)))
+        if before // merge != self.made // merge:
+            n = merge // shard if self.config.retrieve else len(closed)
+            first, last = closed[:-n], closed[-n:]
+            change = ties([m.change for m in last], [1.0] * len(last), self.config.keep)
+            closed = (*first, Memory(change, min(m.least for m in last)))
+        self._remember(torch.stack([m.change for m in closed]), [m.least for m in closed])
 
     def _live(self) -> tuple[Memory, ...]:
         """The memories that hold an edit."""
@@ -211,9 +218,7 @@ class Wise(Editor):
     def predictor(self) -> Predictor:
         live = self._live()
         book = Router([m.least * self.config.ratio for m in live])
-        gate = Gate(
-            self.handle, self.module, book, lambda act, batch: self._signals(act, batch, live), lambda hits: self._answer(hits, live)
-        )
+        gate = Gate(self.handle, self.module, book, lambda act, batch: self._signals(act, batch, live), self._answering(live))
         return ModelPredictor(self.handle, gate.around, gate.explain)
 
     def _signals(self, act: Tensor, batch: Batch, live: Sequence[Memory]) -> Tensor:
@@ -221,16 +226,15 @@ class Wise(Editor):
         prompts = _prompts(act, batch)
         return torch.stack([self._signal(prompts, m.change) for m in live], 1)
 
-    def _answer(self, hits: Hits, live: Sequence[Memory]) -> Tensor:
-        weights = {i: self.weight + live[i].change for i in set(hits.rows)}
-        return torch.stack([project(self.module, x, weights[i]) for x, i in zip(hits.act, hits.rows)])
+    def _answering(self, live: Sequence[Memory]) -> Callable[[Hits], Tensor]:
+        edited = lru_cache(_HELD)(lambda i: self.weight + live[i].change)
+        return lambda hits: torch.stack([project(self.module, x, edited(i)) for x, i in zip(hits.act, hits.rows)])
 
     def _state(self) -> dict[str, Any]:
         every = (*self.memories, self.working)
         least = torch.tensor([m.least for m in every], dtype=torch.float64)
-        saved = torch.stack([m.change for m in self.memories]) if self.memories else self.weight.new_zeros(0, *self.weight.shape)
         facts = {"made": self.made, "began": self.began, "model": self.handle.hash, "weight": self.weight_name}
-        return {"change": self.working.change, "memories": saved, "least": least, **facts}
+        return {"change": self.working.change, "memories": self._changes, "least": least, **facts}
 
     def _load(self, state: dict[str, Any]) -> None:
         for name, value in {"model": self.handle.hash, "weight": self.weight_name}.items():
@@ -242,7 +246,7 @@ class Wise(Editor):
         self.made = state["made"]
         self._start_shard(state["began"])
         self.working = Memory(change, least[-1])
-        self.memories = tuple(Memory(c, x) for c, x in zip(saved, least))
+        self._remember(saved, least[:-1])
 
 
 class Router:
