@@ -64,7 +64,7 @@ def line(handle: ModelHandle, stream: Stream, make: Callable[[], Editor], amount
         torch.cuda.reset_peak_memory_stats(handle.device)
     events = stream.events(amount.edits)
     editor = make()
-    prepared = _seconds(handle, lambda: editor.prepare(handle, stream.train_pool()))
+    prepared = seconds_of(handle, lambda: editor.prepare(handle, stream.train_pool()))
     stages, failed, report = Counter[str](), 0, None
     clock = clock_of(handle)
     start = clock()
@@ -98,10 +98,11 @@ def asked(handle: ModelHandle, stream: Stream, events: Sequence[EditEvent], n: i
 
 
 def _per_thousand(handle: ModelHandle, predictor: Predictor, asks: list[Ask], answers: list[str | None]) -> float:
-    return 1000 * _seconds(handle, lambda: predictor.respond(asks, answers, 16)) / max(1, len(asks))
+    return 1000 * seconds_of(handle, lambda: predictor.respond(asks, answers, 16)) / max(1, len(asks))
 
 
-def _seconds(handle: ModelHandle, work: Callable[[], object]) -> float:
+def seconds_of(handle: ModelHandle, work: Callable[[], object]) -> float:
+    """CPU seconds on a CPU, else wall time to the end of all work."""
     clock = clock_of(handle)
     start = clock()
     work()

@@ -3,7 +3,8 @@
 Timings live here and never in tests. `--what` chooses the tables: `editors` (one fresh editor on one model a
 line: a number of edits one at a time beside the method's plain path, seconds by stage, then a panel of questions
 scored and generated through the edited model, bytes kept), `long` (the cost of an edit late against early, from
-the reports of a run), `paths` (each method beside its plain path: one edit, whole forwards and backwards, no cache),
+the reports of a run), `late` (the same edits and questions by an editor as it was early in a run and as it is now,
+in turn), `paths` (each method beside its plain path: one edit, whole forwards and backwards, no cache),
 `codebook` (insertion, retrieval and bytes by the number of entries), `locate` (locate-then-edit in batches
 beside one edit at a time on the plain path, also on a random model of GPT-2 small's shape; the solve beside
 dense ones), `floors` (each stage of an edit and of a question beside the least that its matrix products take on
@@ -29,6 +30,7 @@ from testbed import _bench_codebook, _bench_locate, models, variants
 from testbed._bench_editors import Amount, line
 from testbed._bench_floor import Machine
 from testbed._bench_hot import hot_paths
+from testbed._bench_late import lates
 from testbed._bench_long import costs, wholes
 from testbed._bench_models import NoRoom, open_model
 from testbed._bench_paths import paths
@@ -45,7 +47,7 @@ class BenchConfig:
     """Measure editors: speed, probe cost, state size, peak memory."""
 
     what: tuple[str, ...] = ("editors",)
-    """Tables, separated by commas: editors, long, paths, codebook, locate, floors."""
+    """Tables, separated by commas: editors, long, late, paths, codebook, locate, floors."""
     editor: tuple[str, ...] = RunConfig.editor
     """Editors, separated by commas."""
     model: tuple[str, ...] = ("tiny",)
@@ -62,7 +64,7 @@ class BenchConfig:
     seed: int = 0
     """Seed of the stream."""
     edits: int = 100
-    """Edits per editor; the plain path of `paths` makes at most 4 of them."""
+    """Edits per editor; the plain path of `paths` makes at most 4 of them, in `late` an editor makes them behind those of the run."""
     plain: int = 2
     """Edits on the plain path in `editors`; 0 leaves it out."""
     batch: int = 16
@@ -72,9 +74,9 @@ class BenchConfig:
     questions: int = 512
     """Questions asked of the edited model."""
     run: Path | None = None
-    """Run folder that `long` reads."""
+    """Run folder that `long` and `late` read."""
     at: tuple[int, ...] = (500, 5000)
-    """Edits made, at which `long` looks."""
+    """Edits made, at which `long` looks; `late` takes the first of them and the end."""
     threads: int = 0
     """CPU threads; 0 leaves torch's own choice."""
     out: Path | None = None
@@ -82,7 +84,8 @@ class BenchConfig:
 
     def problems(self) -> list[str]:
         unknown = [f"--what {w!r} is not known; there are {', '.join(TABLES)}" for w in self.what if w not in TABLES]
-        return unknown + (["--what long reads a run folder: give it with --run"] if "long" in self.what and self.run is None else [])
+        needs = [f"--what {w} reads a run folder: give it with --run" for w in self.what if w in ("long", "late") and self.run is None]
+        return unknown + needs
 
 
 Tables = Iterator[list[Any]]
@@ -135,6 +138,12 @@ def measure_long(config: BenchConfig) -> Tables:
         yield wholes(config.run)
 
 
+def measure_late(config: BenchConfig) -> Tables:
+    """Every editor of a run as it was early and as it is now."""
+    if config.run:
+        yield from ([x] for x in lates(config.run, config.at[0], config.edits, config.questions))
+
+
 def measure_paths(config: BenchConfig) -> Tables:
     """Every editor beside its plain path, on every model."""
     edits = min(4, config.edits)
@@ -176,6 +185,7 @@ def measure_floors(config: BenchConfig) -> Tables:
 TABLES: dict[str, Callable[[BenchConfig], Tables]] = {
     "editors": measure,
     "long": measure_long,
+    "late": measure_late,
     "paths": measure_paths,
     "codebook": measure_codebook,
     "locate": measure_locate,
