@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -15,6 +15,7 @@ from testbed.files import StoreError
 from testbed.loop import to_ask
 from testbed.rebuild import Stored, rebuild
 from testbed.schema import EditReport
+from testbed.stages import collected
 
 _TURNS = 3
 """How often both are asked the same questions."""
@@ -30,16 +31,18 @@ class Late:
     editor: str
     early: int
     late: int
-    edit_early: float
-    edit_late: float
-    stages: str
+    edit_early: float | None
+    edit_late: float | None
+    edit_stages: str
     """Wall milliseconds of a late edit by stage, the dearest first, and how many times the early ones."""
     question_early: float | None
     question_late: float | None
+    question_stages: str
+    """The same of a question. Answers differ: one that is no longer given is generated to its own end, and scored in a pass of its own."""
 
     @property
-    def edit_times(self) -> float:
-        return self.edit_late / self.edit_early
+    def edit_times(self) -> float | None:
+        return self.edit_late / self.edit_early if self.edit_late and self.edit_early else None
 
     @property
     def question_times(self) -> float | None:
@@ -59,13 +62,12 @@ def lates(run: Path, first: int, edits: int, questions: int) -> Iterator[Late]:
     for name in stored.plan.config.editor:
         pair = stored.at(name, step), stored.newest(name)[1]
         costs = _edit(stored, pair, edits)
-        early, late = (1000 * median(seconds for seconds, _ in x) for x in costs)
         asked = _ask(stored, pair, made[step - 1], questions)
-        yield Late(name, made[step - 1], made[-1], early, late, _stages(*costs), *asked)
+        yield Late(name, made[step - 1], made[-1], *_told(*costs), *_told(*asked))
 
 
 Costs = list[tuple[float, dict[str, float]]]
-"""Of each step, seconds of one edit, in all and by stage."""
+"""Of each step or turn, seconds of one edit or question, in all and by stage."""
 
 
 def _edit(stored: Stored, pair: tuple[Editor, Editor], edits: int) -> tuple[Costs, Costs]:
@@ -81,26 +83,34 @@ def _edit(stored: Stored, pair: tuple[Editor, Editor], edits: int) -> tuple[Cost
         for i in (0, 1) if n % 2 else (1, 0):
             reports: list[EditReport] = []
             spent = seconds_of(plan.handle, lambda i=i, b=batch, got=reports: got.append(pair[i].apply(b)))
-            out[i].append((spent / max(1, len(part)), {k: v / max(1, len(part)) for k, v in stages_of(reports[0]).items()}))
+            out[i].append(_each(spent, stages_of(reports[0]), len(part)))
     return out
 
 
-def _ask(stored: Stored, pair: tuple[Editor, Editor], upto: int, questions: int) -> tuple[float | None, float | None]:
+def _ask(stored: Stored, pair: tuple[Editor, Editor], upto: int, questions: int) -> tuple[Costs, Costs]:
     """Questions about the edits that both have made, asked once before for what is found out once."""
     plan = stored.plan
     events = plan.stream.events(plan.config.edits)[max(0, upto - questions) : upto]
     found = [q for e in events for q in plan.stream.questions(e) if q.image is None or plan.handle.reads_pictures][:questions]
-    if not found:
-        return None, None
     asks, answers = [to_ask(q) for q in found], [q.answer for q in found]
-    seconds: tuple[list[float], list[float]] = [], []
-    for turn in range(_TURNS + 1):
-        for editor, spent in zip(pair, seconds):
+    out: tuple[Costs, Costs] = [], []
+    for turn in range(_TURNS + 1 if found else 0):
+        for editor, costs in zip(pair, out):
             predictor = editor.predictor()
-            now = seconds_of(plan.handle, lambda p=predictor: p.respond(asks, answers, plan.config.max_new_tokens))
-            spent.extend([now] if turn else [])
-    early, late = (1000 * median(x) / len(asks) for x in seconds)
-    return early, late
+            with collected() as stages:
+                spent = seconds_of(plan.handle, lambda p=predictor: p.respond(asks, answers, plan.config.max_new_tokens))
+            costs.extend([_each(spent, stages, len(asks))] if turn else [])
+    return out
+
+
+def _each(seconds: float, stages: Mapping[str, float], n: int) -> tuple[float, dict[str, float]]:
+    return seconds / max(1, n), {k: v / max(1, n) for k, v in stages.items()}
+
+
+def _told(early: Costs, late: Costs) -> tuple[float | None, float | None, str]:
+    """Milliseconds early and late, medians, and the late ones by stage."""
+    one, other = (1000 * median(seconds for seconds, _ in x) if x else None for x in (early, late))
+    return one, other, _stages(early, late)
 
 
 def _stages(early: Costs, late: Costs) -> str:

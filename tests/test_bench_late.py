@@ -41,10 +41,11 @@ def test_both_make_the_same_edits_behind_those_of_the_run_and_take_turns(monkeyp
 
 def test_what_is_told_of_late_and_early() -> None:
     line = next(x for x in lates(small_run(), first=2, edits=2, questions=3) if x.editor == "balancedit")
-    assert line.edit_early > 0 and line.edit_late > 0 and line.edit_times == pytest.approx(line.edit_late / line.edit_early)
+    assert line.edit_early and line.edit_late and line.edit_times == pytest.approx(line.edit_late / line.edit_early)
     assert line.question_times is not None and line.question_times > 0
-    assert {"train", "keys", "capture", "insert"} <= {part.split()[0] for part in line.stages.split(", ")}
-    assert Late("a", 1, 2, 1.0, 3.0, "", None, None).question_times is None
+    assert {"train", "keys", "capture", "insert"} <= {part.split()[0] for part in line.edit_stages.split(", ")}
+    assert {"prefill", "decode"} <= {part.split()[0] for part in line.question_stages.split(", ")}
+    assert Late("a", 1, 2, 1.0, 3.0, "", None, None, "").question_times is None
 
 
 def test_a_run_that_is_too_short_or_a_stream_that_ends_is_told() -> None:
