@@ -10,6 +10,7 @@ from _facts import FACTS, SMALL, task
 from _models import KINDS, TEXT, Noise, build
 from torch import Tensor
 
+from testbed.editors import _locate_targets
 from testbed.editors._locate_prefix import behind
 from testbed.editors._locate_rows import answer_rows
 from testbed.editors._locate_targets import Forward, Task, search
@@ -42,13 +43,34 @@ def test_losses_and_gradients_are_those_of_the_whole_model(kind: str) -> None:
     delta = torch.randn(3, t.handle.width, generator=torch.Generator().manual_seed(1))
     loss, grad, forward = losses(t, delta)
     assert t.handle.cache["takes a past"] is True
-    assert forward.answers.start == int(forward.rows.at[0]) > 0
-    assert forward.plain is not None and forward.plain.above.hidden.shape[1] == 1
+    assert all(part.start == int(rows.at[0]) > 0 for rows, _, part in forward.parts)
     with plain():
         slow, slow_grad, whole = losses(t, delta)
-    assert whole.answers.start == 0
+    assert all(part.start == 0 for _, _, part in whole.parts)
     torch.testing.assert_close(loss, slow, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(grad, slow_grad, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_essences_beside_answers_or_apart_give_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    t = mixed(kind)
+    delta = torch.randn(3, t.handle.width, generator=torch.Generator().manual_seed(1))
+    found = []
+    for cheap in (True, False):
+        monkeypatch.setattr(_locate_targets, "_cheap", lambda rows, essence, cheap=cheap: cheap)
+        loss, grad, forward = losses(t, delta)
+        assert len(forward.parts) == 2 - cheap
+        found.append((loss, grad))
+    assert forward.parts[1][2].above.hidden.shape[1] == 1
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-3, atol=1e-4)
+
+
+def test_a_lone_edit_and_many_contexts_share_a_forward_with_the_essence() -> None:
+    assert len(Forward(task(events=MIXED[:1], contexts=("",))).parts) == 1
+    assert len(Forward(task(events=MIXED[:2], contexts=("", *(f"So it goes on {i}" for i in range(16))))).parts) == 1
+    assert len(Forward(task(events=[MIXED[0]] * 8, contexts=("",))).parts) == 2
+    assert len(Forward(task(events=MIXED[2:])).parts) == 1
 
 
 def test_lookup_positions_stand_in_one_column() -> None:

@@ -27,6 +27,13 @@ class Rows:
     edit: Tensor
 
     @property
+    def read(self) -> Tensor:
+        """(B, T) bool: what a search reads, the positions that predict an answer token, and in rows without an answer the lookup's."""
+        read = self.batch.before_answer
+        read[torch.arange(len(self.at), device=self.at.device), self.at] |= ~self.batch.answer.any(1)
+        return read
+
+    @property
     def width(self) -> int:
         """Columns from the lookup position to the last that predicts an answer token, both counted."""
         return int(self.batch.before_answer.nonzero()[:, 1].max()) + 1 - int(self.at[0])
@@ -69,6 +76,15 @@ def subject_rows(handle: ModelHandle, events: Sequence[EditEvent]) -> Rows | Non
     """`"{subject} is a"` for each edit whose prompt names its subject, subjects' ends in one column; None where none does."""
     named = [(i, replace(e, prompt=f"{subject_of(e)} is a", image=None), "") for i, e in enumerate(events) if subject_of(e)]
     return _aligned(handle, named, None, False) if named else None
+
+
+def joined(handle: ModelHandle, *parts: Rows) -> Rows:
+    """The rows of all in one forward, lookup positions in one column."""
+    asks = [a for p in parts for a in p.batch.asks]
+    answers = [ids[mask].tolist() for p in parts for ids, mask in zip(p.batch.inputs["input_ids"], p.batch.answer)]
+    at = [int(mask[:column].sum()) for p in parts for mask, column in zip(p.batch.prompt, p.at.tolist())]
+    batch = collate(handle, asks, answers, at=at)
+    return Rows(batch, torch.full((len(at),), max(at), device=batch.prompt.device), torch.cat([p.edit for p in parts]))
 
 
 def _aligned(handle: ModelHandle, rows: list[tuple[int, EditEvent, str]], answers: list[list[int]] | None, end: bool) -> Rows:

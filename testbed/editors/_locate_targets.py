@@ -19,7 +19,7 @@ from torch import Tensor
 
 from testbed._head_loss import answer_loss
 from testbed.editors._locate_prefix import Behind, behind
-from testbed.editors._locate_rows import Rows, answer_rows, columns, prompt_rows, subject_rows
+from testbed.editors._locate_rows import Rows, answer_rows, columns, joined, prompt_rows, subject_rows
 from testbed.editors.base import EditFailed
 from testbed.events import EditEvent
 from testbed.models import ModelHandle
@@ -27,6 +27,8 @@ from testbed.tail import enter, row_mean
 
 _LEAST = 8
 """Fewer edits than this do not get a forward of their own for having less to run."""
+_FEW = 16
+"""Columns that cost less to run in vain than a forward does to call."""
 
 
 class Search(Protocol):
@@ -77,32 +79,46 @@ class Forward:
     """The loss of a delta for each edit, with all that it cannot change run once.
 
     A method that looks for several changes at once puts them side by side: delta is then (n, parts d).
+    Answers and essences share a forward where that adds little but saves its calls.
     """
 
     def __init__(self, task: Task) -> None:
         self.n, self.layer, self.handle = len(task.events), task.layer, task.handle
         self.rows = answer_rows(task.handle, task.events, task.contexts, task.end)
         self.essence = subject_rows(task.handle, task.events)
-        self.answers = self._enter(task, self.rows, self.rows.width)
-        self.plain = self._enter(task, self.essence, 1) if self.essence is not None else None
         self.before: Tensor | None = None
+        self.parts = [(rows, rows.read, self._enter(task, rows, width)) for rows, width in self._shared(task)]
+
+    def _shared(self, task: Task) -> list[tuple[Rows, int]]:
+        """The rows of each forward and how many of their columns are run."""
+        if self.essence is None:
+            return [(self.rows, self.rows.width)]
+        if _cheap(self.rows, self.essence):
+            return [(joined(task.handle, self.rows, self.essence), self.rows.width)]
+        return [(self.rows, self.rows.width), (self.essence, 1)]
 
     def _enter(self, task: Task, rows: Rows, width: int | None) -> Behind:
         return behind(task.handle, rows.batch, task.layer + 1, int(rows.at[0]), width)
 
     def losses(self, delta: Tensor, kl: float) -> Tensor:
         """(n,) negative log-likelihood of the answers, mean over tokens then contexts, plus kl times the drift of the essence."""
-        loss = self._over_edits(self._answers(delta)[0])
-        return loss + kl * self._drift(delta) if kl and self.essence is not None else loss
+        answers, essence = self._read(delta)
+        loss = self._over_edits(self._answers(answers)[0])
+        return loss + kl * self._drift(essence) if kl else loss
 
     def done(self, loss: Tensor, stop: float) -> Tensor:
         """(n,) bool: the edits whose target is found, by the loss with its decay."""
         return loss < stop
 
-    def _answers(self, delta: Tensor) -> tuple[Tensor, Tensor]:
+    def _read(self, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """What enters the head where answer tokens are predicted (m, d), and where subjects end (k, d), deltas in place."""
+        ends = [self._ends(behind, delta[rows.edit], int(rows.at[0]), at) for rows, at, behind in self.parts]
+        m = len(self.rows.batch.answer_ids)
+        together = torch.cat(ends) if len(ends) > 1 else ends[0]
+        return together[:m], together[m:]
+
+    def _answers(self, ends: Tensor) -> tuple[Tensor, Tensor]:
         """(m,) loss of each answer token of all rows, nats, and (m,) whether it is the likeliest."""
-        at = self.rows.batch.before_answer
-        ends = self._ends(self.answers, delta[self.rows.edit], int(self.rows.at[0]), at)
         return answer_loss(self.handle, ends, self.rows.batch.answer_ids)
 
     def _over_edits(self, values: Tensor) -> Tensor:
@@ -114,19 +130,21 @@ class Forward:
         """(m, d) what enters the head at `at` with each row's delta in place."""
         return rows.ends(delta, column, at)
 
-    def _drift(self, delta: Tensor) -> Tensor:
+    def _drift(self, ends: Tensor) -> Tensor:
         """(n,) KL(p_delta || p_0) of the next token after the subject; 0 for edits whose prompt names none."""
-        if self.plain is None or self.essence is None:
-            return torch.zeros(self.n, device=delta.device)
-        column = int(self.essence.at[0])
-        at = torch.zeros_like(self.essence.batch.prompt)
-        at[:, column] = True
-        ends = self._ends(self.plain, delta[self.essence.edit], column, at)
+        none = torch.zeros(self.n, device=ends.device)
+        if self.essence is None:
+            return none
         logp = self.handle.head(ends).to(self.handle.device).float().log_softmax(-1)
         if self.before is None:
             self.before = logp.detach()
         drift = (logp.exp() * (logp - self.before)).sum(-1)
-        return torch.zeros(self.n, device=delta.device).index_add(0, self.essence.edit, drift)
+        return none.index_add(0, self.essence.edit, drift)
+
+
+def _cheap(rows: Rows, essence: Rows) -> bool:
+    """Whether the columns that essences are run for in vain, beside answers, are few."""
+    return len(essence.edit) * (rows.width - 1) <= max(_FEW, len(rows.edit) * rows.width / _LEAST)
 
 
 class Adam:

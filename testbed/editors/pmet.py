@@ -46,10 +46,11 @@ class Both(Forward):
         return behind(task.handle, rows.batch, task.layer, int(rows.at[0]), width)
 
     def losses(self, delta: Tensor, kl: float) -> Tensor:
-        each, likeliest = self._answers(delta)
+        answers, essence = self._read(delta)
+        each, likeliest = self._answers(answers)
         nll = self._over_edits(each)
         self.known = self._over_edits(likeliest.float()) > 1 - 1e-6
-        drift = self._drift(delta)
+        drift = self._drift(essence)
         self.drift = drift.detach()
         return torch.where(self.known, _KNOWN * nll, nll) + kl * drift
 
