@@ -132,7 +132,7 @@ class Forward:
 
     def _drift(self, ends: Tensor) -> Tensor:
         """(n,) KL(p_delta || p_0) of the next token after the subject; 0 for edits whose prompt names none."""
-        none = torch.zeros(self.n, device=ends.device)
+        none = torch.zeros(self.n, device=self.rows.edit.device)
         if self.essence is None:
             return none
         logp = self.handle.head(ends).to(self.handle.device).float().log_softmax(-1)
