@@ -10,10 +10,10 @@ measure and to check the fast one against.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -33,8 +33,6 @@ class Tail:
     act: activations entering the down-projection; (B, T, f), or (n, f) at the last layer.
     rest: what the layer adds to the projection's output; same leading shape, width d.
     row: (n,) the batch row of each answer position. target: (n,) its token.
-    key: (B, f) float32 mean of the entering activations over the prompt positions.
-    last: (B, f) float32 entering activation at the last prompt position.
 
     All but `batch` and `target` lie beside the layer; logits and losses beside the model's inputs.
     """
@@ -46,8 +44,6 @@ class Tail:
     rest: Tensor
     row: Tensor
     target: Tensor
-    key: Tensor
-    last: Tensor
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
 
     def ends(self, project: Callable[[Tensor], Tensor]) -> Tensor:
@@ -96,22 +92,47 @@ def row_mean(values: Tensor, row: Tensor, rows: int) -> Tensor:
     return total / torch.bincount(row, minlength=rows).clamp(min=1)
 
 
+class Runs(Protocol):
+    """How a batch is made and the unedited model run on it."""
+
+    def collate(self, asks: Sequence[Ask], answers: Sequence[Sequence[int]] | None = None, end: bool = False) -> Batch: ...
+
+    def forward(self, batch: Batch) -> int:
+        """Modules see, last, the columns from the one that is returned on."""
+        ...
+
+
+@dataclass(frozen=True)
+class Whole:
+    """All columns at once."""
+
+    handle: ModelHandle
+
+    def collate(self, asks: Sequence[Ask], answers: Sequence[Sequence[int]] | None = None, end: bool = False) -> Batch:
+        return collate(self.handle, asks, answers, end=end)
+
+    def forward(self, batch: Batch) -> int:
+        self.handle.model(**batch.inputs, use_cache=False)
+        return 0
+
+
 @stage("capture")
 @torch.no_grad()
-def capture(handle: ModelHandle, asks: list[Ask], answers: list[str], layer: int, end: bool = True) -> Tail:
+def capture(handle: ModelHandle, asks: list[Ask], answers: list[str], layer: int, end: bool = True, stems: Runs | None = None) -> Tail:
     """Run the batch once and keep what training the layer's down-projection needs.
 
-    With `end` the end token is trained too, so that a free generation stops after the answer. Raises
-    `UnknownLayout` for a layer that does not add the projection's output to the rest of its own.
+    With `end` the end token is trained too, so that a free generation stops after the answer. stems: runs the forward
+    where the last layer is trained, which needs the columns behind pictures alone. Raises `UnknownLayout` for a layer
+    that does not add the projection's output to the rest of its own.
     """
     layer = handle.layer_index(layer)
-    batch = collate(handle, asks, [answer_ids(handle, a, x) for a, x in zip(asks, answers)], end=end)
+    runs = stems if stems is not None and layer == handle.n_layers - 1 else Whole(handle)
+    batch = runs.collate(asks, [answer_ids(handle, a, x) for a, x in zip(asks, answers)], end)
     kept: dict[str, Tensor] = {}
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-    shape = batch.prompt.shape
 
     def keep_act(module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
-        kept["act"], kept["out"] = args[0].reshape(*shape, -1), output.reshape(*shape, -1).clone()  # some layers add in place
+        kept["act"], kept["out"] = args[0], output.clone()  # some layers add in place
 
     def keep_layer(module: Any, args: Any, output: Any) -> None:
         kept["layer"] = output[0] if isinstance(output, tuple) else output
@@ -124,16 +145,16 @@ def capture(handle: ModelHandle, asks: list[Ask], answers: list[str], layer: int
         stack.enter_context(handle.hooked(handle.layers[layer], keep_layer))
         for above in handle.layers[layer + 1 :]:
             stack.callback(above.register_forward_pre_hook(keep_call, with_kwargs=True).remove)
-        handle.model(**batch.inputs, use_cache=False)
-    act, rest = kept["act"], kept["layer"] - kept["out"]
-    rows, here = torch.arange(shape[0], device=act.device), batch.on(act.device)
-    at = here.before_answer
-    key, last = pooled(act, here), act[rows, here.last_prompt].float()
+        start = runs.forward(batch)
+    layered = kept["layer"]
+    act, out = (kept[name].reshape(*layered.shape[:2], -1) for name in ("act", "out"))
+    rest = layered - out
+    at = batch.on(act.device).before_answer
     if inside_plain():
-        return WholeTail(handle, batch, layer, act, rest, at.nonzero()[:, 0], batch.answer_ids, key, last, [])
+        return WholeTail(handle, batch, layer, act, rest, at.nonzero()[:, 0], batch.answer_ids, [])
     if not calls:
-        act, rest = act[at], rest[at]
-    tail = Tail(handle, batch, layer, act, rest, at.nonzero()[:, 0], batch.answer_ids, key, last, calls)
+        act, rest = act[at[:, start:]], rest[at[:, start:]]
+    tail = Tail(handle, batch, layer, act, rest, at.nonzero()[:, 0], batch.answer_ids, calls)
     checked: set[int] = handle.cache.setdefault("tails", set())
     if layer not in checked and _check(tail):
         checked.add(layer)

@@ -13,6 +13,7 @@ from _models import Noise, build
 from streams.base import TrainPool
 from testbed.editors._gate import Gate
 from testbed.editors._sites import read
+from testbed.editors._stems import Stems
 from testbed.editors.balancedit import BalancEdit, BalancEditConfig
 from testbed.encode import Ask, collate
 from testbed.events import EditBatch, EditEvent, Question
@@ -129,7 +130,7 @@ def check_25_padding_changes_no_key(cls: type[BalancEdit], **config: Any) -> Non
                 editor.handle.model(**one.inputs)
             key = editor._key(kept[0].reshape(*one.prompt.shape, -1), one)[0]
             torch.testing.assert_close(key, together[i], atol=1e-4, rtol=1e-4)
-            torch.testing.assert_close(read(editor.handle, editor.module, [a], editor._key)[0], together[i], atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(read(Stems(editor.handle, editor.module), [a], editor._key)[0], together[i], atol=1e-4, rtol=1e-4)
 
 
 def check_29_nothing_global_is_touched(cls: type[BalancEdit], out: Callable[[], str]) -> None:

@@ -70,16 +70,6 @@ def test_gradient_equals_that_of_the_whole_model(kind: str, layer: int) -> None:
     assert handle.parameter(name).grad is None
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_keys_are_those_of_each_ask_alone(kind: str) -> None:
-    handle = build(kind)
-    tail = captured(handle, kind, -1)
-    for i, one in enumerate(tail.batch.asks):
-        alone = capture(handle, [one], ["another answer"], -1)
-        torch.testing.assert_close(tail.key[i], alone.key[0], atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(tail.last[i], alone.last[0], atol=1e-4, rtol=1e-4)
-
-
 def test_end_token_is_trained_only_where_asked() -> None:
     handle = build("llama")
     with_end, without = captured(handle, "llama", -1), captured(handle, "llama", -1, end=False)

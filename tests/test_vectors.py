@@ -8,6 +8,7 @@ from _models import build
 from test_tail_plain import ANSWERS, asks
 
 from testbed.editors import _sites
+from testbed.editors._stems import Stems
 from testbed.editors._vectors import at_last, at_prompt
 from testbed.plain_path import plain, watched
 
@@ -16,10 +17,11 @@ from testbed.plain_path import plain, watched
 @pytest.mark.parametrize("kind", ["llava", "gpt2", "opt", "qwen2_vl"])
 def test_three_ways_to_one_loss_and_gradient(kind: str, layer: int) -> None:
     handle = build(kind)
-    keys = _sites.read(handle, handle.down(layer), asks(kind), _sites.last)
+    stems = Stems(handle, handle.down(layer))
+    keys = _sites.read(stems, asks(kind), _sites.last)
     start = torch.rand(3, handle.width, generator=torch.Generator().manual_seed(0))
     got = []
-    ways = [lambda: at_last(handle, asks(kind), ANSWERS, layer, keys), lambda: at_prompt(handle, asks(kind), ANSWERS, layer, last=True)]
+    ways = [lambda: at_last(stems, asks(kind), ANSWERS, layer, keys), lambda: at_prompt(stems, asks(kind), ANSWERS, layer, last=True)]
     with plain():
         whole = ways[1]()
     ways.append(lambda: whole)
@@ -39,6 +41,6 @@ def test_all_prompt_positions_differ_from_the_last_and_losses_can_be_watched() -
     handle = build("llava")
     vectors = torch.rand(3, handle.width, generator=torch.Generator().manual_seed(0))
     with watched() as seen:
-        every, last = (at_prompt(handle, asks("llava"), ANSWERS, 1, last=last)(vectors) for last in (False, True))
+        every, last = (at_prompt(Stems(handle, handle.down(1)), asks("llava"), ANSWERS, 1, last=last)(vectors) for last in (False, True))
     assert not torch.allclose(every, last)
     assert [torch.equal(a, b) for a, b in zip(seen, (every, last))] == [True, True]

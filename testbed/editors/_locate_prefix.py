@@ -73,20 +73,20 @@ def behind(handle: ModelHandle, batch: Batch, first: int, column: int, width: in
 def _behind(handle: ModelHandle, batch: Batch, first: int, column: int, width: int | None) -> Behind | None:
     """None for a decoder that does not take its rows as they are expected here."""
     decoder = handle.model.get_submodule(handle.layers_path.rsplit(".", 1)[0])
-    given = _arguments(handle, batch, decoder)
+    given = arguments(handle, batch, decoder)
     mask, stop = given.get("attention_mask"), column + width if width else batch.prompt.shape[1]
     if not isinstance(mask, Tensor) or mask.shape != batch.prompt.shape:
         return None
     past = Prefix()
-    decoder(**_cut(given, 0, column), past_key_values=past, use_cache=True)
+    decoder(**cut(given, 0, column), past_key_values=past, use_cache=True)
     past.closed = True
     above = Above(handle, first, torch.zeros(0), [])
     with above.entered(handle.n_layers - 1):
-        decoder(**_cut(given, column, stop), past_key_values=past, use_cache=True)
+        decoder(**cut(given, column, stop), past_key_values=past, use_cache=True)
     return Behind(above, column)
 
 
-def _arguments(handle: ModelHandle, batch: Batch, decoder: Any) -> dict[str, Any]:
+def arguments(handle: ModelHandle, batch: Batch, decoder: Any) -> dict[str, Any]:
     """What the whole model gives its decoder: tokens or embeddings with pictures in place, positions, the mask."""
     given: dict[str, Any] = {}
 
@@ -104,7 +104,7 @@ def _arguments(handle: ModelHandle, batch: Batch, decoder: Any) -> dict[str, Any
     return {k: v for k, v in given.items() if v is not None and k not in ("past_key_values", "use_cache")}
 
 
-def _cut(given: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
+def cut(given: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
     """The arguments for the columns from `start` to `stop`, with what came before them in the mask."""
     axis = {"inputs_embeds": 1}
     sliced = {k: given[k].narrow(axis.get(k, -1), start, stop - start) for k in _SLICED if k in given}

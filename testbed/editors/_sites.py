@@ -5,17 +5,16 @@ A key must not depend on the batch it was made in, beyond float rounding; `slack
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from testbed.editors._nearest import Metric
-from testbed.encode import Ask, Batch, collate
-from testbed.models import ModelHandle
+from testbed.editors._stems import Stems
+from testbed.encode import Ask, Batch
 from testbed.stages import stage
 from testbed.tail import pooled
 
@@ -61,16 +60,12 @@ def mean(act: Tensor, batch: Batch) -> Tensor:
 
 @stage("keys")
 @torch.no_grad()
-def read(handle: ModelHandle, module: nn.Module, asks: Sequence[Ask], key: Callable[[Tensor, Batch], Tensor]) -> Tensor:
+def read(stems: Stems, asks: Sequence[Ask], key: Callable[[Tensor, Batch], Tensor]) -> Tensor:
     """(n, width) float32 keys of prompts on the CPU, many a forward; none of them holds an answer."""
     out: dict[int, Tensor] = {}
-    short = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(handle.model.forward).parameters else {}
     for chunk in _chunks(asks):
-        batch = collate(handle, [asks[i] for i in chunk], side="left")
-        kept: list[Tensor] = []
-        with handle.hooked(module, lambda m, args, kept=kept: kept.append(args[0]), pre=True):
-            handle.model(**batch.inputs, use_cache=False, **short)
-        act = kept[0].reshape(*batch.prompt.shape, -1)
+        batch = stems.collate([asks[i] for i in chunk])
+        act = stems.acts(batch)
         out.update(zip(chunk, key(act, batch.on(act.device)).cpu()))
     return torch.stack([out[i] for i in range(len(asks))])
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from testbed._head_loss import answer_loss
 from testbed.editors._locate_prefix import behind
+from testbed.editors._stems import Stems
 from testbed.encode import Ask, answer_ids, collate, prompt_inputs
 from testbed.models import ModelHandle, project
 from testbed.plain_path import watch
@@ -22,14 +23,15 @@ Losses = Callable[[Tensor], Tensor]
 """Vectors (B, d) to losses (B,), nats a token of each row's answer, its end token included."""
 
 
-def at_last(handle: ModelHandle, asks: list[Ask], targets: list[str], layer: int, acts: Tensor) -> Losses:
+def at_last(stems: Stems, asks: list[Ask], targets: list[str], layer: int, acts: Tensor) -> Losses:
     """In the place of the output at the last prompt position. acts: (B, f) what enters the layer there.
 
     Raises `UnknownLayout` for a layer that does not add the projection's output to the rest of its own.
     """
+    handle = stems.handle
     layer = handle.layer_index(layer)
     if layer == handle.n_layers - 1:  # nothing lies above but the head: a tail is as short
-        return at_prompt(handle, asks, targets, layer, last=True)
+        return at_prompt(stems, asks, targets, layer, last=True)
     if layer not in handle.cache.get("tails", ()):
         capture(handle, asks[:1], targets[:1], layer)  # looks at the layer's form
     ends = [prompt_inputs(handle, a)["input_ids"].shape[1] - 1 for a in asks]
@@ -45,10 +47,10 @@ def at_last(handle: ModelHandle, asks: list[Ask], targets: list[str], layer: int
     return losses
 
 
-def at_prompt(handle: ModelHandle, asks: list[Ask], targets: list[str], layer: int, last: bool = False) -> Losses:
+def at_prompt(stems: Stems, asks: list[Ask], targets: list[str], layer: int, last: bool = False) -> Losses:
     """In the place of the output at all prompt positions (with `last`, at the last)."""
-    tail = capture(handle, asks, targets, layer)
-    own = _own(handle, tail.layer, tail.act)
+    tail = capture(stems.handle, asks, targets, layer, stems=stems)
+    own = _own(stems.handle, tail.layer, tail.act)
     places, row = _places(tail, last)
     return lambda vectors: tail.loss(lambda act: own.index_put(places, vectors[row].to(own.dtype)))
 

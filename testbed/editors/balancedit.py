@@ -24,6 +24,7 @@ from streams.base import TrainPool
 from testbed.editors import _sites
 from testbed.editors._gate import Gate, Hits
 from testbed.editors._nearest import Metric, Rule, direct
+from testbed.editors._stems import Stems
 from testbed.editors._values import FullCopies, LowRank, Values, train
 from testbed.editors.base import BadEditor, EditFailed, Editor, EditorConfig, Traits, need
 from testbed.editors.codebook import Codebook, Entry
@@ -103,6 +104,7 @@ class BalancEdit(Editor):
 
     def _prepare(self, pool: TrainPool) -> None:
         self.module = self.handle.down(self.config.layer)
+        self._stems = Stems(self.handle, self.module)
         self.weight = self.handle.parameter(self.handle.down_weight(self.config.layer)).detach().float()
         self.family: Values = (
             LowRank(self.module, self.weight, self.config.rank) if self.config.rank else FullCopies(self.module, self.weight)
@@ -120,22 +122,20 @@ class BalancEdit(Editor):
         nulls = None
         if self.config.key == "blocks":
             width *= 2
-            sample = (
-                _sites.read(self.handle, self.module, _spaced(bank, 256), _sites.Blocks(torch.ones(2))) if bank else torch.zeros(0, width)
-            )
+            sample = _sites.read(self._stems, _spaced(bank, 256), _sites.Blocks(torch.ones(2))) if bank else torch.zeros(0, width)
             self._key = _sites.Blocks(_sites.spread_of(sample))
         if self.config.nulls and bank:
             nulls = self._read(_spaced(bank, self.config.nulls))
         self.book = Codebook(width, self.config.metric, self.config.rule, nulls)
 
     def _read(self, asks: Sequence[Ask]) -> Tensor:
-        return _sites.read(self.handle, self.module, asks, self._key)
+        return _sites.read(self._stems, asks, self._key)
 
     def _edit(self, batch: EditBatch) -> dict[str, float]:
         scopes = self._scopes(batch)
         near = [self.book.overlapping(s.key, s.radius, s.entry.label) if self.config.overlap == "continue" else None for s in scopes]
         starts = [self.values[i] if i is not None else self._fresh(e) for i, e in zip(near, batch.events)]
-        tail = capture(self.handle, [_ask(e) for e in batch.events], [e.target for e in batch.events], self.config.layer)
+        tail = capture(self.handle, [_ask(e) for e in batch.events], [e.target for e in batch.events], self.config.layer, stems=self._stems)
         trained = train(self.family, tail, starts, self.config.lr, self.config.steps)
         superseded = [self._insert(scope) for scope in scopes]
         self.values = {**self.values, **{s.entry.event_id: v for s, v in zip(scopes, trained.values)}}

@@ -25,6 +25,7 @@ from streams.base import TrainPool
 from testbed.editors import _sites
 from testbed.editors._gate import Gate, Hits
 from testbed.editors._nearest import Keys, Nearest
+from testbed.editors._stems import Stems
 from testbed.editors._vectors import Losses, at_last, at_prompt
 from testbed.editors.base import BadEditor, EditFailed, Editor, EditorConfig, Traits, need
 from testbed.encode import Ask, answer_ids
@@ -168,6 +169,7 @@ class Grace(Editor):
     def _prepare(self, pool: TrainPool) -> None:
         self.layer = self.handle.layer_index(self.config.layer)
         self.module = self.handle.down(self.layer)
+        self._stems = Stems(self.handle, self.module)
         self.weight = self.handle.parameter(self.handle.down_weight(self.layer)).detach()
         self.width = self.weight.numel() // self.handle.width
         self.book = Scopes(self.config.eps_init, self.config.expand)
@@ -175,7 +177,7 @@ class Grace(Editor):
 
     def _edit(self, batch: EditBatch) -> dict[str, float]:
         asks = [Ask(e.prompt, e.image) for e in batch.events]
-        keys = _sites.read(self.handle, self.module, asks, _sites.last)
+        keys = _sites.read(self._stems, asks, _sites.last)
         if not torch.isfinite(keys).all():
             raise EditFailed("activations of the edit are not finite")
         labels = [tuple(answer_ids(self.handle, a, e.target)) for a, e in zip(asks, batch.events)]
@@ -198,8 +200,8 @@ class Grace(Editor):
     def _losses(self, asks: list[Ask], batch: EditBatch, keys: Tensor) -> Losses:
         targets = [e.target for e in batch.events]
         if self.config.replace == "last":
-            return at_last(self.handle, asks, targets, self.layer, keys)
-        return at_prompt(self.handle, asks, targets, self.layer)
+            return at_last(self._stems, asks, targets, self.layer, keys)
+        return at_prompt(self._stems, asks, targets, self.layer)
 
     @stage("train")
     def _train(self, losses_of: Losses, cold: Tensor) -> tuple[Tensor, list[float]]:

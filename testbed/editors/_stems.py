@@ -1,0 +1,199 @@
+"""A picture's places, run once: they stand first in a prompt, and no word behind them changes what they leave in a decoder.
+
+Keys and values of attention up to the picture's last place are kept, so that of a prompt about a picture that was
+seen before the words alone are run. All places are run where not every row has a picture, inside `plain()`, and for
+a decoder that does not take its past in the usual way.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
+
+from testbed.editors._locate_prefix import arguments, cut
+from testbed.encode import Ask, Batch, collate, image_token, prompt_inputs
+from testbed.models import ModelHandle
+from testbed.plain_path import inside_plain
+
+T = TypeVar("T")
+_BYTES = 2 << 30
+"""What stems may take together; the longest unused leave first."""
+_FLAG = "takes stems"
+
+
+@dataclass(frozen=True)
+class Stem:
+    """The P places up to a picture's last.
+
+    past: keys and values of each layer, (1, heads, P, width). act: (P, f) what entered the watched module.
+    after: the number of the position behind, along `axes` axes.
+    """
+
+    past: list[tuple[Tensor, Tensor]]
+    act: Tensor
+    after: int
+    axes: int
+
+    @property
+    def bytes(self) -> int:
+        return self.act.nbytes + sum(t.nbytes for pair in self.past for t in pair)
+
+
+class _Past(DynamicCache):
+    """The stems of a batch's rows side by side, right-aligned; put together for a layer when it asks, and never added to."""
+
+    def __init__(self, stems: Sequence[Stem], columns: int) -> None:
+        super().__init__()
+        self.stems, self.columns = stems, columns
+
+    def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
+        return self.columns
+
+    def get_query_offset(self, *args: Any, **kwargs: Any) -> int:
+        return self.columns
+
+    def get_mask_sizes(self, query_length: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        return self.columns + query_length, 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return torch.cat([self._of(layer_idx, 0), key_states], -2), torch.cat([self._of(layer_idx, 1), value_states], -2)
+
+    def _of(self, layer: int, which: int) -> Tensor:
+        return torch.cat([_shifted(s.past[layer][which], self.columns) for s in self.stems])
+
+
+class Stems:
+    """Forwards of the unedited model that run a picture's places once, and what enters one of its modules there."""
+
+    def __init__(self, handle: ModelHandle, module: nn.Module, limit: int = _BYTES) -> None:
+        self.handle, self.module, self.limit = handle, module, limit
+        self.kept: dict[tuple[Any, ...], Stem] = {}
+        self._brief = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(handle.model.forward).parameters else {}
+
+    def collate(self, asks: Sequence[Ask], answers: Sequence[Sequence[int]] | None = None, end: bool = False) -> Batch:
+        """As `encode.collate`, the last places of pictures in one column."""
+        if any(a.image is None for a in asks):
+            return collate(self.handle, asks, answers, side="left" if answers is None else "right", end=end)
+        return collate(self.handle, asks, answers, end=end, at=[self._length(a) - 1 for a in asks])
+
+    @torch.no_grad()
+    def forward(self, batch: Batch) -> int:
+        """Run a batch of `collate`'s. Modules see, last, the columns from the one that is returned on."""
+        return _columns(self._run(batch))
+
+    @torch.no_grad()
+    def acts(self, batch: Batch) -> Tensor:
+        """(B, T, f) what enters the module when a batch of `collate`'s is run."""
+        stems, act = self._watched(lambda: self._run(batch))
+        act = act.reshape(len(batch.prompt), -1, act.shape[-1])
+        return torch.cat([torch.stack([_shifted(s.act, _columns(stems)) for s in stems]), act], 1) if stems else act
+
+    def _run(self, batch: Batch) -> list[Stem]:
+        """The stems that the words were run behind; none where all places were."""
+        if not inside_plain() and all(a.image for a in batch.asks):
+            if _FLAG not in self.handle.cache:
+                self._try(batch)
+            if self.handle.cache.get(_FLAG):
+                stems = self._stems(batch.asks)
+                self._words(batch, stems)
+                return stems
+        self._whole(batch)
+        return []
+
+    def _whole(self, batch: Batch) -> None:
+        self.handle.model(**batch.inputs, use_cache=False, **self._brief)
+
+    def _watched(self, run: Callable[[], T]) -> tuple[T, Tensor]:
+        """What a forward gives, and what entered the module in the last call of it."""
+        seen: list[Tensor] = []
+        with self.handle.hooked(self.module, lambda m, args: seen.append(args[0]), pre=True):
+            out = run()
+        return out, seen[-1]
+
+    def _length(self, ask: Ask) -> int:
+        """P, from the prompt's tokens."""
+        return int((prompt_inputs(self.handle, ask)["input_ids"][0] == image_token(self.handle)).nonzero().max()) + 1
+
+    def _name(self, ask: Ask) -> tuple[Any, ...]:
+        assert ask.image is not None
+        return (ask.image.key, *prompt_inputs(self.handle, ask)["input_ids"][0, : self._length(ask)].tolist())
+
+    def _stems(self, asks: Sequence[Ask]) -> list[Stem]:
+        """The stem of each prompt; those that are not at hand are made together."""
+        named = {self._name(a): a for a in asks}
+        new = {name: a for name, a in named.items() if name not in self.kept}
+        found = {name: self.kept.pop(name) for name in named if name in self.kept}
+        found |= dict(zip(new, self._made(list(new.values())))) if new else {}
+        self.kept |= found
+        while sum(s.bytes for s in self.kept.values()) > self.limit:
+            self.kept.pop(next(iter(self.kept)))
+        return [found[self._name(a)] for a in asks]
+
+    def _made(self, asks: list[Ask]) -> list[Stem]:
+        lengths = [self._length(a) for a in asks]
+        column, past = max(lengths), DynamicCache()
+        batch = self.collate(asks)
+        given = arguments(self.handle, batch, self._decoder)
+        mask = given["attention_mask"][:, :column]
+        places = given.setdefault("position_ids", (given["attention_mask"].cumsum(1) - 1).clamp(min=0))
+        _, act = self._watched(lambda: self._decoder(**cut(given, 0, column), past_key_values=past, use_cache=True))
+        act = act.reshape(len(asks), column, -1)
+        axes = places.shape[0] if places.ndim == 3 else 1
+        after = (places[..., :column] * mask).reshape(axes, len(asks), column).amax((0, 2)) + 1
+        layers: list[Any] = past.layers
+        pairs = [(layer.keys, layer.values) for layer in layers]
+        return [
+            Stem([(k[i : i + 1, :, -n:].clone(), v[i : i + 1, :, -n:].clone()) for k, v in pairs], act[i, -n:].clone(), int(after[i]), axes)
+            for i, n in enumerate(lengths)
+        ]
+
+    def _words(self, batch: Batch, stems: Sequence[Stem]) -> None:
+        """Run the columns behind the pictures."""
+        column = _columns(stems)
+        ids = batch.inputs["input_ids"][:, column:]
+        places = torch.tensor([s.after for s in stems], device=ids.device)[:, None] + torch.arange(ids.shape[1], device=ids.device)
+        self._decoder(
+            inputs_embeds=self.handle.model.get_input_embeddings()(ids),
+            attention_mask=batch.inputs["attention_mask"],
+            position_ids=places.expand(stems[0].axes, *places.shape) if stems[0].axes > 1 else places,
+            past_key_values=_Past(stems, column),
+            use_cache=True,
+        )
+
+    @property
+    def _decoder(self) -> nn.Module:
+        return self.handle.model.get_submodule(self.handle.layers_path.rsplit(".", 1)[0])
+
+    def _try(self, batch: Batch) -> None:
+        """Whether words give the same behind a stem as behind the picture itself; nothing is learned where those are not finite."""
+        _, want = self._watched(lambda: self._whole(batch))
+        want = want.reshape(*batch.prompt.shape, -1)
+        if not torch.isfinite(want).all():
+            return
+        try:
+            stems = self._stems(batch.asks)
+            column = _columns(stems)
+            _, got = self._watched(lambda: self._words(batch, stems))
+            real = (batch.prompt | batch.answer)[:, column:].to(got.device)
+            want, got = want[:, column:].to(got.device)[real].float(), got.reshape(len(want), -1, want.shape[-1])[real].float()
+            off = float((got - want).norm() / want.norm().clamp(min=1e-30))
+        except torch.OutOfMemoryError:
+            raise
+        except (TypeError, KeyError, RuntimeError):  # a decoder with other arguments than those used here
+            off = float("inf")
+        self.handle.cache[_FLAG] = off <= (1e-3 if want.dtype in (torch.float32, torch.float64) else 0.1)
+
+
+def _columns(stems: Sequence[Stem]) -> int:
+    return max((len(s.act) for s in stems), default=0)
+
+
+def _shifted(t: Tensor, columns: int) -> Tensor:
+    """Zeros before the second to last axis of (.., P, f), so that it has so many columns."""
+    return nn.functional.pad(t, (0, 0, columns - t.shape[-2], 0))
