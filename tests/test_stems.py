@@ -89,7 +89,7 @@ def test_a_tail_behind_stems_has_the_losses_and_gradients_of_one_without(kind: s
 def test_a_picture_is_run_once_and_its_words_alone_after_that() -> None:
     handle = build("llava")
     own = stems(handle)
-    own.acts(own.collate(ASKS[:1]))  # looks at the decoder
+    own.acts(own.collate(ASKS[:2]))  # looks at the decoder
     own.kept.clear()
     batch = own.collate(ASKS[:2])
     columns, column = batch.prompt.shape[1], own._length(ASKS[0])
@@ -120,8 +120,17 @@ def test_the_longest_unused_leaves_first() -> None:
     _sites.read(own, ASKS[:3], _sites.mean)
     own.limit = 2 * next(iter(own.kept.values())).bytes
     for ask in (ASKS[0], ASKS[3]):
-        _sites.read(own, [ask], _sites.mean)
+        _sites.read(own, [ask, ask], _sites.mean)
     assert [name[0] for name in own.kept] == [a.image.key for a in (ASKS[0], ASKS[3]) if a.image]
+
+
+def test_pictures_that_are_there_once_are_run_whole() -> None:
+    own = stems(build("llava"))
+    batch = own.collate([ASKS[0], *ASKS[2:]])
+    with places(own.handle) as seen:
+        own.acts(batch)
+    assert seen == [batch.prompt.numel()]
+    assert own.kept == {}
 
 
 def test_text_and_mixed_rows_are_run_whole() -> None:

@@ -1,8 +1,8 @@
 """A picture's places, run once: they stand first in a prompt, and no word behind them changes what they leave in a decoder.
 
 Keys and values of attention up to the picture's last place are kept, so that of a prompt about a picture that was
-seen before the words alone are run. All places are run where not every row has a picture, inside `plain()`, and for
-a decoder that does not take its past in the usual way.
+seen before the words alone are run. All places are run where nothing is spared or not every row has a picture, inside
+`plain()`, and for a decoder that does not take its past in the usual way.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class Stems:
 
     def _run(self, batch: Batch) -> list[Stem]:
         """The stems that the words were run behind; none where all places were."""
-        if not inside_plain() and all(a.image for a in batch.asks):
+        if not inside_plain() and all(a.image for a in batch.asks) and self._spares(batch.asks):
             if _FLAG not in self.handle.cache:
                 self._try(batch)
             if self.handle.cache.get(_FLAG):
@@ -105,6 +105,11 @@ class Stems:
                 return stems
         self._whole(batch)
         return []
+
+    def _spares(self, asks: Sequence[Ask]) -> bool:
+        """Whether a picture is there twice, or was before."""
+        names = {self._name(a) for a in asks}
+        return len(names) < len(asks) or not names.isdisjoint(self.kept)
 
     def _whole(self, batch: Batch) -> None:
         self.handle.model(**batch.inputs, use_cache=False, **self._brief)
