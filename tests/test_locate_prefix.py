@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 from _facts import FACTS, SMALL, task
-from _models import KINDS, TEXT, Noise, build
+from _models import IMAGE, KINDS, TEXT, Noise, build
+from test_stems import places
 from torch import Tensor
 
 from testbed.editors import _locate_targets
@@ -66,11 +67,34 @@ def test_essences_beside_answers_or_apart_give_the_same(kind: str, monkeypatch: 
     torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", IMAGE)
+def test_contexts_share_the_picture_of_their_edit(kind: str) -> None:
+    facts = [replace(e, image=Noise(i, 32, 64 if i else 32), id="") for i, e in enumerate(MIXED)]
+    t = task(kind, facts, layer=0, contexts=("", "So it goes", "The old bridge, they say"))
+    t.handle.cache.pop("takes a past behind stems", None)
+    delta = torch.randn(3, t.handle.width, generator=torch.Generator().manual_seed(1))
+    for _ in range(2):  # the first looks at the decoder
+        loss, grad, forward = losses(t, delta)
+    assert t.handle.cache["takes a past behind stems"] is True
+    rows, _, part = forward.parts[0]
+    assert part.start == int(rows.at[0])
+    with plain():
+        slow, slow_grad, _ = losses(t, delta)
+    torch.testing.assert_close(loss, slow, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(grad, slow_grad, rtol=1e-3, atol=1e-4)
+    with places(t.handle) as seen:
+        behind(t.handle, rows.batch, 1, part.start)
+    ends = [int(row.nonzero().max()) + 1 - int((~prompt).int().argmin()) for row, prompt in zip(rows.batch.picture, rows.batch.prompt)]
+    assert seen[0] == 3 * max(ends)
+    assert sum(seen[1:]) <= 9 * (rows.batch.prompt.shape[1] - min(ends))
+
+
 def test_a_lone_edit_and_many_contexts_share_a_forward_with_the_essence() -> None:
     assert len(Forward(task(events=MIXED[:1], contexts=("",))).parts) == 1
     assert len(Forward(task(events=MIXED[:2], contexts=("", *(f"So it goes on {i}" for i in range(16))))).parts) == 1
     assert len(Forward(task(events=[MIXED[0]] * 8, contexts=("",))).parts) == 2
     assert len(Forward(task(events=MIXED[2:])).parts) == 1
+    assert len(Forward(task("llava", [replace(MIXED[0], image=Noise(0), id="")], contexts=("",))).parts) == 2
 
 
 def test_lookup_positions_stand_in_one_column() -> None:

@@ -143,8 +143,8 @@ class Forward:
 
 
 def _cheap(rows: Rows, essence: Rows) -> bool:
-    """Whether the columns that essences are run for in vain, beside answers, are few."""
-    return len(essence.edit) * (rows.width - 1) <= max(_FEW, len(rows.edit) * rows.width / _LEAST)
+    """Whether the columns that essences are run for in vain, beside answers, are few; beside pictures they are not."""
+    return not rows.batch.picture.any() and len(essence.edit) * (rows.width - 1) <= max(_FEW, len(rows.edit) * rows.width / _LEAST)
 
 
 class Adam:

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache
 
-from testbed.editors._locate_prefix import arguments, cut
+from testbed.editors._decoder import Past, Stem, arguments, columns_of, cut, decoder_of, numbered, shifted
 from testbed.encode import Ask, Batch, collate, image_token, prompt_inputs
 from testbed.models import ModelHandle
 from testbed.plain_path import inside_plain
@@ -25,47 +23,6 @@ T = TypeVar("T")
 _BYTES = 2 << 30
 """What stems may take together; the longest unused leave first."""
 _FLAG = "takes stems"
-
-
-@dataclass(frozen=True)
-class Stem:
-    """The P places up to a picture's last.
-
-    past: keys and values of each layer, (1, heads, P, width). act: (P, f) what entered the watched module.
-    after: the number of the position behind, along `axes` axes.
-    """
-
-    past: list[tuple[Tensor, Tensor]]
-    act: Tensor
-    after: int
-    axes: int
-
-    @property
-    def bytes(self) -> int:
-        return self.act.nbytes + sum(t.nbytes for pair in self.past for t in pair)
-
-
-class _Past(DynamicCache):
-    """The stems of a batch's rows side by side, right-aligned; put together for a layer when it asks, and never added to."""
-
-    def __init__(self, stems: Sequence[Stem], columns: int) -> None:
-        super().__init__()
-        self.stems, self.columns = stems, columns
-
-    def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
-        return self.columns
-
-    def get_query_offset(self, *args: Any, **kwargs: Any) -> int:
-        return self.columns
-
-    def get_mask_sizes(self, query_length: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        return self.columns + query_length, 0
-
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        return torch.cat([self._of(layer_idx, 0), key_states], -2), torch.cat([self._of(layer_idx, 1), value_states], -2)
-
-    def _of(self, layer: int, which: int) -> Tensor:
-        return torch.cat([_shifted(s.past[layer][which], self.columns) for s in self.stems])
 
 
 class Stems:
@@ -85,28 +42,28 @@ class Stems:
     @torch.no_grad()
     def forward(self, batch: Batch) -> int:
         """Run a batch of `collate`'s. Modules see, last, the columns from the one that is returned on."""
-        return _columns(self._run(batch))
+        return columns_of(self._run(batch))
 
     @torch.no_grad()
     def acts(self, batch: Batch) -> Tensor:
         """(B, T, f) what enters the module when a batch of `collate`'s is run."""
         stems, act = self._watched(lambda: self._run(batch))
         act = act.reshape(len(batch.prompt), -1, act.shape[-1])
-        return torch.cat([torch.stack([_shifted(s.act, _columns(stems)) for s in stems]), act], 1) if stems else act
+        return torch.cat([torch.stack([shifted(s.act, columns_of(stems)) for s in stems]), act], 1) if stems else act
 
     def _run(self, batch: Batch) -> list[Stem]:
         """The stems that the words were run behind; none where all places were."""
-        if not inside_plain() and all(a.image for a in batch.asks) and self._spares(batch.asks):
+        if not inside_plain() and all(a.image for a in batch.asks) and self.spares(batch.asks):
             if _FLAG not in self.handle.cache:
                 self._try(batch)
             if self.handle.cache.get(_FLAG):
-                stems = self._stems(batch.asks)
+                stems = self.of(batch.asks)
                 self._words(batch, stems)
                 return stems
         self._whole(batch)
         return []
 
-    def _spares(self, asks: Sequence[Ask]) -> bool:
+    def spares(self, asks: Sequence[Ask]) -> bool:
         """Whether a picture is there twice, or was before."""
         names = {self._name(a) for a in asks}
         return len(names) < len(asks) or not names.isdisjoint(self.kept)
@@ -129,7 +86,7 @@ class Stems:
         assert ask.image is not None
         return (ask.image.key, *prompt_inputs(self.handle, ask)["input_ids"][0, : self._length(ask)].tolist())
 
-    def _stems(self, asks: Sequence[Ask]) -> list[Stem]:
+    def of(self, asks: Sequence[Ask]) -> list[Stem]:
         """The stem of each prompt; those that are not at hand are made together."""
         named = {self._name(a): a for a in asks}
         new = {name: a for name, a in named.items() if name not in self.kept}
@@ -142,17 +99,15 @@ class Stems:
 
     def _made(self, asks: list[Ask]) -> list[Stem]:
         lengths = [self._length(a) for a in asks]
-        column, past = max(lengths), DynamicCache()
+        column, past = max(lengths), Past()
         batch = self.collate(asks)
-        given = arguments(self.handle, batch, self._decoder)
-        mask = given["attention_mask"][:, :column]
-        places = given.setdefault("position_ids", (given["attention_mask"].cumsum(1) - 1).clamp(min=0))
-        _, act = self._watched(lambda: self._decoder(**cut(given, 0, column), past_key_values=past, use_cache=True))
+        given = numbered(arguments(self.handle, batch))
+        mask, places = given["attention_mask"][:, :column], given["position_ids"]
+        _, act = self._watched(lambda: decoder_of(self.handle)(**cut(given, 0, column), past_key_values=past, use_cache=True))
         act = act.reshape(len(asks), column, -1)
         axes = places.shape[0] if places.ndim == 3 else 1
         after = (places[..., :column] * mask).reshape(axes, len(asks), column).amax((0, 2)) + 1
-        layers: list[Any] = past.layers
-        pairs = [(layer.keys, layer.values) for layer in layers]
+        pairs = [past.added[layer] for layer in sorted(past.added)]
         return [
             Stem([(k[i : i + 1, :, -n:].clone(), v[i : i + 1, :, -n:].clone()) for k, v in pairs], act[i, -n:].clone(), int(after[i]), axes)
             for i, n in enumerate(lengths)
@@ -160,20 +115,17 @@ class Stems:
 
     def _words(self, batch: Batch, stems: Sequence[Stem]) -> None:
         """Run the columns behind the pictures."""
-        column = _columns(stems)
+        column, past = columns_of(stems), Past(stems)
+        past.closed = True
         ids = batch.inputs["input_ids"][:, column:]
         places = torch.tensor([s.after for s in stems], device=ids.device)[:, None] + torch.arange(ids.shape[1], device=ids.device)
-        self._decoder(
+        decoder_of(self.handle)(
             inputs_embeds=self.handle.model.get_input_embeddings()(ids),
             attention_mask=batch.inputs["attention_mask"],
             position_ids=places.expand(stems[0].axes, *places.shape) if stems[0].axes > 1 else places,
-            past_key_values=_Past(stems, column),
+            past_key_values=past,
             use_cache=True,
         )
-
-    @property
-    def _decoder(self) -> nn.Module:
-        return self.handle.model.get_submodule(self.handle.layers_path.rsplit(".", 1)[0])
 
     def _try(self, batch: Batch) -> None:
         """Whether words give the same behind a stem as behind the picture itself; nothing is learned where those are not finite."""
@@ -182,8 +134,8 @@ class Stems:
         if not torch.isfinite(want).all():
             return
         try:
-            stems = self._stems(batch.asks)
-            column = _columns(stems)
+            stems = self.of(batch.asks)
+            column = columns_of(stems)
             _, got = self._watched(lambda: self._words(batch, stems))
             real = (batch.prompt | batch.answer)[:, column:].to(got.device)
             want, got = want[:, column:].to(got.device)[real].float(), got.reshape(len(want), -1, want.shape[-1])[real].float()
@@ -193,12 +145,3 @@ class Stems:
         except (TypeError, KeyError, RuntimeError):  # a decoder with other arguments than those used here
             off = float("inf")
         self.handle.cache[_FLAG] = off <= (1e-3 if want.dtype in (torch.float32, torch.float64) else 0.1)
-
-
-def _columns(stems: Sequence[Stem]) -> int:
-    return max((len(s.act) for s in stems), default=0)
-
-
-def _shifted(t: Tensor, columns: int) -> Tensor:
-    """Zeros before the second to last axis of (.., P, f), so that it has so many columns."""
-    return nn.functional.pad(t, (0, 0, columns - t.shape[-2], 0))
