@@ -58,7 +58,7 @@ def behind(handle: ModelHandle, batch: Batch, first: int, column: int, width: in
 def _stems(handle: ModelHandle, batch: Batch) -> Stems | None:
     """Where pictures of the batch will be run once; None where each is there once, or not every row has one."""
     stems = Stems(handle, handle.down(0))
-    return stems if all(a.image for a in batch.asks) and stems.spares(batch.asks) else None
+    return stems if all(a.image is not None for a in batch.asks) and stems.spares(batch.asks) else None
 
 
 @torch.no_grad()

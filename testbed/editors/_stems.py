@@ -53,7 +53,7 @@ class Stems:
 
     def _run(self, batch: Batch) -> list[Stem]:
         """The stems that the words were run behind; none where all places were."""
-        if not inside_plain() and all(a.image for a in batch.asks) and self.spares(batch.asks):
+        if not inside_plain() and all(a.image is not None for a in batch.asks) and self.spares(batch.asks):
             if _FLAG not in self.handle.cache:
                 self._try(batch)
             if self.handle.cache.get(_FLAG):
