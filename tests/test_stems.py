@@ -62,6 +62,18 @@ def test_activations_are_those_of_the_whole_model(kind: str, layer: int) -> None
     assert handle.cache["takes stems"] is True
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_takes_stems(dtype: str) -> None:
+    handle = load(str(build("llava").name), device="cpu", dtype=dtype)
+    own = stems(handle)
+    batch = own.collate(ASKS)
+    with plain():
+        want = own.acts(batch)[batch.prompt].float()
+    got = own.acts(batch)[batch.prompt].float()
+    assert handle.cache["takes stems"] is True
+    assert (got - want).norm() < 0.05 * want.norm()
+
+
 @pytest.mark.parametrize("kind", IMAGE)
 def test_a_prompt_has_the_same_key_alone_and_among_others(kind: str) -> None:
     own = stems(build(kind))

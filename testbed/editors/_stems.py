@@ -138,8 +138,9 @@ class Stems:
             column = columns_of(stems)
             _, got = self._watched(lambda: self._words(batch, stems))
             real = (batch.prompt | batch.answer)[:, column:].to(got.device)
-            want, got = want[:, column:].to(got.device)[real].float(), got.reshape(len(want), -1, want.shape[-1])[real].float()
-            off = float((got - want).norm() / want.norm().clamp(min=1e-30))
+            own = got.reshape(*real.shape, -1)[real].float()
+            behind = want[:, column:].to(got.device)[real].float()
+            off = float((own - behind).norm() / behind.norm().clamp(min=1e-30))
         except torch.OutOfMemoryError:
             raise
         except (TypeError, KeyError, RuntimeError):  # a decoder with other arguments than those used here
