@@ -16,6 +16,8 @@ from testbed.encode import Batch
 from testbed.models import ModelHandle
 from testbed.tail import Enough
 
+_CACHES = ("cache", "past_key_values")
+"""What decoders call their past; the second is the older name."""
 SLICED = ("input_ids", "inputs_embeds", "position_ids")
 """Arguments of a decoder that have a column a token; the attention mask covers past and present."""
 
@@ -105,7 +107,14 @@ def arguments(handle: ModelHandle, batch: Batch) -> dict[str, Any]:
             handle.model(**batch.inputs, use_cache=False)
     finally:
         hook.remove()
-    return {k: v for k, v in given.items() if v is not None and k not in ("past_key_values", "use_cache")}
+    return {k: v for k, v in given.items() if v is not None and k not in (*_CACHES, "use_cache")}
+
+
+def run(handle: ModelHandle, given: dict[str, Any], past: Past) -> None:
+    """The decoder on columns behind what `past` holds."""
+    decoder = decoder_of(handle)
+    name = next(n for n in _CACHES if n in inspect.signature(decoder.forward).parameters)
+    decoder(**given, **{name: past}, use_cache=True)
 
 
 def numbered(given: dict[str, Any]) -> dict[str, Any]:

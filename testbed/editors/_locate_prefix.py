@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from testbed.editors._decoder import Past, arguments, cut, decoder_of, numbered
+from testbed.editors._decoder import Past, arguments, cut, numbered, run
 from testbed.editors._stems import Stems
 from testbed.encode import Batch
 from testbed.models import ModelHandle
@@ -64,7 +64,7 @@ def _stems(handle: ModelHandle, batch: Batch) -> Stems | None:
 @torch.no_grad()
 def _behind(handle: ModelHandle, batch: Batch, first: int, columns: slice, stems: Stems | None) -> Behind | None:
     """None for a decoder that does not take its rows as they are expected here."""
-    decoder, given = decoder_of(handle), arguments(handle, batch)
+    given = arguments(handle, batch)
     mask = given.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.shape != batch.prompt.shape:
         return None
@@ -74,11 +74,11 @@ def _behind(handle: ModelHandle, batch: Batch, first: int, columns: slice, stems
         given, gone = _words(batch, numbered(given), past)
     start, stop = columns.start - gone, columns.stop - gone
     if start:
-        decoder(**cut(given, 0, start, past.columns), past_key_values=past, use_cache=True)
+        run(handle, cut(given, 0, start, past.columns), past)
     past.closed = True
     above = Above(handle, first, torch.zeros(0), [])
     with above.entered(handle.n_layers - 1):
-        decoder(**cut(given, start, stop, past.columns), past_key_values=past, use_cache=True)
+        run(handle, cut(given, start, stop, past.columns), past)
     return Behind(above, columns.start)
 
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from testbed.editors._decoder import Past, Stem, arguments, columns_of, cut, decoder_of, numbered, shifted
+from testbed.editors._decoder import Past, Stem, arguments, columns_of, cut, numbered, run, shifted
 from testbed.encode import Ask, Batch, collate, image_token, prompt_inputs
 from testbed.models import ModelHandle
 from testbed.plain_path import inside_plain
@@ -71,11 +71,11 @@ class Stems:
     def _whole(self, batch: Batch) -> None:
         self.handle.model(**batch.inputs, use_cache=False, **self._brief)
 
-    def _watched(self, run: Callable[[], T]) -> tuple[T, Tensor]:
+    def _watched(self, work: Callable[[], T]) -> tuple[T, Tensor]:
         """What a forward gives, and what entered the module in the last call of it."""
         seen: list[Tensor] = []
         with self.handle.hooked(self.module, lambda m, args: seen.append(args[0]), pre=True):
-            out = run()
+            out = work()
         return out, seen[-1]
 
     def _length(self, ask: Ask) -> int:
@@ -103,7 +103,7 @@ class Stems:
         batch = self.collate(asks)
         given = numbered(arguments(self.handle, batch))
         mask, places = given["attention_mask"][:, :column], given["position_ids"]
-        _, act = self._watched(lambda: decoder_of(self.handle)(**cut(given, 0, column), past_key_values=past, use_cache=True))
+        _, act = self._watched(lambda: run(self.handle, cut(given, 0, column), past))
         act = act.reshape(len(asks), column, -1)
         axes = places.shape[0] if places.ndim == 3 else 1
         after = (places[..., :column] * mask).reshape(axes, len(asks), column).amax((0, 2)) + 1
@@ -119,13 +119,12 @@ class Stems:
         past.closed = True
         ids = batch.inputs["input_ids"][:, column:]
         places = torch.tensor([s.after for s in stems], device=ids.device)[:, None] + torch.arange(ids.shape[1], device=ids.device)
-        decoder_of(self.handle)(
-            inputs_embeds=self.handle.model.get_input_embeddings()(ids),
-            attention_mask=batch.inputs["attention_mask"],
-            position_ids=places.expand(stems[0].axes, *places.shape) if stems[0].axes > 1 else places,
-            past_key_values=past,
-            use_cache=True,
-        )
+        given = {
+            "inputs_embeds": self.handle.model.get_input_embeddings()(ids),
+            "attention_mask": batch.inputs["attention_mask"],
+            "position_ids": places.expand(stems[0].axes, *places.shape) if stems[0].axes > 1 else places,
+        }
+        run(self.handle, given, past)
 
     def _try(self, batch: Batch) -> None:
         """Whether words give the same behind a stem as behind the picture itself; nothing is learned where those are not finite."""
