@@ -83,8 +83,8 @@ class Stems:
         return int((prompt_inputs(self.handle, ask)["input_ids"][0] == image_token(self.handle)).nonzero().max()) + 1
 
     def _name(self, ask: Ask) -> tuple[Any, ...]:
-        assert ask.image is not None
-        return (ask.image.key, *prompt_inputs(self.handle, ask)["input_ids"][0, : self._length(ask)].tolist())
+        key = "" if ask.image is None else ask.image.key
+        return (key, *prompt_inputs(self.handle, ask)["input_ids"][0, : self._length(ask)].tolist())
 
     def of(self, asks: Sequence[Ask]) -> list[Stem]:
         """The stem of each prompt; those that are not at hand are made together."""
