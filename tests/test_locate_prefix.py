@@ -63,6 +63,9 @@ def test_essences_beside_answers_or_apart_give_the_same(kind: str, monkeypatch: 
         assert len(forward.parts) == 2 - cheap
         found.append((loss, grad))
     assert forward.parts[1][2].above.hidden.shape[1] == 1
+    with places(t.handle, layer=-1) as seen:
+        forward.losses(delta, 0.0)
+    assert len(seen) == 1  # no drift, no essence
     torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-3, atol=1e-4)
 

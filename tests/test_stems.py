@@ -33,15 +33,15 @@ def stems(handle: ModelHandle, layer: int = -1, **more: Any) -> Stems:
 
 
 @contextmanager
-def places(handle: ModelHandle) -> Iterator[list[int]]:
-    """How many places (rows times columns) each forward of the first decoder layer runs."""
+def places(handle: ModelHandle, layer: int = 0) -> Iterator[list[int]]:
+    """How many places (rows times columns) each forward of a decoder layer runs."""
     seen: list[int] = []
 
     def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
         seen.append(hidden.shape[0] * hidden.shape[1])
 
-    hook = handle.layers[0].register_forward_pre_hook(note, with_kwargs=True)
+    hook = handle.layers[layer].register_forward_pre_hook(note, with_kwargs=True)
     try:
         yield seen
     finally:

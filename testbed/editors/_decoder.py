@@ -83,7 +83,8 @@ def columns_of(stems: Sequence[Stem]) -> int:
 
 def shifted(t: Tensor, columns: int) -> Tensor:
     """Zeros before the second to last axis of (.., P, f), so that it has so many columns."""
-    return nn.functional.pad(t, (0, 0, columns - t.shape[-2], 0))
+    more = columns - t.shape[-2]
+    return nn.functional.pad(t, (0, 0, more, 0)) if more else t
 
 
 def decoder_of(handle: ModelHandle) -> nn.Module:
@@ -113,7 +114,7 @@ def arguments(handle: ModelHandle, batch: Batch) -> dict[str, Any]:
 def run(handle: ModelHandle, given: dict[str, Any], past: Past) -> None:
     """The decoder on columns behind what `past` holds."""
     decoder = decoder_of(handle)
-    name = next(n for n in _CACHES if n in inspect.signature(decoder.forward).parameters)
+    name = next((n for n in _CACHES if n in inspect.signature(decoder.forward).parameters), _CACHES[-1])
     decoder(**given, **{name: past}, use_cache=True)
 
 

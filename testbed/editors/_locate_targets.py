@@ -102,7 +102,7 @@ class Forward:
 
     def losses(self, delta: Tensor, kl: float) -> Tensor:
         """(n,) negative log-likelihood of the answers, mean over tokens then contexts, plus kl times the drift of the essence."""
-        answers, essence = self._read(delta)
+        answers, essence = self._read(delta, drift=bool(kl))
         loss = self._over_edits(self._answers(answers)[0])
         return loss + kl * self._drift(essence) if kl else loss
 
@@ -110,9 +110,10 @@ class Forward:
         """(n,) bool: the edits whose target is found, by the loss with its decay."""
         return loss < stop
 
-    def _read(self, delta: Tensor) -> tuple[Tensor, Tensor]:
-        """What enters the head where answer tokens are predicted (m, d), and where subjects end (k, d), deltas in place."""
-        ends = [self._ends(behind, delta[rows.edit], int(rows.at[0]), at) for rows, at, behind in self.parts]
+    def _read(self, delta: Tensor, drift: bool = True) -> tuple[Tensor, Tensor]:
+        """What enters the head where answer tokens are predicted (m, d), and for the drift where subjects end (k, d), deltas in place."""
+        parts = self.parts if drift else self.parts[:1]
+        ends = [self._ends(behind, delta[rows.edit], int(rows.at[0]), at) for rows, at, behind in parts]
         m = len(self.rows.batch.answer_ids)
         together = torch.cat(ends) if len(ends) > 1 else ends[0]
         return together[:m], together[m:]
