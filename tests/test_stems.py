@@ -13,6 +13,7 @@ from _models import IMAGE, TEXT, Noise, build
 from torch import Tensor
 
 from testbed.editors import _sites
+from testbed.editors._decoder import decoder_of
 from testbed.editors._stems import Stems
 from testbed.encode import Ask, Batch
 from testbed.models import ModelHandle, load, project
@@ -168,6 +169,22 @@ def test_a_decoder_that_gives_something_else_behind_a_stem_is_run_whole(monkeypa
         words(self, replace(batch, inputs={**batch.inputs, "input_ids": ids}), kept)
 
     monkeypatch.setattr(Stems, "_words", wrong)
+    batch = own.collate(ASKS)
+    got = own.acts(batch)
+    assert handle.cache["takes stems"] is False
+    with plain():
+        torch.testing.assert_close(got, own.acts(batch), rtol=0, atol=0)
+
+
+def test_a_decoder_that_names_no_past_is_run_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    handle = load(str(build("llava").name), device="cpu")
+    own, decoder = stems(handle), decoder_of(handle)
+    forward = decoder.forward
+
+    def without(**kwargs: Any) -> Any:
+        return forward(**{k: v for k, v in kwargs.items() if k != "past_key_values"})
+
+    monkeypatch.setattr(decoder, "forward", without)
     batch = own.collate(ASKS)
     got = own.acts(batch)
     assert handle.cache["takes stems"] is False
