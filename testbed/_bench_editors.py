@@ -16,18 +16,21 @@ from testbed.events import EditBatch, EditEvent
 from testbed.loop import peak_bytes
 from testbed.models import ModelHandle
 from testbed.predictor import Predictor
+from testbed.progress import bars
 from testbed.schema import EditReport
 from testbed.stages import NOTE
 
 
 @dataclass(frozen=True)
 class Line:
-    """One editor on one model; edits one at a time. Seconds are CPU seconds on a CPU, in which neighbours do not count, else wall
+    """One editor on one model. Seconds are CPU seconds on a CPU, in which neighbours do not count, else wall
     time to the end of all work; `edit_seconds` is wall time everywhere."""
 
     model: str
     editor: str
     edits: int
+    batch: int
+    """Edits made at once; the plain path makes one."""
     failed: int
     edits_per_second: float
     plain_per_second: float | None
@@ -51,27 +54,32 @@ class Line:
 
 @dataclass(frozen=True)
 class Amount:
-    """How much is measured: edits made, edits on the plain path (0 leaves it out), questions asked."""
+    """How much is measured: edits made, edits on the plain path (0 leaves it out), questions asked; edits made at once."""
 
     edits: int
     plain: int
     questions: int
+    batch: int = 1
 
 
 def line(handle: ModelHandle, stream: Stream, make: Callable[[], Editor], amount: Amount) -> Line:
-    """Measure one editor on the stream's first events."""
+    """Measure one editor on the stream's first events; one that takes fewer at once than asked gets as many as it takes."""
     if handle.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(handle.device)
     events = stream.events(amount.edits)
     editor = make()
+    batch = min(amount.batch, editor.traits.max_batch or amount.batch)
     prepared = seconds_of(handle, lambda: editor.prepare(handle, stream.train_pool()))
     stages, failed, report = Counter[str](), 0, None
     clock = clock_of(handle)
     start = clock()
-    for i, e in enumerate(events, 1):
-        report = editor.apply(EditBatch((e,), i, {e.id: stream.paraphrases(e)}))
-        stages.update(stages_of(report))
-        failed += len(report.failed)
+    with bars() as progress:
+        for step, at in enumerate(range(0, len(events), batch), 1):
+            some = events[at : at + batch]
+            report = editor.apply(EditBatch(tuple(some), step, {e.id: stream.paraphrases(e) for e in some}))
+            stages.update(stages_of(report))
+            failed += len(report.failed)
+            progress.advance(editor.name, at + len(some), len(events))
     _wait(handle)
     seconds = clock() - start
     handle.cache.clear()
@@ -79,7 +87,8 @@ def line(handle: ModelHandle, stream: Stream, make: Callable[[], Editor], amount
     state, peak = (report.state_bytes if report else 0) / max(1, len(events)), peak_bytes(handle.device)
     plain = _plainly(handle, stream, make, events[: amount.plain])
     told = ", ".join(f"{k} {v:.2f}" for k, v in stages.items()) or f"{seconds:.2f}"
-    return Line(handle.name, editor.name, len(events), failed, len(events) / seconds, plain, prepared, told, again, first, state, peak)
+    rate = len(events) / seconds
+    return Line(handle.name, editor.name, len(events), batch, failed, rate, plain, prepared, told, again, first, state, peak)
 
 
 def _plainly(handle: ModelHandle, stream: Stream, make: Callable[[], Editor], events: Sequence[EditEvent]) -> float | None:

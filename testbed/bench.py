@@ -1,8 +1,8 @@
 """`python -m testbed.bench`: edits a second, probe cost, state size, peak memory, for every editor and model.
 
 Timings live here and never in tests. `--what` chooses the tables: `editors` (one fresh editor on one model a
-line: a number of edits one at a time beside the method's plain path, seconds by stage, then a panel of questions
-scored and generated through the edited model, bytes kept), `long` (the cost of an edit late against early, from
+line: a number of edits, one at a time or `--batch` at once, beside the method's plain path, seconds by stage, then
+a panel of questions scored and generated through the edited model, bytes kept), `long` (the cost of an edit late against early, from
 the reports of a run), `late` (the same edits and questions by an editor as it was early in a run and as it is now,
 in turn), `paths` (each method beside its plain path: one edit, whole forwards and backwards, no cache),
 `codebook` (insertion, retrieval and bytes by the number of entries), `locate` (locate-then-edit in batches
@@ -67,8 +67,8 @@ class BenchConfig:
     """Edits per editor; the plain path of `paths` makes at most 4 of them, in `late` an editor makes them behind those of the run."""
     plain: int = 2
     """Edits on the plain path in `editors`; 0 leaves it out."""
-    batch: int = 16
-    """Edits trained at once, in `paths` and `locate`."""
+    batch: int | None = None
+    """Edits made at once: 16 in `paths` and `locate` and 1 in `editors`, if not given."""
     set: tuple[str, ...] = ()
     """editor.field=value, in `locate`, `editors` and `floors`."""
     questions: int = 512
@@ -127,7 +127,7 @@ def _fill(found: dict[str, list[Any]], config: BenchConfig) -> None:
 
 def measure(config: BenchConfig) -> Tables:
     """Every editor on every model, one after another."""
-    run, amount = RunConfig(set=config.set), Amount(config.edits, config.plain, config.questions)
+    run, amount = RunConfig(set=config.set), Amount(config.edits, config.plain, config.questions, config.batch or 1)
     yield from _each(config, lambda h, name: [line(h, _stream(config, h), lambda: make_editor(run, name), amount)])
 
 
@@ -146,9 +146,9 @@ def measure_late(config: BenchConfig) -> Tables:
 
 def measure_paths(config: BenchConfig) -> Tables:
     """Every editor beside its plain path, on every model."""
-    edits = min(4, config.edits)
+    edits, batch = min(4, config.edits), config.batch or _AT_ONCE
     run = RunConfig()
-    yield from _each(config, lambda h, name: [paths(h, _stream(config, h), lambda: make_editor(run, name), edits, config.batch)])
+    yield from _each(config, lambda h, name: [paths(h, _stream(config, h), lambda: make_editor(run, name), edits, batch)])
 
 
 def measure_codebook(config: BenchConfig) -> Tables:
@@ -166,7 +166,7 @@ def measure_locate(config: BenchConfig) -> Tables:
     for handle in (*map(models.load, config.model), _bench_locate.small_gpt2(models.load("tiny"))):
         stream = _stream(config, handle)
         for name in config.editor:
-            yield [_bench_locate.batches(handle, stream, lambda name=name: make_editor(run, name), config.batch)]
+            yield [_bench_locate.batches(handle, stream, lambda name=name: make_editor(run, name), config.batch or _AT_ONCE)]
     yield [_bench_locate.solve()]
 
 
@@ -241,6 +241,7 @@ def _plain(line: Any) -> dict[str, Any]:
     return asdict(line) | {n: getattr(line, n) for n in _columns(line)}
 
 
+_AT_ONCE = 16
 _FILE_WIDTH = 200
 """Characters a line where the output is no terminal."""
 _BYTES = {"state_bytes_per_edit", "peak_bytes", "keys", "values", "memory", "disk", "cache"}

@@ -21,8 +21,10 @@ from testbed._bench_long import costs, wholes
 from testbed._bench_paths import apart, paths
 from testbed.editors._nearest import to_all
 from testbed.editors.codebook import Codebook
+from testbed.events import EditBatch
 from testbed.files import StoreError
 from testbed.registry import EDITORS
+from testbed.schema import EditReport
 
 GRADIENTS = [n for n in EDITORS.names() if n in ("balancedit", "balancedit-plus", "grace", "finetune")]
 
@@ -89,6 +91,23 @@ def test_an_editor_is_measured_beside_its_plain_path() -> None:
     without = line(build("gpt2"), plain_stream(8), EDITORS.get("noop"), Amount(edits=2, plain=0, questions=2))
     assert (without.plain_per_second, without.ratio, without.state_bytes_per_edit) == (None, None, 0)
     assert bench.table([found, without]).row_count == 2
+
+
+def test_edits_are_made_at_once_where_asked_and_as_many_as_the_editor_takes() -> None:
+    noop = EDITORS.get("noop")
+    steps: list[int] = []
+
+    class Narrow(noop):
+        traits = dataclasses.replace(noop.traits, max_batch=2)
+
+        def apply(self, batch: EditBatch) -> EditReport:
+            steps.append(len(batch))
+            return super().apply(batch)
+
+    for make, most in ((Narrow, 2), (lambda: EDITORS.get("finetune")(), 4)):
+        found = line(build("gpt2"), plain_stream(8), make, Amount(edits=5, plain=0, questions=2, batch=4))
+        assert (found.edits, found.batch, found.failed) == (5, most, 0)
+    assert steps == [2, 2, 1]
 
 
 def test_batches_of_locate_then_edit_are_set_beside_single_edits() -> None:

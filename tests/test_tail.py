@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch.func import functional_call
 from testbed.encode import Ask
 from testbed.families import UnknownLayout
 from testbed.models import ModelHandle, load, project
-from testbed.tail import Tail, capture
+from testbed.tail import Tail, _check, capture
 
 PROMPTS = ("who?", "what colour is the ship in the northern harbour?", "who leads the bridge?")
 ANSWERS = ["green", "Mara Venn", "two red towers"]
@@ -130,3 +131,14 @@ def test_layers_of_another_form_are_refused_by_name(kind: str, changes: dict[str
     from testbed.models import weights_hash
 
     assert weights_hash(handle.model) == before
+
+
+def test_in_half_precision_rounding_below_a_layer_does_not_count_and_another_form_does() -> None:
+    handle = build("llama")
+    handle.model.to(torch.bfloat16)
+    tail = captured(handle, "llama", -1)
+    spread = 1 + 0.02 * torch.randn(tail.rest.shape, generator=torch.Generator().manual_seed(0))
+    assert _check(dataclasses.replace(tail, rest=(tail.rest * spread).bfloat16()))
+    for other in ({"act": 2 * tail.act}, {"rest": 2 * tail.rest}, {"rest": tail.rest + tail.rest.std()}):
+        with pytest.raises(UnknownLayout, match="its logits are off by"):
+            _check(dataclasses.replace(tail, **other))

@@ -20,16 +20,17 @@ from testbed.models import ModelHandle
 from testbed.plain_path import inside_plain
 
 T = TypeVar("T")
-_BYTES = 2 << 30
-"""What stems may take together; the longest unused leave first."""
+_BYTES, _SHARE = 2 << 30, 8
+"""What stems may take together on a CPU, and the part of a GPU's memory that they may; the longest unused leave first."""
 _FLAG = "takes stems"
 
 
 class Stems:
     """Forwards of the unedited model that run a picture's places once, and what enters one of its modules there."""
 
-    def __init__(self, handle: ModelHandle, module: nn.Module, limit: int = _BYTES) -> None:
-        self.handle, self.module, self.limit = handle, module, limit
+    def __init__(self, handle: ModelHandle, module: nn.Module, limit: int | None = None) -> None:
+        self.handle, self.module = handle, module
+        self.limit = _room(handle.device) if limit is None else limit
         self.kept: dict[tuple[Any, ...], Stem] = {}
         self._brief = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(handle.model.forward).parameters else {}
 
@@ -145,3 +146,8 @@ class Stems:
         except (TypeError, KeyError, RuntimeError):  # a decoder with other arguments than those used here
             off = float("inf")
         self.handle.cache[_FLAG] = off <= (1e-3 if want.dtype in (torch.float32, torch.float64) else 0.1)
+
+
+def _room(place: torch.device) -> int:
+    """Bytes for stems on a device."""
+    return torch.cuda.get_device_properties(place).total_memory // _SHARE if place.type == "cuda" else _BYTES
