@@ -42,12 +42,20 @@ def hot_paths(handle: ModelHandle, stream: Stream, make: Callable[[], Editor], a
     editor = make()
     editor.prepare(handle, stream.train_pool())
     first, *events = stream.events(amount.edits + 1)
+    before = editor.state_dict()
     _made(editor, stream, [first], 1)
-    before, cache = editor.state_dict(), {k: copy.copy(v) for k, v in handle.cache.items()}
+    cache = {k: copy.copy(v) for k, v in handle.cache.items()}
+
+    def begin() -> None:
+        """As it was after the first edit, with what that found out, and nothing kept of the edits behind it."""
+        editor.load_state_dict(before)
+        handle.cache.clear()
+        handle.cache.update({k: copy.copy(v) for k, v in cache.items()})
+        _made(editor, stream, [first], 1)
+
+    begin()
     seconds = _made(editor, stream, events, 2)
-    editor.load_state_dict(before)
-    handle.cache.clear()
-    handle.cache.update(cache)
+    begin()
     with products(machine) as work:
         _made(editor, stream, events, 2)
     out = list(_lines(handle, editor, "edit", len(events), seconds, work))

@@ -13,12 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from testbed import _bench_floor, bench
+from testbed import _bench_floor, bench, models
 from testbed._bench_editors import Amount
 from testbed._bench_floor import Machine, Work, products
 from testbed._bench_hot import hot_paths
 from testbed._head_loss import TOKENS, answer_loss
-from testbed.registry import EDITORS
+from testbed.config import RunConfig
+from testbed.editors._stems import Stems
+from testbed.registry import EDITORS, STREAMS
 from testbed.stages import collected, stage
 
 
@@ -118,6 +120,14 @@ def test_rows_are_the_whole_and_its_parts(name: str) -> None:
         assert whole.times_floor is None or whole.times_floor > 1
     assert next(r for r in rows if r.path == "question: prefill").billions_of_operations > 0
     assert bench.table(rows).row_count == len(rows)
+
+
+def test_pictures_are_seen_anew_where_products_are_counted_as_where_they_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, old = [], Stems._made
+    monkeypatch.setattr(Stems, "_made", lambda self, asks: (made.append(len(asks)), old(self, asks))[1])
+    stream = STREAMS.get("okedit-yearly")(RunConfig(stream="okedit-yearly").stream_config())
+    hot_paths(models.load("tiny", "cpu"), stream, lambda: EDITORS.get("balancedit")(), Amount(2, 0, 1), machine(1e12, 1e12))
+    assert made == [2, 2, 1, 2, 1]  # an edit's picture and the black one, then another; the first pass ends after one edit
 
 
 def test_floors_are_a_table_of_the_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
