@@ -133,9 +133,9 @@ def test_layers_of_another_form_are_refused_by_name(kind: str, changes: dict[str
     assert weights_hash(handle.model) == before
 
 
-def test_in_half_precision_rounding_below_a_layer_does_not_count_and_another_form_does() -> None:
-    handle = build("llama")
-    handle.model.to(torch.bfloat16)
+def test_in_half_precision_rounding_below_a_layer_does_not_count_and_another_form_does(tmp_path: Path) -> None:
+    save("llama", tmp_path)
+    handle = load(str(tmp_path), device="cpu", dtype="bfloat16")
     tail = captured(handle, "llama", -1)
     spread = 1 + 0.02 * torch.randn(tail.rest.shape, generator=torch.Generator().manual_seed(0))
     assert _check(dataclasses.replace(tail, rest=(tail.rest * spread).bfloat16()))
