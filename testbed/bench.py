@@ -242,6 +242,7 @@ def _plain(line: Any) -> dict[str, Any]:
 
 
 _AT_ONCE = 16
+"""Edits made at once in `paths` and `locate`."""
 _FILE_WIDTH = 200
 """Characters a line where the output is no terminal."""
 _BYTES = {"state_bytes_per_edit", "peak_bytes", "keys", "values", "memory", "disk", "cache"}

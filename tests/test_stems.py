@@ -159,6 +159,15 @@ def test_text_and_mixed_rows_are_run_whole() -> None:
         assert own.kept == {}
 
 
+def runs_whole(own: Stems) -> None:
+    """What stems would give was found to be something else, and the whole model's activations are given."""
+    batch = own.collate(ASKS)
+    got = own.acts(batch)
+    assert own.handle.cache["takes stems"] is False
+    with plain():
+        torch.testing.assert_close(got, own.acts(batch), rtol=0, atol=0)
+
+
 def test_a_decoder_that_gives_something_else_behind_a_stem_is_run_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     handle = load(str(build("llava").name), device="cpu")
     own = stems(handle)
@@ -169,11 +178,7 @@ def test_a_decoder_that_gives_something_else_behind_a_stem_is_run_whole(monkeypa
         words(self, replace(batch, inputs={**batch.inputs, "input_ids": ids}), kept)
 
     monkeypatch.setattr(Stems, "_words", wrong)
-    batch = own.collate(ASKS)
-    got = own.acts(batch)
-    assert handle.cache["takes stems"] is False
-    with plain():
-        torch.testing.assert_close(got, own.acts(batch), rtol=0, atol=0)
+    runs_whole(own)
 
 
 def test_a_decoder_that_names_no_past_is_run_whole(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,11 +190,7 @@ def test_a_decoder_that_names_no_past_is_run_whole(monkeypatch: pytest.MonkeyPat
         return forward(**{k: v for k, v in kwargs.items() if k != "past_key_values"})
 
     monkeypatch.setattr(decoder, "forward", without)
-    batch = own.collate(ASKS)
-    got = own.acts(batch)
-    assert handle.cache["takes stems"] is False
-    with plain():
-        torch.testing.assert_close(got, own.acts(batch), rtol=0, atol=0)
+    runs_whole(own)
 
 
 def test_nothing_is_learned_of_a_decoder_whose_activations_are_not_finite() -> None:

@@ -245,7 +245,7 @@ class BalancEdit(Editor):
                 raise BadEditor(f"the state was made with {name} {state[name]}, this editor has {value}")
         self.book.load(state)
         self.values = {e.event_id: need(state, e.event_id, self.family.shape).to(self.weight.device) for e in self.book.entries}
-        self._stems.kept.clear()
+        self._stems.kept.clear()  # of pictures that this state may never have met
 
 
 @dataclass(frozen=True)

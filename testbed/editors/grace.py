@@ -257,7 +257,7 @@ class Grace(Editor):
         need(state, "eps", (None,))
         self.book.load(state)
         self.values = {e: need(state, e, (self.handle.width,)).to(self.weight.device) for e, _ in self.book.edits}
-        self._stems.kept.clear()
+        self._stems.kept.clear()  # of pictures that this state may never have met
 
     def state_bytes(self) -> int:
         """Bytes of the tensors in the state: keys and radii, and one value an edit."""
