@@ -9,11 +9,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from analysis.bootstrap import REPLICATES
-from analysis.load import BadRun
-from analysis.plots import FORMATS
-from analysis.report import COMPARISON, TABLES, write_all
-from analysis.tables import terminal_table
+from analysis.figures.catalogue import FORMATS
+from analysis.metrics.bootstrap import REPLICATES
+from analysis.reading.load import BadRun
+from analysis.reporting.report import COMPARISON, TABLES, write_all
+from analysis.reporting.tables import terminal_table
 
 
 def main(argv: Sequence[str] | None = None) -> int:

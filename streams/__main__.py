@@ -18,7 +18,7 @@ from typing import Annotated
 import tyro
 
 from streams.base import BadStream, MissingImages, StreamConfig
-from testbed.registry import STREAMS, UnknownName
+from testbed.core.registry import STREAMS, UnknownName
 
 
 @dataclass(frozen=True)

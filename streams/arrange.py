@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from streams import transforms
 from streams.base import Stream
-from testbed.events import EditEvent
+from testbed.core.events import EditEvent
 
 Losses = Callable[[Sequence[EditEvent]], Mapping[str, float]]
 """For the first event of each fact: what the unedited model loses on its target, by event id."""

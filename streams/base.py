@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from testbed.events import EditEvent, Question, content_id
+from testbed.core.events import EditEvent, Question, content_id
 
 TimeAxis = Literal["dated", "scheduled", "simulated"]
 MissingImages = Literal["skip", "text", "caption"]
@@ -135,7 +135,7 @@ class Stream(ABC):
 
     @abstractmethod
     def events(self, n: int) -> list[EditEvent]:
-        """The first n edits (fewer where the source ends), satisfying `testbed.events.check_order`."""
+        """The first n edits (fewer where the source ends), satisfying `testbed.core.events.check_order`."""
 
     @abstractmethod
     def questions(self, event: EditEvent) -> tuple[Question, ...]:

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from streams import transforms
-from streams._entry import Place
-from streams._records import plain
 from streams.base import BadStream, Skipped, Stream, StreamConfig, TimeAxis, TrainPool
-from testbed.events import LOCALITY_SPLITS, EditEvent, Question, content_id
-from testbed.registry import STREAMS
+from streams.files.entry import Place
+from streams.files.records import plain
+from testbed.core.events import LOCALITY_SPLITS, EditEvent, Question, content_id
+from testbed.core.registry import STREAMS
 
 ALL = 10**6
 

@@ -15,9 +15,9 @@ from itertools import count
 
 import numpy as np
 
-from streams._records import plain
 from streams.base import StreamConfig
-from testbed.events import EditEvent, Kind, Picture, content_id
+from streams.files.records import plain
+from testbed.core.events import EditEvent, Kind, Picture, content_id
 
 MAX_CHANGES = 4
 """Most events of one fact (its `add` included) unless `Shares.repeats` asks for more: bounds the stream, and how

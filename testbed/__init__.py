@@ -8,19 +8,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from testbed.config import RunConfig
-    from testbed.runner import study
+    from testbed.experiment.config import RunConfig
+    from testbed.experiment.runner import study
 
 __all__ = ["RunConfig", "study"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "study":
-        from testbed.runner import study
+        from testbed.experiment.runner import study
 
         return study
     if name == "RunConfig":
-        from testbed.config import RunConfig
+        from testbed.experiment.config import RunConfig
 
         return RunConfig
     raise AttributeError(f"module 'testbed' has no attribute {name!r}")

@@ -15,14 +15,14 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
-from streams._pictures import FilePicture
-from testbed.config import BadConfig
+from streams.files.pictures import FilePicture
+from testbed.core.events import EditEvent
 from testbed.editors.base import Editor
-from testbed.encode import Ask, prompt_inputs
-from testbed.events import EditEvent
-from testbed.models import ModelHandle
-from testbed.predictor import ModelPredictor
-from testbed.rebuild import Stored, rebuild
+from testbed.experiment.config import BadConfig
+from testbed.experiment.rebuild import Stored, rebuild
+from testbed.model.encoding import Ask, prompt_inputs
+from testbed.model.handle import ModelHandle
+from testbed.model.predictor import ModelPredictor
 
 
 @dataclass(frozen=True)
@@ -145,10 +145,10 @@ def _told(fired: Fired) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 answered, 2 for a mistake of the user's, said in plain words."""
-    from testbed.run import told
+    from testbed.experiment.command import run_command
 
     config = tyro.cli(AskConfig, args=argv, prog="python -m testbed.ask")
-    code, found = told(lambda: ask(config))
+    code, found = run_command(lambda: ask(config))
     if found is None:
         return code
     console = Console()

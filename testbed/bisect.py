@@ -17,14 +17,14 @@ from typing import Annotated, Any
 
 import tyro
 
-from testbed.config import BadConfig
+from testbed.core.schema import folder_name
 from testbed.editors.base import Editor
-from testbed.files import write_json
-from testbed.loop import Context, apply_step, ask_model, text_answers
+from testbed.experiment.config import BadConfig
+from testbed.experiment.loop import Context, apply_step, ask_model, text_answers
+from testbed.experiment.rebuild import Stored, rebuild
+from testbed.experiment.schedule import Step
 from testbed.probes.base import Applied, draw, smallest
-from testbed.rebuild import Stored, rebuild
-from testbed.schedule import Step
-from testbed.schema import folder_name
+from testbed.storage.files import write_json
 
 DEFAULTS = {"perplexity": math.log(2), "unrelated": 0.5}
 """Where each signal counts as crossed, unless told otherwise: perplexity doubled, half of what no edit is about changed."""
@@ -174,10 +174,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 2 for a mistake of the user's, said in plain words."""
     from rich.console import Console
 
-    from testbed.run import told
+    from testbed.experiment.command import run_command
 
     config = tyro.cli(BisectConfig, args=argv, prog="python -m testbed.bisect")
-    code, found = told(lambda: find(config))
+    code, found = run_command(lambda: find(config))
     out = Console()
     for key, value in (found or {}).items():
         out.print(f"{key}: {value}", markup=False, highlight=False, soft_wrap=True)

@@ -27,15 +27,15 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from streams._world_facts import World, world
 from streams.base import BadStream, MissingImages, Stream, StreamConfig
-from testbed import _courses
-from testbed._gates import GateRow
-from testbed.config import BadConfig, set_fields
-from testbed.registry import STREAMS, UnknownName
+from streams.world.facts import World, world
+from testbed.core.registry import STREAMS, UnknownName
+from testbed.experiment.config import BadConfig, set_fields
+from testbed.pretraining import stages as _courses
+from testbed.pretraining.evaluation import GateRow
 
 if TYPE_CHECKING:
-    from testbed._courses import Progress as Report
+    from testbed.pretraining.stages import Progress as Report
 
 ASSETS = Path(__file__).parent / "assets"
 

@@ -3,54 +3,28 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 from rich.console import Console
 from rich.table import Table
 
-from streams.base import BadStream
-from testbed import variants
-from testbed.config import BadConfig, RunConfig, set_fields
-from testbed.events import BadEvent, BadPicture
-from testbed.files import StoreError
-from testbed.registry import EDITORS, MONITORS, PROBES, STREAMS, WRAPPERS, UnknownName
-from testbed.stopping import Stop, Stopped
-
-T = TypeVar("T")
-TERMINATED = 143
-"""Exit code of a run that SIGTERM ended: 128 and the signal's number, as a shell has it."""
+from testbed.core import variants
+from testbed.core.registry import EDITORS, MONITORS, PROBES, STREAMS, WRAPPERS
+from testbed.experiment.command import run_command
+from testbed.experiment.config import BadConfig, RunConfig, set_fields
+from testbed.experiment.interrupt import Stop
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 2 for a mistake of the user's (said in plain words), 130 when interrupted, 143 when stopped by SIGTERM
     (after the batch in hand, everything saved)."""
     console = Console(stderr=True)
-    code, _ = told(lambda: _main(list(sys.argv[1:] if argv is None else argv), console))
+    code, _ = run_command(lambda: _main(list(sys.argv[1:] if argv is None else argv), console))
     return code
-
-
-def told(work: Callable[[], T], go_on: str = "--resume and the run folder") -> tuple[int, T | None]:
-    """An exit code (as `main`'s; a mistake of the user's, and memory that runs out, is said in plain words), and the result.
-
-    go_on: with what work that was interrupted goes on.
-    """
-    console = Console(stderr=True)
-    try:
-        return 0, work()
-    except told_errors() as e:
-        for line in str(e).splitlines():
-            console.print(f"error: {line}", style="bold red", markup=False, highlight=False, soft_wrap=True)
-        return 2, None
-    except Stopped as e:
-        console.print(str(e), markup=False, highlight=False, soft_wrap=True)
-        return TERMINATED, None
-    except KeyboardInterrupt:
-        console.print(f"interrupted; what was saved is kept. Go on with {go_on}.", markup=False)
-        return 130, None
 
 
 def _main(argv: list[str], console: Console) -> None:
@@ -58,12 +32,12 @@ def _main(argv: list[str], console: Console) -> None:
     if config.list:
         list_plugins(Console())
         return
-    from testbed import runner
+    from testbed.experiment import runner
 
     runner.check(config)
     _no_foreign_bars()
     if config.dry_run:
-        from testbed.estimate import print_estimate
+        from testbed.experiment.estimate import print_estimate
 
         print_estimate(config, Console())
         return
@@ -85,7 +59,7 @@ def _no_foreign_bars() -> None:
 
 
 def _show(summary: dict[str, Any]) -> None:
-    from analysis.tables import terminal_table
+    from analysis.reporting.tables import terminal_table
 
     out = Console()
     out.print(terminal_table(summary))
@@ -98,7 +72,7 @@ def parse(argv: list[str]) -> RunConfig:
     """Command line, over --config FILE or the stored configuration of --resume, over the defaults. Raises `BadConfig`."""
     import tyro
 
-    from testbed.runner import resumed
+    from testbed.experiment.runner import resumed
 
     default = RunConfig()
     config_file, resume = _value_of(argv, "--config"), _value_of(argv, "--resume")
@@ -160,19 +134,6 @@ def list_plugins(console: Console) -> None:
             more = f"\n{cls.time_axis} time; size: {cls.size}; licence: {cls.licence}" if registry is STREAMS else ""
             table.add_row(f"  {name}", cls.summary + more)
         console.print(table, markup=False, highlight=False)
-
-
-def told_errors() -> tuple[type[Exception], ...]:
-    """What is a user's to mend, and so is told in one line and not as a traceback."""
-    from analysis.records import BadRun
-    from testbed.benchmarks import BadBenchmark
-    from testbed.editors.base import BadEditor
-    from testbed.families import UnknownLayout
-    from testbed.memory import TOLD
-    from testbed.models import BadModel
-
-    streams = (BadStream, BadEvent, BadPicture, BadBenchmark)
-    return (BadConfig, *streams, BadEditor, BadRun, BadModel, *TOLD, UnknownLayout, UnknownName, StoreError)
 
 
 if __name__ == "__main__":

@@ -23,10 +23,11 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from testbed.cells import Cell, Grid, expand, run_cell
-from testbed.config import BadConfig, set_fields
-from testbed.files import StoreError, write_json
-from testbed.run import read_yaml, told
+from testbed.experiment.command import run_command
+from testbed.experiment.config import BadConfig, set_fields
+from testbed.run import read_yaml
+from testbed.storage.files import StoreError, write_json
+from testbed.sweeps.grid import Cell, Grid, expand, run_cell
 
 _POLL_SECONDS = 1.0
 _OBJECT_STORE_BYTES = 100 * 2**20
@@ -122,7 +123,7 @@ def sweep(config: SweepConfig, values: Mapping[str, Any], console: Console) -> B
     """Run every cell that is not finished.
 
     Args:
-        values: fields of a run, as `testbed.cells.expand` takes them.
+        values: fields of a run, as `testbed.sweeps.grid.expand` takes them.
         console: where the live table goes; nothing is shown where it is no terminal.
 
     Raises `BadConfig` and `StoreError` before anything is run. A cell that fails does not stop the others.
@@ -229,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config, values = parse(argv)
         return sweep(config, values, console)
 
-    code, board = told(work, "the same command")
+    code, board = run_command(work, "the same command")
     if board is None:
         return code
     return _finish(board, time.perf_counter() - start)
@@ -237,10 +238,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _finish(board: Board, seconds: float) -> int:
     """The report, and on screen what it says in short."""
-    from analysis.sweep import write_sweep
-    from analysis.tables import terminal_table
+    from analysis.reporting.sweep import write_sweep
+    from analysis.reporting.tables import terminal_table
 
-    code, summaries = told(lambda: write_sweep(board.place))
+    code, summaries = run_command(lambda: write_sweep(board.place))
     out = Console()
     for label, summary in (summaries or {}).items():
         out.print(label, markup=False) if label else None

@@ -34,9 +34,8 @@ def data_root() -> Path:
 @pytest.fixture(scope="session")
 def analysed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A made-up run of four editors over five years, with everything that analysis writes beside it."""
-    from _fake_run import Plan, fake_run
-
-    from analysis.report import write_all
+    from analysis.reporting.report import write_all
+    from tests.helpers.fake_run import Plan, fake_run
 
     folder = fake_run(tmp_path_factory.mktemp("run"), Plan(edits=60, years=5, panel=24), notes=["the simulated world <stands> in"])
     write_all([folder], formats=("png", "pdf"), replicates=200)

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from testbed.registry import EDITORS, STREAMS
+from testbed.core.registry import EDITORS, STREAMS
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("testbed", "streams", "analysis")
 FILES = sorted(p for name in PACKAGES for p in (ROOT / name).rglob("*.py"))
-NAMERS = {"testbed/run.py", "testbed/sweep.py", "testbed/bench.py", "testbed/config.py"}
+NAMERS = {"testbed/run.py", "testbed/sweep.py", "testbed/bench/__main__.py", "testbed/experiment/config.py"}
 """Files that may name plug-ins: command lines, and the defaults of a run."""
 
 
@@ -47,48 +47,119 @@ def inside(module: str, *allowed: str) -> bool:
     return any(module == a or module.startswith(a + ".") for a in allowed)
 
 
+FLOORS = {
+    "testbed.core": 0,
+    "streams": 1,
+    "testbed.model": 1,
+    "testbed.storage": 1,
+    "testbed.benchmarks": 2,
+    "testbed.monitors": 2,
+    "testbed.probes": 2,
+    "testbed.editors": 3,
+    "testbed.experiment": 4,
+    "testbed.pretraining": 4,
+    "testbed.sweeps": 5,
+    "testbed.integrations": 5,
+    "testbed.bench": 5,
+    "testbed": 6,
+    "analysis": 3,
+}
+"""The floor of each package; `testbed` itself holds command lines alone. A file imports from its own floor and from lower ones."""
+BESIDE = {("testbed.storage", "testbed.model"), ("testbed.monitors", "testbed.probes"), ("testbed.benchmarks", "testbed.probes")}
+"""Packages of one floor of which the first stands on the second."""
+
+
+def package_of(module: str) -> str:
+    """The package whose floor a module or a file lies on."""
+    parts = module.removesuffix(".py").replace("/", ".").split(".")
+    inner = ".".join(parts[:2])
+    return inner if parts[0] == "testbed" and (ROOT / "testbed" / parts[1] if len(parts) > 1 else ROOT / "none").is_dir() else parts[0]
+
+
 def test_the_scan_sees_the_project() -> None:
-    assert {"testbed/loop.py", "streams/base.py", "analysis/load.py"} <= {name_of(p) for p in FILES}
+    assert {"testbed/experiment/loop.py", "streams/base.py", "analysis/reading/load.py"} <= {name_of(p) for p in FILES}
 
 
-@pytest.mark.parametrize("name", ["events", "schema", "registry", "grading"])
-def test_the_shared_core_needs_the_standard_library_and_numpy_alone(name: str) -> None:
-    foreign = top(imports(ROOT / "testbed" / f"{name}.py")) - sys.stdlib_module_names - {"numpy", "__future__"}
-    assert not foreign
+def test_only_command_lines_lie_loose_in_the_package() -> None:
+    loose = sorted(p.stem for p in (ROOT / "testbed").glob("*.py"))
+    assert len(loose) <= 10
+    assert all("__main__" in (ROOT / "testbed" / f"{n}.py").read_text(encoding="utf-8") for n in loose if n != "__init__")
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_a_file_imports_from_its_own_floor_or_lower_ones(path: Path) -> None:
+    own = package_of(name_of(path))
+    assert own in FLOORS, f"{name_of(path)} lies on no floor: add its package to FLOORS"
+    for module in imports(path):
+        other = package_of(module)
+        if module.split(".")[0] not in PACKAGES or other == own:
+            continue
+        lower = FLOORS[other] < FLOORS[own] or (own, other) in BESIDE
+        assert lower, f"{name_of(path)} (floor {FLOORS[own]}) imports {module} (floor {FLOORS[other]})"
+
+
+def test_modules_import_each_other_in_no_circle() -> None:
+    """Imports inside functions count: a circle that hides in a function is a circle."""
+    named = {name_of(p).removesuffix(".py").removesuffix("/__init__").replace("/", "."): p for p in FILES}
+    graph = {m: {n for i in imports(p) for n in (i, i.rpartition(".")[0]) if n in named and n != m} for m, p in named.items()}
+    while leaves := [m for m, others in graph.items() if not others & graph.keys()]:
+        for m in leaves:
+            del graph[m]
+    assert not graph, f"these modules import each other in circles: {sorted(graph)}"
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if package_of(name_of(p)) == "testbed.core"], ids=name_of)
+def test_the_core_needs_the_standard_library_and_numpy_alone(path: Path) -> None:
+    assert not top(imports(path)) - sys.stdlib_module_names - {"numpy", "testbed"}
 
 
 def test_grading_needs_the_standard_library_alone() -> None:
-    assert top(imports(ROOT / "testbed" / "grading.py")) <= sys.stdlib_module_names | {"__future__"}
+    assert top(imports(ROOT / "testbed" / "core" / "grading.py")) <= sys.stdlib_module_names | {"__future__"}
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if p.parent.name == "streams"], ids=name_of)
-def test_streams_know_events_schema_and_registry_alone(path: Path) -> None:
-    known = [m for m in imports(path) if m.split(".")[0] in ("testbed", "analysis")]
-    assert [m for m in known if not inside(m, "testbed.events", "testbed.schema", "testbed.registry")] == []
-    assert not top(imports(path)) & {"torch", "transformers"}
+@pytest.mark.parametrize("path", [p for p in FILES if name_of(p).startswith(("streams/", "analysis/"))], ids=name_of)
+def test_streams_and_analysis_know_the_core_alone_and_no_torch(path: Path) -> None:
+    own, found = name_of(path).split("/")[0], list(imports(path))
+    others = [m for m in found if m.split(".")[0] in PACKAGES and not inside(m, own)]
+    assert [m for m in others if not inside(m, "testbed.core")] == []
+    assert not top(iter(found)) & {"torch", "transformers", "ray", "avalanche"}
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if p.parent.name == "analysis"], ids=name_of)
-def test_analysis_knows_schema_and_grading_alone(path: Path) -> None:
-    found = list(imports(path))
-    assert [m for m in found if inside(m, "testbed") and not inside(m, "testbed.schema", "testbed.grading")] == []
-    assert not top(iter(found)) & {"torch", "transformers", "streams", "ray", "avalanche"}
-
-
-def test_avalanche_lives_in_its_bridge_alone() -> None:
+def test_avalanche_is_imported_by_its_editors_and_its_integration_alone() -> None:
     users = [name_of(p) for p in FILES if "avalanche" in top(imports(p))]
     assert users
-    assert all(u.startswith("testbed/bridges/") for u in users)
+    assert all(u.startswith(("testbed/integrations/avalanche/", "testbed/editors/continual/_")) for u in users)
 
 
-def test_the_harness_lives_in_its_bridge_alone() -> None:
-    assert [name_of(p) for p in FILES if "lm_eval" in top(imports(p))] == ["testbed/bridges/lm_eval.py"]
+def test_the_harness_lives_in_its_integration_alone() -> None:
+    assert [name_of(p) for p in FILES if "lm_eval" in top(imports(p))] == ["testbed/integrations/lm_eval.py"]
+
+
+def test_private_modules_are_few_and_say_why() -> None:
+    private = [p for p in FILES if p.name.startswith("_") and not p.name.startswith("__")]
+    assert [name_of(p) for p in private if "private" not in (ast.get_docstring(ast.parse(p.read_text("utf-8"))) or "")] == []
+
+
+def test_no_class_name_stands_for_two_classes() -> None:
+    where: dict[str, list[str]] = {}
+    for p in FILES:
+        for node in ast.walk(ast.parse(p.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                where.setdefault(node.name, []).append(name_of(p))
+    assert {name: files for name, files in where.items() if len(files) > 1} == {}
+
+
+def test_no_test_module_imports_from_another() -> None:
+    tests = sorted((ROOT / "tests").rglob("test_*.py"))
+    assert tests
+    found = {name_of(p): [m for m in imports(p) if any(part.startswith("test_") for part in m.split(".")[:-1])] for p in tests}
+    assert {name: modules for name, modules in found.items() if modules} == {}
 
 
 def test_the_loop_and_the_probes_know_no_plug_in() -> None:
-    for path in [ROOT / "testbed" / f"{n}.py" for n in ("loop", "schedule", "store", "predictor", "models", "encode", "runner")]:
+    contracts = ("testbed.editors.base", "testbed.probes.base", "testbed.monitors.base", "streams.base", "streams.arrange")
+    for path in [p for p in FILES if package_of(name_of(p)) in ("testbed.experiment", "testbed.model", "testbed.storage")]:
         known = [m for m in imports(path) if inside(m, "testbed.editors", "testbed.probes", "testbed.monitors", "streams")]
-        contracts = ("testbed.editors.base", "testbed.probes.base", "testbed.monitors.base", "streams.base", "streams.arrange")
         assert [m for m in known if not inside(m, *contracts)] == [], path.name
 
 
@@ -155,27 +226,28 @@ def test_importing_the_packages_does_nothing() -> None:
 
 
 def test_the_core_and_the_loaders_load_no_torch() -> None:
-    modules = "import testbed.events, testbed.schema, testbed.registry, testbed.grading, streams.base, streams.okedit, streams.world"
+    core = ("testbed.core.events", "testbed.core.schema", "testbed.core.registry", "testbed.core.grading")
+    modules = f"import {', '.join(core)}, streams.base, streams.files.okedit, streams.world.stream"
     found = fresh(QUIET.format(more=modules))
     assert found == {"same": [True] * 4, "heavy": [], "loggers": [], "root": True}
 
 
 def test_analysis_loads_no_torch() -> None:
-    found = fresh(QUIET.format(more="import analysis.report, analysis.__main__"))
+    found = fresh(QUIET.format(more="import analysis.reporting.report, analysis.__main__"))
     assert not {"torch", "transformers", "ray", "avalanche"} & set(found["heavy"])
 
 
 def test_editors_change_no_seed_and_no_environment() -> None:
     """The scan imports torch and transformers; random state and environment stay as they were."""
-    more = "from testbed.registry import EDITORS\nEDITORS.names()\nimport torch\nassert torch.initial_seed() == seed"
+    more = "from testbed.core.registry import EDITORS\nEDITORS.names()\nimport torch\nassert torch.initial_seed() == seed"
     found = fresh("import torch\nseed = torch.initial_seed()\n" + QUIET.format(more=more))
     assert found["same"][1:3] == [True, True]
     assert found["root"]
 
 
 def test_editors_that_need_avalanche_are_listed_without_importing_it() -> None:
-    more = "from testbed.registry import EDITORS\nassert any(n.startswith('avalanche:') for n in EDITORS.names())"
-    more += "\nfrom testbed.config import RunConfig\nassert RunConfig(editor=('avalanche:naive',)).problems() == []"
+    more = "from testbed.core.registry import EDITORS\nassert any(n.startswith('avalanche:') for n in EDITORS.names())"
+    more += "\nfrom testbed.experiment.config import RunConfig\nassert RunConfig(editor=('avalanche:naive',)).problems() == []"
     assert "avalanche" not in fresh(QUIET.format(more=more))["heavy"]
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from testbed.cells import expand
-from testbed.config import RunConfig
-from testbed.registry import EDITORS
+from testbed.core.registry import EDITORS
+from testbed.experiment.config import RunConfig
+from testbed.sweeps.grid import expand
 
 ROOT = Path(__file__).parents[1]
 
@@ -22,7 +22,7 @@ def blocks(page: str, language: str) -> list[str]:
 def test_the_example_in_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     (example,) = blocks("python.md", "python")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("analysis.report.plots.draw_all", lambda scene: {})
+    monkeypatch.setattr("analysis.reporting.report.plots.draw_all", lambda scene: {})
     exec(compile(example, "docs/python.md", "exec"), {})
     printed = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in printed] == ["finetune", "balancedit", "4", "5"]

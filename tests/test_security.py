@@ -9,16 +9,16 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from _fake_run import Plan, event, fake_run, question, record, write_run
-from okedit_folder import ANNOTATIONS, QUESTIONS, make_folder, paint
 
-from analysis.report import write_all
-from streams._pictures import FilePicture
+from analysis.reporting.report import write_all
 from streams.base import StreamConfig
-from testbed.benchmarks import BadBenchmark, BenchmarkConfig
-from testbed.benchmarks import load as load_benchmarks
-from testbed.events import BadPicture
-from testbed.registry import STREAMS
+from streams.files.pictures import FilePicture
+from testbed.benchmarks.files import BadBenchmark, BenchmarkConfig
+from testbed.benchmarks.files import load as load_benchmarks
+from testbed.core.events import BadPicture
+from testbed.core.registry import STREAMS
+from tests.helpers.fake_run import Plan, event, fake_run, question, record, write_run
+from tests.helpers.okedit_folder import ANNOTATIONS, QUESTIONS, make_folder, paint
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted(p for name in ("testbed", "streams", "analysis") for p in (ROOT / name).rglob("*.py"))

@@ -17,13 +17,13 @@ import numpy as np
 import torch
 
 from streams.base import TrainPool
-from testbed import memory
-from testbed.encode import Unspellable
-from testbed.events import EditBatch, EditEvent, hide_previous
-from testbed.models import ModelHandle
-from testbed.predictor import Predictor
-from testbed.schema import EditReport
-from testbed.stages import NOTE, collected
+from testbed.core.events import EditBatch, EditEvent, hide_previous
+from testbed.core.schema import EditReport
+from testbed.core.timing import NOTE, collected
+from testbed.model import out_of_memory as memory
+from testbed.model.encoding import Unspellable
+from testbed.model.handle import ModelHandle
+from testbed.model.predictor import Predictor
 
 Sample = Literal["paraphrase", "previous", "train_pool"]
 

@@ -15,13 +15,13 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from testbed.encode import Ask
-from testbed.events import Question
-from testbed.models import ModelHandle
-from testbed.predictor import Inspection, ModelPredictor, Predictor
+from testbed.core.events import Question
+from testbed.core.registry import MONITORS
+from testbed.core.schema import MonitorRow
+from testbed.model.encoding import Ask
+from testbed.model.handle import ModelHandle
+from testbed.model.predictor import Inspection, ModelPredictor, Predictor
 from testbed.probes.base import Moment, draw, smallest
-from testbed.registry import MONITORS
-from testbed.schema import MonitorRow
 
 PROMPTS = 24
 TOP = 64

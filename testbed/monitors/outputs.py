@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from testbed.core.registry import MONITORS
 from testbed.monitors.base import Monitor, View, finite
-from testbed.registry import MONITORS
 
 TINY = 1e-12
 """Least remaining mass: under it, rounding decides."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from testbed.core.registry import MONITORS
 from testbed.monitors.base import Monitor, View
-from testbed.registry import MONITORS
 
 
 @MONITORS.register("weights")

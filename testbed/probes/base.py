@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar, TypeVar
 
-from testbed.events import EditEvent, Question
+from testbed.core.events import EditEvent, Question
 
 T = TypeVar("T")
 MIN_STRATUM = 12

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from testbed.core.registry import PROBES
 from testbed.probes.base import Moment, Past, Planned, Probe, ask_splits, draw
-from testbed.registry import PROBES
 
 SHARE = 0.25
 """Share of the edits that belong to the panel, before the budget."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from testbed.events import LOCALITY_SPLITS
+from testbed.core.events import LOCALITY_SPLITS
+from testbed.core.registry import PROBES
 from testbed.probes.base import Moment, Past, Planned, Probe, ask_by_age
-from testbed.registry import PROBES
 
 
 @PROBES.register("locality")

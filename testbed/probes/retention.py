@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from testbed.core.registry import PROBES
 from testbed.probes.base import Moment, Past, Planned, Probe, ask_by_age
-from testbed.registry import PROBES
 
 
 @PROBES.register("retention")

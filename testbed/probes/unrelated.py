@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from testbed.events import Question
+from testbed.core.events import Question
+from testbed.core.registry import PROBES
 from testbed.probes.base import Moment, Past, Planned, Probe, draw, smallest
-from testbed.registry import PROBES
 
 
 @PROBES.register("unrelated")

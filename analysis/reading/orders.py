@@ -1,0 +1,128 @@
+"""Several orders of one stream: runs that differ in their seed alone, pooled with the spread between them stated.
+
+The order of a stream moves results more than the choice of questions does, so an interval from one order says
+nothing of another. From three orders on, intervals cover both: see `spread`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+
+from analysis.metrics.bootstrap import LEVEL, Draws, Interval, widen
+from analysis.reading.load import BadRun, Run, differing, load_run, side_by_side
+
+LEAST_ORDERS = 3
+"""Fewer orders than this say nothing about the spread between orders."""
+_FREE = ("seed", "editor", "out", "command")
+"""Fields of a configuration that may differ between orders."""
+_SAME = ("model_hash", "dtype", "grading_version", "edits")
+_STUDENT = {2: 4.3027, 3: 3.1824, 4: 2.7764, 5: 2.5706, 6: 2.4469, 7: 2.3646, 8: 2.3060, 9: 2.2622}
+"""Two-sided 95 % points of Student's t for few degrees of freedom."""
+
+
+def gather(paths: Sequence[str | Path]) -> tuple[Run, ...]:
+    """The runs in the folders, one an order; folders of one schedule become one run, editors side by side.
+
+    Raises `BadRun` with the difference where folders of several orders differ in more than their seed.
+    """
+    if not paths:
+        raise BadRun("no run folder given; name at least one")
+    groups: dict[Any, list[Run]] = {}
+    for run in map(load_run, paths):
+        groups.setdefault((run.manifest.get("schedule_hash"), tuple(run.events["edit_id"])), []).append(run)
+    runs = [side_by_side(group) for group in groups.values()]
+    for other in runs[1:]:
+        _require_orders(runs[0], other)
+    shared = [e for e in runs[0].editors if all(e in r.editors for r in runs)]
+    if not shared:
+        have = "; ".join(f"{r.folders[0]} has {', '.join(r.editors)}" for r in runs)
+        raise BadRun(f"no editor is in every order ({have}); give folders of the same editors")
+    return tuple(_only(run, shared) for run in runs)
+
+
+def spread(draws: Sequence[Draws]) -> Interval:
+    """Mean over orders, with an interval and `sd`, the standard deviation between orders.
+
+    Half the interval is the larger of the bootstrap's 1.96 standard errors over subjects and, from three orders
+    on, Student's t (orders - 1 degrees of freedom) times sd / sqrt(orders): three values are too few to draw
+    again. Statistics that may be infinite get their range.
+    """
+    values = np.array([d.value for d in draws])
+    if any(not np.isfinite(d.values).all() for d in draws) and draws[0].bounds is None:
+        return ranged([d.interval() for d in draws], len(draws))
+    many = len(draws)
+    within = float(np.sqrt(sum(np.nanvar(d.values[1:]) for d in draws)) / many)
+    sd = float(values.std(ddof=1))
+    half = NormalDist().inv_cdf((1 + LEVEL) / 2) * within
+    if many >= LEAST_ORDERS:
+        half = max(half, student(many - 1) * sd / np.sqrt(many))
+    low, high, bounds = values.mean() - half, values.mean() + half, draws[0].bounds
+    if bounds is not None:
+        low, high = max(bounds[0], low), min(bounds[1], high)
+        if half < 1e-6:
+            low, high = widen(values.mean(), sum(d.clusters for d in draws), bounds)
+    return {"value": float(values.mean()), "low": float(low), "high": float(high), "n": sum(d.n for d in draws), "sd": sd}
+
+
+def ranged(entries: Sequence[Interval], orders: int) -> Interval:
+    """Mean over the orders that have a value, from the lowest end to the highest; `orders` counts those that have one."""
+    values = [float(e["value"] or 0.0) for e in entries]
+    lows, highs = ([e[k] for e in entries] for k in ("low", "high"))
+    out: Interval = {"value": float(np.mean(values)), "low": _extreme(lows, min), "high": _extreme(highs, max)}
+    out |= {"n": sum(int(e["n"] or 0) for e in entries)}
+    if len(entries) < orders:
+        out["orders"] = len(entries)
+    return out | {"sd": float(np.std(values, ddof=1))} if len(values) > 1 else out
+
+
+def student(freedom: int) -> float:
+    """97.5 % point of Student's t; from ten degrees of freedom on by the expansion of Abramowitz and Stegun 26.7.5."""
+    if freedom in _STUDENT:
+        return _STUDENT[freedom]
+    z = NormalDist().inv_cdf((1 + LEVEL) / 2)
+    terms = (z**3 + z, 4), (5 * z**5 + 16 * z**3 + 3 * z, 96), (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z, 384)
+    return z + sum(top / (bottom * freedom**k) for k, (top, bottom) in enumerate(terms, 1))
+
+
+def notes(runs: Sequence[Run]) -> list[str]:
+    """What the intervals cover, and what of the orders is not alike."""
+    if len(runs) == 1:
+        return ["one order of the stream: intervals cover the choice of subjects, not another order or seed"]
+    seeds = ", ".join(str(r.manifest.get("seed", "?")) for r in runs)
+    covered = "subjects and orders" if len(runs) >= LEAST_ORDERS else f"subjects only (orders: from {LEAST_ORDERS} on)"
+    out = [f"{len(runs)} orders of the stream (seeds {seeds}): values are means over orders, intervals cover {covered}"]
+    commits = {str(r.manifest.get("git", "?")) for r in runs}
+    return out + ([f"the orders were run by different versions of the code: {', '.join(sorted(commits))}"] if len(commits) > 1 else [])
+
+
+def _extreme(ends: Sequence[float | int | None], pick: Any) -> float | None:
+    known = [float(e) for e in ends if e is not None]
+    return float(pick(known)) if len(known) == len(ends) and known else None
+
+
+def _only(run: Run, names: Sequence[str]) -> Run:
+    left = [n for n in run.editors if n not in names]
+    for name in left:
+        del run.editors[name]
+    run.notes.extend(f"{n}: not in every order, left out" for n in left)
+    return run
+
+
+def _require_orders(a: Run, b: Run) -> None:
+    ours, theirs = a.manifest, b.manifest
+    if ours.get("seed") == theirs.get("seed"):
+        raise BadRun(f"{a.folders[0]} and {b.folders[0]} follow different schedules and cannot be compared ({differing(ours, theirs)})")
+    ours, theirs = _settings(ours), _settings(theirs)
+    if ours != theirs:
+        both = f"{a.folders[0]} and {b.folders[0]}"
+        raise BadRun(f"{both} differ in more than their seed, so they are not orders of one stream ({differing(ours, theirs)})")
+
+
+def _settings(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    config = {k: v for k, v in (manifest.get("config") or {}).items() if k not in _FREE}
+    return config | {k: manifest.get(k) for k in _SAME} | {"stream": (manifest.get("stream") or {}).get("name")}

@@ -1,0 +1,1 @@
+"""Streams whose facts carry dates."""

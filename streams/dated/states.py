@@ -1,0 +1,163 @@
+"""Facts with real dates: states of a fact in time, and the changes between them that the dates make certain."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from streams.base import Skipped
+from streams.files.pictures import FilePicture
+from streams.files.records import BadField, plain
+
+Day = tuple[int, int, int]
+"""Year, month, day; 0 where month or day are not known."""
+_DAY = re.compile(r"\+?(\d{1,4})(?:-(\d\d|##))?(?:-(\d\d|##))?(?:T.*)?")
+_UNKNOWN = re.compile(r"#*(-##)*")
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """A value of a fact from `start` to `end` (None: not known, or still so). `where` names the record."""
+
+    value: str
+    start: Day
+    end: Day | None
+    where: str
+
+
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """A fact with its states. `by_name` is the same question in words alone, where `prompt` needs its picture."""
+
+    subject: str
+    relation: str
+    prompt: str
+    states: tuple[State, ...]
+    held_out: tuple[str, ...] = ()
+    train: tuple[str, ...] = ()
+    image: FilePicture | None = None
+    by_name: str = ""
+    source: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.source}: {self.subject}, {self.relation}"
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """One certain change: `previous` ended no later than `target` began, at `time` in years. `also` are other values
+    of the fact that held then."""
+
+    previous: str
+    target: str
+    time: float
+    also: tuple[str, ...] = ()
+
+
+@dataclass
+class Reading:
+    """What a source gave: facts, records left out, hashes of the files, and the records' number."""
+
+    timelines: list[Timeline] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+    digests: list[str] = field(default_factory=list)
+    total: int = 0
+
+    def skip(self, where: str, reason: str) -> None:
+        self.skipped.append(Skipped(where, reason))
+
+
+def read_day(text: object, name: str) -> Day | None:
+    """A date as these sources write it: 2014, 2014-05, 2014-05-31, +2014-05-00T00:00:00Z, 2014-##-##; None for ####-##-##.
+
+    Raises `BadField` for anything else.
+    """
+    if not isinstance(text, str):
+        raise BadField(f"{name} must be a date, found {type(text).__name__}")
+    bare = text.strip()
+    if not bare or _UNKNOWN.fullmatch(bare):
+        return None
+    found = _DAY.fullmatch(bare)
+    year, month, day = (int(p) if p and p.isdigit() else 0 for p in found.groups()) if found else (0, 0, 0)
+    if not year or month > 12 or day > 31:
+        raise BadField(f"{name} {bare[:30]!r} cannot be read: expected YYYY-MM-DD from year 1 on")
+    return year, month, day if month else 0
+
+
+def day(year: int, month: int, number: int, name: str) -> Day:
+    """A date from numbers. Raises `BadField` where they are none."""
+    if not (1 <= year <= 9999 and 0 <= month <= 12 and 0 <= number <= 31):
+        raise BadField(f"{name} {year}-{month}-{number} is no date")
+    return year, month, number if month else 0
+
+
+def years(d: Day) -> float:
+    """A date in years: 2014-07-01 is 2014.5; what is not known counts as its beginning."""
+    return d[0] + (max(d[1], 1) - 1) / 12 + (max(d[2], 1) - 1) / 372
+
+
+def not_after(a: Day, b: Day) -> bool:
+    """Whether a lies no later than b, as far as both are known."""
+    for x, y in zip(a, b):
+        if x == 0 or y == 0:
+            return True
+        if x != y:
+            return x < y
+    return True
+
+
+def state(value: str, start: Day | None, end: Day | None, where: str) -> State:
+    """A state. Raises `BadField` where it has no beginning or ends before it begins."""
+    if start is None:
+        raise BadField("the start date is not known")
+    if end is not None and not not_after(start, end):
+        raise BadField(f"it ends ({_iso(end)}) before it begins ({_iso(start)})")
+    return State(value, start, end, where)
+
+
+def moves(timeline: Timeline, skipped: list[Skipped]) -> list[Move]:
+    """The certain changes of a fact, oldest first; what is not certain is written to `skipped`.
+
+    Strict: a state must have an end, and end no later than the next begins. Each change starts from the value
+    that the change before it ended with.
+    """
+    out: list[Move] = []
+    for old, new in pairwise(ordered(timeline.states)):
+        reason = _uncertain(old, new)
+        previous = out[-1].target if out else old.value
+        if reason is None and plain(previous) == plain(new.value):
+            reason = "the value is the one before"
+        if reason is not None:
+            skipped.append(Skipped(new.where, reason))
+            continue
+        out.append(Move(previous, new.value, years(new.start), tuple(_holding(timeline.states, new, previous))))
+    return out
+
+
+def ordered(states: Iterable[State]) -> list[State]:
+    """By beginning, then by end (open ends last), then by value."""
+    return sorted(states, key=lambda s: (s.start, s.end is None, s.end or (0, 0, 0), s.value))
+
+
+def _uncertain(old: State, new: State) -> str | None:
+    if plain(old.value) == plain(new.value):
+        return "the value is the one before"
+    if old.end is None:
+        return "the state before it has no end"
+    return None if not_after(old.end, new.start) else "the state before it ends after it begins"
+
+
+def _holding(states: Iterable[State], new: State, previous: str) -> Iterator[str]:
+    """Other values that are known to hold for some time after `new` begins."""
+    seen = {plain(new.value), plain(previous)}
+    for s in states:
+        if plain(s.value) not in seen and s.end is not None and s.start <= new.start and not not_after(s.end, new.start):
+            seen.add(plain(s.value))
+            yield s.value
+
+
+def _iso(d: Day) -> str:
+    return "-".join(f"{p:02d}" for p in d if p)

@@ -1,0 +1,156 @@
+"""Facts with real dates: `templama`, `dyknow`, `yago`, `leaders`, their union `dated-facts`, and `leaders-flags`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import ClassVar
+
+from streams.base import BadStream, StreamConfig
+from streams.dated import sources
+from streams.dated.country_codes import COUNTRIES, Country
+from streams.dated.states import Reading, State, Timeline
+from streams.dated.timeline_stream import DatedStream
+from streams.files.pictures import FilePicture, list_folder
+from streams.files.records import plain
+from testbed.core.registry import STREAMS
+
+Reader = Callable[[Path | None], Reading]
+
+
+class _One(DatedStream):
+    """A stream over one source."""
+
+    reader: ClassVar[Reader]
+
+    def read(self, config: StreamConfig) -> Reading:
+        return type(self).reader(config.data_root)
+
+
+@STREAMS.register("templama")
+class TempLama(_One):
+    """Who plays for, works for or holds what: changes 2011 to 2020."""
+
+    summary = "TempLAMA: people's teams, employers and positions by year, 2010-2020 (needs --data-root)"
+    licence = "TempLAMA: Apache-2.0; facts: Wikidata, CC0"
+    size = "1,139 changes of 928 facts"
+    reader = staticmethod(sources.templama)
+
+
+@STREAMS.register("dyknow")
+class DyKnow(_One):
+    """Heads of state and government, teams of athletes, heads of companies and organisations."""
+
+    summary = "DyKnow: leaders, athletes' teams, heads of companies by date (needs --data-root)"
+    licence = "DyKnow: MIT; facts: Wikidata, CC0"
+    size = "933 changes of 118 facts"
+    reader = staticmethod(sources.dyknow)
+
+
+@STREAMS.register("yago")
+class Yago(_One):
+    """Teams, employers, affiliations and spouses."""
+
+    summary = "YAGO11k: teams, employers, affiliations, spouses by year (needs --data-root)"
+    licence = "YAGO3 facts: CC BY 3.0; the copy in ATISE: MIT"
+    size = "2,302 changes of 898 facts"
+    reader = staticmethod(sources.yago)
+
+
+@STREAMS.register("leaders")
+class Leaders(_One):
+    """Who leads each country since 1950."""
+
+    summary = "REIGN: who leads each country, by day, 1950-2021 (needs --data-root)"
+    licence = "REIGN (Bell, OEF Research): open data without a stated licence; cite the authors"
+    size = "2,319 changes of 197 facts"
+    reader = staticmethod(sources.leaders)
+
+
+@STREAMS.register("dated-facts")
+class DatedFacts(DatedStream):
+    """The union: of a fact that two sources have, the one with more states stays."""
+
+    summary = "Dated facts: TempLAMA, DyKnow, YAGO11k and REIGN together, without repeats (needs --data-root)"
+    licence = "as its sources: TempLAMA Apache-2.0, DyKnow MIT, YAGO CC BY 3.0, REIGN open data; Wikidata CC0"
+    size = "6,668 changes of 2,122 facts"
+
+    def read(self, config: StreamConfig) -> Reading:
+        out = Reading()
+        for reader in (sources.templama, sources.dyknow, sources.yago, sources.leaders):
+            found = reader(config.data_root)
+            out.timelines += found.timelines
+            out.skipped += found.skipped
+            out.digests += found.digests
+            out.total += found.total
+        best: dict[tuple[str, str], Timeline] = {}
+        for t in out.timelines:
+            key = plain(t.subject), t.relation
+            kept = best.setdefault(key, t)
+            if kept is not t:
+                best[key], left = (t, kept) if len(t.states) > len(kept.states) else (kept, t)
+                out.skip(left.name, "the same fact stands in another source with as many states or more")
+        out.timelines = list(best.values())
+        return out
+
+
+@STREAMS.register("leaders-flags")
+class LeadersFlags(DatedStream):
+    """A flag, the question who leads this country, the real answer of each date."""
+
+    summary = "REIGN by flags: a country's flag, who leads it, 1950-2021 (needs --data-root)"
+    licence = "REIGN: open data without a stated licence; flags (GoSquared): MIT"
+    size = "2,255 changes of 188 facts"
+
+    def read(self, config: StreamConfig) -> Reading:
+        reading = sources.leaders(config.data_root)
+        flags = _flags(config.data_root)
+        by_name = {c.name: c for c in COUNTRIES.values()}
+        shown: list[Timeline] = []
+        for t in reading.timelines:
+            country = by_name[t.subject]
+            flag = flags.get(country.iso)
+            if flag is None:
+                reason = "the state has no ISO 3166 code, and so no flag" if not country.iso else f"no flag {country.iso}.png"
+                for s in t.states:
+                    reading.skip(s.where, reason)
+                continue
+            states = [s for s in t.states if not _before(country, s, reading)]
+            shown.append(_with_flag(replace(t, states=tuple(states)), flag))
+        reading.timelines = shown
+        reading.digests += [f"{t.image.name} {t.image.size}" for t in shown if t.image]
+        return reading
+
+
+def _before(country: Country, state: State, reading: Reading) -> bool:
+    early = state.start[0] < country.since
+    if early:
+        reading.skip(state.where, f"today's flag stands for the country from {country.since} on")
+    return early
+
+
+def _with_flag(t: Timeline, flag: FilePicture) -> Timeline:
+    return replace(
+        t,
+        prompt="Who leads this country?",
+        held_out=("The leader of the country with this flag is", "Who is in charge of this country?"),
+        train=("Name the leader of this country.", "Which person leads the country with this flag?"),
+        image=flag,
+        by_name=t.prompt,
+    )
+
+
+def _flags(root: Path | None) -> dict[str, FilePicture]:
+    """Pictures named by ISO 3166 codes of two letters, from the first folder under the root that has ten of them."""
+    folders = ("", "flags", "64", "flat/64", "flags-iso/flat/64", "flags/flags-iso/flat/64", "flags/flags/flags-iso/flat/64")
+    bases = [Path(root), Path(root).parent] if root is not None else []
+    for folder in (base / f for base in bases for f in folders):
+        found = {e.name[:2]: FilePicture(folder, e.name) for e in list_folder(folder) if _is_flag(e.name)}
+        if len(found) >= 10:
+            return found
+    raise BadStream(f"{root} has no flags: expected a folder flags/ of pictures named by ISO 3166 codes (FR.png, JP.png, ...).")
+
+
+def _is_flag(name: str) -> bool:
+    return len(name) == 6 and name.endswith(".png") and name[:2].isascii() and name[:2].isupper()

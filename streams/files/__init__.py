@@ -1,0 +1,1 @@
+"""Streams that read files people already have, without dates."""

@@ -1,0 +1,183 @@
+"""Rows of any source as entries: a map from our fields to theirs, and typed reading of what lies there.
+
+A map is a plain dictionary from our name ("prompt") to a path in the record ("requested_rewrite.prompt").
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from streams.base import BadStream, Skipped
+from streams.files.entry import Ask
+from streams.files.pictures import list_folder
+from streams.files.records import BadField, clean, distinct, kind_of, parse_json, plain, read_bytes
+from testbed.core.events import Split
+
+FieldMap = Mapping[str, str]
+ABSENT = object()
+
+
+def pick(record: object, path: str) -> object:
+    """The value at a path of names joined by dots; `ABSENT` where a step is missing."""
+    if isinstance(record, Mapping) and path in record:
+        return record[path]
+    value = record
+    for step in path.split("."):
+        if not isinstance(value, Mapping) or step not in value:
+            return ABSENT
+        value = value[step]
+    return value
+
+
+def many(value: object, field: str) -> tuple[str, ...]:
+    """One text, a number, or nested lists of them, as texts in order without the empty ones. Raises `BadField`."""
+    if value is ABSENT or value is None:
+        return ()
+    if isinstance(value, (list, tuple)):
+        return tuple(text for item in value for text in many(item, field))
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return (str(value),)
+    text = clean(value, field)
+    return (text,) if text else ()
+
+
+def one(record: object, path: str) -> str:
+    """The first text at a path. Raises `BadField` where there is none."""
+    value = pick(record, path)
+    if value is ABSENT:
+        raise BadField(f"{path} is absent")
+    texts = many(value, path)
+    if not texts:
+        raise BadField(f"{path} is null" if value is None else f"{path} is empty")
+    return texts[0]
+
+
+def answers(record: object, path: str | None) -> tuple[str, ...]:
+    """The answers at a path, equal ones once; () without a path."""
+    return distinct(many(pick(record, path), path)) if path else ()
+
+
+def text_pairs(record: object, split: Split, prompts: str | None, golds: str | None) -> list[Ask]:
+    """Questions under `prompts` with the answers under `golds`: one by one where both have as many, else all the same."""
+    if not prompts:
+        return []
+    asked, told = many(pick(record, prompts), prompts), many(pick(record, golds), golds) if golds else ()
+    if len(asked) > 1 and len(asked) == len(told):
+        return [Ask(split, q, a) for q, a in zip(asked, told)]
+    return [Ask(split, q, told[0] if told else None, aliases=distinct(told[1:], told[:1])) for q in asked]
+
+
+def nested(record: object, path: str | None, split: Split) -> Iterator[Ask]:
+    """`{"group": [{"prompt": ..., "ground_truth": ...}]}` as questions; the first answer counts, others are aliases.
+
+    Raises `BadField` for another shape.
+    """
+    value = pick(record, path) if path else ABSENT
+    if value is ABSENT or value is None:
+        return
+    groups = value.values() if isinstance(value, Mapping) else [value]
+    for rows in groups:
+        for row in rows if isinstance(rows, (list, tuple)) else [rows]:
+            if row is None:
+                continue
+            if not isinstance(row, Mapping):
+                raise BadField(f"{path} must hold objects with prompt and ground_truth, found {kind_of(row)}")
+            prompts, golds = many(row.get("prompt"), f"{path}.prompt"), distinct(many(row.get("ground_truth"), f"{path}.ground_truth"))
+            if prompts and (golds or split.startswith("locality_")):
+                yield Ask(split, prompts[0], golds[0] if golds else None, aliases=golds[1:])
+
+
+def must_differ(target: str, previous: str | None, names: tuple[str, str] = ("target", "previous")) -> None:
+    """Raise `BadField` where an edit would change nothing."""
+    if previous is not None and plain(previous) == plain(target):
+        raise BadField(f"{names[0]} equals {names[1]}: the edit would change nothing")
+
+
+def choose_form(row: object, forms: Mapping[str, FieldMap], where: str) -> tuple[str, FieldMap]:
+    """The first form whose prompt and target the row has. Raises `BadStream` with the columns that exist."""
+    for name, form in forms.items():
+        if all(pick(row, form[f]) is not ABSENT for f in ("prompt", "target")):
+            return name, form
+    wanted = "; or ".join(f"{f['prompt']} and {f['target']}" for f in forms.values())
+    raise BadStream(f"{where}: expected records with {wanted}; found {columns(row)}. Is this the right file?")
+
+
+def columns(row: object) -> str:
+    """The fields of a row, for a message."""
+    if not isinstance(row, Mapping):
+        return kind_of(row)
+    names = [str(k) for k in row]
+    return "the fields " + (", ".join(names[:30]) or "none") + (f" and {len(names) - 30} more" if len(names) > 30 else "")
+
+
+def read_rows(path: Path, skipped: list[Skipped]) -> tuple[list[Any], bytes]:
+    """The records of a JSON list, of an object with one list in it, or of JSON lines, and the file's bytes.
+
+    A line that cannot be read is skipped and named; trouble with a whole JSON file raises `BadStream`.
+    """
+    raw = read_bytes(path)
+    if path.suffix.lower() in (".jsonl", ".ndjson"):
+        return list(_lines(raw, path.name, skipped)), raw
+    top = parse_json(raw, path)
+    if isinstance(top, Mapping):
+        lists = [v for v in top.values() if isinstance(v, list) and v and isinstance(v[0], Mapping)]
+        top = lists[0] if len(lists) == 1 else top
+    if not isinstance(top, list):
+        raise BadStream(f"{path}: expected a list of records, found {kind_of(top)}. Is this the right file?")
+    return top, raw
+
+
+def _lines(raw: bytes, name: str, skipped: list[Skipped]) -> Iterator[Any]:
+    for number, line in enumerate(raw.removeprefix(b"\xef\xbb\xbf").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            yield json.loads(line.decode("utf-8"))
+        except UnicodeDecodeError as e:
+            skipped.append(Skipped(f"{name} line {number}", f"not UTF-8 (byte {e.start} of the line): save the file as UTF-8"))
+        except (ValueError, RecursionError):
+            skipped.append(Skipped(f"{name} line {number}", "not valid JSON: the line may have been cut short"))
+
+
+def find(root: Path | None, patterns: Sequence[str], stream: str) -> list[Path]:
+    """Files under the data root that match the first pattern with a match; the root itself where it is a file.
+
+    Raises `BadStream` that names what was expected and what was found.
+    """
+    expected = " or ".join(patterns)
+    if root is None:
+        raise BadStream(f"{stream} reads files: give their folder as --data-root (expected {expected}).")
+    root = Path(root)
+    if root.is_file():
+        return [root]
+    if not root.is_dir():
+        raise BadStream(f"data root {root} is not a folder. {stream} expects {expected} in it.")
+    for pattern in patterns:
+        found = sorted(p for p in root.glob(pattern) if p.is_file())
+        if found:
+            return found
+    names = [e.name for e in list_folder(root)]
+    listing = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    raise BadStream(f"{root} has not the files of {stream}. Expected {expected}; found {listing or 'nothing'}.")
+
+
+class Once:
+    """Which keys have been taken: the second record with a key is refused."""
+
+    def __init__(self) -> None:
+        self._taken: set[object] = set()
+
+    def take(self, key: object, what: str) -> None:
+        """Raise `BadField` where the key stands in an earlier record."""
+        if key in self._taken:
+            raise BadField(f"{what} stands in an earlier record")
+        self._taken.add(key)
+
+
+def none_left(entries: Iterable[Any], total: int, where: str, why: str) -> None:
+    """Raise `BadStream` where no record can be used."""
+    if not any(True for _ in entries):
+        raise BadStream(f"{where}: none of {total:,} records can be used ({why or 'the file is empty'}).")

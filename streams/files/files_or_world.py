@@ -1,0 +1,61 @@
+"""A stream that reads official files where a data root is given, and else the simulated world in the same form."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from typing import Any
+
+from streams.base import Stream, StreamConfig, TrainPool
+from testbed.core.events import EditEvent, Question
+
+
+class Either(Stream):
+    """Hands everything to its source; `origin` and `time_axis` say which of the two a run has seen."""
+
+    heeds = frozenset({"records", "since"})  # or not, as its source does
+    form: str
+    """Form of the simulated world (see `streams.world.stream.FORMS`)."""
+
+    def __init__(self, config: StreamConfig) -> None:
+        super().__init__(config)
+        self._source = self._world(config) if config.data_root is None else self.files(config)
+        self.skipped = self._source.skipped
+        self.time_axis = self._source.time_axis
+
+    @abstractmethod
+    def files(self, config: StreamConfig) -> Stream:
+        """The stream over the official files. Raises `BadStream`."""
+
+    def _world(self, config: StreamConfig) -> Stream:
+        from streams.world.stream import WorldStream
+
+        return WorldStream(config, form=self.form)
+
+    @property
+    def origin(self) -> str:
+        return self._source.origin
+
+    def events(self, n: int) -> list[EditEvent]:
+        return self._source.events(n)
+
+    def questions(self, event: EditEvent) -> tuple[Question, ...]:
+        return self._source.questions(event)
+
+    def general(self) -> tuple[Question, ...]:
+        return self._source.general()
+
+    def paraphrases(self, event: EditEvent) -> tuple[str, ...]:
+        return self._source.paraphrases(event)
+
+    def train_pool(self) -> TrainPool:
+        return self._source.train_pool()
+
+    def beliefs(self) -> Iterator[Question]:
+        return self._source.beliefs()
+
+    def data_hash(self) -> str:
+        return self._source.data_hash()
+
+    def counts(self) -> dict[str, Any]:
+        return self._source.counts()

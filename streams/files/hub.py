@@ -1,0 +1,227 @@
+"""Any source: `jsonl:FILE` (JSON lines or a JSON list) and `hub:DATASET[:CONFIG[:SPLIT]]` (Hugging Face `datasets`).
+
+`fields` of the stream's configuration says which of the source's fields is which of ours:
+
+    --stream jsonl:facts.jsonl --set stream.fields=prompt=question,target=new,previous=old
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from streams.base import BadStream, Skipped, StreamConfig
+from streams.files.entry import Data, Entry, with_roles
+from streams.files.entry_stream import EntryStream
+from streams.files.fields import ABSENT, Once, columns, none_left, pick, read_rows
+from streams.files.pictures import FilePicture, Shown, StoredPicture
+from streams.files.records import BadField, kind_of, optional_text, reasons
+from streams.files.textfacts_files import read_entry
+from testbed.core.events import BadPicture, content_id
+from testbed.core.registry import STREAMS
+
+OURS = (
+    "prompt",
+    "target",
+    "previous",
+    "subject",
+    "relation",
+    "rephrase",
+    "train",
+    "image",
+    "hard",
+    "hard_answer",
+    "text",
+    "text_answer",
+    "locality",
+    "portability",
+)
+"""What can be mapped; `prompt` and `target` are needed. `hard` and `text` are locality questions, `locality` and
+`portability` lists of objects with prompt and ground_truth."""
+
+
+def field_map(given: Sequence[str], row: object, where: str) -> dict[str, str]:
+    """Our fields to the source's; a field that is not given has its own name, where the source has that.
+
+    Raises `BadStream` for a mapping that cannot be, with the fields that exist.
+    """
+    out = {name: name for name in OURS if pick(row, name) is not ABSENT}
+    wrong = []
+    for item in given:
+        ours, equals, theirs = item.partition("=")
+        if not equals or ours not in OURS:
+            wrong.append(f"{item!r} is not OURS=THEIRS with one of {', '.join(OURS)}")
+        elif pick(row, theirs) is ABSENT:
+            wrong.append(f"{theirs!r} (for {ours}) is no field")
+        else:
+            out[ours] = theirs
+    wrong += [f"nothing is given for {name}" for name in ("prompt", "target") if name not in out]
+    if wrong:
+        raise BadStream(f"{where}: {'; '.join(wrong)}. There are {columns(row)}. Set --set stream.fields=prompt=...,target=...")
+    return out
+
+
+class _Mapped(EntryStream):
+    """Records of any source through a map of fields."""
+
+    argument: ClassVar[str] = ""
+    usage: ClassVar[str]
+
+    def read(self, config: StreamConfig) -> Data:
+        if not self.argument:
+            raise BadStream(f"this stream needs its source in its name: {self.usage}")
+        skipped: list[Skipped] = []
+        rows, title, digest, pictures = self.rows(config, skipped)
+        first = next((r for r in rows if isinstance(r, Mapping)), None)
+        if first is None:
+            raise BadStream(f"{title}: no record is an object with fields ({reasons(skipped) or 'there are no records'}).")
+        form = field_map(config.fields, first, title)
+        entries = _entries(rows, form, pictures, skipped)
+        none_left(entries, len(rows), title, reasons(skipped))
+        origin = f"{title} ({len(entries):,} usable of {len(rows):,} records)"
+        return Data(origin, with_roles(entries), tuple(skipped), content_id(digest, sorted(form.items())))
+
+    @abstractmethod
+    def rows(self, config: StreamConfig, skipped: list[Skipped]) -> tuple[Sequence[Any], str, str, Path | None]:
+        """The records, what to call them, a hash of their content, and the folder that picture names start from."""
+
+
+def _entries(rows: Sequence[Any], form: Mapping[str, str], pictures: Path | None, skipped: list[Skipped]) -> list[Entry]:
+    out: list[Entry] = []
+    once = Once()
+    for i, row in enumerate(rows):
+        where = f"record {i}"
+        try:
+            if not isinstance(row, Mapping):
+                raise BadField(f"expected an object, found {kind_of(row)}")
+            entry = read_entry(row, {k: v for k, v in form.items() if k != "image"}, where)
+            entry = replace(entry, image=_picture(row, form, pictures))
+            once.take(entry.place, "the same question")
+            out.append(entry)
+        except (BadField, BadPicture) as e:
+            skipped.append(Skipped(where, str(e)))
+    return out
+
+
+def _picture(row: Mapping[str, Any], form: Mapping[str, str], folder: Path | None) -> Shown | None:
+    held = row.get(form.get("image", ""))
+    if isinstance(held, StoredPicture):
+        return held
+    if isinstance(held, BadPicture):
+        raise held
+    name = optional_text(row, form["image"]) if "image" in form else None
+    if name is None:
+        return None
+    if folder is None:
+        raise BadField("a picture must lie in a column of pictures (datasets.Image), found text")
+    picture = FilePicture(folder, name)
+    if not picture.path.is_file():
+        raise BadField("no file for image")
+    return picture
+
+
+@STREAMS.register("jsonl:")
+class JsonLines(_Mapped):
+    """Records of a JSON-lines file, or of a JSON list."""
+
+    summary = "Your own records: jsonl:FILE, with --set stream.fields=prompt=...,target=... where names differ"
+    licence = "the file's own"
+    size = "as the file"
+    usage = "jsonl:FILE"
+
+    def rows(self, config: StreamConfig, skipped: list[Skipped]) -> tuple[Sequence[Any], str, str, Path | None]:
+        path = Path(config.data_root or ".") / self.argument
+        rows, raw = read_rows(path, skipped)
+        return rows, f"file {path.name}", hashlib.sha256(raw).hexdigest(), path.parent
+
+
+@STREAMS.register("hub:")
+class HubDataset(_Mapped):
+    """Records of a dataset on the Hugging Face hub, in its cache, or in a local folder."""
+
+    summary = "A Hugging Face dataset: hub:DATASET[:CONFIG[:SPLIT]], with --set stream.fields=prompt=...,target=..."
+    licence = "the dataset's own"
+    size = "as the dataset"
+    usage = "hub:DATASET[:CONFIG[:SPLIT]]"
+
+    def rows(self, config: StreamConfig, skipped: list[Skipped]) -> tuple[Sequence[Any], str, str, Path | None]:
+        name, part, split = (*self.argument.split(":"), "", "")[:3]
+        table = _load(name, part, split or "train")
+        wanted = {item.partition("=")[2].split(".")[0] for item in config.fields} | set(OURS)
+        kept = [c for c in table.column_names if c in wanted]
+        rows = _rows(table, kept, _roots(name)) if kept else [dict.fromkeys(table.column_names)]
+        if config.fields and any(item.partition("=")[2].split(".")[0] not in table.column_names for item in config.fields):
+            rows = [dict.fromkeys(table.column_names)]  # a wrong map: all columns are shown
+        digest = content_id([{k: _plainly(v) for k, v in row.items()} for row in rows])
+        return rows, f"dataset {Path(name).name} {part} {split or 'train'}".replace("  ", " "), digest, None
+
+
+def _plainly(value: Any) -> Any:
+    """A cell for the hash of the content: pictures by their key."""
+    return value.key if isinstance(value, StoredPicture) else str(value) if isinstance(value, BadPicture) else value
+
+
+def _roots(name: str) -> list[Path]:
+    """Folders that the picture files of a dataset may lie in: its own, and the caches that downloads go to."""
+    from datasets import config
+    from huggingface_hub import constants
+
+    caches = (config.HF_CACHE_HOME, config.HF_DATASETS_CACHE, constants.HF_HUB_CACHE)
+    return [Path(p).expanduser().resolve() for p in ([name] if Path(name).is_dir() else []) + list(map(str, caches))]
+
+
+def _rows(table: Any, columns: Sequence[str], roots: Sequence[Path]) -> list[dict[str, Any]]:
+    """The rows of these columns; cells of a column of pictures as pictures that are decoded when asked for."""
+    import datasets
+
+    shown = [c for c in columns if isinstance(table.features[c], datasets.Image)]
+    others = [c for c in columns if c not in shown]
+    rows = table.select_columns(others).to_list() if others else [{} for _ in range(len(table))]
+    for column in shown:
+        bare = table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+        for i, row in enumerate(rows):
+            row[column] = _stored(bare, column, i, roots)
+    return rows
+
+
+def _stored(table: Any, column: str, i: int, roots: Sequence[Path]) -> StoredPicture | BadPicture | None:
+    """The picture of a cell, why its file cannot be read, or None for an empty cell."""
+    where = f"in {column} of record {i}"
+
+    def read() -> bytes:
+        cell = table[i][column]
+        try:
+            return cell["bytes"] if cell["bytes"] is not None else _inside(cell["path"], where, roots).read_bytes()
+        except OSError as e:
+            raise BadPicture(f"picture {where} cannot be read: {e.strerror or e}") from e
+
+    if table[i][column] is None:
+        return None
+    try:
+        return StoredPicture(hashlib.sha256(read()).hexdigest()[:16], where, read)
+    except BadPicture as e:
+        return e
+
+
+def _inside(path: str, where: str, roots: Sequence[Path]) -> Path:
+    """The file of a cell. Raises `BadPicture` for one outside the dataset's folders: a record must not show the machine's other files."""
+    found = Path(path).resolve()
+    if not any(found.is_relative_to(root) for root in roots):
+        raise BadPicture(f"picture {where} leaves the dataset's folder: keep the files in it, or the pictures in the table itself")
+    return found
+
+
+def _load(name: str, part: str, split: str) -> Any:
+    import datasets
+
+    try:
+        if (Path(name) / "state.json").is_file():
+            return datasets.Dataset.load_from_disk(name)
+        return datasets.load_dataset(name, part or None, split=split)
+    except Exception as e:  # datasets raises many kinds; each is a source that cannot be used
+        found = " ".join(str(e).split())[:300]
+        raise BadStream(f"dataset {name!r} (configuration {part or 'default'}, split {split}) cannot be loaded: {found}") from e

@@ -1,0 +1,1 @@
+"""The simulated world: facts, pictures and questions with exact truth."""

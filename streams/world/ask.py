@@ -1,0 +1,160 @@
+"""Questions about one change of the world, in the form that a stream wants."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from streams.world.emblem import Photo
+from streams.world.facts import FAMILY, Entity, Fact, World, stable_index
+from streams.world.history import Change
+from streams.world.skills import arithmetic, caption, through
+from streams.world.words import CAPTION_HELD, CAPTION_PROMPT, CAPTION_TRAIN, SLOTS, canonical, phrasings, picture_ref
+from testbed.core.events import Question, Split
+
+POOL_EVERY = 4
+"""Every fourth family's control belongs to the train pool, and no probe asks about it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How the world's changes come out.
+
+    `pictures`: edits and questions show a photo (else they name the entity); `captions`: the target is a
+    sentence; `slots`: relations that may change; `new_photos`: image rephrases an edit.
+    """
+
+    name: str
+    pictures: bool
+    captions: bool = False
+    slots: tuple[int, ...] = tuple(range(SLOTS))
+    new_photos: int = 1
+
+
+def in_pool(entity: Entity) -> bool:
+    """Whether the entity's family lends its control to the train pool."""
+    return entity.index // FAMILY % POOL_EVERY == POOL_EVERY - 1
+
+
+def probe_controls(world: World, kind: str | None = None) -> list[Entity]:
+    """Controls that probes may ask about."""
+    return [e for e in world.controls(kind) if not in_pool(e)]
+
+
+def pool_controls(world: World) -> list[Entity]:
+    """Controls whose facts editors may train on."""
+    return [e for e in world.controls() if in_pool(e)]
+
+
+def _pointing(world: World) -> dict[str, list[Entity]]:
+    """By entity: those whose fourth relation points at it for good."""
+    out: dict[str, list[Entity]] = {}
+    for entity in world.entities:
+        if SLOTS - 1 in entity.frozen:
+            out.setdefault(world.value(entity, SLOTS - 1), []).append(entity)
+    return out
+
+
+class Asker:
+    """Makes prompts, answers and questions of one world in one form."""
+
+    def __init__(self, world: World, form: Form) -> None:
+        self.world, self.form = world, form
+        self._pointing = _pointing(world)
+        self._controls = {kind: probe_controls(world, kind) for kind in ("country", "company", "club", "university")}
+
+    def ref(self, entity: Entity) -> str:
+        return picture_ref(entity.kind) if self.form.pictures else entity.name
+
+    def photo(self, entity: Entity, number: int = 0) -> Photo | None:
+        return self.world.photo(entity, number) if self.form.pictures else None
+
+    def edit_prompt(self, fact: Fact) -> tuple[str, Photo | None]:
+        """The prompt and the picture of an edit of this fact."""
+        prompt = CAPTION_PROMPT if self.form.captions else canonical(fact.relation, self.ref(fact.entity))
+        return prompt, self.photo(fact.entity)
+
+    def answer(self, fact: Fact, value: str) -> str:
+        """What the model should say when the fact has this value."""
+        return caption(fact.entity, value) if self.form.captions else value
+
+    def train_prompts(self, fact: Fact) -> tuple[str, ...]:
+        return CAPTION_TRAIN if self.form.captions else phrasings(fact.relation, self.ref(fact.entity), held_out=False)
+
+    def held_prompts(self, fact: Fact) -> tuple[str, ...]:
+        """Two wordings that neither training nor an editor sees, the same for a fact at every date."""
+        every = CAPTION_HELD if self.form.captions else phrasings(fact.relation, self.ref(fact.entity), held_out=True)
+        first = stable_index(len(every), "held", fact.entity.name, fact.slot)
+        return every[first], every[(first + 1) % len(every)]
+
+    def questions(self, change: Change, event_id: str) -> tuple[Question, ...]:
+        """All questions about a change; the answer to its fact is the value after it."""
+        follows = self._cross_modal(change) if self.form.pictures else self._hops(change)
+        asked = [*self._about(change), *self._around(change.fact), *follows]
+        return tuple(replace(q, event_id=event_id, id="") for q in asked)
+
+    def _about(self, change: Change) -> Iterator[Question]:
+        fact = change.fact
+        answer, (prompt, photo) = self.answer(fact, change.value), self.edit_prompt(fact)
+        yield Question("edit", prompt, answer, image=photo)
+        for held in self.held_prompts(fact):
+            yield Question("text_generality", held, answer, image=photo)
+        for number in range(1, 1 + self.form.new_photos):
+            yield Question("image_generality", prompt, answer, image=self.photo(fact.entity, number))
+        yield Question("stale", prompt, self.answer(fact, change.previous), image=photo)
+
+    def _around(self, fact: Fact) -> Iterator[Question]:
+        entity, hard = fact.entity, self._hard(fact.entity)
+        topic = "twin" if hard is self.world.twin(entity) and self.world.has_twin(entity) else "same kind"
+        yield self._locality("locality_hard", self.world.fact(hard, fact.slot), topic)
+        sibling = min(entity.frozen)
+        prompt = canonical(entity.relations[sibling], self.ref(entity))
+        yield Question("locality_sibling", prompt, self.world.value(entity, sibling), image=self.photo(entity))
+        others = [kind for kind in self._controls if kind != entity.kind]
+        far = self._pick(others[stable_index(3, "kind", entity.name, fact.slot)], "far", fact)
+        yield self._locality("locality_far", self.world.fact(far, fact.slot), far.kind)
+        yield self._text_locality(fact)
+
+    def _hard(self, entity: Entity) -> Entity:
+        """The entity's family control, or another of the kind where that one is in the train pool."""
+        twin = self.world.twin(entity)
+        return self._pick(entity.kind, "hard", self.world.fact(entity, 0)) if in_pool(twin) else twin
+
+    def _pick(self, kind: str, purpose: str, fact: Fact) -> Entity:
+        among = self._controls[kind]
+        return among[stable_index(len(among), purpose, fact.entity.name, fact.slot)]
+
+    def _locality(self, split: Split, fact: Fact, topic: str) -> Question:
+        prompt, photo = self.edit_prompt(fact)
+        return Question(split, prompt, self.answer(fact, fact.value), image=photo, topic=topic)
+
+    def _text_locality(self, fact: Fact) -> Question:
+        if not self.form.pictures:
+            seed = stable_index(2**32, "text", fact.entity.name, fact.slot)
+            prompt, answer = arithmetic(np.random.default_rng(seed), held_out=True)
+            return Question("locality_text", prompt, answer, topic="arithmetic")
+        near = self._pick(fact.entity.kind, "text", fact)
+        prompt = canonical(near.relations[fact.slot], near.name)
+        return Question("locality_text", prompt, self.world.value(near, fact.slot), topic="fact by name")
+
+    def _cross_modal(self, change: Change) -> Iterator[Question]:
+        """The fact edited by picture, asked by name."""
+        prompt = canonical(change.fact.relation, change.fact.entity.name)
+        yield Question("portability", prompt, change.value, topic="cross_modal")
+
+    def _hops(self, change: Change) -> Iterator[Question]:
+        """What follows from the change and one fact that never changes: the edited fact first, or second.
+
+        Training shows no such composition. One whose answer the change leaves as it was is not asked.
+        """
+        fact, names = change.fact, self.world.by_name
+        if fact.slot == SLOTS - 1:
+            middle, before = names[change.value], names[change.previous]
+            slot = min(middle.frozen)
+            prompt, answer = through(fact.entity, middle.relations[slot]), self.world.value(middle, slot)
+            if answer != self.world.value(before, slot):
+                yield Question("portability", prompt, answer, topic="hop_first")
+        for entity in self._pointing.get(fact.entity.name, ())[:1]:
+            yield Question("portability", through(entity, fact.relation), change.value, topic="hop_second")

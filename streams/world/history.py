@@ -1,0 +1,185 @@
+"""What happens to the facts of the world: dated changes, drawn one after another.
+
+Each change is drawn from what came before it alone, so the first k changes do not depend on how many are
+taken. An event may be followed by one about the same entity (a new leader brings a new ally).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from streams import transforms
+from streams.base import StreamConfig
+from streams.world.facts import Fact, World
+from testbed.core.events import Kind
+
+CASCADE = 0.2
+DRIFT_EDITS = 500
+"""With `drift`, the mix of relations has moved from its first state to its last after so many changes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One change: the fact at the start, the values around it, and the number of the change it replaces.
+
+    `value` after a retire is the start value, to which the answer falls back.
+    """
+
+    number: int
+    kind: Kind
+    fact: Fact
+    previous: str
+    value: str
+    revises: int | None
+    cascade_of: int | None
+
+
+@dataclass
+class _Track:
+    """What has happened to one fact: its values so far (the last is the present one), its last change."""
+
+    values: list[str]
+    last: int
+
+
+@dataclass
+class _Pool:
+    """Facts with hazards as weights; draws in O(1) by rejection, removes in O(1)."""
+
+    items: list[Fact] = field(default_factory=list)
+    _place: dict[tuple[int, int], int] = field(default_factory=dict)
+
+    def add(self, fact: Fact) -> None:
+        self._place[_key(fact)] = len(self.items)
+        self.items.append(fact)
+
+    def remove(self, fact: Fact) -> None:
+        at = self._place.pop(_key(fact))
+        last = self.items.pop()
+        if at < len(self.items):
+            self.items[at] = last
+            self._place[_key(last)] = at
+
+    def __contains__(self, fact: Fact) -> bool:
+        return _key(fact) in self._place
+
+    def draw(self, rng: np.random.Generator, top: float, mix: Mapping[str, float]) -> Fact:
+        """A fact with probability in proportion to its hazard times the weight (at most 1) of its relation."""
+        while True:
+            fact = self.items[int(rng.integers(len(self.items)))]
+            if rng.random() * top < fact.relation.hazard * mix.get(fact.relation.name, 1.0):
+                return fact
+
+
+def _key(fact: Fact) -> tuple[int, int]:
+    return fact.entity.index, fact.slot
+
+
+class History:
+    """Changes of the editable facts of a world.
+
+    Args:
+        world: the world that changes.
+        config: shares of revise, revert and retire, repeats, drift; `seed` picks the history.
+        slots: which relations may change (all by default).
+    """
+
+    def __init__(self, world: World, config: StreamConfig, slots: tuple[int, ...] = (0, 1, 2, 3)) -> None:
+        self.world, self.config, self.slots = world, config, slots
+        self._rng = np.random.default_rng([world.seed, world.size, 23, config.seed])
+        self._fresh, self._touched = _Pool(), _Pool()
+        self._tracks: dict[tuple[int, int], _Track] = {}
+        for fact in world.facts():
+            if not fact.frozen and fact.slot in slots:
+                self._fresh.add(fact)
+        self._top = max(f.relation.hazard for f in self._fresh.items)
+        self._changes: list[Change] = []
+        self._again = 0
+        names = sorted({f.relation.name for f in self._fresh.items})
+        drift = transforms.generator(config.seed, "world drift").normal(0.0, 1.0, (2, len(names))) if config.drift else None
+        self._drift = (names, drift)
+
+    def first(self, n: int) -> list[Change]:
+        """The first n changes; there is no last one."""
+        source = self._grow()
+        while len(self._changes) < n:
+            self._changes.append(next(source))
+        return self._changes[:n]
+
+    def _grow(self) -> Iterator[Change]:
+        while True:
+            number = len(self._changes)
+            yield self._repeat(number) or self._cascade(number) or self._free(number)
+
+    def _repeat(self, number: int) -> Change | None:
+        """Another value for a fact that was just edited for the first time, as often as `repeats` says."""
+        if self._changes and self._changes[-1].kind == "add":
+            self._again = self.config.repeats - 1
+        if not self._again:
+            return None
+        self._again -= 1
+        last = self._changes[-1]
+        return self._change(number, last.fact, last.cascade_of)
+
+    def _mix(self, number: int) -> dict[str, float]:
+        """Weights of the relations, the largest 1: at share t of the way from softmax((1 - t) a + t b)."""
+        names, drift = self._drift
+        if drift is None:
+            return {}
+        t = min(1.0, number / DRIFT_EDITS)
+        logits = (1 - t) * drift[0] + t * drift[1]
+        return dict(zip(names, np.exp(logits - logits.max()).tolist()))
+
+    def _cascade(self, number: int) -> Change | None:
+        """A change that follows from the one before it, if that one brings one."""
+        cause = self._changes[-1] if self._changes else None
+        if cause is None or cause.kind not in ("add", "revise") or cause.cascade_of is not None:
+            return None
+        slot = cause.fact.relation.cascade
+        if slot is None or slot not in self.slots or self._rng.random() >= CASCADE:
+            return None
+        fact = self.world.fact(cause.fact.entity, slot)
+        return None if fact.frozen else self._change(number, fact, cause.number)
+
+    def _free(self, number: int) -> Change:
+        share, c, mix = self._rng.random(), self.config, self._mix(number)
+        if self._touched.items and share < c.retire + c.revert:
+            fact = self._touched.draw(self._rng, self._top, mix)
+            track = self._tracks[_key(fact)]
+            if track.values[-1] != fact.value and share < c.retire:
+                return self._record(number, "retire", fact, fact.value, None)
+            if len(track.values) > 1:
+                return self._revert(number, fact, track)
+        again = self._touched.items and (share < c.retire + c.revert + c.revise or not self._fresh.items)
+        pool = self._touched if again else self._fresh
+        return self._change(number, pool.draw(self._rng, self._top, mix), None)
+
+    def _revert(self, number: int, fact: Fact, track: _Track) -> Change:
+        track.values.pop()
+        return self._record(number, "revert", fact, track.values[-1], None, popped=True)
+
+    def _change(self, number: int, fact: Fact, cascade_of: int | None) -> Change:
+        values = self.world.vocabularies[fact.relation.values]
+        track = self._tracks.get(_key(fact))
+        barred = {fact.value, track.values[-1] if track else fact.value, fact.entity.name}
+        while (value := values[int(self._rng.integers(len(values)))]) in barred:
+            continue
+        return self._record(number, "revise" if track else "add", fact, value, cascade_of)
+
+    def _record(self, number: int, kind: Kind, fact: Fact, value: str, cascade_of: int | None, popped: bool = False) -> Change:
+        track = self._tracks.get(_key(fact))
+        if track is None:
+            self._fresh.remove(fact)
+            self._touched.add(fact)
+            track = self._tracks[_key(fact)] = _Track([fact.value], -1)
+        previous = self._changes[track.last].value if track.last >= 0 else fact.value
+        change = Change(number, kind, fact, previous, value, track.last if track.last >= 0 else None, cascade_of)
+        if kind == "retire":
+            track.values = [fact.value]
+        elif not popped:
+            track.values.append(value)
+        track.last = number
+        return change

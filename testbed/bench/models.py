@@ -1,0 +1,146 @@
+"""Models to measure on: loaded ones, and random weights in the shapes of published models, whose time and memory are the same.
+
+A shape has the layers, widths and vocabulary of its model; its tokenizer is the tiny model's, so prompts are a few
+tokens longer or shorter than with its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+
+from testbed.model import families
+from testbed.model import handle as models
+from testbed.model.handle import ModelHandle
+
+_HEADROOM = 1.25
+"""Times the weights that a shape is given: activations, the head's logits, one editor's state."""
+
+
+class NoRoom(RuntimeError):
+    """A model that memory has no room for, with both numbers."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """config: of the tiny model's handle, for the ids of its tokens. processor: of the same, where the shape reads pictures."""
+
+    config: Callable[[ModelHandle], Any]
+    processor: Callable[[ModelHandle], Any] | None = None
+
+
+def _gpt2(like: ModelHandle, **size: Any) -> Any:
+    from transformers import GPT2Config
+
+    return GPT2Config(pad_token_id=like.tokenizer.pad_token_id, **size)
+
+
+def _llama3(like: ModelHandle) -> Any:
+    from transformers import LlamaConfig
+
+    size: Any = {"vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32}
+    heads: Any = {"num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192}
+    return LlamaConfig(**size, **heads)
+
+
+def _llava(like: ModelHandle) -> Any:
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+
+    vision = CLIPVisionConfig(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336, patch_size=14
+    )
+    text = LlamaConfig(vocab_size=32_064, max_position_embeddings=4096)
+    return LlavaConfig(vision_config=vision, text_config=text, image_token_index=like.model.config.image_token_index)
+
+
+def _llava_processor(like: ModelHandle) -> Any:
+    from transformers import LlavaProcessor
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    images = CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
+    words: Any = {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    return LlavaProcessor(images, like.tokenizer, image_token="<image>", **words)
+
+
+def _blip2(like: ModelHandle) -> Any:
+    from transformers import Blip2Config, Blip2QFormerConfig, Blip2VisionConfig, OPTConfig
+
+    text = OPTConfig(
+        vocab_size=50_304, hidden_size=2560, ffn_dim=10_240, num_hidden_layers=32, num_attention_heads=32, word_embed_proj_dim=2560
+    )
+    parts = {"vision_config": Blip2VisionConfig(), "qformer_config": Blip2QFormerConfig(), "text_config": text}
+    return Blip2Config(**parts, num_query_tokens=32, image_token_index=like.model.config.image_token_index)
+
+
+def _blip2_processor(like: ModelHandle) -> Any:
+    from transformers import AddedToken, Blip2Processor
+    from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+
+    processor = Blip2Processor(BlipImageProcessorPil(size={"height": 224, "width": 224}), like.tokenizer, num_query_tokens=32)
+    processor.image_token = AddedToken("<image>", normalized=False, special=True)  # of the tokenizer's own it took the text
+    return processor
+
+
+SHAPES: dict[str, Shape] = {
+    "random:gpt2-small": Shape(_gpt2),
+    "random:gpt2-xl": Shape(lambda like: _gpt2(like, n_embd=1600, n_layer=48, n_head=25)),
+    "random:llama-3-8b": Shape(_llama3),
+    "random:llava-1.5-7b": Shape(_llava, _llava_processor),
+    "random:blip-2-opt-2.7b": Shape(_blip2, _blip2_processor),
+}
+
+
+def open_model(name: str, device: str = "auto", dtype: str = "auto") -> ModelHandle:
+    """A shape by name, else what `models.load` makes of the name. Raises `NoRoom` for a shape that does not fit, and `BadModel`."""
+    return _random(name, device, dtype) if name in SHAPES else models.load(name, device, dtype)
+
+
+def parameters(name: str) -> int:
+    """How many parameters a shape has; none is made."""
+    shape = SHAPES[name]
+    config = shape.config(models.load("tiny", "cpu"))
+    with torch.device("meta"):
+        return sum(p.numel() for p in _class(shape).from_config(config).parameters())
+
+
+def _class(shape: Shape) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText if shape.processor else AutoModelForCausalLM
+
+
+def _random(name: str, device: str, dtype: str) -> ModelHandle:
+    from transformers.initialization import no_init_weights
+
+    shape, like, place = SHAPES[name], models.load("tiny", "cpu"), models.pick_device(device)
+    config, kind = shape.config(like), models.pick_dtype(dtype, place)
+    size, free = parameters(name) * kind.itemsize, _free(place)
+    if size * _HEADROOM > free:
+        raise NoRoom(f"{name} takes {size / 1e9:.1f} GB, and a quarter more to work in; {free / 1e9:.1f} GB are free on {place}")
+    with no_init_weights(), place:
+        model = _class(shape).from_config(config, dtype=kind)
+    _fill(model)
+    processor = shape.processor(like) if shape.processor else None
+    return ModelHandle(model, like.tokenizer, processor, name, families.family_of(config), place)
+
+
+def _free(place: torch.device) -> int:
+    """Bytes that are free where the model is to lie."""
+    return torch.cuda.mem_get_info(place)[0] if place.type == "cuda" else psutil.virtual_memory().available
+
+
+@torch.no_grad()
+def _fill(model: Any) -> None:
+    """Weights of the usual spread, one draw over and over (a draw for each of billions would take longer than the measurement)."""
+    draw = 0.02 * torch.randn(1_000_003, generator=torch.Generator().manual_seed(0))
+    for name, p in model.named_parameters():
+        if p.ndim == 1:
+            p.fill_(float(name.endswith("weight")))
+            continue
+        some, flat = draw.to(p), p.view(-1)
+        for at in range(0, len(flat), len(some)):
+            flat[at : at + len(some)] = some[: len(flat) - at]

@@ -1,0 +1,1 @@
+"""Benchmarks from local files, and how choices and refusals are judged."""

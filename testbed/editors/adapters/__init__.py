@@ -1,0 +1,1 @@
+"""Editors that train low-rank or side matrices."""

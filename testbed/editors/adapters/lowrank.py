@@ -1,0 +1,210 @@
+"""Low-rank additions to linear maps of the decoder: where they go, what they are trained on, how they are merged and saved.
+
+An adapter is U (r, f) and V (r, d), float32, added to a map's output as `scale * V^T U x`: LoRA's A and B with
+B transposed (Hu et al. 2021, arXiv 2106.09685), whatever order the model stores its own weight in.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from testbed.core.timing import stage
+from testbed.editors.base import BadEditor
+from testbed.model.answer_loss import answer_nll
+from testbed.model.encoding import Ask, Batch, answer_ids, collate
+from testbed.model.families import UnknownLayout
+from testbed.model.handle import ModelHandle
+from testbed.model.reference_mode import watch
+from testbed.model.suffix import enter, row_mean
+
+Add = Callable[[Tensor], Tensor]
+"""What a site adds to its output: (B, T, f) activations to (B, T, d)."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """One linear map (.., f) -> (.., d) of decoder layer `layer`."""
+
+    name: str
+    module: nn.Module
+    layer: int
+    f: int
+    d: int
+
+    @property
+    def weight(self) -> str:
+        """Name of its matrix among the model's parameters."""
+        return f"{self.name}.weight"
+
+
+def find_sites(handle: ModelHandle, pattern: str) -> list[Site]:
+    """The linear maps of the decoder layers whose full name the regular expression finds, in the order in which they run.
+
+    Raises `BadEditor` for a pattern that is none, or that matches nothing (with what there is).
+    """
+    try:
+        wanted = re.compile(pattern)
+    except re.error as e:
+        raise BadEditor(f"modules={pattern!r} is not a regular expression: {e}") from e
+    every = [s for i, layer in enumerate(handle.layers) for s in _linear(f"{handle.layers_path}.{i}", i, layer)]
+    found = [s for s in every if wanted.search(s.name)]
+    if not found:
+        kinds = dict.fromkeys(s.name.removeprefix(f"{handle.layers_path}.{s.layer}.") for s in every)
+        raise BadEditor(
+            f"modules={pattern!r} matches no linear map of {handle.name}; each of its {handle.n_layers} decoder layers, "
+            f"{handle.layers_path}.0 to {handle.layers_path}.{handle.n_layers - 1}, has {', '.join(kinds)}"
+        )
+    return _as_they_run(handle, found)
+
+
+def _linear(path: str, layer: int, module: nn.Module) -> list[Site]:
+    out = []
+    for name, m in module.named_modules():
+        weight = getattr(m, "weight", None)
+        if isinstance(weight, nn.Parameter) and weight.ndim == 2 and not isinstance(m, nn.Embedding):
+            d, f = weight.shape if isinstance(m, nn.Linear) else weight.shape[::-1]  # GPT-2's Conv1D keeps (f, d)
+            out.append(Site(f"{path}.{name}", m, layer, f, d))
+    return out
+
+
+@torch.no_grad()
+def _as_they_run(handle: ModelHandle, sites: Sequence[Site]) -> list[Site]:
+    """In the order of a forward, which may differ from the order of the modules."""
+    ran: list[Site] = []
+    with ExitStack() as stack:
+        for s in sites:
+            stack.enter_context(handle.hooked(s.module, lambda m, args, output, s=s: ran.append(s)))
+        handle.model(**collate(handle, [Ask("order")]).inputs, use_cache=False)
+    return ran
+
+
+def check_rank(sites: Sequence[Site], rank: int) -> None:
+    """Raise `BadEditor` for a rank that a site is too narrow for."""
+    least = min(sites, key=lambda s: min(s.f, s.d))
+    if rank > min(least.f, least.d):
+        raise BadEditor(f"rank {rank} is more than {least.name} is wide: set rank to {min(least.f, least.d)} or less")
+
+
+class Span:
+    """A batch of edits and the part of the model from the first site's layer up; what lies below is run once.
+
+    act: (B, T, f) what enters the first site, which no adapter changes. Raises `UnknownLayout` for a model
+    whose logits are not those of its last norm and head.
+    """
+
+    @stage("capture")
+    def __init__(self, handle: ModelHandle, sites: Sequence[Site], asks: Sequence[Ask], answers: Sequence[str]) -> None:
+        self.handle, self.sites = handle, sites
+        self.batch: Batch = collate(handle, asks, [answer_ids(handle, a, x) for a, x in zip(asks, answers)], end=True)
+        self.at = self.batch.before_answer
+        self.above = enter(handle, self.batch, sites[0].layer, handle.n_layers - 1)
+        self.act = self._entering()
+
+    @torch.no_grad()
+    def _entering(self) -> Tensor:
+        kept: list[Tensor] = []
+        with self.handle.hooked(self.sites[0].module, lambda m, args: kept.append(args[0].detach()), pre=True):
+            logits = self.handle.head(self.ends([])).to(self.handle.device)
+        checked: set[str] = self.handle.cache.setdefault("spans", set())
+        if self.sites[0].name not in checked and torch.isfinite(logits).all():
+            self._check(logits)
+            checked.add(self.sites[0].name)
+        return kept[0].reshape(*self.batch.prompt.shape, -1)
+
+    def _check(self, logits: Tensor) -> None:
+        """Compare with the whole model, once: a scale or cap behind the head cannot be seen from here."""
+        want = self.handle.model(**self.batch.inputs, use_cache=False).logits[self.at]
+        share = float((logits - want).float().norm() / want.float().norm().clamp(min=1e-12))
+        if not share <= (1e-3 if want.dtype in (torch.float32, torch.float64) else 0.1):
+            raise UnknownLayout(
+                f"the logits of {type(self.handle.model).__name__} are not those of its last norm and head: off by {share:.0%}"
+            )
+
+    def ends(self, adds: Sequence[Add]) -> Tensor:
+        """(n, d) what enters the head at the answer positions with an addition at each site, in order; none changes nothing."""
+        with ExitStack() as stack:
+            for site, add in zip(self.sites, adds):
+                stack.enter_context(self.handle.hooked(site.module, lambda m, args, out, add=add: self._put(add, args[0], out)))
+            hidden = self.above.through(self.above.hidden, self.above.first, self.handle.n_layers)
+            return self.above.ends(hidden, self.at)
+
+    def _put(self, add: Add, act: Tensor, out: Tensor) -> Tensor:
+        more = add(act.reshape(*self.batch.prompt.shape, -1))
+        return out + more.to(out.dtype).reshape(out.shape)
+
+    def loss(self, adds: Sequence[Add]) -> Tensor:
+        """(B,) mean next-token cross-entropy (nats a token) of each row's answer, its end token included."""
+        nll = answer_nll(self.handle, self.ends(adds), self.batch.answer_ids)
+        return watch(row_mean(nll, self.at.nonzero()[:, 0], len(self.at)))
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """u: (r, f), v: (r, d), float32. scale: what the product is multiplied by (LoRA's alpha / r)."""
+
+    u: Tensor
+    v: Tensor
+    scale: float = 1.0
+
+    def __call__(self, act: Tensor) -> Tensor:
+        """(.., d) float32 what it adds for activations (.., f)."""
+        return self.scale * (act.float() @ self.u.mT @ self.v)
+
+
+def fresh(site: Site, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """U uniform in +-1/sqrt(f) as PEFT draws it, V zero: an adapter that changes nothing yet."""
+    u = (2 * torch.rand(rank, site.f, generator=generator) - 1) / site.f**0.5
+    device = next(site.module.parameters()).device
+    return u.to(device), torch.zeros(rank, site.d, device=device)
+
+
+def delta(site: Site, adapter: Adapter) -> Tensor:
+    """The adapter as a change of the site's weight, float32, in the order in which the model stores it."""
+    change = adapter.scale * (adapter.v.mT @ adapter.u)
+    return change if isinstance(site.module, nn.Linear) else change.mT.contiguous()
+
+
+def merged(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
+    """One adapter, of the ranks together, whose addition is the weighted sum of theirs."""
+    scaled = [w * a.scale * a.v for a, w in zip(adapters, weights, strict=True)]
+    return Adapter(torch.cat([a.u for a in adapters]), torch.cat(scaled))
+
+
+def save_peft(folder: Path, handle: ModelHandle, adapters: Mapping[str, Adapter]) -> None:
+    """Write one adapter a site (by name of its module) as PEFT reads it: adapter_config.json and adapter_model.safetensors.
+
+    All must have one rank and one scale; raises `BadEditor` where they do not.
+    """
+    kinds = {(len(a.u), a.scale) for a in adapters.values()}
+    if len(kinds) != 1:
+        raise BadEditor(f"PEFT keeps one rank and one scale an adapter, got {sorted(kinds)} over {len(adapters)} modules")
+    rank, scale = kinds.pop()
+    tensors: dict[str, Tensor] = {}
+    for name, a in adapters.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = a.u.cpu().contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = a.v.mT.cpu().contiguous()
+    stored_transposed = not isinstance(handle.model.get_submodule(next(iter(adapters))), nn.Linear)
+    config: dict[str, Any] = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": scale * rank,
+        "target_modules": sorted(adapters),
+        "fan_in_fan_out": stored_transposed,
+        "base_model_name_or_path": handle.name,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")

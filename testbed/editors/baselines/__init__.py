@@ -1,0 +1,1 @@
+"""Editors to compare with: none, the truth, plain fine-tuning."""

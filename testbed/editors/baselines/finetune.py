@@ -1,0 +1,112 @@
+"""Fine-tuning of one down-projection, edit after edit: the baseline that every editing paper includes.
+
+`finetune` is plain Adam on the answer's cross-entropy. `finetune-l` adds the constraint of Zhu et al. 2020
+(arXiv 2012.00363): no entry of a step's change may exceed epsilon, enforced after each optimiser step
+(FT-L in the editing literature).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from streams.base import TrainPool
+from testbed.core.events import EditBatch
+from testbed.core.registry import EDITORS
+from testbed.core.timing import stage
+from testbed.editors.base import EditFailed, Editor, EditorConfig, Traits, need
+from testbed.model.encoding import Ask
+from testbed.model.handle import project
+from testbed.model.predictor import ModelPredictor, Predictor
+from testbed.model.suffix import Tail, capture
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(EditorConfig):
+    layer: int = -1
+    """Decoder layer whose down-projection is trained; negative counts from the last."""
+    lr: float = 2.5e-3
+    """Adam's step size."""
+    steps: int = 20
+    """Optimiser steps a batch; the optimiser starts afresh for each."""
+    epsilon: float = 0.0
+    """Largest change of any weight in one batch (Zhu et al. 2020, L-infinity); 0 is no limit."""
+
+    def problems(self) -> list[str]:
+        out = []
+        if self.lr <= 0:
+            out.append(f"lr must be positive, got {self.lr}")
+        if self.steps < 1:
+            out.append(f"steps must be 1 or more, got {self.steps}")
+        if self.epsilon < 0:
+            out.append(f"epsilon must be 0 or more, got {self.epsilon}")
+        return out
+
+
+@dataclass(frozen=True)
+class ConstrainedConfig(FinetuneConfig):
+    epsilon: float = 2e-3
+    """Largest change of any weight in one batch (Zhu et al. 2020, L-infinity)."""
+
+
+@EDITORS.register("finetune")
+class Finetune(Editor):
+    """One layer's down-projection, trained on each batch from where the last one left it."""
+
+    summary = "fine-tunes one down-projection with Adam, edit after edit"
+    traits = Traits(weights=True)
+    Config = FinetuneConfig
+
+    def _prepare(self, pool: TrainPool) -> None:
+        self.weight_name = self.handle.down_weight(self.config.layer)
+        self.weight = self.handle.parameter(self.weight_name).detach().float().clone()
+
+    def _edit(self, batch: EditBatch) -> dict[str, float]:
+        asks = [Ask(e.prompt, e.image) for e in batch.events]
+        tail = capture(self.handle, asks, [e.target for e in batch.events], self.config.layer)
+        self.weight, loss = self._train(tail)
+        return {"loss": loss}
+
+    @stage("train")
+    def _train(self, tail: Tail) -> tuple[torch.Tensor, float]:
+        """The new weight and the last loss (nats a token). Raises `EditFailed` when the loss is not finite."""
+        start, module = self.weight, self.handle.down(self.config.layer)
+        weight = start.clone().requires_grad_(True)
+        adam = torch.optim.Adam([weight], lr=self.config.lr)
+        value = float("nan")
+        for _ in range(self.config.steps):
+            adam.zero_grad()
+            loss = tail.loss(lambda act: project(module, act, weight)).mean()
+            value = float(loss.detach())
+            if not torch.isfinite(loss):
+                raise EditFailed(f"the loss became {value} at lr {self.config.lr}; try a smaller one")
+            loss.backward()
+            adam.step()
+            if self.config.epsilon:
+                with torch.no_grad():
+                    weight.copy_(torch.clamp(weight, start - self.config.epsilon, start + self.config.epsilon))
+        return weight.detach(), value
+
+    def predictor(self) -> Predictor:
+        weights = {self.weight_name: self.weight}
+        return ModelPredictor(self.handle, around=lambda batch: self.handle.swapped(weights))
+
+    def edited_weights(self) -> dict[str, torch.Tensor]:
+        return {self.weight_name: self.weight}
+
+    def _state(self) -> dict[str, Any]:
+        return {"weight": self.weight}
+
+    def _load(self, state: dict[str, Any]) -> None:
+        base = self.handle.parameter(self.weight_name)
+        self.weight = need(state, "weight", tuple(base.shape)).to(base.device)
+
+
+@EDITORS.register("finetune-l")
+class ConstrainedFinetune(Finetune):
+    """Fine-tuning under a bound on how far any weight may move in one batch."""
+
+    summary = "finetune with a bound on each weight's change (Zhu et al. 2020, FT-L)"
+    Config = ConstrainedConfig

@@ -1,0 +1,1 @@
+"""Avalanche's continual-learning strategies as editors."""

@@ -1,0 +1,173 @@
+"""Rows as Avalanche's datasets, and the plug-ins that Avalanche lacks or that do not work as they are.
+
+This module is private to its package because it imports Avalanche, which the scan for editors must not.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from avalanche.benchmarks import DatasetExperience
+from avalanche.benchmarks.utils import AvalancheDataset
+from avalanche.benchmarks.utils.data_attribute import TaskLabels
+from avalanche.benchmarks.utils.flat_data import ConstantSequence
+from avalanche.training.plugins import ReplayPlugin, SupervisedPlugin, SynapticIntelligencePlugin
+from avalanche.training.plugins.agem import AGEMPlugin
+from avalanche.training.storage_policy import ReservoirSamplingBuffer
+from torch import Tensor
+from torch.nn.functional import kl_div
+from torch.utils.data import Dataset
+
+from testbed.editors.base import EditFailed
+from testbed.editors.continual.rows import IGNORE, Rows, collate_rows
+
+
+class Samples(Dataset):
+    """Rows by position: (number, labels) as tensors."""
+
+    def __init__(self, rows: Rows, numbers: Sequence[int]) -> None:
+        self.rows, self.numbers = rows, list(numbers)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        return torch.tensor(self.numbers[i]), self.rows.labels(self.numbers[i])
+
+
+def dataset_of(rows: Rows, numbers: Sequence[int]) -> Any:
+    """An Avalanche dataset of these rows, task label 0 throughout."""
+    samples: Any = Samples(rows, numbers)
+    return AvalancheDataset([samples], data_attributes=[TaskLabels(ConstantSequence(0, len(numbers)))], collate_fn=collate_rows)
+
+
+def numbers_of(dataset: Any) -> list[int]:
+    """The row numbers of a dataset, in its order."""
+    return [int(dataset[i][0]) for i in range(len(dataset))]
+
+
+def experience_of(rows: Rows, numbers: Sequence[int]) -> Any:
+    """An experience of these rows that belongs to no stream.
+
+    It has task labels: without them Avalanche's training loader is a plain one, which ignores how a dataset collates.
+    """
+    out = DatasetExperience(dataset=dataset_of(rows, numbers), current_experience=0)
+    out.task_labels = [0]
+    return out
+
+
+def pace(strategy: Any) -> Pace:
+    """The plug-in that knows the last loss."""
+    return next(p for p in strategy.plugins if isinstance(p, Pace))
+
+
+@contextmanager
+def seeded(generator: torch.Generator) -> Iterator[None]:
+    """Inside, the global generators that Avalanche and its loaders draw from stand on a draw of ours; then they are put back."""
+    seed = int(torch.randint(2**31, (), generator=generator))
+    kept = random.getstate()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        random.seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(kept)
+
+
+class Pace(SupervisedPlugin):
+    """A fresh optimiser for each experience, an end after so many steps, and a stop when the loss is not finite."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.steps, self.done, self.loss = steps, 0, float("nan")
+
+    def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        strategy.optimizer.state = defaultdict(dict)
+        strategy._stop_training = False  # a stop at the very last step would skip the next experience
+        self.done = 0
+
+    def before_backward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        self.loss = float(strategy.loss.detach())
+        if not torch.isfinite(strategy.loss).all():
+            raise EditFailed(f"the loss became {self.loss} after {self.done} steps; try a smaller lr or strength")
+
+    def after_training_iteration(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        self.done += 1
+        if self.done >= self.steps:
+            strategy.stop_training()
+
+
+class Distil(SupervisedPlugin):
+    """Learning without forgetting (Li and Hoiem 2016) for answers: the model before the batch is the teacher.
+
+    Adds strength * T^2 * KL(teacher || model) a token of the answer, mean over rows. Avalanche's own takes the
+    positions of a sequence for classes.
+    """
+
+    def __init__(self, strength: float, temperature: float) -> None:
+        super().__init__()
+        self.strength, self.temperature = strength, temperature
+
+    def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        self.teacher = strategy.model.weight.detach().clone()
+
+    def before_backward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        with torch.no_grad():
+            taught = torch.func.functional_call(strategy.model, {"weight": self.teacher}, (strategy.mb_x,))
+        soft, own = ((x / self.temperature).log_softmax(1) for x in (taught, strategy.mb_output))
+        real = strategy.mb_y != IGNORE
+        token = kl_div(own, soft, reduction="none", log_target=True).sum(1) * real
+        strategy.loss += self.strength * self.temperature**2 * (token.sum(1) / real.sum(1)).mean()
+
+
+class FlatReplay(ReplayPlugin):
+    """Replay from one reservoir of all edits; Avalanche's default gives every past experience a place of its own."""
+
+    def __init__(self, memory: int, sample: int) -> None:
+        super().__init__(memory, batch_size_mem=sample, storage_policy=ReservoirSamplingBuffer(memory))
+
+    def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+        self.storage_policy.post_adapt(strategy, strategy.experience)  # what it calls is deprecated, and says so each time
+
+
+class FlatAGEM(AGEMPlugin):
+    """A-GEM with one memory of all edits, as its paper has it; the loader of Avalanche's needs one sample a past experience."""
+
+    def __init__(self, memory: int, sample: int) -> None:
+        super().__init__(memory, sample)
+        self.storage_policy = ReservoirSamplingBuffer(memory)
+
+    def update_memory(self, dataset: Any, *args: Any, **kwargs: Any) -> None:
+        self.storage_policy.update_from_dataset(dataset)
+        self.buffers = [self.storage_policy.buffer]
+
+    def sample_from_memory(self) -> list[Tensor]:
+        memory = self.storage_policy.buffer
+        chosen = torch.randperm(len(memory))[: self.sample_size]
+        return collate_rows([memory[int(i)] for i in chosen])
+
+
+class CopyingSI(SynapticIntelligencePlugin):
+    """Synaptic intelligence that works on a CPU too.
+
+    Avalanche keeps views of the live weights there, so that no weight ever seems to move and every importance is 0.
+    """
+
+    def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+        super().before_training_exp(strategy, **kwargs)
+        _copy(self.ewc_data[0])
+
+    def before_training_iteration(self, strategy: Any, **kwargs: Any) -> None:
+        super().before_training_iteration(strategy, **kwargs)
+        _copy(self.syn_data["old_theta"])
+
+
+def _copy(params: Any) -> None:
+    for p in params.values():
+        p.data = p.data.clone()

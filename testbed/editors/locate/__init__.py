@@ -1,0 +1,1 @@
+"""Locate-then-edit methods, and the search, keys and solver that they share."""

@@ -1,0 +1,54 @@
+"""RECT (Gu et al. 2024, arXiv 2401.04700): of each change only the entries that are large relative to the weight are kept.
+
+The share `keep` of entries with the largest `|Delta_ij / W_ij|` stays, the rest is dropped, layer by layer and
+batch by batch. What is left has no low rank, so the state holds sums, and earlier steps cannot be rebuilt from it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from testbed.core.registry import WRAPPERS
+from testbed.editors.base import EditorConfig
+from testbed.editors.locate.core import LocateEditor
+from testbed.editors.locate.solver import Solution
+from testbed.editors.wrapper import Wrapper
+
+
+@dataclass(frozen=True)
+class RectConfig(EditorConfig):
+    keep: float = 0.4
+    """Share of entries that stay (0.2 in the authors' code, 0.4 in AlphaEdit's comparison)."""
+
+    def problems(self) -> list[str]:
+        return super().problems() + ([] if 0 < self.keep <= 1 else [f"keep must lie in (0, 1], got {self.keep}"])
+
+
+@WRAPPERS.register("rect")
+class Rect(Wrapper, LocateEditor):
+    """Sparse changes, by relative size."""
+
+    summary = "only entries that change most relative to the weight (RECT)"
+    hosts = LocateEditor
+    Config = RectConfig
+
+    def _keep(self, layer: int, step: int, solution: Solution, keys: Tensor | None) -> None:
+        change = (solution.left.T @ solution.right).to(self.changes.base(layer).dtype)
+        self.changes.add_dense(layer, step, sparse(change, self.changes.weight(layer), self.config.keep), keys, len(solution.left))
+
+
+def sparse(change: Tensor, weight: Tensor, keep: float) -> Tensor:
+    """`change` with all but the `keep` share of entries largest in |change / weight| set to 0; ties stay.
+
+    A weight of exactly 0 counts as infinitely sensitive: its entry stays.
+    """
+    if keep >= 1:
+        return change
+    size = change.abs() / weight.abs()
+    size = torch.where(change == 0, torch.zeros_like(size), size).flatten()
+    count = max(1, round(keep * size.numel()))
+    least = size.kthvalue(size.numel() - count + 1).values
+    return torch.where(size.reshape(change.shape) >= least, change, torch.zeros_like(change))

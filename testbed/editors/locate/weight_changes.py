@@ -1,0 +1,137 @@
+"""What a locate-then-edit editor remembers: changes of down-projections in factors, and the keys of past edits.
+
+The base weights are never written. A change of one step is `left^T right` (n rows of d and of f); the weights
+are the base plus the changes in the order of the steps, in at least float32, so that a loaded state gives the
+same bits and the weights after any step can be rebuilt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from testbed.editors.base import BadEditor, need
+from testbed.editors.codebook.growing import appended
+from testbed.model.handle import ModelHandle
+
+
+class Changes:
+    """Changes of the down-projections of some layers. W is (d, f) whatever the storage order of the model.
+
+    left: (N, d), right: (N, f), keys: (N, f) by layer, one row an edit; keys stay empty without history.
+    dense: (d, f) by layer, the sum of changes that have no factors.
+    blocks: by layer the [step, rows] of each change.
+    """
+
+    def __init__(self, handle: ModelHandle, layers: Sequence[int]) -> None:
+        self.handle, self.layers = handle, tuple(layers)
+        self.names = {n: handle.down_weight(n) for n in self.layers}
+        # read once: while edited weights are laid over the model, it would give these
+        self.bases = {name: handle.parameter(name).data for name in self.names.values()}
+        self._clear()
+
+    def _clear(self) -> None:
+        self.left: dict[int, Tensor] = {}
+        self.right: dict[int, Tensor] = {}
+        self.keys: dict[int, Tensor] = {}
+        self.dense: dict[int, Tensor] = {}
+        self.blocks: dict[int, list[list[int]]] = {}
+        self.current: dict[int, Tensor] = {}
+        self._rooms: dict[tuple[str, int], Tensor] = {}
+
+    def base(self, layer: int) -> Tensor:
+        """(d, f) unedited weight in at least float32."""
+        w = self.bases[self.names[layer]]
+        w = w if w.dtype == torch.float64 else w.float()
+        return w if isinstance(self.handle.down(layer), nn.Linear) else w.T
+
+    def weight(self, layer: int) -> Tensor:
+        """(d, f) edited weight."""
+        return self.current.get(layer, self.base(layer))
+
+    def parameters(self) -> dict[str, Tensor]:
+        """The edited weights under their names, in the model's storage order; only those that were changed."""
+        return {self.names[n]: self._stored(n, w) for n, w in self.current.items()}
+
+    def _stored(self, layer: int, w: Tensor) -> Tensor:
+        return w if isinstance(self.handle.down(layer), nn.Linear) else w.T.contiguous()
+
+    def add(self, layer: int, step: int, left: Tensor, right: Tensor, keys: Tensor | None) -> None:
+        """A change in factors, and the keys to remember where there is history."""
+        self.current = {**self.current, layer: _applied(self.weight(layer), left.float(), right.float())}
+        self.left = self._grown("left", layer, left.float())
+        self.right = self._grown("right", layer, right.float())
+        self._close(layer, step, len(left), keys)
+
+    def add_dense(self, layer: int, step: int, change: Tensor, keys: Tensor | None, rows: int) -> None:
+        """A change (d, f) that has no factors."""
+        total = self.dense[layer] + change if layer in self.dense else change
+        self.dense = {**self.dense, layer: total}
+        self.current = {**self.current, layer: self.base(layer) + total.to(self.base(layer).dtype)}
+        self._close(layer, step, rows, keys)
+
+    def _grown(self, name: str, layer: int, rows: Tensor) -> dict[int, Tensor]:
+        """The factors or keys of this name with rows more; nothing that was handed out changes."""
+        kept: dict[int, Tensor] = getattr(self, name)
+        old = kept.get(layer, rows[:0])
+        room = appended(self._rooms.get((name, layer), old), len(old), rows)
+        self._rooms[name, layer] = room
+        return {**kept, layer: room[: len(old) + len(rows)]}
+
+    def _close(self, layer: int, step: int, rows: int, keys: Tensor | None) -> None:
+        if keys is not None:
+            self.keys = self._grown("keys", layer, keys.float())
+        self.blocks = {**self.blocks, layer: [*self.blocks.get(layer, []), [step, rows]]}
+
+    def at(self, step: int) -> dict[str, Tensor]:
+        """The weights as they were after a step. Raises `BadEditor` where changes were kept without factors."""
+        if self.dense:
+            raise BadEditor("the changes were kept as a sum, so an earlier step cannot be rebuilt from the state")
+        return {self.names[n]: self._stored(n, self._replayed(n, step)) for n in self.left}
+
+    def _replayed(self, layer: int, step: int | None = None) -> Tensor:
+        w, at = self.base(layer), 0
+        for made, rows in self.blocks[layer]:
+            if step is None or made <= step:
+                w = _applied(w, self.left[layer][at : at + rows], self.right[layer][at : at + rows])
+            at += rows
+        return w
+
+    def past(self, layer: int) -> list[Tensor]:
+        """(n, f) remembered keys of each step, in order."""
+        return list(self.keys[layer].split([rows for _, rows in self.blocks[layer]])) if layer in self.keys else []
+
+    def state(self) -> dict[str, Any]:
+        out: dict[str, Any] = {"blocks": {str(n): b for n, b in self.blocks.items()}}
+        for name in ("left", "right", "keys", "dense"):
+            out.update({f"{name}.{n}": t for n, t in getattr(self, name).items()})
+        return out
+
+    def load(self, state: dict[str, Any]) -> None:
+        """The reverse. Raises `BadEditor` for tensors of another model or set of layers."""
+        self._clear()
+        for key, blocks in state["blocks"].items():
+            layer = int(key)
+            if layer not in self.names:
+                raise BadEditor(f"the state changes layer {layer}, the config edits layers {', '.join(map(str, self.layers))}")
+            d, f = self.base(layer).shape
+            self.blocks[layer] = blocks
+            wanted = {"left": (None, d), "right": (None, f), "keys": (None, f), "dense": (d, f)}
+            for name, shape in wanted.items():
+                if f"{name}.{layer}" in state:
+                    getattr(self, name)[layer] = need(state, f"{name}.{layer}", shape).to(self.base(layer).device)
+            self._restore(layer)
+
+    def _restore(self, layer: int) -> None:
+        if layer in self.dense:
+            w = self.base(layer)
+            self.current[layer] = w + self.dense[layer].to(w.dtype)
+        else:
+            self.current[layer] = self._replayed(layer)
+
+
+def _applied(w: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    return w + (left.T @ right).to(w.dtype)

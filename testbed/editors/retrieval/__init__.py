@@ -1,0 +1,1 @@
+"""Editors that keep facts beside the model and put them into prompts."""

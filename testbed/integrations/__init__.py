@@ -1,0 +1,1 @@
+"""Other libraries, imported only when they are asked for."""

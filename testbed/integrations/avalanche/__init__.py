@@ -1,0 +1,1 @@
+"""The testbed inside Avalanche: benchmarks of streams and strategies of editors."""

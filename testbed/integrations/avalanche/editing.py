@@ -1,0 +1,202 @@
+"""Any editor as an Avalanche strategy."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from avalanche.core import SupervisedPlugin
+from avalanche.training.plugins.clock import Clock
+from avalanche.training.plugins.evaluation import default_evaluator
+from avalanche.training.templates.base import BaseTemplate
+from avalanche.training.utils import trigger_plugins
+from torch import Tensor, nn
+
+from streams.base import TrainPool
+from testbed.core.events import EditBatch, EditEvent, Question
+from testbed.core.registry import EDITORS
+from testbed.core.schema import EditReport
+from testbed.editors.base import BadEditor, Editor
+from testbed.experiment.loop import Answer, peak_bytes
+from testbed.integrations.avalanche.benchmark import EditExperience, Item
+from testbed.integrations.avalanche.store import Answered, Ledger
+from testbed.model import handle as models
+from testbed.model.encoding import Ask
+from testbed.model.handle import ModelHandle
+
+Reading = Literal["gen", "tf_exact"]
+_CHUNK = 256
+"""Questions in one evaluation iteration."""
+
+
+class EditorStrategy(BaseTemplate):
+    """`train` edits, `eval` asks; plug-ins, `EvaluationPlugin` and loggers are called as by Avalanche's own strategies.
+
+    In a minibatch `mb_y` is 1 for every question and `mb_output` is 1 where the answer is right, so the stock metrics
+    (accuracy, forgetting, backward and forward transfer) hold for edits as they are; `loss` is the mean negative
+    log-probability (nats a token). Both are measured only when something reads them: training with metrics costs a
+    generation an edit, training without costs none. `model` is empty: answers are the editor's predictor's.
+
+    Args:
+        editor: a name of --list, or an editor that no model was given to yet.
+        model: what `--model` takes, or a loaded model, best the benchmark's own.
+        pool: what the editor may learn from (`benchmark.pool`).
+        batch: edits per `apply` call.
+        reading: what counts as right: a free generation, or every token under teacher forcing.
+    """
+
+    PLUGIN_CLASS = SupervisedPlugin
+    eval_every = 0
+    """Forward transfer asks for a schedule of evaluations; here the caller makes them."""
+
+    def __init__(
+        self,
+        *,
+        editor: str | Editor,
+        model: str | ModelHandle = "tiny",
+        pool: TrainPool = TrainPool(),  # noqa: B008  (frozen)
+        batch: int = 1,
+        reading: Reading = "gen",
+        plugins: Sequence[Any] = (),
+        evaluator: Any = default_evaluator,
+    ) -> None:
+        handle = models.load(model) if isinstance(model, str) else model
+        self.evaluator: Any = evaluator() if callable(evaluator) else evaluator
+        self.clock = Clock()
+        every: list[Any] = [*plugins, self.evaluator, self.clock]  # the clock last, as plug-ins before it read it
+        super().__init__(model=nn.Module(), device=handle.device, plugins=every)
+        self.editor: Editor = EDITORS.get(editor)() if isinstance(editor, str) else editor
+        limit = self.editor.traits.max_batch
+        if limit is not None and batch > limit:
+            raise BadEditor(f"{self.editor.name} takes at most {limit} edits at once, got batch={batch}")
+        self.editor.prepare(handle, pool)
+        self.handle, self.batch, self.reading = handle, batch, reading
+        self.applied = 0
+        self.ledger = Ledger(self.editor, handle)
+        self.dataloader: list[Any] = []
+        self._show([])
+
+    def train(self, experiences: Any, eval_streams: Any = (), **kwargs: Any) -> dict[str, Any]:
+        """Make the edits of one experience or several; returns the last value of each metric.
+
+        Unlike Avalanche's, `eval_streams` is empty by default: its own default evaluates on what was just trained.
+        """
+        super().train(experiences, list(eval_streams), **kwargs)
+        return self.evaluator.get_last_metrics()
+
+    @torch.no_grad()
+    def eval(self, experiences: Any, **kwargs: Any) -> dict[str, Any]:
+        """Ask the questions of one experience or several; returns the last value of each metric."""
+        super().eval(experiences, **kwargs)
+        return self.evaluator.get_last_metrics()
+
+    def _train_exp(self, experience: EditExperience, eval_streams: Any, **kwargs: Any) -> None:
+        seen = experience.train()
+        self.dataloader = [seen.edits[i : i + self.batch] for i in range(0, len(seen.edits), self.batch)]
+        reports = []
+        trigger_plugins(self, "before_training_epoch", **kwargs)
+        for edits in self.dataloader:
+            with torch.enable_grad():
+                reports.append(self._apply(edits, seen.paraphrases))
+            self._show([Item(_question(e), e.target, (e.target,)) for e in edits if e.kind != "retire"])
+            if self._items:
+                trigger_plugins(self, "before_training_iteration", **kwargs)
+                trigger_plugins(self, "after_training_iteration", **kwargs)
+        trigger_plugins(self, "after_training_epoch", **kwargs)
+        self.ledger.trained(seen.edits, _together(reports))
+
+    def _apply(self, edits: Sequence[EditEvent], paraphrases: Any) -> EditReport:
+        self.applied += 1
+        start = time.perf_counter()
+        report = self.editor.apply(EditBatch(tuple(edits), self.applied, {e.id: paraphrases[e.id] for e in edits}))
+        return replace(report, seconds=time.perf_counter() - start, peak_bytes=peak_bytes(self.handle.device))
+
+    def _eval_exp(self, **kwargs: Any) -> None:
+        questions = self.experience.eval().questions  # type: ignore[union-attr]
+        self.dataloader = [questions[i : i + _CHUNK] for i in range(0, len(questions), _CHUNK)]
+        for items in self.dataloader:
+            self._show(items)
+            trigger_plugins(self, "before_eval_iteration", **kwargs)
+            self.ledger.asked([Answered(x, a) for x, a in zip(items, self.answers)])
+            trigger_plugins(self, "after_eval_iteration", **kwargs)
+
+    def _show(self, items: Sequence[Item]) -> None:
+        """Make these the current minibatch."""
+        self._items, self._answers = list(items), None
+
+    @property
+    def answers(self) -> list[Answer]:
+        """The edited model's answers to the current minibatch, asked once."""
+        if self._answers is None:
+            told = self.editor.traits.told_truth
+            asks = [Ask(x.question.prompt, x.question.image, x.reference if told else None) for x in self._items]
+            responses = self.editor.predictor().respond(asks, [x.reference for x in self._items])
+            self._answers = [Answer.of(r, x.golds) for r, x in zip(responses, self._items)]
+        return self._answers
+
+    @property
+    def mb_x(self) -> list[Item]:
+        return self._items
+
+    @property
+    def mb_y(self) -> Tensor:
+        """(B,) int64 ones."""
+        return torch.ones(len(self._items), dtype=torch.long)
+
+    @property
+    def mb_task_id(self) -> Tensor:
+        """(B,) int64 zeros."""
+        return torch.zeros(len(self._items), dtype=torch.long)
+
+    @property
+    def mb_output(self) -> Tensor:
+        """(B,) int64, 1 where the answer is right."""
+        right = [a.exact if self.reading == "gen" else a.token_hits == a.n_tokens for a in self.answers]
+        return torch.tensor(right, dtype=torch.long)
+
+    @property
+    def mbatch(self) -> tuple[Any, ...]:
+        return self.mb_x, self.mb_y, self.mb_task_id
+
+    @property
+    def loss(self) -> Tensor:
+        """() mean over answers of the mean negative log-probability, nats a token."""
+        return torch.tensor([-(a.logprob or 0.0) / (a.n_tokens or 1) for a in self.answers]).mean()
+
+    def save(self, folder: Path | str) -> None:
+        """Write state, reports and answers as a run folder, for `resume` and for `python -m analysis`."""
+        state = {"strategy": {"applied": self.applied, "clock": vars(self.clock) | {}}, **self.editor.state_dict()}
+        self.ledger.save(Path(folder), state)
+
+    def resume(self, folder: Path | str) -> int:
+        """Go on from a saved folder; returns the number of experiences that are trained already.
+
+        The editor's state is restored bit for bit. What Avalanche's metrics remember is not in it: they start anew.
+        """
+        done, state = self.ledger.resume(Path(folder))
+        kept: Any = state.pop("strategy")
+        self.applied = kept["applied"]
+        vars(self.clock).update(kept["clock"])
+        self.editor.load_state_dict(state)
+        return done
+
+
+def _question(event: EditEvent) -> Question:
+    return Question("edit", event.prompt, event.target, event.id, event.image)
+
+
+def _together(reports: Sequence[EditReport]) -> EditReport:
+    """The reports of an experience's `apply` calls as one."""
+    last = reports[-1]
+    return replace(
+        last,
+        event_ids=tuple(i for r in reports for i in r.event_ids),
+        seconds=sum(r.seconds for r in reports),
+        peak_bytes=max(r.peak_bytes for r in reports),
+        failed={k: v for r in reports for k, v in r.failed.items()},
+        skipped={k: v for r in reports for k, v in r.skipped.items()},
+    )

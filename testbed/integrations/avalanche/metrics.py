@@ -1,0 +1,50 @@
+"""Avalanche's own metrics where an answer has several tokens: a sample is right when every token of its answer is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from avalanche.evaluation.metrics import accuracy_metrics, bwt_metrics, forgetting_metrics, forward_transfer_metrics
+from torch import Tensor
+
+from testbed.editors.continual.rows import IGNORE
+
+
+class _Judged:
+    """A strategy whose outputs are 1 for a right answer and 0 for a wrong one, and whose labels are 1."""
+
+    eval_every = 0
+    """Forward transfer asks for a schedule of evaluations; here the caller makes them."""
+
+    def __init__(self, strategy: Any) -> None:
+        self._strategy = strategy
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._strategy, name)
+
+    @property
+    def mb_output(self) -> Tensor:
+        y = self._strategy.mb_y
+        return ((self._strategy.mb_output.argmax(1) == y) | (y == IGNORE)).all(1).long()
+
+    @property
+    def mb_y(self) -> Tensor:
+        return torch.ones(len(self._strategy.mb_y), dtype=torch.long, device=self._strategy.mb_y.device)
+
+
+def answer_metrics(forward_transfer: bool = False) -> list[Any]:
+    """Accuracy, forgetting and backward transfer of an experience and of the stream, under Avalanche's names.
+
+    They read teacher-forced exact match; the stock ones take the positions of an answer for classes. Forward transfer
+    needs one `eval` before any training. For strategies over `AnswerModel`; `EditorStrategy` takes the stock metrics.
+    """
+    makers = [accuracy_metrics, forgetting_metrics, bwt_metrics, *([forward_transfer_metrics] if forward_transfer else [])]
+    return [_judge(metric) for make in makers for metric in make(experience=True, stream=True)]
+
+
+def _judge(metric: Any) -> Any:
+    iteration, end = metric.after_eval_iteration, metric.after_eval
+    metric.after_eval_iteration = lambda strategy: iteration(_Judged(strategy))
+    metric.after_eval = lambda strategy: end(_Judged(strategy))
+    return metric

@@ -1,0 +1,1 @@
+"""Everything that touches the network: loading, prompts as tensors, scoring, generation, partial forwards."""

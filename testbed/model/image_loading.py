@@ -1,0 +1,45 @@
+"""Pictures decoded in worker threads, a few ahead of whoever uses them."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from testbed.core.events import BadPicture, Picture
+
+WORKERS, AHEAD = 4, 8
+"""Threads, and the most pictures that are decoded and not yet used: what bounds the memory."""
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A picture whose pixels are in memory (satisfies `testbed.core.events.Picture`)."""
+
+    key: str
+    pixels: np.ndarray
+
+    def load(self) -> np.ndarray:
+        return self.pixels
+
+
+def decoded(pictures: Iterable[Picture]) -> Iterator[Decoded | BadPicture]:
+    """Each picture decoded once, in order; for one that cannot be decoded, why."""
+    waiting: deque[Future[Decoded | BadPicture]] = deque()
+    with ThreadPoolExecutor(WORKERS) as pool:
+        for picture in pictures:
+            waiting.append(pool.submit(_decode, picture))
+            if len(waiting) >= AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _decode(picture: Picture) -> Decoded | BadPicture:
+    try:
+        return Decoded(picture.key, picture.load())
+    except BadPicture as e:
+        return e

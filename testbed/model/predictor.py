@@ -1,0 +1,258 @@
+"""What a probe sees of a model: score, generate, respond (both at once), inspect. Batching and length
+bucketing live here and only here. A forward that memory has no room for is made in halves, and none after it
+is as wide.
+
+A predictor is given prompts and pictures, never a question's event, split or answer. A gated editor hangs
+its decision on `around`, a context that is entered once a batch and sees the prompt mask: it decides once
+a sequence, before the first new token.
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from testbed.core.grading import natural_stop
+from testbed.core.timing import stage
+from testbed.model.answer_scores import AnswerWatch, Score
+from testbed.model.encoding import Ask, Batch, answer_ids, collate, prompt_inputs, text_batch
+from testbed.model.handle import ModelHandle
+
+Around = Callable[[Batch], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class Response:
+    """Free generation and, where an answer was given, its score. `extras` is what the editor adds (gate, entry, context).
+
+    first_ids: the ids of the `FIRST_IDS` likeliest first tokens, likeliest first; () where none were looked at.
+    """
+
+    generated: str
+    score: Score | None = None
+    extras: dict[str, Any] = field(default_factory=dict)
+    first_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Monitors' view at the last prompt position.
+
+    top_ids: (k,) int64 most likely next tokens, or the tokens that were asked for; logprobs: (k,) float64, their
+    natural log-probabilities; entropy: nats; hidden: (layers, d) float32 output of each chosen decoder layer.
+    """
+
+    top_ids: np.ndarray
+    logprobs: np.ndarray
+    entropy: float
+    hidden: np.ndarray
+
+
+Tokens = Sequence[np.ndarray] | None
+"""For each ask the ids (k,) whose log-probabilities an inspection is to give; None: the top k."""
+
+
+class Predictor(ABC):
+    """Answers prompts. Implementations leave parameters, buffers and the editor's state bit-identical.
+
+    `fingerprint` names the function that is computed, where it has a name: predictors with one fingerprint
+    answer alike, so what one of them said need not be asked again. "base" is the unedited model.
+    """
+
+    fingerprint: str | None = None
+
+    @abstractmethod
+    def respond(self, asks: Sequence[Ask], answers: Sequence[str | None], max_new_tokens: int = 16) -> list[Response]:
+        """Greedy generation with natural stop, and the score of each answer that is given."""
+
+    @abstractmethod
+    def score(self, asks: Sequence[Ask], answers: Sequence[str]) -> list[Score]:
+        """Per-token argmax hits and log-probabilities of each answer under teacher forcing."""
+
+    @abstractmethod
+    def text_logprobs(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Log-probabilities (nats) of each token of running text after the first, for perplexity."""
+
+    @abstractmethod
+    def inspect(self, asks: Sequence[Ask], layers: Sequence[int] = (), top_k: int = 10, ids: Tokens = None) -> list[Inspection]: ...
+
+    def generate(self, asks: Sequence[Ask], max_new_tokens: int = 16) -> list[str]:
+        """Greedy generation with natural stop."""
+        return [r.generated for r in self.respond(asks, [None] * len(asks), max_new_tokens)]
+
+
+class ModelPredictor(Predictor):
+    """A model behind a handle, with whatever an editor lays around its forward.
+
+    Args:
+        around: context entered for every batch (weight swap, hooks); None is the unedited model.
+        explain: rows of `extras` for the batch that was just run, asked inside the context.
+        rows, tokens: limits of one forward.
+    """
+
+    def __init__(
+        self,
+        handle: ModelHandle,
+        around: Around | None = None,
+        explain: Callable[[Batch], list[dict[str, Any]]] | None = None,
+        rows: int = 64,
+        tokens: int = 16_384,
+    ) -> None:
+        self.handle, self.rows, self.tokens = handle, rows, tokens
+        self.around: Around = around or (lambda batch: nullcontext())
+        self.explain = explain
+        self.fingerprint = "base" if around is None else None
+
+    @torch.no_grad()
+    def respond(self, asks: Sequence[Ask], answers: Sequence[str | None], max_new_tokens: int = 16) -> list[Response]:
+        ids = [answer_ids(self.handle, a, x) if x is not None else [] for a, x in zip(asks, answers)]
+        out: list[Response | None] = [None] * len(asks)
+        again: list[int] = []
+        work = lambda part: self._generate([asks[i] for i in part], [ids[i] for i in part], max_new_tokens)  # noqa: E731
+        for chunk, made_of in self.handle.room.fitting(self._chunks(asks), work):
+            for i, made in zip(chunk, made_of):
+                out[i] = made
+                if ids[i] and made.score is None:
+                    again.append(i)
+        for i, score in zip(again, self._score([asks[i] for i in again], [ids[i] for i in again])):
+            done = out[i]
+            if done is not None:
+                out[i] = replace(done, score=score)
+        return [r for r in out if r is not None]
+
+    @torch.no_grad()
+    def score(self, asks: Sequence[Ask], answers: Sequence[str]) -> list[Score]:
+        return self._score(asks, [answer_ids(self.handle, a, x) for a, x in zip(asks, answers)])
+
+    @torch.no_grad()
+    def text_logprobs(self, texts: Sequence[str]) -> list[np.ndarray]:
+        tok = self.handle.tokenizer
+        start = [tok.bos_token_id] if tok.bos_token_id is not None else []
+        ids = [(start + tok(t, add_special_tokens=False)["input_ids"])[: self.handle.window] for t in texts]
+        parts = [list(range(at, min(at + self.rows, len(ids)))) for at in range(0, len(ids), self.rows)]
+        return [x for _, found in self.handle.room.fitting(parts, lambda part: self._running([ids[i] for i in part])) for x in found]
+
+    def _running(self, ids: list[list[int]]) -> list[np.ndarray]:
+        batch = text_batch(self.handle, ids)
+        with self.around(batch):
+            logits = self.handle.model(**batch.inputs, use_cache=False).logits
+        out = []
+        for row, seq in zip(logits.float().log_softmax(-1), ids):
+            target = torch.tensor(seq[1:], device=row.device, dtype=torch.long)
+            out.append(row[: len(seq) - 1].gather(1, target[:, None])[:, 0].double().cpu().numpy())
+        return out
+
+    @torch.no_grad()
+    def inspect(self, asks: Sequence[Ask], layers: Sequence[int] = (), top_k: int = 10, ids: Tokens = None) -> list[Inspection]:
+        out: list[Inspection | None] = [None] * len(asks)
+        work = lambda part: self._looked([asks[i] for i in part], layers, top_k, ids and [ids[i] for i in part])  # noqa: E731
+        for chunk, seen in self.handle.room.fitting(self._chunks(asks), work):
+            for i, one in zip(chunk, seen):
+                out[i] = one
+        return [r for r in out if r is not None]
+
+    def _looked(self, asks: list[Ask], layers: Sequence[int], top_k: int, ids: Tokens) -> list[Inspection]:
+        batch = collate(self.handle, asks, side="left")
+        with self.around(batch), self._watched(layers) as seen:
+            logits = self._last_logits(batch, 1)
+        logp = logits[:, -1].double().log_softmax(-1)
+        states = [seen[n][:, -1].float().cpu() for n in layers]
+        hidden = torch.stack(states, 1) if states else torch.zeros(len(asks), 0, self.handle.width)
+        entropy = torch.special.entr(logp.exp()).sum(-1)
+        out = []
+        for j in range(len(asks)):
+            top = logp[j].topk(top_k).indices if ids is None else torch.as_tensor(ids[j], device=logp.device)
+            out.append(Inspection(top.cpu().numpy(), logp[j][top].cpu().numpy(), float(entropy[j]), hidden[j].numpy()))
+        return out
+
+    @contextmanager
+    def _watched(self, layers: Sequence[int]) -> Iterator[dict[int, torch.Tensor]]:
+        """The outputs (B, T, d) of these decoder layers, filled as the model runs."""
+        seen: dict[int, torch.Tensor] = {}
+
+        def keep(layer: int, output: Any) -> None:
+            seen[layer] = output[0] if isinstance(output, tuple) else output
+
+        with ExitStack() as stack:
+            for n in layers:
+                module = self.handle.layers[self.handle.layer_index(n)]
+                stack.enter_context(self.handle.hooked(module, lambda m, args, output, n=n: keep(n, output)))
+            yield seen
+
+    def _chunks(self, asks: Sequence[Ask], tails: Sequence[int] | None = None) -> Iterator[list[int]]:
+        """Indices of the asks in batches of like length, pictures apart from text, within the limits."""
+        size = [prompt_inputs(self.handle, a)["input_ids"].shape[1] + (tails[i] if tails else 0) for i, a in enumerate(asks)]
+        order = sorted(range(len(asks)), key=lambda i: (asks[i].image is None, size[i], i))
+        chunk: list[int] = []
+        for i in order:
+            full = len(chunk) >= self.handle.room.limit(self.rows) or (len(chunk) + 1) * size[i] > self.tokens
+            if chunk and (full or (asks[chunk[0]].image is None) != (asks[i].image is None)):
+                yield chunk
+                chunk = []
+            chunk.append(i)
+        if chunk:
+            yield chunk
+
+    def _generate(self, asks: list[Ask], ids: list[list[int]], max_new_tokens: int) -> list[Response]:
+        """One prefill for both readings: where the generation follows the answer, its logits are the teacher-forced ones."""
+        with stage("encode"):
+            batch = collate(self.handle, asks, side="left")
+        with self.around(batch), _plain_decoding(self.handle), stage("prefill") as turn:
+            watch = AnswerWatch(ids, then=lambda: turn("decode"))
+            tokens = self.handle.model.generate(**batch.inputs, max_new_tokens=max_new_tokens, logits_processor=[watch])
+            extras = self.explain(batch) if self.explain else [{} for _ in asks]
+        new = tokens[:, batch.inputs["input_ids"].shape[1] :]
+        texts = self.handle.tokenizer.batch_decode(new, skip_special_tokens=True)
+        read = zip(texts, watch.scores(), extras, watch.first_ids())
+        return [Response(natural_stop(text), score, extra, first) for text, score, extra, first in read]
+
+    def _last_logits(self, batch: Batch, n: int) -> torch.Tensor:
+        """Logits of a left-padded batch: of the last n positions where the model can leave out the others, else of all."""
+        can = "logits_to_keep" in inspect.signature(self.handle.model.forward).parameters
+        return self.handle.model(**batch.inputs, use_cache=False, **({"logits_to_keep": n} if can else {})).logits
+
+    def _score(self, asks: Sequence[Ask], ids: Sequence[list[int]]) -> list[Score]:
+        out: list[Score | None] = [None] * len(asks)
+        work = lambda part: self._forced([asks[i] for i in part], [ids[i] for i in part])  # noqa: E731
+        for chunk, scores in self.handle.room.fitting(self._chunks(asks, [len(x) for x in ids]), work):
+            for i, score in zip(chunk, scores):
+                out[i] = score
+        return [s for s in out if s is not None]
+
+    def _forced(self, asks: list[Ask], ids: list[list[int]]) -> list[Score]:
+        """One teacher-forced forward."""
+        batch = collate(self.handle, asks, ids, side="left")
+        with self.around(batch), stage("score"):
+            logits = self._last_logits(batch, 1 + max(map(len, ids)))
+        logp = logits[batch.before_answer[:, -logits.shape[1] :]].float().log_softmax(-1)
+        target = batch.answer_ids
+        hits = (logp.argmax(-1) == target).cpu().numpy()
+        logprobs = logp.gather(1, target[:, None])[:, 0].double().cpu().numpy()
+        ends = np.cumsum([len(x) for x in ids]).tolist()
+        return [Score(hits[end - len(x) : end], logprobs[end - len(x) : end]) for x, end in zip(ids, ends)]
+
+
+@contextmanager
+def _plain_decoding(handle: ModelHandle) -> Iterator[None]:
+    """Greedy decoding, whatever a checkpoint's own settings (sampling, penalties, beams) are; its end tokens are kept."""
+    from transformers import GenerationConfig
+
+    owners = [m for m in handle.model.modules() if isinstance(getattr(m, "generation_config", None), GenerationConfig)]
+    kept = [m.generation_config for m in owners]
+    own = handle.model.generation_config.eos_token_id
+    ends = {handle.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+    plain = GenerationConfig(do_sample=False, num_beams=1, eos_token_id=sorted(ends), pad_token_id=handle.tokenizer.pad_token_id)
+    try:
+        for m in owners:
+            m.generation_config = plain
+        yield
+    finally:
+        for m, config in zip(owners, kept):
+            m.generation_config = config

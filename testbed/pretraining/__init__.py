@@ -1,0 +1,1 @@
+"""How the tiny model is trained, and how a model is taught what held before the first edit."""

@@ -1,0 +1,78 @@
+"""How much plain fine-tuning harms the tiny model: without harm there would be nothing to measure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from streams.base import StreamConfig
+from streams.world.ask import Asker, Form
+from streams.world.facts import World
+from streams.world.history import Change, History
+from streams.world.words import picture_ref
+from testbed.pretraining.curriculum import ask
+from testbed.pretraining.evaluation import NEW_PHOTO, Asked, GateRow, share_right
+from testbed.pretraining.tiny_model import WITH_IMAGE
+
+EDITS, RATE, STEPS = 50, 2.5e-3, 20
+
+
+def sibling_damage(model: Any, processor: Any, world: World, n: int, edits: int = EDITS) -> list[GateRow]:
+    """Fine-tune the last down-projection on `edits` edits by picture, one after another; sibling facts before and after.
+
+    The model's weights are put back. Siblings are the other relations of the edited entities, asked by
+    picture in held-out wordings and of new photos; changed ones are left out.
+    """
+    changes = History(world, StreamConfig(revise=0, revert=0, retire=0)).first(edits)
+    asked = _siblings(world, changes, n)
+    weight = model.model.language_model.layers[-1].mlp.down_proj.weight
+    kept = weight.detach().clone()
+    before = share_right(model, processor, asked)
+    asker = Asker(world, Form("damage", pictures=True))
+    trained = [p for p in model.parameters() if p.requires_grad and p is not weight]
+    for p in trained:
+        p.requires_grad_(False)
+    for change in changes:
+        _fine_tune(model, processor, asker, change, weight)
+    after = share_right(model, processor, asked)
+    for p in trained:
+        p.requires_grad_(True)
+    with torch.no_grad():
+        weight.copy_(kept)
+    title = f"plain fine-tuning of the last down-projection, {edits} edits at {RATE}"
+    return [
+        GateRow(f"{title}: sibling facts before", before, len(asked)),
+        GateRow(f"{title}: sibling facts lost", before - after, len(asked), 0.1, "share lost"),
+    ]
+
+
+def _siblings(world: World, changes: list[Change], n: int) -> list[Asked]:
+    rng = np.random.default_rng([world.seed, world.size, 59])
+    edited = {(c.fact.entity.index, c.fact.slot) for c in changes}
+    entities = {c.fact.entity.index: c.fact.entity for c in changes}
+    facts = [(e, s) for e in entities.values() for s in range(4) if (e.index, s) not in edited]
+    out = []
+    for i in range(n):
+        entity, slot = facts[i % len(facts)]
+        prompt = ask(entity.relations[slot], picture_ref(entity.kind), rng, held_out=True)
+        out.append(Asked(prompt, world.value(entity, slot), world.photo(entity, NEW_PHOTO + i).load()))
+    return out
+
+
+def _fine_tune(model: Any, processor: Any, asker: Asker, change: Change, weight: torch.nn.Parameter) -> None:
+    prompt, photo = asker.edit_prompt(change.fact)
+    if photo is None:
+        raise ValueError("this measure edits by picture, but the form has none")
+    eos = processor.tokenizer.eos_token
+    text = WITH_IMAGE.format(prompt=prompt)
+    inputs = processor(text=[f"{text} {change.value}{eos}"], images=[photo.load()], return_tensors="pt")
+    shown = processor(text=[text], images=[photo.load()], return_tensors="pt")["input_ids"].shape[1]
+    labels = inputs["input_ids"].clone()
+    labels[:, :shown] = -100
+    optimizer = torch.optim.Adam([weight], lr=RATE)
+    for _ in range(STEPS):
+        model(**inputs, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()

@@ -1,0 +1,1 @@
+"""Run folders and caches: files that are there whole or not at all."""

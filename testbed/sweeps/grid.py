@@ -1,0 +1,216 @@
+"""The grid of a sweep: every field of a run may have several values, and each combination is one cell.
+
+A cell runs one editor, and its folder is an ordinary run folder. Its id is a hash of what it runs, so it does not
+depend on the order in which a file names fields and values, and a grid that grows keeps the cells it had.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import os
+import socket
+import traceback
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from testbed.core import variants
+from testbed.core.events import content_id
+from testbed.core.schema import folder_name
+from testbed.experiment.config import BadConfig, RunConfig, plain, set_fields
+from testbed.storage.files import step_of
+
+RESERVED = frozenset({"out", "resume", "config", "log", "dry_run", "list", "save_model", "cache"})
+"""Fields of a run that a sweep sets itself, or that make no sense for many runs."""
+_WITHIN = ("editor", "seed")
+"""What may differ inside one comparison: editors stand side by side, orders of a stream are pooled."""
+_COMMON = ("stream", "benchmarks")
+"""Owners of settings that every cell has."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of one editor."""
+
+    id: str
+    config: RunConfig
+    folder: Path
+    """Its run folder, which is `config.out`."""
+
+    @property
+    def editor(self) -> str:
+        return self.config.editor[0]
+
+    @property
+    def done(self) -> bool:
+        """True when the folder holds a finished run: its report is written last."""
+        return (self.folder / "report.html").is_file()
+
+    @property
+    def begun(self) -> bool:
+        """True when there is something to go on with."""
+        return (self.folder / "manifest.json").is_file()
+
+    @property
+    def log(self) -> Path:
+        """What its runs said: where each began or went on, stand-ins, skipped records."""
+        return self.folder.with_name(f"{self.folder.name}.log")
+
+    @property
+    def step(self) -> int:
+        """The newest saved step; 0 when there is none."""
+        return max((step_of(p) for p in self.folder.glob("*/state/step-*.safetensors")), default=0)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Cells by id in the order in which they are started, and for each comparison what sets it apart and its cells' ids."""
+
+    cells: dict[str, Cell]
+    comparisons: dict[str, list[str]]
+
+
+def expand(values: Mapping[str, Any], out: Path, device: str = "auto") -> Grid:
+    """The grid of a sweep.
+
+    Args:
+        values: fields of `RunConfig`. A list gives several values to a field of one value; a field that is itself a
+            list (`set`, `benchmarks`) gets several from a list of lists; each editor is a value.
+        out: folder of the sweep.
+        device: what `device` is where the values do not say.
+
+    Editors are the slowest axis, so that cells which share what the unedited model says are not all started at once.
+    A setting of an editor (`set: [finetune.lr=1e-3]`) goes to the cells of that editor. Raises `BadConfig` with every
+    mistake at once.
+    """
+    _check_names(values)
+    given = {"device": device, "editor": list(RunConfig().editor), **values}
+    axes = {name: _choices(name, given[name]) for name in sorted(given, key=lambda n: (n != "editor", n))}
+    editors = {variants.names(e)[0].partition("[")[0] for (e,) in axes["editor"]}
+    cells: dict[str, Cell] = {}
+    comparisons: dict[str, list[str]] = {}
+    for combination in itertools.product(*axes.values()):
+        chosen = dict(zip(axes, combination))
+        _check_owners(chosen.get("set", ()), editors)
+        cell = _cell(chosen, out)
+        cells.setdefault(cell.id, cell)
+        members = comparisons.setdefault(_label(chosen, axes), [])
+        members += [cell.id] if cell.id not in members else []
+    _check(cells.values())
+    return Grid(cells, comparisons)
+
+
+def _check_names(values: Mapping[str, Any]) -> None:
+    known = sorted({f.name for f in fields(RunConfig)} - RESERVED)
+    wrong = []
+    for name in values:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        if name in RESERVED:
+            wrong.append(f"{name} cannot stand in a sweep: each cell has its own")
+        elif name not in known:
+            wrong.append(f"a sweep has no field {name!r}.{hint} There are: {', '.join(known)}.")
+    if wrong:
+        raise BadConfig("\n".join(wrong))
+
+
+def _choices(name: str, value: Any) -> list[Any]:
+    """The values of one field. Raises `BadConfig` for an empty list, and editors that are no names."""
+    if name == "editor":
+        names = variants.names(value) if isinstance(value, str) else value
+        if not isinstance(names, (list, tuple)) or not all(isinstance(e, str) for e in names):
+            raise BadConfig(f"editor must be a name or a list of names, got {value!r}")
+        found: list[Any] = [[e] for e in names if e]
+    elif typing.get_origin(typing.get_type_hints(RunConfig)[name]) is tuple:
+        several = isinstance(value, list) and any(isinstance(v, list) for v in value)
+        found = [v if isinstance(v, list) else [v] for v in value] if several else [value]
+    else:
+        found = value if isinstance(value, list) else [value]
+    if not found:
+        raise BadConfig(f"{name} names no value")
+    return found
+
+
+def _cell(chosen: Mapping[str, Any], out: Path) -> Cell:
+    config = set_fields(RunConfig(), chosen)
+    owners = {*_COMMON, config.editor[0].partition("[")[0]}
+    kept = tuple(s for s in config.set if _owner(s) in (*owners, ""))
+    config = replace(config, set=kept, model=_anywhere(config.model), benchmarks=tuple(p.absolute() for p in config.benchmarks))
+    if config.data_root is not None:
+        config = replace(config, data_root=config.data_root.absolute())
+    name = content_id("cell", config.stored())[:12]
+    folder = out.absolute() / "cells" / f"{folder_name(config.editor[0])}-{config.seed}-{name}"
+    return Cell(name, replace(config, out=folder, cache=out.absolute() / "shared"), folder)
+
+
+def _anywhere(model: str) -> str:
+    """A model's folder as an absolute path: a worker stands elsewhere. Other names as they are."""
+    return str(Path(model).absolute()) if Path(model).is_dir() else model
+
+
+def _owner(setting: str) -> str:
+    """Whose setting it is; "" for text that is none, which the check of the run refuses."""
+    left, _, _ = setting.partition("=")
+    return left.partition(".")[0] if "=" in setting and "." in left else ""
+
+
+def _check_owners(settings: Any, editors: set[str]) -> None:
+    known = {*_COMMON, *editors, ""}
+    strangers = sorted({_owner(s) for s in set_fields(RunConfig(), {"set": settings}).set} - known)
+    if strangers:
+        raise BadConfig(f"set names {', '.join(strangers)}, which takes part in no cell ({', '.join(sorted(known - {''}))})")
+
+
+def _label(chosen: Mapping[str, Any], axes: Mapping[str, Sequence[Any]]) -> str:
+    """What sets a comparison apart from the others: its value of every axis that has several; "" where there is one."""
+    apart = {n: plain(v) for n, v in chosen.items() if n not in _WITHIN and len(axes[n]) > 1}
+    return ", ".join(f"{n}={' '.join(map(str, v)) if isinstance(v, list) else v}" for n, v in apart.items())
+
+
+def _check(cells: Iterable[Cell]) -> None:
+    """Raise `BadConfig` with every mistake of every cell, each once."""
+    problems = dict.fromkeys(p for cell in cells for p in cell.config.problems())
+    if problems:
+        raise BadConfig("\n".join(problems))
+
+
+def run_cell(cell: Cell, cpus: int) -> str | None:
+    """Make one cell, or go on with it; for a process of its own.
+
+    Args:
+        cpus: threads to use.
+
+    Returns None when its folder holds a finished run, else what went wrong: a sentence for a mistake of the user's,
+    a traceback for anything else. One process at a time has a cell, so that a worker which is cut off from the others
+    and goes on cannot meet its successor.
+    """
+    import torch
+
+    from testbed.experiment import runner
+    from testbed.experiment.command import user_errors
+    from testbed.storage.shared_cache import alone
+
+    torch.set_num_threads(cpus)
+    with alone(cell.folder):
+        if cell.done:
+            return None
+        config = replace(cell.config, out=None, resume=cell.folder) if cell.begun else cell.config
+        say = partial(_append, cell.log)
+        say(f"{'gone on with' if cell.begun else 'begun'} on {socket.gethostname()}, process {os.getpid()}")
+        try:
+            runner.study(config, say)
+        except user_errors() as e:
+            return str(e)
+        except Exception:
+            return traceback.format_exc()
+    return None
+
+
+def _append(path: Path, line: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as f:
+        f.write(line + "\n")

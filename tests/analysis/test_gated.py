@@ -1,0 +1,84 @@
+"""The figure of gated editors: counted by hand from stored answers and reports."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from analysis.figures import catalogue as plots
+from analysis.figures import gated as plots_gated
+from analysis.metrics.bootstrap import Resampler
+from analysis.metrics.summary import summarise
+from analysis.reading.load import Run, load_run
+from tests.helpers.fake_run import event, question, record, write_run
+
+SPLITS = ("edit", "text_generality", "image_generality", "locality_hard")
+
+
+def answers(editor: str, step: int, rights: dict[str, list[int]], fired: list[int] | None) -> list[dict[str, Any]]:
+    """Two questions of each split about edits 0 and 1; `fired` has a decision each, in the order of SPLITS."""
+    out = []
+    for s, split in enumerate(SPLITS):
+        for i, right in enumerate(rights.get(split, [1, 1])):
+            hit = None if fired is None else fired[2 * s + i]
+            extras = "{}" if hit is None else json.dumps({"distance": 1.0, "entry": "e0" if hit else None}, sort_keys=True)
+            row = record(editor=editor, probe_step=step, probe_time=float(step), split=split, question_id=f"{i}-{split}", extras=extras)
+            out.append(row | {"edit_id": f"e{i}", "edit_step": 1, "exact": bool(right), "incl_prob": 0.5 if i else 1.0})
+    return out
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    events = [event(i, i + 1, time=float(i + 1), subject=f"s{i}") for i in range(2)]
+    questions = [question(f"{i}-{s}", f"e{i}", s) for i in range(2) for s in SPLITS]
+    rights = {"text_generality": [1, 0], "locality_hard": [0, 1]}
+    records = {
+        "gate": answers("gate", 2, rights, [1, 1, 1, 0, 0, 0, 1, 0]),
+        "weights": answers("weights", 2, {}, None),
+    }
+    write_run(tmp_path, events, questions, records)
+    reports = tmp_path / "gate" / "edits.jsonl"
+    lines = [
+        json.loads(x) | {"notes": {"entries": i + 1.0}, "state_bytes": 100 * (i + 1)}
+        for i, x in enumerate(reports.read_text().splitlines())
+    ]
+    reports.write_text("".join(json.dumps(x) + "\n" for x in lines))
+    return load_run(tmp_path)
+
+
+def resampler(run: Run) -> Resampler:
+    return Resampler(run.clusters, np.random.default_rng(0), 50)
+
+
+def test_how_often_an_entry_answers_is_weighted_by_the_chance_of_being_asked(run: Run) -> None:
+    gate = run.editors["gate"]
+    edited = plots_gated.fires(run, gate, resampler(run), spared=False)
+    spared = plots_gated.fires(run, gate, resampler(run), spared=True)
+    assert edited["x"].tolist() == spared["x"].tolist() == [2.0]
+    assert edited["value"].tolist() == pytest.approx([1 / 6])  # rows of edit 1 count twice
+    assert spared["value"].tolist() == pytest.approx([1 / 3])
+
+
+def test_the_harmonic_mean_is_of_generality_and_hard_locality(run: Run) -> None:
+    got = plots_gated._harmonic_by_edits(run, run.editors["gate"], resampler(run), "gen")
+    assert got["value"].tolist() == pytest.approx([3 / (1 / (1 / 3) + 1 / 1 + 1 / (2 / 3))])
+
+
+def test_entries_and_bytes_are_those_of_the_reports(run: Run) -> None:
+    entries = plots_gated._entries(run, run.editors["gate"], resampler(run))
+    assert entries[["x", "value"]].to_numpy().tolist() == [[1, 1], [2, 2]]
+    assert plots_gated._bytes(run, run.editors["gate"], resampler(run))["value"].tolist() == [100, 200]
+    assert plots_gated._entries(run, run.editors["weights"], resampler(run)).empty
+    assert plots_gated._bytes(run, run.editors["weights"], resampler(run)).empty
+
+
+def test_it_is_drawn_where_an_editor_gates_and_only_there(run: Run, tmp_path: Path) -> None:
+    drawn = plots.draw_all(plots.scene(run, summarise(run)))
+    titles = [ax.get_title(loc="left") or ax.get_title() for ax in drawn["gated"].axes]
+    assert "Entries" in titles and "Harmonic mean" in titles and len(titles) == 8
+    del run.editors["gate"]
+    assert "gated" not in plots.draw_all(plots.scene(run, summarise(run)))

@@ -1,0 +1,357 @@
+"""Every metric against a table worked out by hand, and the laws that hold for any answers."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from analysis.metrics.ability import guessing
+from analysis.metrics.bootstrap import Resampler
+from analysis.metrics.catalogue import METRICS, metric_names
+from analysis.metrics.summary import in_common, measure, summarise
+from analysis.reading.load import Run, load_run
+from analysis.reporting.about import gathered
+from tests.helpers.fake_run import EDITORS, Plan, event, fake_run, question, record, write_run
+
+FEW = 200
+
+
+def values(run: Run, editor: str = "e") -> dict[str, float]:
+    return {k: v["value"] for k, v in summarise(run, replicates=FEW)["editors"][editor].items()}
+
+
+def answer(hits: int, exact: bool | None = None, n: int = 2) -> dict:
+    return {"token_hits": hits, "n_tokens": n, "logprob": -1.0, "exact": hits == n if exact is None else exact}
+
+
+def small(out: Path, records: list[dict], base: list[dict] | None = None, **of_event: dict) -> Run:
+    """Four edits in two years, one a step, asked with the given records."""
+    events = [event(i, i + 1, time=i / 2, subject=f"s{i}", **of_event.get(f"e{i}", {})) for i in range(4)]
+    splits = ("edit", "text_generality", "image_generality", "locality_hard", "portability", "stale")
+    questions = [question(f"e{i}-{s}", f"e{i}", s) for i in range(4) for s in splits]
+    questions += [question(f"g{i}", None, "general") for i in range(2)] + [question(f"x{i}", None, "text") for i in range(2)]
+    return load_run(write_run(out, events, questions, {"e": records}, base))
+
+
+def ask(edit: int, step: int, hits: int, split: str = "edit", **more: object) -> dict:
+    time = {"probe_time": (step - 1) / 2} | more
+    return record(edit_id=f"e{edit}", question_id=f"e{edit}-{split}", split=split, probe_step=step, **answer(hits), **time)
+
+
+def now(edit: int, hits: int) -> dict:
+    return ask(edit, edit + 1, hits, probe="right_after")
+
+
+@pytest.fixture(scope="module")
+def fake(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return load_run(fake_run(tmp_path_factory.mktemp("fake"), Plan(edits=60, years=5, panel=24)))
+
+
+@pytest.fixture(scope="module")
+def fake_summary(fake: Run) -> dict:
+    return summarise(fake, replicates=FEW)
+
+
+def test_edit_success_is_the_mean_over_live_edits_at_the_last_step(tmp_path: Path) -> None:
+    rows = [ask(0, 2, 2), ask(1, 4, 1), ask(2, 4, 2), ask(3, 4, 0)]
+    got = values(small(tmp_path, rows))
+    assert got["edit_success"] == pytest.approx((0.5 + 1 + 0) / 3)
+    assert got["edit_success_exact"] == got["edit_success_gen"] == pytest.approx(1 / 3)
+
+
+def test_three_readings_are_kept_apart(tmp_path: Path) -> None:
+    rows = [ask(0, 4, 1) | {"exact": True}, ask(1, 4, 2) | {"exact": None}]
+    got = values(small(tmp_path, rows))
+    assert (got["edit_success"], got["edit_success_exact"], got["edit_success_gen"]) == (0.75, 0.5, 1.0)
+
+
+def test_superseded_edits_leave_the_count_at_the_step_that_replaces_them(tmp_path: Path) -> None:
+    rows = [ask(0, 4, 0), ask(1, 4, 2), ask(0, 2, 2)]
+    assert values(small(tmp_path / "a", rows, e0={"superseded_step": 4}))["edit_success"] == 1.0
+    assert values(small(tmp_path / "b", rows, e0={"superseded_step": 5}))["edit_success"] == 0.5
+
+
+def test_locality_counts_superseded_edits_too(tmp_path: Path) -> None:
+    rows = [ask(0, 4, 0, "locality_hard"), ask(1, 4, 2, "locality_hard")]
+    assert values(small(tmp_path, rows, e0={"superseded_step": 3}))["locality_hard"] == 0.5
+
+
+def test_answers_are_weighted_by_one_over_their_chance_to_be_asked(tmp_path: Path) -> None:
+    rows = [ask(0, 4, 2, incl_prob=0.25), ask(1, 4, 0, incl_prob=1.0)]
+    assert values(small(tmp_path, rows))["edit_success"] == pytest.approx(4 / 5)
+
+
+def test_forgetting_is_right_after_minus_end_and_transfer_its_negative(tmp_path: Path) -> None:
+    rows = [now(0, 2), now(1, 2), now(2, 1), now(3, 2), ask(0, 4, 0), ask(1, 4, 1), ask(2, 4, 2), ask(3, 4, 2)]
+    got = values(small(tmp_path, rows))
+    assert got["forgetting"] == pytest.approx((1 + 0.5 - 0.5) / 3)
+    assert got["backward_transfer"] == pytest.approx(-got["forgetting"])
+    assert got["edit_success_now"] == pytest.approx((1 + 1 + 0.5 + 1) / 4)
+    first_edits = np.mean([1, 1, 0.5])
+    last_edits = np.mean([0, 0.5, 1])
+    assert last_edits == pytest.approx(first_edits + got["backward_transfer"])
+
+
+def test_forgetting_max_takes_the_best_year_end_of_each_cohort(tmp_path: Path) -> None:
+    year_one = [ask(0, 2, 1), ask(1, 2, 2)]
+    end = [ask(0, 4, 0), ask(1, 4, 1), ask(2, 4, 2)]
+    got = values(small(tmp_path, [*year_one, *end]))
+    assert got["forgetting_max"] == pytest.approx(((0.5 - 0) + (1 - 0.5)) / 2)
+
+
+def test_forward_transfer_compares_with_the_unedited_model(tmp_path: Path) -> None:
+    base = [{"question_id": "e2-edit", "answer": "yes", "token_hits": 0, "n_tokens": 2, "logprob": -2.0, "exact": False}]
+    got = values(small(tmp_path / "a", [ask(2, 1, 0), ask(2, 2, 1), ask(0, 4, 2)], base))
+    assert got["forward_transfer"] == pytest.approx(0.5)
+    assert "forward_transfer" not in values(small(tmp_path / "b", [ask(0, 4, 2)], base))
+
+
+def test_harmonic_mean_needs_all_three(tmp_path: Path) -> None:
+    two = [ask(0, 4, 2, "text_generality"), ask(0, 4, 1, "image_generality")]
+    assert "harmonic_mean" not in values(small(tmp_path / "a", two))
+    three = values(small(tmp_path / "b", [*two, ask(0, 4, 1, "locality_hard")]))
+    assert three["harmonic_mean"] == pytest.approx(3 / (1 + 2 + 2))
+    assert three["harmonic_mean_exact"] == 0.0
+
+
+def test_general_drop_and_perplexity_are_paired_with_the_unedited_model(tmp_path: Path) -> None:
+    general = [record(question_id=f"g{i}", split="general", probe="general", probe_step=4, **answer(h)) for i, h in enumerate((0, 1))]
+    text = {"split": "text", "probe": "general", "probe_step": 4}
+    texts = [record(question_id=f"x{i}", n_tokens=n, logprob=p, **text) for i, (n, p) in enumerate([(10, -30.0), (30, -50.0)])]
+    base = [{"question_id": f"g{i}", "token_hits": 2, "n_tokens": 2, "logprob": 0.0, "exact": True} for i in range(2)]
+    base += [{"question_id": f"x{i}", "n_tokens": n, "logprob": p} for i, (n, p) in enumerate([(10, -20.0), (30, -40.0)])]
+    got = values(small(tmp_path, [*general, *texts], base))
+    assert got["general_score"] == pytest.approx(0.25)
+    assert got["general_drop"] == pytest.approx(0.75)
+    assert got["perplexity_ratio"] == pytest.approx(math.exp(80 / 40 - 60 / 40))
+
+
+def test_a_broken_model_has_no_perplexity_but_a_collapse_and_a_note(tmp_path: Path) -> None:
+    text = {"split": "text", "probe": "general", "n_tokens": 10, "question_id": "x0"}
+    rows = [record(probe_step=s, logprob=p, **text) for s, p in ((1, -20.0), (2, float("nan")), (4, float("nan")))]
+    run = small(tmp_path, rows, [{"question_id": "x0", "n_tokens": 10, "logprob": -20.0}])
+    summary = summarise(run, replicates=FEW)
+    assert "perplexity_ratio" not in summary["editors"]["e"]
+    assert summary["editors"]["e"]["collapse_step"] == {"value": 2.0, "low": 1.0, "high": 2.0, "n": 3}
+    assert any("not finite" in n for n in summary["run"]["notes"])
+
+
+@pytest.mark.parametrize(
+    ("shifts", "expected"), [((0, 0.8, 0.8), 2.0), ((0.8, 0, 0.8), None), ((0, 0, 0.8), None), ((0.6, 0.6, 0.6), None)]
+)
+def test_collapse_needs_two_marked_checkpoints_in_a_row(tmp_path: Path, shifts: tuple, expected: float | None) -> None:
+    text = {"split": "text", "probe": "general", "n_tokens": 10, "question_id": "x0"}
+    rows = [record(probe_step=s, logprob=-20.0 - 10 * d, **text) for s, d in zip((1, 2, 4), shifts)]
+    run = small(tmp_path, rows, [{"question_id": "x0", "n_tokens": 10, "logprob": -20.0}])
+    assert values(run).get("collapse_step") == expected
+
+
+def test_collapse_by_retention_under_a_fifth_of_the_immediate_success(tmp_path: Path) -> None:
+    events = [event(i, i + 1, time=float(i), subject=f"s{i}") for i in range(9)]
+    questions = [question(f"e{i}-edit", f"e{i}") for i in range(9)]
+    asked = [ask(i, s, 2 * (s < 7)) for s in (6, 7, 9) for i in range(5)]
+    run = load_run(write_run(tmp_path, events, questions, {"e": [now(i, 2) for i in range(9)] + asked}))
+    entry = summarise(run, replicates=FEW)["editors"]["e"]["collapse_step"]
+    assert (entry["value"], entry["low"]) == (7.0, 6.0)
+
+
+def test_edits_that_never_took_cannot_collapse(tmp_path: Path) -> None:
+    """One of nine is right anyway, and the panel happens to miss it."""
+    events = [event(i, i + 1, time=float(i), subject=f"s{i}") for i in range(9)]
+    questions = [question(f"e{i}-edit", f"e{i}") for i in range(9)]
+    rows = [now(i, 2 * (i == 0)) for i in range(9)] + [ask(i, s, 0) for s in (6, 7, 9) for i in range(5)]
+    base = [{"question_id": f"e{i}-edit", "token_hits": 2 * (i == 0), "n_tokens": 2, "logprob": -2.0, "exact": i == 0} for i in range(9)]
+    for name, known, expected in (("noop", base, None), ("taught", base[1:], 6.0)):
+        run = load_run(write_run(tmp_path / name, events, questions, {"e": rows}, base=known))
+        entry = summarise(run, replicates=FEW)["editors"]["e"].get("collapse_step")
+        assert (entry and entry["value"]) == expected
+
+
+def test_half_life_is_where_conditional_retention_crosses_one_half(tmp_path: Path) -> None:
+    events = [event(i, i + 1, subject=f"s{i}") for i in range(40)]
+    questions = [question(f"e{i}-edit", f"e{i}") for i in range(40)]
+    right_after = [now(i, 2 if i < 30 else 0) for i in range(40)]
+    ages = {1: 2, 2: 2, 4: 2, 8: 0, 16: 0}
+    later = [ask(i, i + 1 + a, hits) for a, hits in ages.items() for i in range(5, 12)]
+    lost_at_once = [ask(35, 40, 0)]
+    got = values(load_run(write_run(tmp_path / "a", events, questions, {"e": [*right_after, *later, *lost_at_once]})))
+    assert got["half_life"] == pytest.approx(math.sqrt(4 * 8))
+    kept = [r | {"token_hits": 2} for r in later]
+    assert "half_life" not in values(load_run(write_run(tmp_path / "b", events, questions, {"e": [*right_after, *kept]})))
+
+
+def test_costs_come_from_the_reports(fake: Run, fake_summary: dict) -> None:
+    entries = fake_summary["editors"]["finetune"]
+    assert entries["edits"] == {"value": 60.0, "low": None, "high": None, "n": 60}
+    assert entries["seconds_per_edit"]["value"] == pytest.approx(0.4)
+    assert entries["state_bytes"]["value"] == 20_000 * 60
+
+
+def test_what_was_not_asked_is_absent_and_said_so(tmp_path: Path) -> None:
+    summary = summarise(small(tmp_path, [ask(0, 4, 2)]), replicates=FEW)
+    assert {"edit_success", "edits"} <= set(summary["editors"]["e"])
+    assert not {"portability", "general_score", "perplexity_ratio", "forgetting"} & set(summary["editors"]["e"])
+    assert any("not measured" in n and "portability" in n for n in summary["run"]["notes"])
+
+
+def test_a_note_that_editors_share_is_one_line() -> None:
+    notes = ["a: derived values", "one order", "b: derived values", "c: derived values, nearly", "other: derived values"]
+    assert gathered(notes, ["a", "b", "c"]) == ["a, b: derived values", "one order", "c: derived values, nearly", "other: derived values"]
+    assert gathered(["a: one order", "one order"], ["a"]) == ["a: one order", "one order"]
+    assert gathered(["memit+prune: x", "memit: x"], ["memit", "memit+prune"]) == ["memit+prune, memit: x"]
+
+
+def test_noop_scores_what_the_unedited_model_scored(fake: Run, fake_summary: dict) -> None:
+    rows = fake.editors["noop"].records
+    end = rows[(rows["split"] == "edit") & (rows["probe"] == "retention") & rows["live"] & (rows["step"] == 60)]
+    before = fake.editors["noop"].base["tf"].to_numpy()[end["question"]].mean()
+    assert fake_summary["editors"]["noop"]["edit_success"]["value"] == pytest.approx(before)
+    for name in ("forgetting", "forgetting_max", "general_drop"):
+        assert fake_summary["editors"]["noop"][name]["value"] == 0.0
+    assert fake_summary["editors"]["noop"]["perplexity_ratio"]["value"] == 1.0
+
+
+def test_oracle_is_right_everywhere(fake_summary: dict) -> None:
+    oracle = fake_summary["editors"]["oracle"]
+    for name in ("edit_success", "edit_success_now", "harmonic_mean", "portability", "locality_far"):
+        for suffix in ("", "_exact", "_gen"):
+            assert oracle[name + suffix]["value"] == 1.0
+            assert oracle[name + suffix]["low"] < 1.0
+
+
+def test_pairs_are_differences_on_the_same_questions(fake_summary: dict) -> None:
+    editors, pairs = fake_summary["editors"], fake_summary["pairs"]
+    assert len(pairs) == len(EDITORS) * (len(EDITORS) - 1) // 2
+    for name, entry in pairs["finetune - balancedit"].items():
+        assert entry["value"] == pytest.approx(editors["finetune"][name]["value"] - editors["balancedit"][name]["value"])
+    assert pairs["oracle - finetune"]["edit_success"]["low"] > 0
+
+
+def test_a_paired_interval_is_narrower_than_the_unpaired_one(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    events = [event(i, i + 1, subject=f"s{i}") for i in range(200)]
+    questions = [question(f"e{i}-edit", f"e{i}") for i in range(200)]
+    hits = rng.integers(0, 2, 200) * 2
+    a = [ask(i, 200, int(h)) for i, h in enumerate(hits)]
+    b = [ask(i, 200, 0 if i < 6 else int(h)) for i, h in enumerate(hits)]
+    summary = summarise(load_run(write_run(tmp_path, events, questions, {"a": a, "b": b})))
+    pair, single = summary["pairs"]["a - b"]["edit_success"], summary["editors"]["a"]["edit_success"]
+    assert pair["high"] - pair["low"] < 0.5 * (single["high"] - single["low"])
+
+
+def test_an_editor_cut_short_is_compared_at_the_last_common_step(tmp_path: Path) -> None:
+    events = [event(i, i + 1, subject=f"s{i}") for i in range(4)]
+    questions = [question(f"e{i}-edit", f"e{i}") for i in range(4)]
+    a = [ask(0, 2, 2), ask(1, 2, 2), ask(0, 4, 0), ask(1, 4, 0)]
+    b = [ask(0, 2, 0), ask(1, 2, 2)]
+    summary = summarise(load_run(write_run(tmp_path, events, questions, {"a": a, "b": b})), replicates=FEW)
+    assert summary["pairs"]["a - b"]["edit_success"]["value"] == pytest.approx(0.5)
+    assert any("b: cut short at step 2 of 4" in n for n in summary["run"]["notes"])
+
+
+def test_a_reading_that_one_editor_lacks_is_not_compared(tmp_path: Path) -> None:
+    run = small(tmp_path, [ask(0, 4, 2), ask(1, 4, 2)])
+    rows = run.editors["e"].records
+    a, b = in_common(rows, rows.assign(gen=[1.0, np.nan]))
+    assert a["gen"].isna().tolist() == b["gen"].isna().tolist() == [False, True]
+
+
+def test_the_catalogue_names_every_metric_and_the_docs_explain_it(fake_summary: dict) -> None:
+    known = set(metric_names())
+    for entries in [*fake_summary["editors"].values(), *fake_summary["pairs"].values()]:
+        assert set(entries) <= known
+    text = (Path(__file__).parents[2] / "docs" / "semantics.md").read_text("utf-8")
+    assert [m for m in METRICS if f"`{m}`" not in text] == []
+
+
+def test_same_seed_same_summary(fake: Run, fake_summary: dict) -> None:
+    assert summarise(fake, replicates=FEW) == fake_summary
+    other = summarise(fake, seed=1, replicates=FEW)["editors"]["finetune"]["edit_success"]
+    assert other["value"] == fake_summary["editors"]["finetune"]["edit_success"]["value"]
+    assert other["low"] != fake_summary["editors"]["finetune"]["edit_success"]["low"]
+
+
+hits = st.lists(st.integers(0, 2), min_size=4, max_size=4)
+chances = st.lists(st.floats(0.05, 1), min_size=4, max_size=4)
+quiet = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def of(run: Run, frame_change=lambda rows: rows) -> dict[str, float]:
+    editor = run.editors["e"]
+    changed = type(editor)(editor.name, editor.folder, frame_change(editor.records), editor.reports, editor.base)
+    return {k: d.value for k, d in measure(run, changed, Resampler(run.clusters, np.random.default_rng(0), 20)).items()}
+
+
+@quiet
+@given(first=hits, last=hits, chance=chances)
+def test_laws_of_any_answers(tmp_path_factory: pytest.TempPathFactory, first: list[int], last: list[int], chance: list[float]) -> None:
+    rows = [now(i, h) for i, h in enumerate(first)] + [ask(i, 4, h, incl_prob=p) for i, (h, p) in enumerate(zip(last, chance))]
+    rows += [ask(i, 4, h, s) for i, h in enumerate(last) for s in ("text_generality", "image_generality", "locality_hard")]
+    run = small(tmp_path_factory.mktemp("laws"), rows)
+    got = of(run)
+    for name, value in got.items():
+        assert (-1 if METRICS[name.removesuffix("_exact").removesuffix("_gen")].unit == "difference" else 0) <= value <= 1
+    shuffled = of(run, lambda r: r.sample(frac=1, random_state=3))
+    assert shuffled == pytest.approx(got)
+    scaled = of(run, lambda r: r.assign(weight=r["weight"] * 7))
+    assert scaled == pytest.approx(got)
+    assert min(last) / 2 - 1e-9 <= got["edit_success"] <= max(last) / 2 + 1e-9
+
+
+@quiet
+@given(constant=hits, chance=chances)
+def test_constant_answers_are_never_forgotten(tmp_path_factory: pytest.TempPathFactory, constant: list[int], chance: list[float]) -> None:
+    rows = [now(i, h) for i, h in enumerate(constant)]
+    rows += [ask(i, s, constant[i], incl_prob=chance[i]) for s in (2, 4) for i in range(s)]
+    got = of(small(tmp_path_factory.mktemp("constant"), rows))
+    zero = [m for m in got if m.startswith(("forgetting", "backward"))]
+    assert {m: got[m] for m in zero} == pytest.approx(dict.fromkeys(zero, 0.0))
+    assert len(zero) == 9
+
+
+def test_an_answer_with_half_the_weight_stored_for_two_edits_alike_changes_nothing(tmp_path: Path) -> None:
+    one = of(small(tmp_path / "a", [ask(0, 4, 2), ask(1, 4, 0)]))
+    doubled = of(small(tmp_path / "b", [ask(0, 4, 2, incl_prob=0.5), ask(1, 4, 0), ask(2, 4, 0)]))
+    assert one["edit_success"] == doubled["edit_success"] == 0.5
+
+
+def test_guessing_is_one_in_the_choices_that_compete() -> None:
+    asked = [question("a", choices=["x", "y", "z"], scoring="sum"), question("b", choices=["x", "y", "z"], aliases=["y"], scoring="sum")]
+    asked += [question("c"), question("d", scoring="refuse")]
+    np.testing.assert_allclose(guessing(pd.DataFrame(asked)), [1 / 3, 1 / 2, 0.0, np.nan])
+    np.testing.assert_allclose(guessing(pd.DataFrame({"question_id": ["old"]})), [0.0])
+
+
+def test_skill_lost_takes_guessing_out(tmp_path: Path) -> None:
+    """Two of four: from 4 of 4 to 2 of 4 is a fall to guessing, skill lost 1; free: from 2 of 2 to 1 of 2, skill lost 1/2."""
+    pairs = [question(f"p{i}", None, "general", topic="bench:pairs", choices=["a", "b"], answer="a", scoring="sum") for i in range(4)]
+    free = [question(f"f{i}", None, "general", topic="bench:free") for i in range(2)]
+    ids = [q["question_id"] for q in (*pairs, *free)]
+    base = [{"question_id": q, **answer(2)} for q in ids]
+    rows = [
+        record(
+            question_id=q,
+            split="general",
+            probe_step=1,
+            panel="benchmark",
+            topic=f"bench:{'pairs' if q[0] == 'p' else 'free'}",
+            **answer(h),
+        )
+        for q, h in zip(ids, (2, 0, 2, 0, 2, 0))
+    ]
+    got = values(load_run(write_run(tmp_path, [event(0, 1)], [*pairs, *free], {"e": rows}, base)))
+    assert got["skill_drop"] == pytest.approx((1 + 1 / 2) / 2)
+    assert got["benchmark_drop_gen"] == pytest.approx(1 / 2)
+
+
+def test_gain_is_over_the_unedited_model(tmp_path: Path) -> None:
+    base = [{"question_id": f"e{i}-edit", **answer(h)} for i, h in enumerate((0, 2, 1, 0))]
+    got = values(small(tmp_path, [now(0, 2), now(1, 2), now(2, 2), now(3, 0)], base))
+    assert got["edit_gain"] == pytest.approx((1 + 0 + 0.5 + 0) / 4)
+    assert got["edit_gain_exact"] == pytest.approx((1 + 0 + 1 + 0) / 4)

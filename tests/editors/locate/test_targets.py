@@ -1,0 +1,239 @@
+"""Targets, keys, lookup positions, contexts and statistics of locate-then-edit methods, on random tiny models."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from streams.base import TrainPool
+from testbed.core.events import EditBatch
+from testbed.editors.locate import targets as _locate_targets
+from testbed.editors.locate.corpus import corpus_of
+from testbed.editors.locate.keys import Sweep
+from testbed.editors.locate.positions import ask_of, draw_contexts, lookup, subject_of
+from testbed.editors.locate.second_moments import second_moments
+from testbed.editors.locate.targets import Adam, Forward, Task, heights, search
+from testbed.model.encoding import Ask, collate, prompt_inputs, worded
+from testbed.model.handle import ModelHandle
+from testbed.model.suffix import enter
+from tests.helpers.facts import FACTS, POOL, SMALL, TEXTS, make, task
+from tests.helpers.models import KINDS, TEXT, Noise, build
+
+
+def whole_losses(t: Task, delta: Tensor) -> Tensor:
+    """The same loss by one whole forward a row, with a hook that adds the delta."""
+    handle, out = t.handle, []
+    from testbed.model.encoding import answer_ids
+
+    for event, d in zip(t.events, delta):
+        rows = []
+        for context in t.contexts:
+            ask = ask_of(event, context)
+            ids = [*answer_ids(handle, ask_of(event), event.target), handle.tokenizer.eos_token_id]
+            batch = collate(handle, [ask], [ids])
+            at = lookup(handle, ask, subject_of(event))
+
+            def hook(m: Any, args: Any, output: Any, at: int = at, d: Tensor = d) -> Any:
+                hidden = output[0] if isinstance(output, tuple) else output
+                hidden = hidden.clone()
+                hidden[0, at] += d
+                return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+            with handle.hooked(handle.layers[t.layer], hook):
+                logits = handle.model(**batch.inputs, use_cache=False).logits[batch.before_answer]
+            rows.append(torch.nn.functional.cross_entropy(logits, batch.answer_ids))
+        out.append(torch.stack(rows).mean())
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_truncated_forward_gives_the_whole_models_loss(kind: str) -> None:
+    facts = [replace(e, image=None if kind in TEXT or i == 1 else Noise(i), id="") for i, e in enumerate(FACTS)]
+    t = task(kind, facts)
+    delta = torch.randn(3, t.handle.width, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        want = whole_losses(t, delta)
+        before = hooks(t.handle)
+        torch.testing.assert_close(Forward(t).losses(delta, 0.0), want, rtol=1e-3, atol=1e-3)
+    assert hooks(t.handle) == before
+
+
+def hooks(handle: ModelHandle) -> int:
+    """Hooks on the model's modules (transformers leaves some of its own)."""
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in handle.model.modules())
+
+
+def test_targets_of_a_batch_are_those_of_each_edit_alone() -> None:
+    together = search(task(), SMALL, heights(build("llama"), FACTS, 1).norm(dim=1))
+    for i, e in enumerate(FACTS):
+        alone = search(task(events=[e]), SMALL, heights(build("llama"), [e], 1).norm(dim=1))
+        assert torch.nn.functional.cosine_similarity(together.delta[i], alone.delta[0], dim=0) > 0.9999
+        torch.testing.assert_close(together.loss[i], alone.loss[0], rtol=1e-3, atol=1e-3)
+
+
+def test_edits_that_are_done_stop_and_leave_without_moving_the_others() -> None:
+    unit = heights(build("llama"), FACTS, 1).norm(dim=1)
+    first = Forward(task()).losses(torch.zeros(3, 64), 0.0)
+    bar = float(first.median()) + 1e-3
+    plain, early = search(task(), replace(SMALL, kl=0.0, stop=0.0), unit), search(task(), replace(SMALL, kl=0.0, stop=bar), unit)
+    done = first < bar
+    assert done.sum() == 2
+    assert early.delta[done].abs().max() == 0
+    assert early.steps[done].max() == 0
+    kept = ~done
+    if float(early.steps[kept]) == float(plain.steps[kept]):
+        torch.testing.assert_close(early.delta[kept], plain.delta[kept], rtol=1e-3, atol=1e-3)
+
+
+def test_the_clamp_holds_and_one_step_only_reads() -> None:
+    unit = heights(build("llama"), FACTS, 1).norm(dim=1)
+    far = search(task(), replace(SMALL, lr=5.0, clamp=0.3), unit)
+    assert (far.delta.norm(dim=1) <= 0.3 * unit * (1 + 1e-5)).all()
+    one = search(task(), replace(SMALL, steps=1), unit)
+    assert one.delta.abs().max() == 0
+    assert one.steps.max() == 0
+
+
+def test_the_drift_is_zero_at_first_and_runs_from_the_changed_to_the_unchanged_model() -> None:
+    t = task()
+    forward, zero = Forward(t), torch.zeros(3, 64)
+    with torch.no_grad():
+        assert drift_of(forward, zero).abs().max() < 1e-6
+        delta = torch.randn(3, 64, generator=torch.Generator().manual_seed(2))
+        got = drift_of(forward, delta)
+        assert forward.essence is not None
+        logp = forward.before
+        changed = logp_of(forward, delta)
+    assert logp is not None
+    torch.testing.assert_close(got, (changed.exp() * (changed - logp)).sum(-1), rtol=1e-4, atol=1e-5)
+    assert (got > 0).all()
+
+
+def drift_of(forward: Forward, delta: Tensor) -> Tensor:
+    return forward._drift(forward._read(delta)[1])
+
+
+def logp_of(forward: Forward, delta: Tensor) -> Tensor:
+    fresh = Forward.__new__(Forward)
+    fresh.__dict__.update({**forward.__dict__, "before": None})
+    drift_of(fresh, delta)
+    assert fresh.before is not None
+    return fresh.before
+
+
+def test_adam_is_torchs() -> None:
+    g = torch.Generator().manual_seed(0)
+    ours = theirs = torch.randn(4, 5, generator=g)
+    theirs = theirs.clone().requires_grad_(True)
+    adam, ref = Adam(ours, 0.1), torch.optim.Adam([theirs], lr=0.1)
+    for _ in range(7):
+        grad = torch.randn(4, 5, generator=g)
+        ours = ours + adam.step(grad)
+        theirs.grad = grad.clone()
+        ref.step()
+    torch.testing.assert_close(ours, theirs.detach())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_lookup_token_ends_at_the_subjects_last_character(kind: str) -> None:
+    handle = build(kind)
+    prompts = ["Zor leads?", "who leads the Zor", "is Zor, of Zor, old?", "Ünä Zor'é rules", "about (Zor) now"]
+    for i, prompt in enumerate(prompts):
+        for image in (None,) if kind in TEXT else (None, Noise(i)):
+            ask = Ask(prompt, image)
+            ids = prompt_inputs(handle, ask)["input_ids"][0]
+            at = lookup(handle, ask, "Zor")
+            text, start, _ = worded(handle, ask)
+            before = handle.tokenizer.decode(ids[: at + 1], skip_special_tokens=True)
+            cut = text[: start + prompt.rindex("Zor") + 3]
+            assert before.rstrip(" ,'()é?").endswith("Zor"), (kind, prompt, before)
+            assert before.count("Zor") == cut.count("Zor")
+            assert lookup(handle, ask, None) == len(ids) - 1
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "llava"])
+def test_keys_of_the_sweep_are_those_of_the_edited_model(kind: str) -> None:
+    """The second pass over keys in the released code finds what the first one had: a key depends only on what lies below."""
+    editor = make("memit", kind, layers=(0, 1))
+    seen: dict[int, Tensor] = {}
+    keep = editor._keep  # type: ignore[attr-defined]
+    editor._keep = lambda layer, step, solution, keys: keep(layer, step, solution, None)  # type: ignore[attr-defined]
+    solve = editor._solve  # type: ignore[attr-defined]
+    editor._solve = lambda layer, keys, *rest: (seen.__setitem__(layer, keys), solve(layer, keys, *rest))[1]  # type: ignore[attr-defined]
+    assert not editor.apply(EditBatch(tuple(FACTS), 1)).failed
+    with editor.handle.swapped(editor.edited_weights()), torch.no_grad():
+        again = Sweep(editor.handle, FACTS, editor.contexts, (0, 1), 0.5)  # type: ignore[attr-defined]
+        for layer in (0, 1):
+            torch.testing.assert_close(again.read(layer), seen[layer], rtol=1e-3, atol=1e-4)
+
+
+def test_equal_contexts_give_the_bare_key_and_weights_sum_to_one() -> None:
+    with torch.no_grad():
+        sweep = Sweep(build("llama"), FACTS, ["", "", ""], (0, 1), 0.5)
+        torch.testing.assert_close(sweep.read(0), sweep.bare_key)
+
+
+def test_contexts_are_drawn_from_the_generator_alone() -> None:
+    def draw(seed: int) -> list[str]:
+        return draw_contexts(build("llama"), 5, 10, torch.Generator().manual_seed(seed))
+
+    before = torch.get_rng_state()
+    assert draw(0) == draw(0)
+    assert draw(0) != draw(1)
+    assert torch.equal(before, torch.get_rng_state())
+    assert all("{" not in c and "<s>" not in c for c in draw(0))
+
+
+def test_second_moments_are_means_over_text_positions_and_kept_by_model_and_corpus() -> None:
+    handle, corpus = build("llama"), corpus_of(POOL, None)
+    got = second_moments(handle, corpus, [0, 1])
+    assert second_moments(handle, corpus, [1])[1] is got[1]
+    other = second_moments(handle, corpus_of(TrainPool(texts=TEXTS[:3]), None), [0])
+    assert not torch.equal(other[0], got[0])
+    kept: list[Tensor] = []
+    rows = []
+    tok = handle.tokenizer
+    for text in TEXTS[:3]:
+        with handle.hooked(handle.down(0), lambda m, args: kept.append(args[0][0].double()), pre=True), torch.no_grad():
+            handle.model(input_ids=torch.tensor([[tok.bos_token_id, *tok(text, add_special_tokens=False)["input_ids"]]]))
+        rows.append(kept.pop())
+    keys = torch.cat(rows)
+    torch.testing.assert_close(other[0], keys.T @ keys / len(keys), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_entering_a_model_stops_early_and_gives_the_same_hidden_states(kind: str) -> None:
+    handle = build(kind)
+    asks = [Ask("who leads the bridge?", None if kind in TEXT else Noise(3)), Ask("what?")]
+    batch = collate(handle, asks)
+    seen: dict[int, Tensor] = {}
+    own: list[Any] = []
+    for n, layer in enumerate(handle.layers):
+        own.append(layer.register_forward_hook(lambda m, a, out, n=n: seen.__setitem__(n, out[0] if isinstance(out, tuple) else out)))
+    with torch.no_grad():
+        logits = handle.model(**batch.inputs, use_cache=False).logits
+        for h in own:
+            h.remove()
+        above = enter(handle, batch, 1, 2)
+        torch.testing.assert_close(above.hidden, seen[0])
+        torch.testing.assert_close(above.through(above.hidden, 1, 3), seen[2], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(handle.model(**batch.inputs, use_cache=False).logits, logits)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=40))
+def test_every_edit_is_in_one_group_and_no_forward_is_for_a_few_of_many(widths: list[int]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_locate_targets, "columns", lambda handle, width, end: width)
+        groups = _locate_targets._alike(Task(None, widths, 0, []))  # pyright: ignore[reportArgumentType]
+    assert sorted(i for g in groups for i in g) == list(range(len(widths)))
+    assert all(len(g) >= 8 for g in groups) or len(groups) == 1
+    edges = [(min(widths[i] for i in g), max(widths[i] for i in g)) for g in groups]
+    assert all(last < first for (_, last), (first, _) in pairwise(edges))

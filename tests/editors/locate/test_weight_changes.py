@@ -1,0 +1,65 @@
+"""Factors and keys of past edits: they grow in place, and what was handed out stays as it was."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from testbed.editors.codebook.growing import appended
+from testbed.editors.locate.weight_changes import Changes
+from tests.helpers.models import build
+
+sizes = st.lists(st.integers(0, 30), min_size=1, max_size=12)
+
+
+@settings(max_examples=50, deadline=None)
+@given(sizes, st.integers(0, 2**16))
+def test_a_room_holds_the_rows_in_order_and_no_view_changes(parts: list[int], seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    room, want, views = torch.zeros(0, 3), torch.zeros(0, 3), []
+    for n in parts:
+        new = torch.randn(n, 3, generator=g)
+        room, want = appended(room, len(want), new), torch.cat([want, new])
+        views.append((room[: len(want)], want))
+    assert all(torch.equal(view, kept) for view, kept in views)
+
+
+def test_a_room_is_not_copied_for_every_row() -> None:
+    room, places = torch.zeros(0, 1), set()
+    for i in range(1000):
+        room = appended(room, i, torch.full((1, 1), float(i)))
+        places.add(room.data_ptr())
+    assert len(places) < 40 and room[:1000, 0].tolist() == list(range(1000))
+
+
+def _step(changes: Changes, step: int, n: int, g: torch.Generator) -> dict[str, Tensor]:
+    d, f = changes.base(0).shape
+    changes.add(0, step, *(torch.randn(n, width, generator=g) for width in (d, f, f)))
+    return {k: v for k, v in changes.state().items() if isinstance(v, Tensor)}
+
+
+def test_going_back_and_another_way_leaves_both_pasts_as_they_were() -> None:
+    g = torch.Generator().manual_seed(0)
+    changes = Changes(build("llama"), [0])
+    for step in range(1, 4):
+        _step(changes, step, 3, g)
+    before = changes.state()
+    kept = {k: v.clone() for k, v in before.items() if isinstance(v, Tensor)}
+    one = _step(changes, 4, 2, g)
+    one_kept = {k: v.clone() for k, v in one.items()}
+    changes.load(before)
+    other = _step(changes, 4, 2, g)
+    assert sorted(kept) == ["keys.0", "left.0", "right.0"]
+    for name in kept:
+        assert torch.equal(before[name], kept[name]) and torch.equal(one[name], one_kept[name])
+        assert torch.equal(other[name][:9], kept[name]) and not torch.equal(other[name][9:], one[name][9:])
+    assert torch.equal(changes.at(3)[changes.names[0]], _replay(changes, kept))
+
+
+def _replay(changes: Changes, kept: dict[str, Tensor]) -> Tensor:
+    w = changes.base(0)
+    for at in range(0, 9, 3):
+        w = w + kept["left.0"][at : at + 3].T @ kept["right.0"][at : at + 3]
+    return w
