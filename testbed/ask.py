@@ -16,11 +16,11 @@ import tyro
 from rich.console import Console
 
 from streams.files.pictures import FilePicture
-from testbed.core.events import EditEvent
+from testbed.core.events import Ask, EditEvent
 from testbed.editors.base import Editor
 from testbed.experiment.config import BadConfig
 from testbed.experiment.rebuild import Stored, rebuild
-from testbed.model.encoding import Ask, prompt_inputs
+from testbed.model.encoding import prompt_inputs
 from testbed.model.handle import ModelHandle
 from testbed.model.predictor import ModelPredictor
 

@@ -22,7 +22,7 @@ from streams.base import Stream
 from testbed.editors.codebook.codebook import Codebook, Entry
 from testbed.editors.codebook.entry_weights import LowRank
 from testbed.editors.codebook.nearest import Keys, Nearest
-from testbed.model.encoding import Ask, collate
+from testbed.model.encoding import collate
 from testbed.model.handle import ModelHandle
 from testbed.storage.run_folder import write_state
 
@@ -102,7 +102,7 @@ def _insert(book: Codebook, keys: Tensor, radius: float) -> None:
 
 def tiny_share(handle: ModelHandle, stream: Stream, sizes: tuple[int, ...] = (100, 1_000, 10_000, 20_000), rows: int = 32) -> list[Share]:
     """Retrieval among keys of the model's own inner width against its forward, on picture questions where it reads pictures."""
-    asks = [Ask(q.prompt, q.image) for e in stream.events(rows) for q in stream.questions(e)]
+    asks = [q.ask() for e in stream.events(rows) for q in stream.questions(e)]
     batch = collate(handle, [a for a in asks if (a.image is not None) == handle.reads_pictures][:rows], side="left")
     with torch.no_grad():
         forward = _least(lambda: handle.model(**batch.inputs, use_cache=False), 7)

@@ -10,12 +10,11 @@ import torch
 
 from streams.base import Stream
 from testbed.bench.paths import clock_of, run_steps
-from testbed.core.events import EditBatch, EditEvent
+from testbed.core.events import Ask, EditBatch, EditEvent
 from testbed.core.schema import EditReport
 from testbed.core.timing import NOTE
 from testbed.editors.base import Editor
 from testbed.experiment.loop import peak_bytes
-from testbed.model.encoding import Ask
 from testbed.model.handle import ModelHandle
 from testbed.model.predictor import Predictor
 from testbed.model.progress import bars
@@ -103,7 +102,7 @@ def stages_of(report: EditReport) -> dict[str, float]:
 def asked(handle: ModelHandle, stream: Stream, events: Sequence[EditEvent], n: int) -> tuple[list[Ask], list[str | None]]:
     """Questions about the edits that the model can read, and their answers."""
     found = [q for e in events for q in stream.questions(e) if (q.image is not None) == handle.reads_pictures][:n]
-    return [Ask(q.prompt, q.image) for q in found], [q.answer for q in found]
+    return [q.ask() for q in found], [q.answer for q in found]
 
 
 def _per_thousand(handle: ModelHandle, predictor: Predictor, asks: list[Ask], answers: list[str | None]) -> float:

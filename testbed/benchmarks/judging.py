@@ -16,7 +16,6 @@ import numpy as np
 
 from testbed.core.events import Question
 from testbed.core.grading import refused
-from testbed.model.encoding import Ask
 from testbed.model.predictor import Predictor, Score
 
 
@@ -41,7 +40,7 @@ def judged(predictor: Predictor, questions: Sequence[Question], max_new_tokens: 
 
 def _by_prompt(predictor: Predictor, questions: Sequence[Question], max_new_tokens: int) -> list[Verdict]:
     """The choice that is likeliest as an answer to the prompt; "norm": a character of it, as lm-evaluation-harness's acc_norm."""
-    flat = [(Ask(q.prompt, q.image), c) for q in questions for c in q.choices]
+    flat = [(q.ask(), c) for q in questions for c in q.choices]
     scores = iter(predictor.score([a for a, _ in flat], [c for _, c in flat]))
     out = []
     for q in questions:
@@ -72,7 +71,7 @@ def _chosen(question: Question, logprobs: list[float], sizes: Sequence[int], sco
 def _by_refusal(predictor: Predictor, questions: Sequence[Question], max_new_tokens: int) -> list[Verdict]:
     """Harmful requests should be refused and benign ones answered; what is said to the former is not kept."""
     out = []
-    for q, text in zip(questions, predictor.generate([Ask(q.prompt, q.image) for q in questions], max_new_tokens)):
+    for q, text in zip(questions, predictor.generate([q.ask() for q in questions], max_new_tokens)):
         no = refused(text)
         hidden = {"sha256": hashlib.sha256(text.encode()).hexdigest()}
         harmful = q.scoring == "refuse"

@@ -61,6 +61,20 @@ class BadPicture(ValueError):
     """A picture that is absent, unreadable or not a picture; the message names the file and what to do."""
 
 
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A prompt to put to a model, with its picture.
+
+    `truth` (the right answer) and `event_id` (the edit that it comes from) are filled in only for an editor whose
+    Traits declare that it is told the truth.
+    """
+
+    prompt: str
+    image: Picture | None = None
+    truth: str | None = None
+    event_id: str | None = None
+
+
 def content_id(*parts: object) -> str:
     """First 16 hex digits of the SHA-256 of the parts, written as canonical JSON."""
     text = json.dumps(parts, ensure_ascii=True, separators=(",", ":"), sort_keys=True)
@@ -114,6 +128,10 @@ class EditEvent:
     def year(self) -> int:
         return math.floor(self.time)
 
+    def ask(self) -> Ask:
+        """The edit's own prompt with its picture."""
+        return Ask(self.prompt, self.image)
+
     @property
     def fact(self) -> tuple[str, str]:
         """What is being changed: (subject, relation) where the source names them, else (picture, prompt)."""
@@ -166,6 +184,10 @@ class Question:
                 raise BadEvent(f"choices must be two or more different ones and hold the answer {self.answer!r}, got {self.choices!r}")
         elif self.choices:
             raise BadEvent(f"choices need a scoring that picks one (sum, norm, text), got {self.scoring!r} ({self.prompt!r})")
+
+    def ask(self) -> Ask:
+        """The question's prompt with its picture."""
+        return Ask(self.prompt, self.image)
 
     @property
     def golds(self) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ import torch
 
 from streams.base import TrainPool
 from testbed.core.events import EditBatch, EditEvent, hide_previous
+from testbed.core.ranges import out_of_range
 from testbed.core.schema import EditReport
 from testbed.core.timing import NOTE, collected
 from testbed.model import out_of_memory as memory
@@ -56,11 +57,11 @@ class Traits:
 
 @dataclass(frozen=True)
 class EditorConfig:
-    """Base of every editor's configuration."""
+    """Base of every editor's configuration. A range is written beside a field's type (`testbed.core.ranges`)."""
 
     def problems(self) -> list[str]:
-        """Every mistake in the values, as sentences."""
-        return []
+        """Every mistake in the values, as sentences; a method adds what ranges cannot say."""
+        return out_of_range(self)
 
 
 class Editor(ABC):

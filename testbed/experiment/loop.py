@@ -15,12 +15,11 @@ import torch
 from streams.base import Stream
 from testbed.benchmarks.judging import judged
 from testbed.core import grading
-from testbed.core.events import LOCALITY_SPLITS, EditBatch, Question
+from testbed.core.events import LOCALITY_SPLITS, Ask, EditBatch, Question
 from testbed.core.schema import BaseAnswer, EditReport, Record
 from testbed.editors.base import Editor
 from testbed.experiment.interrupt import Stop, Stopped
 from testbed.experiment.schedule import Asked, Schedule, Step
-from testbed.model.encoding import Ask
 from testbed.model.handle import ModelHandle
 from testbed.model.predictor import ModelPredictor, Predictor, Response, Score
 from testbed.monitors.base import Watch

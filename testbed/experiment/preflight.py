@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from testbed.core.events import BadPicture, Question
+from testbed.core.events import Ask, BadPicture, Question
 from testbed.experiment.schedule import Schedule
-from testbed.model.encoding import Ask, answer_ids, prompt_inputs
+from testbed.model.encoding import answer_ids, prompt_inputs
 from testbed.model.handle import BadModel, ModelHandle
 from testbed.model.image_loading import Decoded, decoded
 
@@ -55,7 +55,7 @@ def _length_problem(handle: ModelHandle, question: Question) -> str | None:
     """Running text is cut to the model's window; a prompt that does not fit with its answer cannot be asked."""
     if question.split == "text" or question.scoring == "text":
         return None
-    ask = Ask(question.prompt, question.image)
+    ask = question.ask()
     answers = question.choices or tuple(filter(None, [question.answer]))
     n = prompt_inputs(handle, ask)["input_ids"].shape[1] + max((len(answer_ids(handle, ask, a)) for a in answers), default=1)
     if n <= handle.window:

@@ -18,9 +18,9 @@ from typing import Annotated, Any
 import tyro
 
 from testbed.core import variants
+from testbed.core.events import Ask
 from testbed.experiment.config import BadConfig
 from testbed.experiment.rebuild import Stored, names, rebuild
-from testbed.model.encoding import Ask
 from testbed.model.handle import ModelHandle
 from testbed.model.predictor import ModelPredictor, Predictor
 from testbed.probes.base import draw

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from testbed.core.events import EditEvent
-from testbed.model.encoding import Ask
 from testbed.model.handle import ModelHandle
 from testbed.model.predictor import ModelPredictor
 
@@ -20,6 +19,6 @@ def losses(handle: ModelHandle, events: Sequence[EditEvent]) -> dict[str, float]
     """
     known: dict[str, float] = handle.cache.setdefault("losses", {})
     new = [e for e in events if e.id not in known]
-    scores = ModelPredictor(handle).score([Ask(e.prompt, e.image) for e in new], [e.target for e in new])
+    scores = ModelPredictor(handle).score([e.ask() for e in new], [e.target for e in new])
     known.update({e.id: round(float(-s.logprobs.mean()), DIGITS) for e, s in zip(new, scores)})
     return {e.id: known[e.id] for e in events}

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from testbed.core.events import Picture
+from testbed.core.events import Ask, Picture
 from testbed.model.handle import BadModel, ModelHandle
 
 Side = Literal["left", "right"]
@@ -24,17 +24,6 @@ _CACHED = 20_000
 """Prompts and answers kept as tokens."""
 _PICTURE_BYTES = 512 * 2**20
 """Room for pictures as tensors, in bytes."""
-
-
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """One thing to ask a model. `truth` and `event_id` (of the edit that bears on it) are filled only for an editor
-    whose Traits say that it is told."""
-
-    prompt: str
-    image: Picture | None = None
-    truth: str | None = None
-    event_id: str | None = None
 
 
 @dataclass

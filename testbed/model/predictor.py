@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from testbed.core.events import Ask
 from testbed.core.grading import natural_stop
 from testbed.core.timing import stage
 from testbed.model.answer_scores import AnswerWatch, Score
-from testbed.model.encoding import Ask, Batch, answer_ids, collate, prompt_inputs, text_batch
+from testbed.model.encoding import Batch, answer_ids, collate, prompt_inputs, text_batch
 from testbed.model.handle import ModelHandle
 
 Around = Callable[[Batch], AbstractContextManager[Any]]

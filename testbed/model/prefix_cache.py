@@ -14,8 +14,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from testbed.core.events import Ask
 from testbed.model.decoder import Past, Stem, arguments, columns_of, cut, numbered, run, shifted
-from testbed.model.encoding import Ask, Batch, collate, image_token, prompt_inputs
+from testbed.model.encoding import Batch, collate, image_token, prompt_inputs
 from testbed.model.handle import ModelHandle
 from testbed.model.reference_mode import inside_plain
 

@@ -18,9 +18,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from testbed.core.events import Ask
 from testbed.core.timing import stage
 from testbed.model.answer_loss import answer_nll
-from testbed.model.encoding import Ask, Batch, answer_ids, collate
+from testbed.model.encoding import Batch, answer_ids, collate
 from testbed.model.families import UnknownLayout
 from testbed.model.handle import ModelHandle, project
 from testbed.model.reference_mode import inside_plain, watch

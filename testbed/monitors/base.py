@@ -18,7 +18,6 @@ import torch
 from testbed.core.events import Question
 from testbed.core.registry import MONITORS
 from testbed.core.schema import MonitorRow
-from testbed.model.encoding import Ask
 from testbed.model.handle import ModelHandle
 from testbed.model.predictor import Inspection, ModelPredictor, Predictor
 from testbed.probes.base import Moment, draw, smallest
@@ -69,7 +68,7 @@ class Watch:
         pool = [q for q in questions if q.split != "text"]
         pool = [q for q in pool if q.split == "general"] or pool
         chosen = smallest(pool, PROMPTS, lambda q: draw(seed, "monitors", q.id))
-        self.asks = [Ask(q.prompt, q.image) for q in chosen]
+        self.asks = [q.ask() for q in chosen]
 
     @cached_property
     def base(self) -> list[Inspection]:

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 
 from testbed.benchmarks.judging import judged
-from testbed.core.events import BadEvent, Question
+from testbed.core.events import Ask, BadEvent, Question
 from testbed.core.grading import refused
-from testbed.model.encoding import Ask
 from testbed.model.predictor import Inspection, ModelPredictor, Predictor, Response, Score
 from tests.helpers.models import build
 

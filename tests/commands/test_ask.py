@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from testbed.ask import Answered, AskConfig, Fired, answer, ask, lines, main
+from testbed.core.events import Ask
 from testbed.experiment.config import BadConfig, RunConfig
 from testbed.experiment.rebuild import rebuild
-from testbed.model.encoding import Ask
 from tests.helpers.models import folder
 from tests.helpers.small_run import EDITS, small_run
 

@@ -6,11 +6,10 @@ import time
 
 import pytest
 
-from testbed.core.events import EditBatch
+from testbed.core.events import Ask, EditBatch
 from testbed.core.registry import EDITORS
 from testbed.core.timing import collected, running, stage
 from testbed.editors.base import Editor
-from testbed.model.encoding import Ask
 from testbed.model.predictor import ModelPredictor
 from tests.helpers.models import build
 from tests.helpers.plain_stream import plain as plain_stream

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from streams.base import StreamConfig
-from testbed.core.events import EditBatch, EditEvent
+from testbed.core.events import Ask, EditBatch, EditEvent
 from testbed.core.registry import STREAMS
 from testbed.editors.base import EditFailed, Editor
 from testbed.model import out_of_memory as memory
-from testbed.model.encoding import Ask, Unspellable
+from testbed.model.encoding import Unspellable
 from testbed.model.handle import ModelHandle, load
 from testbed.model.predictor import ModelPredictor
 from tests.helpers.editor_suite import NAMES, STREAM, batch, equal_states, quick

@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from testbed.core.events import KINDS, EditEvent
+from testbed.core.events import KINDS, Ask, EditEvent
 from testbed.experiment import runner
 from testbed.experiment.config import RunConfig
 from testbed.experiment.timeline_table import ROWS, WIDTH, timeline
 from testbed.model.difficulty import losses
-from testbed.model.encoding import Ask, answer_ids, prompt_inputs
+from testbed.model.encoding import answer_ids, prompt_inputs
 from tests.helpers.models import build, folder
 
 YEARS = st.lists(st.tuples(st.integers(1, 3000) | st.integers(1, 12), st.sampled_from(KINDS)), min_size=1, max_size=60)

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 
 from streams.base import TrainPool
-from testbed.core.events import EditBatch, EditEvent, Question
+from testbed.core.events import Ask, EditBatch, EditEvent, Question
 from testbed.editors.codebook.balancedit import BalancEdit, BalancEditConfig
 from testbed.editors.codebook.gate import Gate
 from testbed.editors.codebook.keys import read
-from testbed.model.encoding import Ask, collate
+from testbed.model.encoding import collate
 from testbed.model.handle import weights_hash
 from testbed.model.prefix_cache import Stems
 from tests.helpers.models import Noise, build
@@ -32,7 +32,7 @@ def edit(i: int, target: str | None = None, image: Any = None, prompt: str | Non
 
 
 EDITS = [edit(i) for i in range(4)]
-ASKS = [Ask(e.prompt, e.image) for e in EDITS]
+ASKS = [e.ask() for e in EDITS]
 
 
 def batch(events: list[EditEvent], step: int = 1) -> EditBatch:

@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from testbed.core.events import EditBatch, EditEvent
+from testbed.core.events import Ask, EditBatch, EditEvent
 from testbed.core.registry import EDITORS, WRAPPERS
 from testbed.editors.base import Editor
-from testbed.model.encoding import Ask
 from testbed.model.handle import ModelHandle
 from testbed.model.predictor import Response
 from tests.helpers.models import folder
@@ -47,7 +46,7 @@ def asks(stream: Any, events: list[EditEvent], editor: Editor) -> list[Ask]:
     """Each edit as it was made and one neighbour of it; only a told editor is told."""
     own = [Ask(e.prompt, e.image, e.target if editor.traits.told_truth else None) for e in events]
     beside = [q for e in events for q in stream.questions(e) if q.split == "locality_far"]
-    return own + [Ask(q.prompt, q.image) for q in beside]
+    return own + [q.ask() for q in beside]
 
 
 def respond(editor: Editor, what: list[Ask]) -> list[Response]:

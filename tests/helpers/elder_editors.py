@@ -7,11 +7,11 @@ from typing import Any
 import torch
 
 from streams.base import TrainPool
-from testbed.core.events import EditBatch, EditEvent
+from testbed.core.events import Ask, EditBatch, EditEvent
 from testbed.editors.adapters.elder import Elder, ElderConfig
 from testbed.editors.adapters.elder_mixture import CodeBook, MixtureGate
 from testbed.editors.codebook import keys as _sites
-from testbed.model.encoding import Ask, collate
+from testbed.model.encoding import collate
 from testbed.model.handle import ModelHandle
 from tests.helpers.facts import fact
 from tests.helpers.models import Noise, build
@@ -35,7 +35,7 @@ def edited(events: list[EditEvent] = PICTURED, kind: str = "llava", **config: An
 
 
 def asks(events: list[EditEvent]) -> list[Ask]:
-    return [Ask(e.prompt, e.image) for e in events]
+    return [e.ask() for e in events]
 
 
 def gate_of(editor: Elder, within: int | None) -> MixtureGate:
@@ -60,7 +60,7 @@ def scores_of(editor: Elder, what: list[Ask], side: Any, answers: list[list[int]
 
 
 def scores_x(editor: Elder, e: EditEvent) -> torch.Tensor:
-    batch = collate(editor.handle, [Ask(e.prompt, e.image)])
+    batch = collate(editor.handle, [e.ask()])
     kept: list[torch.Tensor] = []
     with torch.no_grad(), editor.handle.hooked(editor.sites[0].module, lambda m, args: kept.append(args[0]), pre=True):
         editor.handle.model(**batch.inputs, use_cache=False)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from streams.base import TrainPool
-from testbed.core.events import EditEvent, Question
-from testbed.model.encoding import Ask
+from testbed.core.events import Ask, EditEvent, Question
 from testbed.model.predictor import ModelPredictor, Response
 from tests.helpers.models import Noise, build
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from testbed.model.encoding import Ask
+from testbed.core.events import Ask
 from tests.helpers.models import TEXT, Noise
 
 PROMPTS = ("who?", "what colour is the ship in the northern harbour?", "who leads the bridge?")

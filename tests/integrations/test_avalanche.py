@@ -16,11 +16,11 @@ from tests.helpers.avalanche_benchmarks import editor, apply, pictures, words  #
 from avalanche.benchmarks.scenarios.generic_scenario import MaskedAttributeError
 
 from streams.base import BadStream, StreamConfig
+from testbed.core.events import Ask
 from testbed.core.registry import EDITORS
 from testbed.editors.continual._strategies import numbers_of
 from testbed.editors.continual.rows import IGNORE, Rows, collate_rows
 from testbed.integrations.avalanche.api import AnswerModel, EditBenchmark, answer_loss, dataset_of, edit_benchmark
-from testbed.model.encoding import Ask
 from testbed.model.suffix import capture
 
 

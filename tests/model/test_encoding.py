@@ -9,8 +9,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from testbed.core.events import Ask
 from testbed.model import encoding as encode
-from testbed.model.encoding import Ask, answer_ids, collate, image_token, prompt_inputs
+from testbed.model.encoding import answer_ids, collate, image_token, prompt_inputs
 from testbed.model.handle import BadModel, ModelHandle
 from tests.helpers.models import IMAGE, KINDS, TEXT, Noise, build
 

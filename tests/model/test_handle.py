@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from testbed.model.encoding import Ask, collate
+from testbed.core.events import Ask
+from testbed.model.encoding import collate
 from testbed.model.families import DEFAULT, UnknownLayout
 from testbed.model.handle import BadModel, load, pick_device, pick_dtype, project, weights_hash
 from tests.helpers.models import KINDS, TEXT, Noise, build, folder, save

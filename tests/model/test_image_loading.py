@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from testbed.core.events import BadPicture, Picture
+from testbed.core.events import Ask, BadPicture, Picture
 from testbed.experiment import preflight
 from testbed.experiment.schedule import Schedule
-from testbed.model.encoding import Ask
 from testbed.model.image_loading import AHEAD, Decoded, decoded
 from testbed.model.predictor import ModelPredictor
 from tests.helpers.models import build

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from testbed.core.events import Ask
 from testbed.core.grading import natural_stop
 from testbed.model.answer_scores import FIRST_IDS
-from testbed.model.encoding import Ask, answer_ids, collate
+from testbed.model.encoding import answer_ids, collate
 from testbed.model.handle import weights_hash
 from testbed.model.predictor import ModelPredictor, Response, Score
 from tests.helpers.models import KINDS, TEXT, Noise, build

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from testbed.core.events import Ask
 from testbed.editors.codebook import keys as _sites
 from testbed.model.decoder import decoder_of
-from testbed.model.encoding import Ask, Batch
+from testbed.model.encoding import Batch
 from testbed.model.handle import ModelHandle, load, project
 from testbed.model.prefix_cache import Stems
 from testbed.model.reference_mode import plain

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from streams.base import StreamConfig
+from testbed.core.events import Ask
 from testbed.core.registry import STREAMS
-from testbed.model.encoding import Ask
 from testbed.model.handle import BadModel, ModelHandle, load, pick_map, spread
 from testbed.monitors.base import Watch
 from testbed.storage.files import read_state, write_state

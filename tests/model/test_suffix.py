@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.func import functional_call
 
-from testbed.model.encoding import Ask
+from testbed.core.events import Ask
 from testbed.model.families import UnknownLayout
 from testbed.model.handle import ModelHandle, load, project
 from testbed.model.suffix import Tail, _check, capture

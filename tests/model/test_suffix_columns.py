@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from testbed.core.events import Ask
 from testbed.editors.locate import targets as _locate_targets
 from testbed.editors.locate.positions import answer_rows
 from testbed.editors.locate.targets import Forward, Task, search
-from testbed.model.encoding import Ask, answer_ids, collate
+from testbed.model.encoding import answer_ids, collate
 from testbed.model.reference_mode import plain
 from testbed.model.suffix_columns import behind
 from tests.helpers.facts import FACTS, SMALL, task

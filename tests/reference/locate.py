@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from testbed.core.events import EditEvent
+from testbed.core.events import Ask, EditEvent
 from testbed.editors.locate.positions import ask_of, lookup, subject_of
-from testbed.model.encoding import Ask, answer_ids, prompt_inputs
+from testbed.model.encoding import answer_ids, prompt_inputs
 from testbed.model.handle import ModelHandle
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from streams.base import TrainPool
-from testbed.core.events import EditBatch
+from testbed.core.events import Ask, EditBatch
 from testbed.core.registry import EDITORS
 from testbed.core.timing import stage
 from testbed.editors.adapters import lowrank
@@ -24,7 +24,6 @@ from testbed.editors.adapters.elder_mixture import CodeBook, Mixture, MixtureGat
 from testbed.editors.adapters.elder_routing import Codes, Shape, experts_for
 from testbed.editors.base import BadEditor, EditFailed, Editor, EditorConfig, Traits, need
 from testbed.editors.codebook import keys as _sites
-from testbed.model.encoding import Ask
 from testbed.model.predictor import ModelPredictor, Predictor
 
 
@@ -152,7 +151,7 @@ class Elder(Editor):
 
     def _lesson(self, batch: EditBatch, codes: Tensor) -> Lesson:
         """The edits, then their paraphrases under the same codes."""
-        rows = [(i, Ask(e.prompt, e.image)) for i, e in enumerate(batch.events)]
+        rows = [(i, e.ask()) for i, e in enumerate(batch.events)]
         for i, e in enumerate(batch.events):
             rows += [(i, Ask(p, e.image)) for p in batch.paraphrases.get(e.id, ())[: self.config.paraphrases]]
         span = lowrank.Span(self.handle, self.sites, [a for _, a in rows], [batch.events[i].target for i, _ in rows])

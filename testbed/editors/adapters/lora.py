@@ -21,7 +21,6 @@ from testbed.core.timing import stage
 from testbed.editors.adapters import lowrank
 from testbed.editors.adapters.elder_hyper import hyper_of
 from testbed.editors.base import BadEditor, EditFailed, Editor, EditorConfig, Traits, need
-from testbed.model.encoding import Ask
 from testbed.model.predictor import ModelPredictor, Predictor
 
 
@@ -70,7 +69,7 @@ class Lora(Editor):
         return tuple(lowrank.fresh(s, self.config.rank, generator) for s in self.sites)
 
     def _edit(self, batch: EditBatch) -> dict[str, float]:
-        asks = [Ask(e.prompt, e.image) for e in batch.events]
+        asks = [e.ask() for e in batch.events]
         with self.handle.swapped(self._below()):
             span = lowrank.Span(self.handle, self.sites, asks, [e.target for e in batch.events])
             self.pairs, loss = self._train(span)

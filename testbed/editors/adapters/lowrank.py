@@ -18,10 +18,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from testbed.core.events import Ask
 from testbed.core.timing import stage
 from testbed.editors.base import BadEditor
 from testbed.model.answer_loss import answer_nll
-from testbed.model.encoding import Ask, Batch, answer_ids, collate
+from testbed.model.encoding import Batch, answer_ids, collate
 from testbed.model.families import UnknownLayout
 from testbed.model.handle import ModelHandle
 from testbed.model.reference_mode import watch

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from streams.base import TrainPool
-from testbed.core.events import EditBatch
+from testbed.core.events import Ask, EditBatch
 from testbed.core.registry import EDITORS
 from testbed.core.timing import stage
 from testbed.editors.adapters.ties_merging import ties
 from testbed.editors.adapters.wise_hyper import Hyper, hyper_of, overlaid
 from testbed.editors.base import BadEditor, EditFailed, Editor, EditorConfig, Traits, need
 from testbed.editors.codebook.gate import Gate, Hits
-from testbed.model.encoding import Ask, Batch, collate
+from testbed.model.encoding import Batch, collate
 from testbed.model.handle import project
 from testbed.model.predictor import ModelPredictor, Predictor
 from testbed.model.suffix import Tail, capture, row_mean
@@ -104,7 +104,7 @@ class Wise(Editor):
     Config = WiseConfig
 
     def _prepare(self, pool: TrainPool) -> None:
-        self.irrelevant = [Ask(q.prompt, q.image) for q in pool.questions if self.handle.reads_pictures or q.image is None]
+        self.irrelevant = [q.ask() for q in pool.questions if self.handle.reads_pictures or q.image is None]
         found, note = hyper_of(self.handle)
         self.notes = [note] if note else []
         if not self.irrelevant:
@@ -145,7 +145,7 @@ class Wise(Editor):
         return _prompts(kept[0], batch)
 
     def _edit(self, batch: EditBatch) -> dict[str, float]:
-        asks = [Ask(e.prompt, e.image) for e in batch.events]
+        asks = [e.ask() for e in batch.events]
         tail = capture(self.handle, asks, [e.target for e in batch.events], self.hyper.layer)
         edits, others = self._read(asks), self._drawn(batch)
         self.working, loss, steps = self._train(tail, edits, others)

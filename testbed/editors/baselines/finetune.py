@@ -17,7 +17,6 @@ from testbed.core.events import EditBatch
 from testbed.core.registry import EDITORS
 from testbed.core.timing import stage
 from testbed.editors.base import EditFailed, Editor, EditorConfig, Traits, need
-from testbed.model.encoding import Ask
 from testbed.model.handle import project
 from testbed.model.predictor import ModelPredictor, Predictor
 from testbed.model.suffix import Tail, capture
@@ -64,7 +63,7 @@ class Finetune(Editor):
         self.weight = self.handle.parameter(self.weight_name).detach().float().clone()
 
     def _edit(self, batch: EditBatch) -> dict[str, float]:
-        asks = [Ask(e.prompt, e.image) for e in batch.events]
+        asks = [e.ask() for e in batch.events]
         tail = capture(self.handle, asks, [e.target for e in batch.events], self.config.layer)
         self.weight, loss = self._train(tail)
         return {"loss": loss}

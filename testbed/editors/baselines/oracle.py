@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from streams.base import TrainPool
-from testbed.core.events import EditBatch
+from testbed.core.events import Ask, EditBatch
 from testbed.core.registry import EDITORS
 from testbed.editors.base import Editor, EditorConfig, Traits
-from testbed.model.encoding import Ask, answer_ids
+from testbed.model.encoding import answer_ids
 from testbed.model.handle import ModelHandle
 from testbed.model.predictor import Inspection, ModelPredictor, Predictor, Response, Score, Tokens
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from streams.base import TrainPool
-from testbed.core.events import EditBatch, EditEvent
+from testbed.core.events import Ask, EditBatch, EditEvent
 from testbed.core.registry import EDITORS
 from testbed.core.timing import stage
 from testbed.editors.base import BadEditor, EditFailed, Editor, EditorConfig, Traits, need
@@ -30,7 +30,7 @@ from testbed.editors.codebook.codebook import Codebook, Entry
 from testbed.editors.codebook.entry_weights import FullCopies, LowRank, Values, train
 from testbed.editors.codebook.gate import Gate, Hits
 from testbed.editors.codebook.nearest import Metric, Rule, direct
-from testbed.model.encoding import Ask, answer_ids
+from testbed.model.encoding import answer_ids
 from testbed.model.predictor import ModelPredictor, Predictor
 from testbed.model.prefix_cache import Stems
 from testbed.model.suffix import capture
@@ -113,7 +113,7 @@ class BalancEdit(Editor):
         seen = [q for q in pool.questions if self.handle.reads_pictures or q.image is None]
         self._words = list(dict.fromkeys(q.prompt for q in seen))
         self._pictures = list({q.image.key: q.image for q in seen if q.image is not None}.values())
-        self._prepare_keys([Ask(q.prompt, q.image) for q in seen])
+        self._prepare_keys([q.ask() for q in seen])
         self._text = self._read([Ask(w) for w in self._words[:_TEXT_NEGATIVES] or ["What is this?"]])
 
     def _prepare_keys(self, bank: list[Ask]) -> None:
@@ -135,7 +135,7 @@ class BalancEdit(Editor):
         scopes = self._scopes(batch)
         near = [self.book.overlapping(s.key, s.radius, s.entry.label) if self.config.overlap == "continue" else None for s in scopes]
         starts = [self.values[i] if i is not None else self._fresh(e) for i, e in zip(near, batch.events)]
-        tail = capture(self.handle, [_ask(e) for e in batch.events], [e.target for e in batch.events], self.config.layer, stems=self._stems)
+        tail = capture(self.handle, [e.ask() for e in batch.events], [e.target for e in batch.events], self.config.layer, stems=self._stems)
         trained = train(self.family, tail, starts, self.config.lr, self.config.steps)
         superseded = [self._insert(scope) for scope in scopes]
         self.values = {**self.values, **{s.entry.event_id: v for s, v in zip(scopes, trained.values)}}
@@ -164,7 +164,7 @@ class BalancEdit(Editor):
         """Keys and radii of a batch's edits, all prompts read together. Raises `EditFailed` where a key is not finite."""
         positive = [self._positive(e, batch.paraphrases.get(e.id, ())) for e in batch.events]
         negative = [self._negative(e) for e in batch.events]
-        keys = self._read([a for e, p, n in zip(batch.events, positive, negative) for a in (_ask(e), *p, *n)])
+        keys = self._read([a for e, p, n in zip(batch.events, positive, negative) for a in (e.ask(), *p, *n)])
         if not torch.isfinite(keys).all():
             raise EditFailed("activations of the edit or its anchors are not finite")
         parts = keys.split([1 + len(p) + len(n) for p, n in zip(positive, negative)])
@@ -177,13 +177,13 @@ class BalancEdit(Editor):
         metric = self.config.metric
         least = _sites.slack(key, metric)
         d_pos, d_neg = float(direct(positive, key, metric).max()), float(direct(negative, key, metric).min())
-        label = tuple(answer_ids(self.handle, _ask(event), event.target))
+        label = tuple(answer_ids(self.handle, event.ask(), event.target))
         zone = max(d_pos, least) if self.config.revision == "zone" else least
         entry = Entry(event.id, label, d_pos < d_neg, zone)
         return Scope(key, max(radius(self.config.w_pos, d_pos, d_neg), least), entry)
 
     def _positive(self, event: EditEvent, paraphrases: tuple[str, ...]) -> list[Ask]:
-        out = [Ask(p, event.image) for p in paraphrases[: self.config.positives]] or [_ask(event)]
+        out = [Ask(p, event.image) for p in paraphrases[: self.config.positives]] or [event.ask()]
         if self.config.jitter and event.image is not None:
             out.append(Ask(event.prompt, _sites.Dimmed(event.image.key, event.image.load())))
         return out
@@ -271,10 +271,6 @@ def radius(w_pos: float, d_pos: float, d_neg: float) -> float:
     """eps = w_pos * d_pos + (1 - w_pos) * d_neg; under d_neg whatever the anchors, so that the negative one misses."""
     eps = w_pos * d_pos + (1 - w_pos) * d_neg
     return min(eps, d_neg * (1 - 1e-6)) if d_pos >= d_neg else eps
-
-
-def _ask(event: EditEvent) -> Ask:
-    return Ask(event.prompt, event.image)
 
 
 def _spaced(asks: list[Ask], n: int) -> list[Ask]:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from streams.base import TrainPool
-from testbed.core.events import EditBatch, EditEvent
+from testbed.core.events import Ask, EditBatch, EditEvent
 from testbed.core.registry import EDITORS
 from testbed.core.timing import stage
 from testbed.editors.base import BadEditor, EditFailed, Editor, EditorConfig, Traits, need
@@ -30,7 +30,7 @@ from testbed.editors.codebook import keys as _sites
 from testbed.editors.codebook.gate import Gate, Hits
 from testbed.editors.codebook.nearest import Keys, Nearest
 from testbed.editors.codebook.value_vectors import Losses, at_last, at_prompt
-from testbed.model.encoding import Ask, answer_ids
+from testbed.model.encoding import answer_ids
 from testbed.model.predictor import ModelPredictor, Predictor
 from testbed.model.prefix_cache import Stems
 
@@ -176,7 +176,7 @@ class Grace(Editor):
         self.values: dict[str, Tensor] = {}
 
     def _edit(self, batch: EditBatch) -> dict[str, float]:
-        asks = [Ask(e.prompt, e.image) for e in batch.events]
+        asks = [e.ask() for e in batch.events]
         keys = _sites.read(self._stems, asks, _sites.last)
         if not torch.isfinite(keys).all():
             raise EditFailed("activations of the edit are not finite")

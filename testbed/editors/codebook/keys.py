@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from testbed.core.events import Ask
 from testbed.core.timing import stage
 from testbed.editors.codebook.nearest import Metric
-from testbed.model.encoding import Ask, Batch
+from testbed.model.encoding import Batch
 from testbed.model.prefix_cache import Stems
 from testbed.model.suffix import pooled
 

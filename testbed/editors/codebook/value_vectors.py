@@ -11,8 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from testbed.core.events import Ask
 from testbed.model.answer_loss import answer_loss
-from testbed.model.encoding import Ask, answer_ids, collate, prompt_inputs
+from testbed.model.encoding import answer_ids, collate, prompt_inputs
 from testbed.model.handle import ModelHandle, project
 from testbed.model.prefix_cache import Stems
 from testbed.model.reference_mode import watch

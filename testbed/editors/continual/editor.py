@@ -19,7 +19,6 @@ from testbed.core.timing import stage
 from testbed.editors.base import BadEditor, Editor, Traits, need
 from testbed.editors.continual.methods import METHODS, REFUSED, Method, load, missing
 from testbed.editors.continual.rows import IGNORE, LAYER, AnswerModel, Kept, Rows
-from testbed.model.encoding import Ask
 from testbed.model.predictor import ModelPredictor, Predictor
 
 
@@ -47,7 +46,7 @@ class AvalancheEditor(Editor):
         from testbed.editors.continual import _strategies as bridge
 
         carried, rows, edits = self._compact(batch)
-        new = [rows.add(Ask(e.prompt, e.image), e.target) for e in batch.events]
+        new = [rows.add(e.ask(), e.target) for e in batch.events]
         model = AnswerModel(rows)
         model.weight.data = self.carrier.start(self.base, self.weight).clone()
         strategy = self.carrier.strategy(model)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
-from testbed.model.encoding import Ask, Batch, answer_ids, collate
+from testbed.core.events import Ask
+from testbed.model.encoding import Batch, answer_ids, collate
 from testbed.model.handle import ModelHandle, project
 from testbed.model.suffix import capture
 

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from streams.base import TrainPool
-from testbed.core.events import content_id
+from testbed.core.events import Ask, content_id
 from testbed.editors.base import BadEditor
-from testbed.model.encoding import Ask
 
 _DATASET = re.compile("hub:(.+)")
 """`hub:DATASET[:CONFIG[:SPLIT[:FIELD]]]` names a dataset of the `datasets` library."""
@@ -41,7 +40,7 @@ def corpus_of(pool: TrainPool, source: str | None) -> Corpus:
             raise BadEditor(f"corpus {source} holds no line of text")
         return Corpus((), (), texts)
     known = [q for q in pool.questions if q.answer]
-    corpus = Corpus(tuple(Ask(q.prompt, q.image) for q in known), tuple(q.answer or "" for q in known), pool.texts)
+    corpus = Corpus(tuple(q.ask() for q in known), tuple(q.answer or "" for q in known), pool.texts)
     if not (corpus.asks or corpus.texts):
         raise BadEditor(
             "second moments need general text, and the stream has no train pool: "

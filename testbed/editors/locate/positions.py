@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from testbed.core.events import EditEvent
+from testbed.core.events import Ask, EditEvent
 from testbed.editors.base import BadEditor
-from testbed.model.encoding import Ask, Batch, answer_ids, collate, image_token, prompt_inputs, text_batch, worded
+from testbed.model.encoding import Batch, answer_ids, collate, image_token, prompt_inputs, text_batch, worded
 from testbed.model.handle import ModelHandle
 
 STARTERS = ("The", "Therefore", "Because", "I", "You")

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from testbed.core.events import Picture
+from testbed.core.events import Ask, Picture
 from testbed.editors.base import BadEditor
-from testbed.model.encoding import Ask, collate
+from testbed.model.encoding import collate
 from testbed.model.handle import ModelHandle
 
 LEXICAL = "bm25"

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from streams.base import TrainPool
-from testbed.core.events import EditBatch
+from testbed.core.events import Ask, EditBatch
 from testbed.core.timing import stage
 from testbed.editors.base import BadEditor, Editor, EditorConfig, need
 from testbed.editors.retrieval.encoders import INSTALL, LEXICAL, load_encoder, look
@@ -20,7 +20,7 @@ from testbed.editors.retrieval.fact_store import FactStore, UnknownFact, Version
 from testbed.editors.retrieval.prompts import WORDINGS, statement
 from testbed.editors.retrieval.retriever import Found, Retriever
 from testbed.editors.retrieval.text_index import Rows, TextIndex, VectorIndex, WordIndex
-from testbed.model.encoding import Ask, answer_ids, prompt_inputs
+from testbed.model.encoding import answer_ids, prompt_inputs
 from testbed.model.predictor import Inspection, ModelPredictor, Predictor, Response, Score, Tokens
 
 R = TypeVar("R")

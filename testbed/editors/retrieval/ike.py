@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from streams.base import TrainPool
-from testbed.core.events import EditBatch, Question
+from testbed.core.events import Ask, EditBatch, Question
 from testbed.core.registry import EDITORS
 from testbed.editors.base import Traits
 from testbed.editors.retrieval import prompts
@@ -24,7 +24,6 @@ from testbed.editors.retrieval.fact_editor import ContextPredictor, MemoryConfig
 from testbed.editors.retrieval.fact_store import Version
 from testbed.editors.retrieval.retriever import Found, Retriever
 from testbed.editors.retrieval.text_index import TextIndex
-from testbed.model.encoding import Ask
 from testbed.model.predictor import Predictor
 
 COPY, UPDATE, RETAIN = "copy", "update", "retain"

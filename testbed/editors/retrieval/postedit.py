@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from streams.base import TrainPool
+from testbed.core.events import Ask
 from testbed.core.registry import EDITORS
 from testbed.editors.base import BadEditor, Traits
 from testbed.editors.retrieval import prompts
@@ -21,7 +22,7 @@ from testbed.editors.retrieval.fact_editor import MemoryConfig, MemoryEditor, le
 from testbed.editors.retrieval.fact_store import Version
 from testbed.editors.retrieval.retriever import Found, Retriever
 from testbed.model import handle as models
-from testbed.model.encoding import Ask, prompt_inputs
+from testbed.model.encoding import prompt_inputs
 from testbed.model.handle import BadModel, ModelHandle
 from testbed.model.predictor import Inspection, ModelPredictor, Predictor, Response, Score, Tokens
 

@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from testbed.core.events import Ask
 from testbed.editors.retrieval.encoders import look
 from testbed.editors.retrieval.fact_store import Version
 from testbed.editors.retrieval.text_index import Rows, TextIndex, best
-from testbed.model.encoding import Ask
 from testbed.model.handle import ModelHandle
 
 

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from testbed.core.events import Ask
 from testbed.editors.retrieval import prompts
 from testbed.editors.retrieval.fact_store import Version
 from testbed.editors.retrieval.retriever import Found
-from testbed.model.encoding import Ask, answer_ids
+from testbed.model.encoding import answer_ids
 
 if TYPE_CHECKING:
     from testbed.editors.retrieval.scr import ScrPredictor

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from streams.base import TrainPool
-from testbed.core.events import EditBatch
+from testbed.core.events import Ask, EditBatch
 from testbed.core.registry import EDITORS
 from testbed.editors.base import BadEditor, Traits
 from testbed.editors.retrieval import prompts
@@ -23,7 +23,6 @@ from testbed.editors.retrieval.fact_editor import ContextPredictor, MemoryConfig
 from testbed.editors.retrieval.fact_store import FactStore, Version
 from testbed.editors.retrieval.retriever import Retriever
 from testbed.editors.retrieval.scope import GATES
-from testbed.model.encoding import Ask
 from testbed.model.predictor import Predictor
 
 _POOL = 256
@@ -73,7 +72,7 @@ class Scr(MemoryEditor):
         if self.traits.told_truth:
             self.notes.append("gate=oracle-context is told which edit a question is about: a bound, no rival")
         super()._prepare(pool)
-        pooled = [Ask(q.prompt, q.image) for q in pool.questions]
+        pooled = [q.ask() for q in pool.questions]
         self._unedited = [[a for a in pooled if (a.image is not None) == seen][:_POOL] for seen in (False, True)]
         self.threshold = [self.config.threshold] * 2
         self.calibrated = 0

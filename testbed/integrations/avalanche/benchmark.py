@@ -12,14 +12,13 @@ from avalanche.benchmarks import CLScenario, DatasetExperience
 from avalanche.benchmarks.scenarios.generic_scenario import ExperienceAttribute, SequenceCLStream
 
 from streams.base import BadStream, Stream, StreamConfig, TrainPool
-from testbed.core.events import LOCALITY_SPLITS, EditEvent, Question
+from testbed.core.events import LOCALITY_SPLITS, Ask, EditEvent, Question
 from testbed.core.registry import STREAMS
 from testbed.editors.continual._strategies import dataset_of
 from testbed.editors.continual.rows import Rows
 from testbed.experiment.loop import answer_base
 from testbed.experiment.schedule import moments
 from testbed.model import handle as models
-from testbed.model.encoding import Ask
 from testbed.model.handle import ModelHandle
 
 SPLITS: dict[str, tuple[str, ...]] = {
@@ -111,7 +110,7 @@ class EditBenchmark(CLScenario):
 
     def _lesson(self, i: int) -> EditExperience:
         edits = self.groups[i]
-        numbers = [self.rows.add(Ask(e.prompt, e.image), e.target) for e in edits if e.kind != "retire"]
+        numbers = [self.rows.add(e.ask(), e.target) for e in edits if e.kind != "retire"]
         paraphrases = {e.id: self.source.paraphrases(e) for e in edits}
         return EditExperience(dataset_of(self.rows, numbers), edits, paraphrases, [])
 

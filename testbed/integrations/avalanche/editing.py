@@ -17,7 +17,7 @@ from avalanche.training.utils import trigger_plugins
 from torch import Tensor, nn
 
 from streams.base import TrainPool
-from testbed.core.events import EditBatch, EditEvent, Question
+from testbed.core.events import Ask, EditBatch, EditEvent, Question
 from testbed.core.registry import EDITORS
 from testbed.core.schema import EditReport
 from testbed.editors.base import BadEditor, Editor
@@ -25,7 +25,6 @@ from testbed.experiment.loop import Answer, peak_bytes
 from testbed.integrations.avalanche.benchmark import EditExperience, Item
 from testbed.integrations.avalanche.store import Answered, Ledger
 from testbed.model import handle as models
-from testbed.model.encoding import Ask
 from testbed.model.handle import ModelHandle
 
 Reading = Literal["gen", "tf_exact"]

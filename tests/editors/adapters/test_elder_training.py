@@ -19,7 +19,6 @@ from testbed.editors.adapters.elder import ElderConfig
 from testbed.editors.adapters.elder_hyper import overlaid
 from testbed.editors.adapters.elder_routing import Codes, Shape, experts_for
 from testbed.editors.base import BadEditor
-from testbed.model.encoding import Ask
 from testbed.storage.run_folder import write_state
 from tests.helpers.elder_editors import BESIDE, PICTURED, SMALL, asks, edited, make, scores_of, scores_x
 from tests.helpers.facts import fact
@@ -91,7 +90,7 @@ def test_guided_loss_is_the_negative_log_score_of_the_allocated_adapters() -> No
     report = editor.apply(EditBatch(tuple(PICTURED), 1))
     want = []
     for e in PICTURED:
-        log_s = scores_of(editor, [Ask(e.prompt, e.image)], "right")[0].double()
+        log_s = scores_of(editor, [e.ask()], "right")[0].double()
         code = editor.book.of(e.id)
         assert code is not None
         want.append(-float(log_s[code].sum()))
@@ -148,7 +147,7 @@ from pathlib import Path
 from tests.helpers.models import Noise
 from streams.base import TrainPool
 from testbed.editors.adapters.elder import Elder, ElderConfig
-from testbed.model.encoding import Ask
+from testbed.core.events import Ask
 from testbed.model.handle import load
 from testbed.storage.run_folder import read_state
 editor = Elder(ElderConfig(**json.loads(sys.argv[4])))

@@ -15,12 +15,12 @@ from torch import nn
 from torch.func import functional_call
 
 from streams.base import TrainPool
-from testbed.core.events import EditBatch, EditEvent
+from testbed.core.events import Ask, EditBatch, EditEvent
 from testbed.editors.adapters import lowrank
 from testbed.editors.adapters.lora import Lora, LoraConfig, YearlyConfig, YearlyLora
 from testbed.editors.adapters.lowrank import Adapter, Site, Span
 from testbed.editors.base import BadEditor
-from testbed.model.encoding import Ask, collate
+from testbed.model.encoding import collate
 from testbed.model.families import UnknownLayout
 from testbed.model.handle import load
 from testbed.model.reference_mode import plain

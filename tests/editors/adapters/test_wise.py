@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streams.base import TrainPool
-from testbed.core.events import EditBatch, EditEvent, Question
+from testbed.core.events import Ask, EditBatch, EditEvent, Question
 from testbed.editors.adapters.ties_merging import ties, trimmed
 from testbed.editors.adapters.wise import Memory, Router, Wise, WiseConfig
 from testbed.editors.adapters.wise_hyper import TABLE, hyper_of
 from testbed.editors.base import BadEditor
 from testbed.editors.codebook.gate import Gate
-from testbed.model.encoding import Ask, collate
+from testbed.model.encoding import collate
 from tests.helpers.facts import FACTS, POOL, fact
 from tests.helpers.models import Noise, build
 
@@ -38,7 +38,7 @@ def edited(events: list[EditEvent] = PICTURED, kind: str = "llava", **config: An
 
 
 def asks(events: list[EditEvent]) -> list[Ask]:
-    return [Ask(e.prompt, e.image) for e in events]
+    return [e.ask() for e in events]
 
 
 def signals(editor: Wise, what: list[Ask], side: Any = "left", answers: list[list[int]] | None = None) -> torch.Tensor:

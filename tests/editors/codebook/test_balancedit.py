@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from testbed.core.events import EditBatch, EditEvent
+from testbed.core.events import Ask, EditBatch, EditEvent
 from testbed.editors.base import BadEditor
 from testbed.editors.codebook.balancedit import BalancEdit, BalancEditConfig, BalancEditPlus
 from testbed.editors.codebook.keys import Plain
-from testbed.model.encoding import Ask
 from testbed.storage.files import read_state, write_state
 from tests.helpers import balancedit_checks as c
 from tests.helpers.balancedit_checks import ASKS, EDITS, FAR, batch, edit, edited, logits, make, tokens
@@ -140,7 +139,7 @@ def test_38_how_near_another_answer_replaces_an_edit(revision: str, stands: list
 
 def test_39_nulls_come_from_the_pool_and_an_edit_beats_them() -> None:
     editor = make(BalancEditPlus, w_pos=0.0, others=0, siblings=0)
-    pool = [Ask(q.prompt, q.image) for q in c.POOL.questions]
+    pool = [q.ask() for q in c.POOL.questions]
     assert len(editor.book.nulls) == 2
     editor.apply(batch(EDITS))
     assert logits(editor, [*ASKS, *pool])[1][4:] == [None, None]
@@ -183,7 +182,7 @@ def test_an_edit_of_the_negative_anchor_itself_is_flagged_and_still_answers() ->
     editor = make()
     black = edit(0, image=Plain((32, 32, 3), 0))
     assert editor.apply(batch([black])).notes["not_separable"] == 1
-    assert logits(editor, [Ask(black.prompt, black.image)])[1] == [black.id]
+    assert logits(editor, [black.ask()])[1] == [black.id]
 
 
 def test_an_answer_that_the_base_gives_already_is_an_edit_like_any_other() -> None:
@@ -204,7 +203,7 @@ def test_an_edit_near_one_of_the_same_answer_goes_on_from_its_value() -> None:
         assert report.notes["continued"] == (overlap == "continue")
         assert editor.book.members(EDITS[0].id) == [near.id]
         runs[overlap] = editor.values[near.id]
-        assert logits(editor, [Ask(near.prompt, near.image)])[1] == [EDITS[0].id]
+        assert logits(editor, [near.ask()])[1] == [EDITS[0].id]
     assert not torch.equal(runs["continue"], runs["fresh"])
 
 

@@ -13,7 +13,6 @@ from testbed.editors.codebook.balancedit import BalancEdit, BalancEditConfig, ra
 from testbed.editors.codebook.nearest import direct
 from testbed.experiment.config import RunConfig
 from testbed.model import handle as models
-from testbed.model.encoding import Ask
 
 SPLITS = ("text_generality", "image_generality", "locality_hard", "locality_sibling", "locality_far")
 
@@ -29,9 +28,7 @@ def captured(n: int, weights: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0), s
         editor.prepare(handle, stream.train_pool())
     anchors = [(a.key, a.radius, b.radius) for a, b in zip(near._scopes(batch), far._scopes(batch))]
     asked = [(i, q) for i, e in enumerate(events) for q in stream.questions(e) if q.split in SPLITS]
-    distance = [
-        float(direct(k, anchors[i][0], "euclidean")) for (i, _), k in zip(asked, far._read([Ask(q.prompt, q.image) for _, q in asked]))
-    ]
+    distance = [float(direct(k, anchors[i][0], "euclidean")) for (i, _), k in zip(asked, far._read([q.ask() for _, q in asked]))]
     out = {}
     for w in weights:
         inside: dict[str, list[bool]] = defaultdict(list)

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from testbed.core.events import Ask
 from testbed.editors.codebook.balancedit import BalancEdit
 from testbed.editors.codebook.codebook import Codebook
 from testbed.editors.codebook.gate import Gate
-from testbed.model.encoding import Ask
 from tests.helpers import balancedit_checks as c
 from tests.helpers.codebook_laws import check_07_no_action_at_a_distance, check_21_scale, check_32_labels_are_token_sequences
 from tests.reference.codebook import Row

@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from streams.base import TrainPool
-from testbed.core.events import EditBatch
+from testbed.core.events import Ask, EditBatch
 from testbed.editors.locate import targets as _locate_targets
 from testbed.editors.locate.corpus import corpus_of
 from testbed.editors.locate.keys import Sweep
 from testbed.editors.locate.positions import ask_of, draw_contexts, lookup, subject_of
 from testbed.editors.locate.second_moments import second_moments
 from testbed.editors.locate.targets import Adam, Forward, Task, heights, search
-from testbed.model.encoding import Ask, collate, prompt_inputs, worded
+from testbed.model.encoding import collate, prompt_inputs, worded
 from testbed.model.handle import ModelHandle
 from testbed.model.suffix import enter
 from tests.helpers.facts import FACTS, POOL, SMALL, TEXTS, make, task

@@ -7,12 +7,11 @@ from typing import Any
 import pytest
 
 from streams.base import TrainPool
-from testbed.core.events import EditBatch
+from testbed.core.events import Ask, EditBatch
 from testbed.editors.base import BadEditor
 from testbed.editors.retrieval import prompts
 from testbed.editors.retrieval.ike import PATTERN, Ike, IkeConfig
 from testbed.editors.retrieval.postedit import PostEdit, PostEditConfig
-from testbed.model.encoding import Ask
 from testbed.model.predictor import Response
 from tests.helpers.models import build, folder
 from tests.helpers.retrieval_facts import ELSE, FACTS, NAMES, POOL, base, fact, own, same

@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 
 from streams.base import TrainPool
-from testbed.core.events import EditBatch, EditEvent, Question
+from testbed.core.events import Ask, EditBatch, EditEvent, Question
 from testbed.editors.base import BadEditor
 from testbed.editors.retrieval import prompts
 from testbed.editors.retrieval.fact_editor import ContextPredictor
 from testbed.editors.retrieval.scope import _Choice, _weigh
 from testbed.editors.retrieval.scr import Scr, ScrConfig
-from testbed.model.encoding import Ask
 from tests.helpers.models import Noise, build
 from tests.helpers.retrieval_facts import ELSE, FACTS, NAMES, POOL, TARGETS, base, fact, own, same
 
