@@ -22,7 +22,7 @@ from testbed.core.registry import STREAMS, UnknownName
 
 
 @dataclass(frozen=True)
-class Look:
+class InspectConfig:
     """Read a stream's files and say what they give."""
 
     stream: Annotated[str, tyro.conf.Positional]
@@ -37,7 +37,7 @@ class Look:
     """Edits to make."""
 
 
-def look(config: Look) -> list[str]:
+def inspect_stream(config: InspectConfig) -> list[str]:
     """Lines about a stream. Raises `BadStream` or `UnknownName`."""
     began = time.process_time()
     stream = STREAMS.get(config.stream)(
@@ -58,9 +58,9 @@ def look(config: Look) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; 2 where the stream cannot be used."""
-    config = tyro.cli(Look, args=None if argv is None else list(argv), prog="python -m streams")
+    config = tyro.cli(InspectConfig, args=None if argv is None else list(argv), prog="python -m streams")
     try:
-        lines, code = look(config), 0
+        lines, code = inspect_stream(config), 0
     except (BadStream, UnknownName) as e:
         lines, code = [f"error: {e}"], 2
     sys.stdout.write("\n".join(lines) + "\n")

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 from streams import transforms
 from streams.base import BadStream, Skipped, Stream, StreamConfig, TimeAxis, TrainPool
-from streams.files.entry import Place
+from streams.files.entry import QuestionKey
 from streams.files.records import plain
 from testbed.core.events import LOCALITY_SPLITS, EditEvent, Question, content_id
 from testbed.core.registry import STREAMS
@@ -53,7 +53,7 @@ class Merged(Stream):
         self.skipped = [Skipped(f"{p.name}: {s.where}", s.reason) for p in self.parts for s in p.skipped]
         self._finite = [None if p.time_axis == "simulated" else p.events(ALL) for p in self.parts]
         self._taken = [{_place(e) for e in events or ()} for events in self._finite]
-        self._all_taken: set[Place] = set().union(*self._taken)
+        self._all_taken: set[QuestionKey] = set().union(*self._taken)
         self.skipped += self._repeated()
         self._of: dict[str, int] = {}
 
@@ -126,13 +126,13 @@ class Merged(Stream):
         return TrainPool(tuple(self._pool.values()), tuple(texts))
 
     @cached_property
-    def _pool(self) -> dict[Place, Question]:
+    def _pool(self) -> dict[QuestionKey, Question]:
         found = {_place(q): q for p in self.parts for q in p.train_pool().questions}
         return {place: q for place, q in found.items() if place not in self._all_taken}
 
     def beliefs(self) -> Iterator[Question]:
         """Those of all parts; of one question that two believe about, the earlier part's."""
-        given: set[Place] = set()
+        given: set[QuestionKey] = set()
         for part in self.parts:
             found = [q for q in part.beliefs() if _place(q) not in given]
             given |= {_place(q) for q in found}
@@ -145,5 +145,5 @@ def _part(name: str, config: StreamConfig) -> Stream:
     return STREAMS.get(name)(replace(config, data_root=root))
 
 
-def _place(item: EditEvent | Question) -> Place:
+def _place(item: EditEvent | Question) -> QuestionKey:
     return (item.image.key if item.image is not None else ""), plain(item.prompt)

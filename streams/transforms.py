@@ -19,13 +19,15 @@ from streams.base import StreamConfig
 from streams.files.records import plain
 from testbed.core.events import EditEvent, Kind, Picture, content_id
 
+Values = Mapping[str, Sequence[str]]
+"""For each relation the values that a revision may draw from."""
 MAX_CHANGES = 4
 """Most events of one fact (its `add` included) unless `Shares.repeats` asks for more: bounds the stream, and how
 often one fact is rewritten."""
 
 
 @dataclass(frozen=True)
-class Fact:
+class EditableFact:
     """A fact that can be edited: what was believed (`previous`) and the first value it gets (`target`).
 
     `source` names the record and is unique in a stream. `banned` values are never drawn as a new target
@@ -62,11 +64,11 @@ class Shares:
 
 
 @dataclass(frozen=True)
-class Change:
+class FactChange:
     """One step in the life of a fact, not yet dated; `target` is empty for a retire."""
 
     kind: Kind
-    fact: Fact
+    fact: EditableFact
     target: str
     previous: str | None
 
@@ -75,7 +77,7 @@ class Change:
 class _Life:
     """A fact that has been added: every value it had, oldest first, and the number of its events."""
 
-    fact: Fact
+    fact: EditableFact
     values: list[str]
     changes: int = 1
     seen: set[str] = field(default_factory=set)
@@ -115,7 +117,7 @@ def drifting(categories: Sequence[str], rng: np.random.Generator, strength: floa
         yield left[names[pick]].pop()
 
 
-def changes(facts: Iterable[Fact], shares: Shares, values: Mapping[str, Sequence[str]], rng: np.random.Generator) -> Iterator[Change]:
+def changes(facts: Iterable[EditableFact], shares: Shares, values: Values, rng: np.random.Generator) -> Iterator[FactChange]:
     """Add the facts in order and, at the given shares, revise, revert or retire facts already added.
 
     A revision takes a value of the same relation from `values` that the fact never had; it also takes the
@@ -131,7 +133,7 @@ def changes(facts: Iterable[Fact], shares: Shares, values: Mapping[str, Sequence
         kind, at = shares.kind(rng.random()), rng.random()
         if pending is not None and (kind == "add" or not live):
             born = _born(pending)
-            yield Change("add", pending, pending.target, pending.previous)
+            yield FactChange("add", pending, pending.target, pending.previous)
             yield from _repeated(born, shares.repeats, values, rng)
             if born.changes < most:
                 live.append(born)
@@ -159,7 +161,7 @@ def calendar(per_year: int, bursts: float, rng: np.random.Generator) -> Iterator
         yield from (year + i / size for i in range(size))
 
 
-def dated(stream: Iterable[Change], times: Iterable[float]) -> Iterator[EditEvent]:
+def dated(stream: Iterable[FactChange], times: Iterable[float]) -> Iterator[EditEvent]:
     """Changes as events at these times."""
     newest: dict[str, str] = {}
     for seq, (change, time) in enumerate(zip(stream, times)):
@@ -181,7 +183,7 @@ def dated(stream: Iterable[Change], times: Iterable[float]) -> Iterator[EditEven
         yield event
 
 
-def scheduled(facts: Sequence[Fact], values: Mapping[str, Sequence[str]], config: StreamConfig, purpose: str = "") -> Iterator[EditEvent]:
+def scheduled(facts: Sequence[EditableFact], values: Values, config: StreamConfig, purpose: str = "") -> Iterator[EditEvent]:
     """The events of undated facts under a configuration. `purpose` sets a source's draws apart from another's."""
 
     def draws(name: str) -> np.random.Generator:
@@ -196,7 +198,7 @@ def scheduled(facts: Sequence[Fact], values: Mapping[str, Sequence[str]], config
     return dated(changed, calendar(config.edits_per_year, config.bursts, draws("years")))
 
 
-def _repeated(life: _Life, repeats: int, values: Mapping[str, Sequence[str]], rng: np.random.Generator) -> Iterator[Change]:
+def _repeated(life: _Life, repeats: int, values: Values, rng: np.random.Generator) -> Iterator[FactChange]:
     """The revisions that follow an addition at once; fewer where no new value is left."""
     for _ in range(repeats - 1):
         change = _change("revise", life, values, rng)
@@ -205,28 +207,28 @@ def _repeated(life: _Life, repeats: int, values: Mapping[str, Sequence[str]], rn
         yield change
 
 
-def _born(fact: Fact) -> _Life:
+def _born(fact: EditableFact) -> _Life:
     values = [v for v in (fact.previous, fact.target) if v is not None]
     return _Life(fact, values, seen={plain(v) for v in (*values, *fact.banned)})
 
 
-def _change(kind: Kind, life: _Life, values: Mapping[str, Sequence[str]], rng: np.random.Generator) -> Change | None:
+def _change(kind: Kind, life: _Life, values: Values, rng: np.random.Generator) -> FactChange | None:
     """The next change of a fact, its life brought up to date; None when a revision finds no new value."""
     current = life.values[-1]
     life.changes += 1
     if kind == "retire" and current != life.fact.previous:
-        return Change("retire", life.fact, "", current)
+        return FactChange("retire", life.fact, "", current)
     earlier = list(dict.fromkeys(v for v in life.values if plain(v) != plain(current)))
     if kind == "revert" and earlier:
         target = earlier[int(rng.integers(len(earlier)))]
         life.values.append(target)
-        return Change("revert", life.fact, target, current)
+        return FactChange("revert", life.fact, target, current)
     target = _new_value(life, values.get(life.fact.relation or "", ()), rng)
     if target is None:
         return None
     life.values.append(target)
     life.seen.add(plain(target))
-    return Change("revise", life.fact, target, current)
+    return FactChange("revise", life.fact, target, current)
 
 
 def _new_value(life: _Life, pool: Sequence[str], rng: np.random.Generator) -> str | None:

@@ -1,4 +1,4 @@
-"""Readers of dated facts: TempLAMA, DyKnow, YAGO11k, REIGN. Each takes a data root and returns a `Reading`."""
+"""Readers of dated facts: TempLAMA, DyKnow, YAGO11k, REIGN. Each takes a data root and returns a `SourceData`."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from typing import Any
 
 from streams.base import BadStream
 from streams.dated.country_codes import COUNTRIES
-from streams.dated.states import Day, Reading, State, Timeline, day, read_day, state
+from streams.dated.states import Day, SourceData, State, Timeline, day, read_day, state
 from streams.files.fields import find, many, read_rows
 from streams.files.records import BadField, clean, kind_of, parse_json, read_bytes, text_of
 
 
 @dataclass(frozen=True)
-class Wording:
+class PromptTemplates:
     """How a relation is asked, "{}" for the subject: in the edit, held out, and for training."""
 
     prompt: str
@@ -36,33 +36,33 @@ class Wording:
         return Timeline(subject, relation, prompt, tuple(states), fill(self.held_out), fill(self.train), source=source)
 
 
-WORDINGS = {
-    "plays for": Wording(
+PROMPT_TEMPLATES = {
+    "plays for": PromptTemplates(
         "Which team does {} play for?",
         ("{} plays for", "What is the team of {}?"),
         ("Name the team that {} plays for.", "The team of {} is"),
     ),
-    "works for": Wording(
+    "works for": PromptTemplates(
         "Who does {} work for?",
         ("{} works for", "Who is the employer of {}?"),
         ("Name the employer of {}.", "The employer of {} is"),
     ),
-    "holds the position of": Wording(
+    "holds the position of": PromptTemplates(
         "Which position does {} hold?",
         ("{} holds the position of", "What is the position of {}?"),
         ("Name the position of {}.", "The position of {} is"),
     ),
-    "is affiliated to": Wording(
+    "is affiliated to": PromptTemplates(
         "What is {} affiliated to?",
         ("{} is affiliated to", "What is the affiliation of {}?"),
         ("Name the affiliation of {}.", "The affiliation of {} is"),
     ),
-    "is married to": Wording(
+    "is married to": PromptTemplates(
         "Who is {} married to?",
         ("{} is married to", "Who is the spouse of {}?"),
         ("Name the spouse of {}.", "The spouse of {} is"),
     ),
-    "is led by": Wording(
+    "is led by": PromptTemplates(
         "Who leads {}?",
         ("{} is led by", "Who is the leader of {}?"),
         ("Name the leader of {}.", "The leader of {} is"),
@@ -74,27 +74,27 @@ YAGO = {"playsFor": "plays for", "worksAt": "works for", "isAffiliatedTo": "is a
 _ESCAPE = re.compile(r"\\u([0-9a-fA-F]{4})")
 
 
-def templama(root: Path | None) -> Reading:
+def templama(root: Path | None) -> SourceData:
     """`time_editing.json`: lists of states, each with the last year in which it held."""
-    reading = Reading()
+    data = SourceData()
     path = find(root, ("time_editing.json", "templama/time_editing.json"), "TempLAMA")[0]
-    rows, raw = read_rows(path, reading.skipped)
-    reading.digests.append(hashlib.sha256(raw).hexdigest())
+    rows, raw = read_rows(path, data.skipped)
+    data.digests.append(hashlib.sha256(raw).hexdigest())
     for i, row in enumerate(rows):
         where = f"{path.name} record {i}"
         try:
             if not isinstance(row, list) or not row or not all(isinstance(s, Mapping) for s in row):
                 raise BadField(f"expected a list of states, found {kind_of(row)}")
-            reading.total += len(row)
-            reading.timelines.append(_templama_fact(row, where))
+            data.total += len(row)
+            data.timelines.append(_templama_fact(row, where))
         except BadField as e:
-            reading.skip(where, str(e))
-    return reading
+            data.skip(where, str(e))
+    return data
 
 
 def _templama_fact(row: list[Mapping[str, Any]], where: str) -> Timeline:
     query = text_of(row[0], "query")
-    for relation in WORDINGS:
+    for relation in PROMPT_TEMPLATES:
         subject, found, _ = query.partition(f" {relation} _X_")
         if found and subject:
             break
@@ -106,7 +106,7 @@ def _templama_fact(row: list[Mapping[str, Any]], where: str) -> Timeline:
         raise BadField("date: the years must be there and rise from state to state")
     starts = [(ends[0][0] - 1, 0, 0), *ends[:-1]]
     states = [state(_answer(s), a, b, f"{where} state {k}") for k, (s, a, b) in enumerate(zip(row, starts, ends))]
-    return WORDINGS[relation].timeline("TempLAMA", subject, relation, states)
+    return PROMPT_TEMPLATES[relation].timeline("TempLAMA", subject, relation, states)
 
 
 def _answer(row: Mapping[str, Any]) -> str:
@@ -117,29 +117,29 @@ def _answer(row: Mapping[str, Any]) -> str:
     return text_of(first, "name")
 
 
-def dyknow(root: Path | None) -> Reading:
+def dyknow(root: Path | None) -> SourceData:
     """`qa_generated.json` (questions and dated answers), with the wordings of `grc_generated.json` beside it."""
-    reading = Reading()
+    data = SourceData()
     path = find(root, ("qa_generated.json", "dyknow/qa_generated.json"), "DyKnow")[0]
-    top = _object(path, reading)
+    top = _object(path, data)
     beside = path.with_name("grc_generated.json")
-    more = dict(_dyknow_facts(_object(beside, reading), ())) if beside.is_file() else {}
+    more = dict(_dyknow_facts(_object(beside, data), ())) if beside.is_file() else {}
     for names, fact in _dyknow_facts(top, ()):
         where = f"{path.name} {' / '.join(names)}"
         try:
             answers = fact["answers"]
             if not isinstance(answers, list):
                 raise BadField(f"answers must be a list, found {kind_of(answers)}")
-            reading.total += len(answers)
-            reading.timelines.append(_dyknow_fact(names, fact, more.get(names, {}), _dyknow_states(answers, where, reading)))
+            data.total += len(answers)
+            data.timelines.append(_dyknow_fact(names, fact, more.get(names, {}), _dyknow_states(answers, where, data)))
         except BadField as e:
-            reading.skip(where, str(e))
-    return reading
+            data.skip(where, str(e))
+    return data
 
 
-def _object(path: Path, reading: Reading) -> Mapping[str, Any]:
+def _object(path: Path, data: SourceData) -> Mapping[str, Any]:
     raw = read_bytes(path)
-    reading.digests.append(hashlib.sha256(raw).hexdigest())
+    data.digests.append(hashlib.sha256(raw).hexdigest())
     top = parse_json(raw, path)
     if not isinstance(top, Mapping):
         raise BadStream(f"{path}: expected an object of groups of facts, found {kind_of(top)}. Is this the right file?")
@@ -155,10 +155,10 @@ def _dyknow_facts(value: object, names: tuple[str, ...]) -> Iterator[tuple[tuple
 
 
 def _dyknow_fact(names: tuple[str, ...], fact: Mapping[str, Any], more: Mapping[str, Any], states: list[State]) -> Timeline:
-    asked = _wordings(fact)
+    asked = _prompts(fact)
     if not asked:
         raise BadField("questions holds no question")
-    others = [w for w in _wordings(more) if w != asked[0]]
+    others = [w for w in _prompts(more) if w != asked[0]]
     group, subject, relation = (*names, "", "", "")[:3]
     subject, relation = subject or group, relation or _GROUPS.get(group, group)
     return Timeline(subject, relation, asked[0], tuple(states), tuple(others[:2]), tuple(others[2:]), source="DyKnow")
@@ -168,12 +168,12 @@ _GROUPS = {"athletes_byPayment": "plays for", "companies_byRevenue": "chief exec
 """The relation of DyKnow's groups that have one only."""
 
 
-def _wordings(fact: Mapping[str, Any]) -> list[str]:
+def _prompts(fact: Mapping[str, Any]) -> list[str]:
     given = fact.get("questions")
     return list(many(list(given.values()) if isinstance(given, Mapping) else given, "questions"))
 
 
-def _dyknow_states(answers: list[Any], where: str, reading: Reading) -> list[State]:
+def _dyknow_states(answers: list[Any], where: str, data: SourceData) -> list[State]:
     """States written as "Mario Monti |S: +2011-11-16T00:00:00Z |E: +2013-04-28T00:00:00Z"."""
     out = []
     for k, answer in enumerate(answers):
@@ -185,20 +185,20 @@ def _dyknow_states(answers: list[Any], where: str, reading: Reading) -> list[Sta
             start, end = read_day(dates.get("S", ""), "start"), read_day(dates.get("E", ""), "end")
             out.append(state(value.strip(), start, end, f"{where} answer {k}"))
         except BadField as e:
-            reading.skip(f"{where} answer {k}", str(e))
+            data.skip(f"{where} answer {k}", str(e))
     return out
 
 
-def yago(root: Path | None) -> Reading:
+def yago(root: Path | None) -> SourceData:
     """`triple2id.txt` (subject, relation, object, from, to, tab-separated) with `entity2id.txt` and `relation2id.txt`."""
-    reading = Reading()
+    data = SourceData()
     path = find(root, ("triple2id.txt", "yago/triple2id.txt", "yago11k/yago/triple2id.txt"), "YAGO11k")[0]
-    names = {p[1]: _entity(p[0]) for _, p in _table(path.with_name("entity2id.txt"), 2, reading)}
-    relations = {p[1]: p[0].strip("<>") for _, p in _table(path.with_name("relation2id.txt"), 2, reading)}
+    names = {p[1]: _entity(p[0]) for _, p in _table(path.with_name("entity2id.txt"), 2, data)}
+    relations = {p[1]: p[0].strip("<>") for _, p in _table(path.with_name("relation2id.txt"), 2, data)}
     facts: dict[tuple[str, str], list[State]] = {}
     unused: Counter[str] = Counter()
-    for where, (s, r, o, start, end) in _table(path, 5, reading):
-        reading.total += 1
+    for where, (s, r, o, start, end) in _table(path, 5, data):
+        data.total += 1
         try:
             if r not in relations or s not in names or o not in names:
                 raise BadField("an id is not in entity2id.txt or relation2id.txt")
@@ -208,39 +208,39 @@ def yago(root: Path | None) -> Reading:
             found = state(names[o], read_day(start, "start"), read_day(end, "end"), where)
             facts.setdefault((names[s], YAGO[relations[r]]), []).append(found)
         except BadField as e:
-            reading.skip(where, str(e))
+            data.skip(where, str(e))
     for relation, n in sorted(unused.items()):
-        reading.skip(f"{path.name}, {n:,} records of {relation}", "the relation is no state of which one follows another")
-    reading.timelines = [WORDINGS[r].timeline("YAGO11k", s, r, states) for (s, r), states in facts.items()]
-    return reading
+        data.skip(f"{path.name}, {n:,} records of {relation}", "the relation is no state of which one follows another")
+    data.timelines = [PROMPT_TEMPLATES[r].timeline("YAGO11k", s, r, states) for (s, r), states in facts.items()]
+    return data
 
 
 def _entity(name: str) -> str:
     return _ESCAPE.sub(lambda m: chr(int(m[1], 16)), name.removeprefix("<").removesuffix(">")).replace("_", " ").strip()
 
 
-def _table(path: Path, width: int, reading: Reading) -> Iterator[tuple[str, list[str]]]:
+def _table(path: Path, width: int, data: SourceData) -> Iterator[tuple[str, list[str]]]:
     """Lines of a table with at least `width` columns between tabs, with their places; others are skipped and named."""
     raw = read_bytes(path)
-    reading.digests.append(hashlib.sha256(raw).hexdigest())
+    data.digests.append(hashlib.sha256(raw).hexdigest())
     for number, line in enumerate(raw.decode("utf-8", "surrogateescape").split("\n"), 1):
         if not line.strip():
             continue
         where, parts = f"{path.name} line {number}", [p.strip() for p in line.rstrip("\r").split("\t")]
         if len(parts) < width or not all(parts[:width]):
-            reading.skip(where, f"expected {width} columns between tabs, found {len(parts)}")
+            data.skip(where, f"expected {width} columns between tabs, found {len(parts)}")
         elif any("\ud800" <= c <= "\udfff" for c in line):
-            reading.skip(where, "not UTF-8: save the file as UTF-8")
+            data.skip(where, "not UTF-8: save the file as UTF-8")
         else:
             yield where, parts[:width]
 
 
-def leaders(root: Path | None) -> Reading:
+def leaders(root: Path | None) -> SourceData:
     """REIGN's leader list: one leader a line, with country code (Correlates of War), day of entry and month of exit."""
-    reading = Reading()
+    data = SourceData()
     path = find(root, ("leaderlist*.csv", "data_sets/leaderlist*.csv", "reign/data_sets/leaderlist*.csv"), "REIGN")[-1]
     raw = read_bytes(path)
-    reading.digests.append(hashlib.sha256(raw).hexdigest())
+    data.digests.append(hashlib.sha256(raw).hexdigest())
     rows = csv.DictReader(io.StringIO(raw.decode("utf-8-sig", "surrogateescape"), newline=""))
     needed = {"ccode", "leader", "sdate", "smonth", "syear", "emonth", "eyear"}
     if missing := needed - set(rows.fieldnames or ()):
@@ -248,17 +248,17 @@ def leaders(root: Path | None) -> Reading:
     facts: dict[int, list[State]] = {}
     try:
         for i, row in enumerate(rows):
-            reading.total += 1
+            data.total += 1
             where = f"{path.name} record {i}"
             try:
                 facts.setdefault(_country(row), []).append(_leader(row, where))
             except BadField as e:
-                reading.skip(where, str(e))
+                data.skip(where, str(e))
     except csv.Error as e:
-        raise BadStream(f"{path}: cannot be read as a table after record {reading.total}: {e}. Fetch it again.") from e
-    wording = WORDINGS["is led by"]
-    reading.timelines = [wording.timeline("REIGN", COUNTRIES[c].name, "is led by", states) for c, states in sorted(facts.items())]
-    return reading
+        raise BadStream(f"{path}: cannot be read as a table after record {data.total}: {e}. Fetch it again.") from e
+    templates = PROMPT_TEMPLATES["is led by"]
+    data.timelines = [templates.timeline("REIGN", COUNTRIES[c].name, "is led by", states) for c, states in sorted(facts.items())]
+    return data
 
 
 def _country(row: Mapping[str, Any]) -> int:

@@ -47,7 +47,7 @@ class Timeline:
 
 
 @dataclass(frozen=True, slots=True)
-class Move:
+class DatedChange:
     """One certain change: `previous` ended no later than `target` began, at `time` in years. `also` are other values
     of the fact that held then."""
 
@@ -58,7 +58,7 @@ class Move:
 
 
 @dataclass
-class Reading:
+class SourceData:
     """What a source gave: facts, records left out, hashes of the files, and the records' number."""
 
     timelines: list[Timeline] = field(default_factory=list)
@@ -118,13 +118,13 @@ def state(value: str, start: Day | None, end: Day | None, where: str) -> State:
     return State(value, start, end, where)
 
 
-def moves(timeline: Timeline, skipped: list[Skipped]) -> list[Move]:
+def certain_changes(timeline: Timeline, skipped: list[Skipped]) -> list[DatedChange]:
     """The certain changes of a fact, oldest first; what is not certain is written to `skipped`.
 
     Strict: a state must have an end, and end no later than the next begins. Each change starts from the value
     that the change before it ended with.
     """
-    out: list[Move] = []
+    out: list[DatedChange] = []
     for old, new in pairwise(ordered(timeline.states)):
         reason = _uncertain(old, new)
         previous = out[-1].target if out else old.value
@@ -133,7 +133,7 @@ def moves(timeline: Timeline, skipped: list[Skipped]) -> list[Move]:
         if reason is not None:
             skipped.append(Skipped(new.where, reason))
             continue
-        out.append(Move(previous, new.value, years(new.start), tuple(_holding(timeline.states, new, previous))))
+        out.append(DatedChange(previous, new.value, years(new.start), tuple(_holding(timeline.states, new, previous))))
     return out
 
 

@@ -10,13 +10,13 @@ from typing import ClassVar
 from streams.base import BadStream, StreamConfig
 from streams.dated import sources
 from streams.dated.country_codes import COUNTRIES, Country
-from streams.dated.states import Reading, State, Timeline
+from streams.dated.states import SourceData, State, Timeline
 from streams.dated.timeline_stream import DatedStream
 from streams.files.pictures import FilePicture, list_folder
 from streams.files.records import plain
 from testbed.core.registry import STREAMS
 
-Reader = Callable[[Path | None], Reading]
+Reader = Callable[[Path | None], SourceData]
 
 
 class _One(DatedStream):
@@ -24,7 +24,7 @@ class _One(DatedStream):
 
     reader: ClassVar[Reader]
 
-    def read(self, config: StreamConfig) -> Reading:
+    def read(self, config: StreamConfig) -> SourceData:
         return type(self).reader(config.data_root)
 
 
@@ -76,8 +76,8 @@ class DatedFacts(DatedStream):
     licence = "as its sources: TempLAMA Apache-2.0, DyKnow MIT, YAGO CC BY 3.0, REIGN open data; Wikidata CC0"
     size = "6,668 changes of 2,122 facts"
 
-    def read(self, config: StreamConfig) -> Reading:
-        out = Reading()
+    def read(self, config: StreamConfig) -> SourceData:
+        out = SourceData()
         for reader in (sources.templama, sources.dyknow, sources.yago, sources.leaders):
             found = reader(config.data_root)
             out.timelines += found.timelines
@@ -103,30 +103,30 @@ class LeadersFlags(DatedStream):
     licence = "REIGN: open data without a stated licence; flags (GoSquared): MIT"
     size = "2,255 changes of 188 facts"
 
-    def read(self, config: StreamConfig) -> Reading:
-        reading = sources.leaders(config.data_root)
+    def read(self, config: StreamConfig) -> SourceData:
+        data = sources.leaders(config.data_root)
         flags = _flags(config.data_root)
         by_name = {c.name: c for c in COUNTRIES.values()}
         shown: list[Timeline] = []
-        for t in reading.timelines:
+        for t in data.timelines:
             country = by_name[t.subject]
             flag = flags.get(country.iso)
             if flag is None:
                 reason = "the state has no ISO 3166 code, and so no flag" if not country.iso else f"no flag {country.iso}.png"
                 for s in t.states:
-                    reading.skip(s.where, reason)
+                    data.skip(s.where, reason)
                 continue
-            states = [s for s in t.states if not _before(country, s, reading)]
+            states = [s for s in t.states if not _before(country, s, data)]
             shown.append(_with_flag(replace(t, states=tuple(states)), flag))
-        reading.timelines = shown
-        reading.digests += [f"{t.image.name} {t.image.size}" for t in shown if t.image]
-        return reading
+        data.timelines = shown
+        data.digests += [f"{t.image.name} {t.image.size}" for t in shown if t.image]
+        return data
 
 
-def _before(country: Country, state: State, reading: Reading) -> bool:
+def _before(country: Country, state: State, data: SourceData) -> bool:
     early = state.start[0] < country.since
     if early:
-        reading.skip(state.where, f"today's flag stands for the country from {country.since} on")
+        data.skip(state.where, f"today's flag stands for the country from {country.since} on")
     return early
 
 

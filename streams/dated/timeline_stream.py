@@ -10,29 +10,29 @@ from itertools import islice
 from typing import Any
 
 from streams.base import BadStream, Skipped, Stream, StreamConfig, TrainPool
-from streams.dated.states import Move, Reading, Timeline, moves
-from streams.files.entry import CONTROL_SHARE, Ask, Asker, Place, Role, consistent, place_of
+from streams.dated.states import DatedChange, SourceData, Timeline, certain_changes
+from streams.files.entry import CONTROL_SHARE, EntryQuestion, QuestionCollector, QuestionKey, Role, consistent, question_key
 from streams.files.records import distinct, plain, reasons
 from streams.transforms import share
 from testbed.core.events import EditEvent, Question, Split, content_id
 
 
 @dataclass(frozen=True)
-class Fact:
+class ChangingFact:
     """A fact that changes, with its changes and its part in the run."""
 
     timeline: Timeline
-    moves: tuple[Move, ...]
+    changes: tuple[DatedChange, ...]
     role: Role
 
     @property
     def first(self) -> str:
         """What was so before the first change."""
-        return self.moves[0].previous
+        return self.changes[0].previous
 
     @property
-    def place(self) -> Place:
-        return place_of(self.timeline.image, self.timeline.prompt)
+    def place(self) -> QuestionKey:
+        return question_key(self.timeline.image, self.timeline.prompt)
 
 
 class DatedStream(Stream):
@@ -50,36 +50,36 @@ class DatedStream(Stream):
         super().__init__(config)
         if problems := config.problems():
             raise BadStream("; ".join(problems))
-        reading = self.read(config)
-        self.skipped = list(reading.skipped)
-        self._digest = content_id(reading.digests)
-        self._total = reading.total
+        data = self.read(config)
+        self.skipped = list(data.skipped)
+        self._digest = content_id(data.digests)
+        self._total = data.total
         self._single = self._earlier = 0
-        self._facts = list(self._changing(reading))
+        self._facts = list(self._changing(data))
         if not self._facts:
-            what = f"none of {reading.total:,} records makes a change{self._since}"
+            what = f"none of {data.total:,} records makes a change{self._since}"
             raise BadStream(f"{self.name}: {what} ({reasons(self.skipped) or 'no records'}).")
         self._edited = {f.timeline.name: f for f in self._facts if f.role == "edit"}
         self._reserved = {f.place for f in self._facts if f.role != "probe"}
         self._controls = [f for f in self._facts if f.role == "probe"]
 
     @abstractmethod
-    def read(self, config: StreamConfig) -> Reading:
+    def read(self, config: StreamConfig) -> SourceData:
         """The facts under `config.data_root`. Raises `BadStream`."""
 
-    def _changing(self, reading: Reading) -> Iterator[Fact]:
+    def _changing(self, data: SourceData) -> Iterator[ChangingFact]:
         """Facts with at least one certain change; of two facts with one name or question the first stays."""
         seen: set[object] = set()
-        for t in reading.timelines:
-            keys = {t.name, place_of(t.image, t.prompt)}
+        for t in data.timelines:
+            keys = {t.name, question_key(t.image, t.prompt)}
             if keys & seen:
                 self.skipped.append(Skipped(t.name, "the same question stands earlier"))
                 continue
             seen |= keys
-            found = tuple(moves(t, self.skipped))
+            found = tuple(certain_changes(t, self.skipped))
             late = tuple(m for m in found if m.time >= self.config.since)
             if late:
-                yield Fact(t, late, _role(t.name))
+                yield ChangingFact(t, late, _role(t.name))
             self._single += not found
             self._earlier += len(found) - len(late)
 
@@ -89,7 +89,7 @@ class DatedStream(Stream):
 
     @property
     def origin(self) -> str:
-        changes = sum(len(f.moves) for f in self._facts)
+        changes = sum(len(f.changes) for f in self._facts)
         controls = len(self._facts) - len(self._edited)
         title = self.summary.split(":")[0]
         return f"{title}, {changes:,} dated changes{self._since} of {len(self._facts):,} facts, {controls:,} of these never edited"
@@ -111,7 +111,7 @@ class DatedStream(Stream):
     @cached_property
     def _events(self) -> list[EditEvent]:
         facts = self._edited.values()
-        key = [(m.time, share("tie", self.config.seed, f.timeline.name), i, f) for f in facts for i, m in enumerate(f.moves)]
+        key = [(m.time, share("tie", self.config.seed, f.timeline.name), i, f) for f in facts for i, m in enumerate(f.changes)]
         out: list[EditEvent] = []
         newest: dict[str, str] = {}
         for seq, (_, _, i, fact) in enumerate(sorted(key, key=lambda k: k[:3])):
@@ -124,45 +124,45 @@ class DatedStream(Stream):
         return self._events[: max(n, 0)]
 
     @cached_property
-    def _moves(self) -> dict[str, Move]:
+    def _moves(self) -> dict[str, DatedChange]:
         counted: dict[str, int] = {}
         out = {}
         for e in self._events:
             i = counted.get(e.source, 0)
-            out[e.id], counted[e.source] = self._edited[e.source].moves[i], i + 1
+            out[e.id], counted[e.source] = self._edited[e.source].changes[i], i + 1
         return out
 
     def questions(self, event: EditEvent) -> tuple[Question, ...]:
         fact, move = self._find(event)
         t = fact.timeline
-        asker = Asker(event, event.target, t.relation, self._reserved)
-        asker.add(Ask("edit", t.prompt, move.target, t.image, move.also))
+        collector = QuestionCollector(event, event.target, t.relation, self._reserved)
+        collector.add(EntryQuestion("edit", t.prompt, move.target, t.image, move.also))
         for prompt in t.held_out:
-            asker.add_free(Ask("text_generality", prompt, move.target, t.image, move.also))
+            collector.add_free(EntryQuestion("text_generality", prompt, move.target, t.image, move.also))
         if t.by_name:
-            asker.add_free(Ask("portability", t.by_name, move.target, aliases=move.also))
-        asker.add(Ask("stale", t.prompt, move.previous, t.image))
-        for split, control in self._locality(asker, fact):
-            asker.add_free(Ask(split, control.timeline.prompt, control.first, control.timeline.image))
-        return tuple(asker.asked)
+            collector.add_free(EntryQuestion("portability", t.by_name, move.target, aliases=move.also))
+        collector.add(EntryQuestion("stale", t.prompt, move.previous, t.image))
+        for split, control in self._locality(collector, fact):
+            collector.add_free(EntryQuestion(split, control.timeline.prompt, control.first, control.timeline.image))
+        return tuple(collector.asked)
 
-    def _locality(self, asker: Asker, fact: Fact) -> Iterator[tuple[Split, Fact]]:
+    def _locality(self, collector: QuestionCollector, fact: ChangingFact) -> Iterator[tuple[Split, ChangingFact]]:
         """One control each: the same relation of another subject; another relation; another relation of the same subject."""
         t = fact.timeline
         start = int(share("control of", t.name) * len(self._controls))
         order = islice((*self._controls[start:], *self._controls[:start]), 400)
-        fits = [c for c in order if asker.tells_apart(c.first)]
+        fits = [c for c in order if collector.tells_apart(c.first)]
         same = next((c for c in fits if c.timeline.relation == t.relation), None)
         other = next((c for c in fits if c.timeline.relation != t.relation and c.timeline.subject != t.subject), None)
-        sibling = next((c for c in self._by_subject.get(t.subject, []) if asker.tells_apart(c.first)), None)
-        found: list[tuple[Split, Fact | None]] = [("locality_hard", same), ("locality_far", other), ("locality_sibling", sibling)]
+        sibling = next((c for c in self._by_subject.get(t.subject, []) if collector.tells_apart(c.first)), None)
+        found: list[tuple[Split, ChangingFact | None]] = [("locality_hard", same), ("locality_far", other), ("locality_sibling", sibling)]
         for split, control in found:
             if control is not None:
                 yield split, control
 
     @cached_property
-    def _by_subject(self) -> dict[str, list[Fact]]:
-        out: dict[str, list[Fact]] = {}
+    def _by_subject(self) -> dict[str, list[ChangingFact]]:
+        out: dict[str, list[ChangingFact]] = {}
         for c in self._controls:
             out.setdefault(c.timeline.subject, []).append(c)
         return out
@@ -194,7 +194,7 @@ class DatedStream(Stream):
             if f.timeline.by_name:
                 yield Question("general", f.timeline.by_name, f.first, topic=f.timeline.relation)
 
-    def _find(self, event: EditEvent) -> tuple[Fact, Move]:
+    def _find(self, event: EditEvent) -> tuple[ChangingFact, DatedChange]:
         if event.id not in self._moves:
             raise BadStream(f"event {event.id} ({event.source or 'no source'}) is not of this stream ({self.origin})")
         return self._edited[event.source], self._moves[event.id]
@@ -205,8 +205,8 @@ def _role(name: str) -> Role:
     return "edit" if u >= CONTROL_SHARE else ("probe" if u < CONTROL_SHARE / 2 else "train")
 
 
-def _event(fact: Fact, number: int, seq: int, revises: str | None) -> EditEvent:
-    t, move = fact.timeline, fact.moves[number]
+def _event(fact: ChangingFact, number: int, seq: int, revises: str | None) -> EditEvent:
+    t, move = fact.timeline, fact.changes[number]
     return EditEvent(
         kind="add" if revises is None else "revise",
         time=move.time,
@@ -222,5 +222,5 @@ def _event(fact: Fact, number: int, seq: int, revises: str | None) -> EditEvent:
     )
 
 
-def _belief(f: Fact, prompt: str, topic: str) -> Question:
+def _belief(f: ChangingFact, prompt: str, topic: str) -> Question:
     return Question("general", prompt, f.first, image=f.timeline.image, topic=topic)

@@ -15,11 +15,11 @@ from testbed.core.events import EditEvent, Question, Split
 CONTROL_SHARE = 0.15
 """Share of records that no event touches: half are asked as controls, half go to the train pool."""
 Role = Literal["edit", "probe", "train"]
-Place = tuple[str, str]
+QuestionKey = tuple[str, str]
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class EntryQuestion:
     """A question that a record brings with it. A `portability` answer holds for the record's own target only."""
 
     split: Split
@@ -30,7 +30,7 @@ class Ask:
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class FactEntry:
     """One usable record: `previous` is what was right before any edit (None where the source does not say), with
     `aliases` beside it; `held_out` paraphrases are asked, `train` paraphrases are for editors."""
 
@@ -44,12 +44,12 @@ class Entry:
     aliases: tuple[str, ...] = ()
     held_out: tuple[str, ...] = ()
     train: tuple[str, ...] = ()
-    asks: tuple[Ask, ...] = ()
+    asks: tuple[EntryQuestion, ...] = ()
     role: Role = "edit"
 
     @property
-    def place(self) -> Place:
-        return place_of(self.image, self.prompt)
+    def place(self) -> QuestionKey:
+        return question_key(self.image, self.prompt)
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Data:
     """What a loader returns. `digest` is a hash of the content, `missing` counts absent pictures by field."""
 
     origin: str
-    entries: tuple[Entry, ...]
+    entries: tuple[FactEntry, ...]
     skipped: tuple[Skipped, ...]
     digest: str
     missing: Mapping[str, int] = field(default_factory=dict)
@@ -72,19 +72,19 @@ def sample(data: Data, number: int) -> Data:
     return replace(data, entries=entries, origin=f"{data.origin}, {number:,} of them drawn")
 
 
-def place_of(image: Shown | None, prompt: str) -> Place:
+def question_key(image: Shown | None, prompt: str) -> QuestionKey:
     """What is asked: the picture, by its name under the root, and the bare prompt."""
     return (image.name if image is not None else ""), plain(prompt)
 
 
-def with_roles(entries: Iterable[Entry]) -> tuple[Entry, ...]:
+def with_roles(entries: Iterable[FactEntry]) -> tuple[FactEntry, ...]:
     """Set aside the records that are never edited, by a hash of their names: the same ones under every seed.
 
     Of a picture with several records one is set aside and asked (same picture, other question), and the
     others are edited.
     """
     entries = tuple(entries)
-    by_picture: dict[str, list[Entry]] = {}
+    by_picture: dict[str, list[FactEntry]] = {}
     for e in entries:
         if e.image is not None:
             by_picture.setdefault(e.image.name, []).append(e)
@@ -101,10 +101,10 @@ def _role(name: str) -> Role:
     return "edit" if u >= CONTROL_SHARE else ("probe" if u < CONTROL_SHARE / 2 else "train")
 
 
-class Asker:
+class QuestionCollector:
     """Collects the questions of one event, each once; places that are edited or trained on are not asked."""
 
-    def __init__(self, event: EditEvent, value: str | None, topic: str, reserved: set[Place]) -> None:
+    def __init__(self, event: EditEvent, value: str | None, topic: str, reserved: set[QuestionKey]) -> None:
         self.event, self.topic, self.reserved = event, topic, reserved
         self.asked: list[Question] = []
         self._ids: set[str] = set()
@@ -119,12 +119,12 @@ class Asker:
         """Whether an answer differs from the value that must not leak."""
         return plain(answer) != self._value
 
-    def add_free(self, ask: Ask) -> None:
+    def add_free(self, ask: EntryQuestion) -> None:
         """Add, unless the very question is an edit's or of the train pool."""
-        if place_of(ask.image, ask.prompt) not in self.reserved:
+        if question_key(ask.image, ask.prompt) not in self.reserved:
             self.add(ask)
 
-    def add(self, ask: Ask) -> None:
+    def add(self, ask: EntryQuestion) -> None:
         q = Question(ask.split, ask.prompt, ask.answer, self.event.id, ask.image, ask.aliases, self.topic)
         if q.id not in self._ids:
             self._ids.add(q.id)
@@ -138,10 +138,10 @@ def consistent(beliefs: Iterable[Question]) -> Iterator[Question]:
     """
     beliefs = list(beliefs)
     places = [((q.image.key if q.image is not None else ""), plain(q.prompt)) for q in beliefs]
-    answers: dict[Place, set[str]] = {}
+    answers: dict[QuestionKey, set[str]] = {}
     for q, place in zip(beliefs, places):
         answers.setdefault(place, set()).add(plain(q.answer or ""))
-    given: set[Place] = set()
+    given: set[QuestionKey] = set()
     for q, place in zip(beliefs, places):
         if len(answers[place]) == 1 and place not in given:
             given.add(place)

@@ -1,6 +1,6 @@
 """Records without dates as a scheduled stream.
 
-A loader reads its files into `Entry`s; `EntryStream` does the rest, the same for every source: 15 % of the
+A loader reads its files into `FactEntry`s; `EntryStream` does the rest, the same for every source: 15 % of the
 records are never edited (half are asked as controls, half make the train pool), the others are put on a
 drawn schedule by `transforms`.
 """
@@ -16,7 +16,7 @@ from typing import Any
 
 from streams import transforms
 from streams.base import BadStream, Stream, StreamConfig, TrainPool
-from streams.files.entry import Ask, Asker, Data, Entry, consistent, sample
+from streams.files.entry import Data, EntryQuestion, FactEntry, QuestionCollector, consistent, sample
 from streams.files.records import distinct, plain
 from testbed.core.events import EditEvent, Question, Split
 
@@ -42,7 +42,7 @@ class EntryStream(Stream):
         self._by_name = {e.name: e for e in self._edited}
         self._reserved = {e.place for e in self._data.entries if e.role != "probe"}
         self._controls = tuple(e for e in self._data.entries if e.role == "probe" and e.previous and e.place not in self._reserved)
-        self._siblings: dict[str, list[Entry]] = {}
+        self._siblings: dict[str, list[FactEntry]] = {}
         for e in self._controls:
             if e.image is not None:
                 self._siblings.setdefault(e.image.name, []).append(e)
@@ -69,51 +69,51 @@ class EntryStream(Stream):
         """See `Stream.questions`. After a retire the answer is the one before any edit, where it is known."""
         entry = self._entry_of(event)
         value = event.target if event.kind != "retire" else entry.previous
-        asker = Asker(event, value, entry.category, self._reserved)
+        collector = QuestionCollector(event, value, entry.category, self._reserved)
         if value is not None:
             also = entry.aliases if value == entry.previous else ()
-            asker.add(Ask("edit", entry.prompt, value, entry.image, also))
+            collector.add(EntryQuestion("edit", entry.prompt, value, entry.image, also))
             for prompt in entry.held_out:
-                asker.add_free(Ask("text_generality", prompt, value, entry.image, also))
+                collector.add_free(EntryQuestion("text_generality", prompt, value, entry.image, also))
             for ask in entry.asks:
-                self._ask_of_value(asker, entry, ask, value)
+                self._ask_of_value(collector, entry, ask, value)
         if event.previous is not None:
             stale = entry.aliases if event.previous == entry.previous else ()
-            asker.add(Ask("stale", entry.prompt, event.previous, entry.image, stale))
-        self._ask_locality(asker, entry)
-        return tuple(asker.asked)
+            collector.add(EntryQuestion("stale", entry.prompt, event.previous, entry.image, stale))
+        self._ask_locality(collector, entry)
+        return tuple(collector.asked)
 
-    def _ask_of_value(self, asker: Asker, entry: Entry, ask: Ask, value: str) -> None:
+    def _ask_of_value(self, collector: QuestionCollector, entry: FactEntry, ask: EntryQuestion, value: str) -> None:
         """Generality and portability: an answer that is the record's target moves with the value."""
         if ask.split.startswith("locality_"):
             return
         if ask.answer is None or plain(ask.answer) == plain(entry.target):
-            asker.add_free(replace(ask, answer=value, aliases=ask.aliases if value == entry.target else ()))
+            collector.add_free(replace(ask, answer=value, aliases=ask.aliases if value == entry.target else ()))
         elif value == entry.target:
-            asker.add_free(ask)
+            collector.add_free(ask)
 
-    def _ask_locality(self, asker: Asker, entry: Entry) -> None:
+    def _ask_locality(self, collector: QuestionCollector, entry: FactEntry) -> None:
         own = [a for a in entry.asks if a.split.startswith("locality_")]
         for ask in own:
-            if (ask.answer is None or asker.differs(ask.answer)) and not self.touches_edited(ask):
-                asker.add_free(ask)
+            if (ask.answer is None or collector.differs(ask.answer)) and not self.touches_edited(ask):
+                collector.add_free(ask)
         for other in self._siblings.get(entry.image.name if entry.image else "", []):
-            if plain(other.prompt) != plain(entry.prompt) and asker.tells_apart(other.previous or ""):
-                asker.add_free(_control(other, "locality_sibling"))
+            if plain(other.prompt) != plain(entry.prompt) and collector.tells_apart(other.previous or ""):
+                collector.add_free(_control(other, "locality_sibling"))
         if self.far_controls and not any(a.split == "locality_far" for a in own):
-            far = self._far(asker, entry)
+            far = self._far(collector, entry)
             if far is not None:
-                asker.add_free(_control(far, "locality_far"))
+                collector.add_free(_control(far, "locality_far"))
 
-    def touches_edited(self, ask: Ask) -> bool:
+    def touches_edited(self, ask: EntryQuestion) -> bool:
         """Whether a locality question asks, in other words, for what some edit changes; such a one is not asked."""
         return False
 
-    def _far(self, asker: Asker, entry: Entry) -> Entry | None:
+    def _far(self, collector: QuestionCollector, entry: FactEntry) -> FactEntry | None:
         """A control of another category, else any other control, whose answer tells a leak apart."""
         start = int(transforms.share("far", entry.name) * len(self._controls))
         order = [*self._controls[start:], *self._controls[:start]]
-        fits = [c for c in islice(order, 200) if asker.tells_apart(c.previous or "")]
+        fits = [c for c in islice(order, 200) if collector.tells_apart(c.previous or "")]
         return next((c for c in fits if c.category != entry.category), fits[0] if fits else None)
 
     def general(self) -> tuple[Question, ...]:
@@ -158,20 +158,20 @@ class EntryStream(Stream):
             pool.setdefault(e.category, {}).setdefault(plain(e.target), e.target)
         return {category: sorted(values.values()) for category, values in pool.items()}
 
-    def _entry_of(self, event: EditEvent) -> Entry:
+    def _entry_of(self, event: EditEvent) -> FactEntry:
         entry = self._by_name.get(event.source)
         if entry is None or entry.prompt != event.prompt:
             raise BadStream(f"event {event.id} ({event.source or 'no source'}) is not of this stream ({self.origin})")
         return entry
 
 
-def _fact(e: Entry) -> transforms.Fact:
-    return transforms.Fact(e.prompt, e.target, e.name, e.image, e.previous, e.subject, e.category, e.aliases)
+def _fact(e: FactEntry) -> transforms.EditableFact:
+    return transforms.EditableFact(e.prompt, e.target, e.name, e.image, e.previous, e.subject, e.category, e.aliases)
 
 
-def _control(e: Entry, split: Split) -> Ask:
-    return Ask(split, e.prompt, e.previous, e.image, e.aliases)
+def _control(e: FactEntry, split: Split) -> EntryQuestion:
+    return EntryQuestion(split, e.prompt, e.previous, e.image, e.aliases)
 
 
-def _belief(e: Entry, prompt: str, topic: str) -> Question:
+def _belief(e: FactEntry, prompt: str, topic: str) -> Question:
     return Question("general", prompt, e.previous, image=e.image, aliases=e.aliases, topic=topic)

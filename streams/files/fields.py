@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from streams.base import BadStream, Skipped
-from streams.files.entry import Ask
+from streams.files.entry import EntryQuestion
 from streams.files.pictures import list_folder
 from streams.files.records import BadField, clean, distinct, kind_of, parse_json, plain, read_bytes
 from testbed.core.events import Split
@@ -60,17 +60,17 @@ def answers(record: object, path: str | None) -> tuple[str, ...]:
     return distinct(many(pick(record, path), path)) if path else ()
 
 
-def text_pairs(record: object, split: Split, prompts: str | None, golds: str | None) -> list[Ask]:
+def text_pairs(record: object, split: Split, prompts: str | None, golds: str | None) -> list[EntryQuestion]:
     """Questions under `prompts` with the answers under `golds`: one by one where both have as many, else all the same."""
     if not prompts:
         return []
     asked, told = many(pick(record, prompts), prompts), many(pick(record, golds), golds) if golds else ()
     if len(asked) > 1 and len(asked) == len(told):
-        return [Ask(split, q, a) for q, a in zip(asked, told)]
-    return [Ask(split, q, told[0] if told else None, aliases=distinct(told[1:], told[:1])) for q in asked]
+        return [EntryQuestion(split, q, a) for q, a in zip(asked, told)]
+    return [EntryQuestion(split, q, told[0] if told else None, aliases=distinct(told[1:], told[:1])) for q in asked]
 
 
-def nested(record: object, path: str | None, split: Split) -> Iterator[Ask]:
+def nested(record: object, path: str | None, split: Split) -> Iterator[EntryQuestion]:
     """`{"group": [{"prompt": ..., "ground_truth": ...}]}` as questions; the first answer counts, others are aliases.
 
     Raises `BadField` for another shape.
@@ -87,7 +87,7 @@ def nested(record: object, path: str | None, split: Split) -> Iterator[Ask]:
                 raise BadField(f"{path} must hold objects with prompt and ground_truth, found {kind_of(row)}")
             prompts, golds = many(row.get("prompt"), f"{path}.prompt"), distinct(many(row.get("ground_truth"), f"{path}.ground_truth"))
             if prompts and (golds or split.startswith("locality_")):
-                yield Ask(split, prompts[0], golds[0] if golds else None, aliases=golds[1:])
+                yield EntryQuestion(split, prompts[0], golds[0] if golds else None, aliases=golds[1:])
 
 
 def must_differ(target: str, previous: str | None, names: tuple[str, str] = ("target", "previous")) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from streams.base import BadStream, Skipped, StreamConfig
-from streams.files.entry import Data, Entry, with_roles
+from streams.files.entry import Data, FactEntry, with_roles
 from streams.files.entry_stream import EntryStream
 from streams.files.fields import ABSENT, Once, columns, none_left, pick, read_rows
 from streams.files.pictures import FilePicture, Shown, StoredPicture
@@ -90,8 +90,8 @@ class _Mapped(EntryStream):
         """The records, what to call them, a hash of their content, and the folder that picture names start from."""
 
 
-def _entries(rows: Sequence[Any], form: Mapping[str, str], pictures: Path | None, skipped: list[Skipped]) -> list[Entry]:
-    out: list[Entry] = []
+def _entries(rows: Sequence[Any], form: Mapping[str, str], pictures: Path | None, skipped: list[Skipped]) -> list[FactEntry]:
+    out: list[FactEntry] = []
     once = Once()
     for i, row in enumerate(rows):
         where = f"record {i}"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from streams.base import MissingImages, Skipped, StreamConfig
-from streams.files.entry import Ask, Data, Entry, with_roles
+from streams.files.entry import Data, EntryQuestion, FactEntry, with_roles
 from streams.files.entry_stream import EntryStream
 from streams.files.fields import Once, answers, find, must_differ, nested, none_left, read_rows
 from streams.files.pictures import FilePicture, list_folder, stays_inside
@@ -150,7 +150,7 @@ class _Reader:
     layout: Layout
     policy: MissingImages
     index: _Index
-    entries: list[Entry] = field(default_factory=list)
+    entries: list[FactEntry] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
     missing: Counter[str] = field(default_factory=Counter)
     more: Mapping[tuple[str, str], tuple[str, ...]] = field(default_factory=dict)
@@ -166,7 +166,7 @@ class _Reader:
             except (BadField, BadPicture) as e:
                 self.skipped.append(Skipped(where, str(e)))
 
-    def _entry(self, name: str, row: Mapping[str, Any]) -> Entry:
+    def _entry(self, name: str, row: Mapping[str, Any]) -> FactEntry:
         src, target = text_of(row, "src"), text_of(row, "alt")
         previous = self._tidy(optional_text(row, "pred"))
         photo, rephrased, local = (self._picture(row, f) for f in PICTURES)
@@ -174,7 +174,7 @@ class _Reader:
         train = (*texts_of(row, "rephrased_questions_train"), *self.more.get((clean(row.get("image"), "image"), plain(src)), ()))
         stand_in = "" if photo else self._stand_in(row, src, previous)
         held_out = distinct([_unquoted(t) for t in answers(row, "rephrase")], [src])
-        entry = Entry(
+        entry = FactEntry(
             name=name,
             prompt=stand_in + src,
             target=target,
@@ -216,24 +216,24 @@ class _Reader:
         raise BadField("no file for image")
 
 
-def _asks(row: Mapping[str, Any], prompt: str, target: str, pictures: tuple[FilePicture | None, ...]) -> list[Ask]:
+def _asks(row: Mapping[str, Any], prompt: str, target: str, pictures: tuple[FilePicture | None, ...]) -> list[EntryQuestion]:
     """The questions a record brings: new picture, unrelated text, unrelated picture, one hop further."""
     photo, rephrased, local = pictures
     out = []
     if photo is not None and rephrased is not None:
-        out.append(Ask("image_generality", prompt, target, rephrased))
+        out.append(EntryQuestion("image_generality", prompt, target, rephrased))
     loc, loc_answer = optional_text(row, "loc"), optional_text(row, "loc_ans")
     if loc and loc.removeprefix(_PREFIX).strip():
-        out.append(Ask("locality_text", loc.removeprefix(_PREFIX).strip(), loc_answer))
+        out.append(EntryQuestion("locality_text", loc.removeprefix(_PREFIX).strip(), loc_answer))
     far, far_answer = optional_text(row, "m_loc_q"), optional_text(row, "m_loc_a")
     if local is not None and far:
-        out.append(Ask("locality_far", far, far_answer, local))
+        out.append(EntryQuestion("locality_far", far, far_answer, local))
     if photo is not None:
-        out += [Ask(a.split, a.prompt, a.answer, photo, a.aliases) for a in _one_hop(row)]
+        out += [EntryQuestion(a.split, a.prompt, a.answer, photo, a.aliases) for a in _one_hop(row)]
     return out
 
 
-def _one_hop(row: Mapping[str, Any]) -> list[Ask]:
+def _one_hop(row: Mapping[str, Any]) -> list[EntryQuestion]:
     """`port_new: [{"Q&A": {"Question": ..., "Answer": ...}}]` of VLKEB's evaluation files."""
     hops = row.get("port_new")
     if not isinstance(hops, list):

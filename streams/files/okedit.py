@@ -140,9 +140,9 @@ class OkeditFiles(Stream):
             if picture is not None and r.locality_answer:
                 yield Question("general", r.question, r.locality_answer, image=picture, topic="locality pictures")
 
-    def _fact(self, r: Record) -> transforms.Fact:
+    def _fact(self, r: Record) -> transforms.EditableFact:
         subject = f"image {r.image_id}, question {r.qid}"
-        return transforms.Fact(r.question, r.target, self._name_of(r), r.photo, r.pred, subject, r.category, r.aliases)
+        return transforms.EditableFact(r.question, r.target, self._name_of(r), r.photo, r.pred, subject, r.category, r.aliases)
 
     @cached_property
     def _values(self) -> dict[str, list[str]]:

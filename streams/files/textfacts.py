@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import ClassVar
 
 from streams.base import StreamConfig
-from streams.files.entry import Ask, Data
+from streams.files.entry import Data, EntryQuestion
 from streams.files.entry_stream import EntryStream
 from streams.files.records import plain
 from streams.files.textfacts_files import Source, load
@@ -102,7 +102,7 @@ class TextFacts(EntryStream):
                 out.setdefault(plain(e.subject), set()).add(plain(e.previous))
         return out
 
-    def touches_edited(self, ask: Ask) -> bool:
+    def touches_edited(self, ask: EntryQuestion) -> bool:
         """Whether a locality prompt names an edited subject and its answer is the one that the edit replaces."""
         words, answer = plain(ask.prompt).split(), plain(ask.answer or "")
         spans = (" ".join(words[i:j]) for i in range(len(words)) for j in range(i + 1, min(i + 9, len(words) + 1)))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from streams.base import Skipped, StreamConfig
-from streams.files.entry import Ask, Data, Entry, with_roles
+from streams.files.entry import Data, EntryQuestion, FactEntry, with_roles
 from streams.files.fields import (
     FieldMap,
     Once,
@@ -88,7 +88,7 @@ def _first(root: Path | None, names: Sequence[str]) -> Path | None:
 class TextReader:
     """Turns rows into entries; what cannot be used is written to `skipped`."""
 
-    entries: list[Entry] = field(default_factory=list)
+    entries: list[FactEntry] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
     _once: Once = field(default_factory=Once)
 
@@ -115,7 +115,7 @@ class TextReader:
         """
         place = {str(r.get("edit_id")): i for i, r in enumerate(records) if isinstance(r, Mapping)}
         held_out: dict[int, list[str]] = {}
-        own: dict[int, Ask] = {}
+        own: dict[int, EntryQuestion] = {}
         for i, row in enumerate(rows):
             try:
                 at, kind, ask = _query(row, place)
@@ -131,7 +131,7 @@ class TextReader:
 
     def add_further(self, file: str, rows: Sequence[Any], form: FieldMap) -> str:
         """Portability questions from another set's records with the same prompt and target; says how many have some."""
-        lent: dict[tuple[str, str], list[Ask]] = {}
+        lent: dict[tuple[str, str], list[EntryQuestion]] = {}
         for i, row in enumerate(rows):
             try:
                 if not isinstance(row, Mapping):
@@ -145,17 +145,19 @@ class TextReader:
         return f"; portability of {sum(map(bool, found)):,} from {file}"
 
 
-def _query(row: object, place: Mapping[str, int]) -> tuple[int, str, Ask]:
+def _query(row: object, place: Mapping[str, int]) -> tuple[int, str, EntryQuestion]:
     if not isinstance(row, Mapping):
         raise BadField(f"expected an object, found {kind_of(row)}")
     edit_id = str(pick(row, "edit_id"))
     if edit_id not in place:
         raise BadField("edit_id names no record")
     answer = answers(row, "query_target")
-    return place[edit_id], text_of(row, "query_type"), Ask("locality_text", text_of(row, "query"), answer[0] if answer else None)
+    return place[edit_id], text_of(row, "query_type"), EntryQuestion("locality_text", text_of(row, "query"), answer[0] if answer else None)
 
 
-def _with_queries(e: Entry, held_out: Mapping[int, list[str]], own: Mapping[int, Ask], pool: Sequence[Ask]) -> Entry:
+def _with_queries(
+    e: FactEntry, held_out: Mapping[int, list[str]], own: Mapping[int, EntryQuestion], pool: Sequence[EntryQuestion]
+) -> FactEntry:
     at = int(e.name.rpartition(" ")[2])
     unrelated = own.get(at) or (pool[int(share("unrelated", e.name) * len(pool))] if pool else None)
     asks = (*e.asks, unrelated) if unrelated else e.asks
@@ -172,7 +174,7 @@ def _found_subjects(rows: Sequence[Any], form: FieldMap) -> list[tuple[str, str]
     return subjects(prompts)
 
 
-def read_entry(row: Mapping[str, Any], form: FieldMap, name: str, guess: tuple[str, str] | None = None) -> Entry:
+def read_entry(row: Mapping[str, Any], form: FieldMap, name: str, guess: tuple[str, str] | None = None) -> FactEntry:
     """One row as an entry. Raises `BadField` for what cannot be used.
 
     guess: (subject, frame) found from the prompt, used where the form has no subject.
@@ -188,7 +190,7 @@ def read_entry(row: Mapping[str, Any], form: FieldMap, name: str, guess: tuple[s
     must_differ(target, previous, (form["target"], form.get("previous", "")))
     held_out = distinct([*answers(row, form.get("rephrase")), *answers(row, form.get("rephrase_too"))], [prompt])
     train = distinct(answers(row, form.get("train")), [prompt, *held_out])
-    return Entry(
+    return FactEntry(
         name=name,
         prompt=prompt,
         target=target,
@@ -212,7 +214,7 @@ def _category(row: Mapping[str, Any], form: FieldMap, prompt: str, subject: str 
     return "other"
 
 
-def _asks(row: Mapping[str, Any], form: FieldMap) -> list[Ask]:
+def _asks(row: Mapping[str, Any], form: FieldMap) -> list[EntryQuestion]:
     return [
         *text_pairs(row, "locality_hard", form.get("hard"), form.get("hard_answer")),
         *text_pairs(row, "locality_text", form.get("text"), form.get("text_answer")),

@@ -19,7 +19,7 @@ from testbed.core.events import content_id
 
 DEFAULT_SIZE = 600
 FAMILY = 5
-TWINS = 3
+NEAR_DUPLICATES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Entity:
 
 
 @dataclass(frozen=True, slots=True)
-class Fact:
+class WorldFact:
     """A fact of the world at its start: the entity, the slot (0 to 3) of its relation, the value."""
 
     entity: Entity
@@ -85,7 +85,7 @@ class World:
         for kind in KINDS:
             names = invent(kind, self.size // len(KINDS), rng, taken)
             for i, name in enumerate(names):
-                base = out[-(i % FAMILY)].code if 0 < i % FAMILY <= TWINS else None
+                base = out[-(i % FAMILY)].code if 0 < i % FAMILY <= NEAR_DUPLICATES else None
                 code = _fresh_code(base, used, rng)
                 control = i % FAMILY == 0
                 frozen = frozenset(range(SLOTS)) if control else frozenset({int(rng.integers(SLOTS))})
@@ -104,20 +104,20 @@ class World:
         """What is true of the entity at the start."""
         return self._start[entity.index, slot]
 
-    def fact(self, entity: Entity, slot: int) -> Fact:
-        return Fact(entity, slot, self.value(entity, slot))
+    def fact(self, entity: Entity, slot: int) -> WorldFact:
+        return WorldFact(entity, slot, self.value(entity, slot))
 
-    def facts(self) -> list[Fact]:
+    def facts(self) -> list[WorldFact]:
         """Every fact, by entity and slot."""
         return [self.fact(e, s) for e in self.entities for s in range(SLOTS)]
 
-    def twin(self, entity: Entity) -> Entity:
+    def near_duplicate(self, entity: Entity) -> Entity:
         """The control of the entity's family: for most entities its emblem differs in one part only."""
         return self.entities[entity.index - entity.index % FAMILY]
 
-    def has_twin(self, entity: Entity) -> bool:
+    def has_near_duplicate(self, entity: Entity) -> bool:
         """Whether the emblem differs in exactly one part from another entity's of the same kind."""
-        return entity.index % FAMILY <= TWINS
+        return entity.index % FAMILY <= NEAR_DUPLICATES
 
     def controls(self, kind: str | None = None) -> list[Entity]:
         return [e for e in self.entities if e.control and kind in (None, e.kind)]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from streams.world.ask import pool_controls, probe_controls
 from streams.world.emblem import PARTS, Photo, random_code
 from streams.world.facts import Entity, World
+from streams.world.questions import pool_controls, probe_controls
 from streams.world.skills import (
     arithmetic,
     comparison,

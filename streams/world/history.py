@@ -13,7 +13,7 @@ import numpy as np
 
 from streams import transforms
 from streams.base import StreamConfig
-from streams.world.facts import Fact, World
+from streams.world.facts import World, WorldFact
 from testbed.core.events import Kind
 
 CASCADE = 0.2
@@ -22,7 +22,7 @@ DRIFT_EDITS = 500
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class WorldChange:
     """One change: the fact at the start, the values around it, and the number of the change it replaces.
 
     `value` after a retire is the start value, to which the answer falls back.
@@ -30,7 +30,7 @@ class Change:
 
     number: int
     kind: Kind
-    fact: Fact
+    fact: WorldFact
     previous: str
     value: str
     revises: int | None
@@ -49,24 +49,24 @@ class _Track:
 class _Pool:
     """Facts with hazards as weights; draws in O(1) by rejection, removes in O(1)."""
 
-    items: list[Fact] = field(default_factory=list)
+    items: list[WorldFact] = field(default_factory=list)
     _place: dict[tuple[int, int], int] = field(default_factory=dict)
 
-    def add(self, fact: Fact) -> None:
+    def add(self, fact: WorldFact) -> None:
         self._place[_key(fact)] = len(self.items)
         self.items.append(fact)
 
-    def remove(self, fact: Fact) -> None:
+    def remove(self, fact: WorldFact) -> None:
         at = self._place.pop(_key(fact))
         last = self.items.pop()
         if at < len(self.items):
             self.items[at] = last
             self._place[_key(last)] = at
 
-    def __contains__(self, fact: Fact) -> bool:
+    def __contains__(self, fact: WorldFact) -> bool:
         return _key(fact) in self._place
 
-    def draw(self, rng: np.random.Generator, top: float, mix: Mapping[str, float]) -> Fact:
+    def draw(self, rng: np.random.Generator, top: float, mix: Mapping[str, float]) -> WorldFact:
         """A fact with probability in proportion to its hazard times the weight (at most 1) of its relation."""
         while True:
             fact = self.items[int(rng.integers(len(self.items)))]
@@ -74,7 +74,7 @@ class _Pool:
                 return fact
 
 
-def _key(fact: Fact) -> tuple[int, int]:
+def _key(fact: WorldFact) -> tuple[int, int]:
     return fact.entity.index, fact.slot
 
 
@@ -96,25 +96,25 @@ class History:
             if not fact.frozen and fact.slot in slots:
                 self._fresh.add(fact)
         self._top = max(f.relation.hazard for f in self._fresh.items)
-        self._changes: list[Change] = []
+        self._changes: list[WorldChange] = []
         self._again = 0
         names = sorted({f.relation.name for f in self._fresh.items})
         drift = transforms.generator(config.seed, "world drift").normal(0.0, 1.0, (2, len(names))) if config.drift else None
         self._drift = (names, drift)
 
-    def first(self, n: int) -> list[Change]:
+    def first(self, n: int) -> list[WorldChange]:
         """The first n changes; there is no last one."""
         source = self._grow()
         while len(self._changes) < n:
             self._changes.append(next(source))
         return self._changes[:n]
 
-    def _grow(self) -> Iterator[Change]:
+    def _grow(self) -> Iterator[WorldChange]:
         while True:
             number = len(self._changes)
             yield self._repeat(number) or self._cascade(number) or self._free(number)
 
-    def _repeat(self, number: int) -> Change | None:
+    def _repeat(self, number: int) -> WorldChange | None:
         """Another value for a fact that was just edited for the first time, as often as `repeats` says."""
         if self._changes and self._changes[-1].kind == "add":
             self._again = self.config.repeats - 1
@@ -133,7 +133,7 @@ class History:
         logits = (1 - t) * drift[0] + t * drift[1]
         return dict(zip(names, np.exp(logits - logits.max()).tolist()))
 
-    def _cascade(self, number: int) -> Change | None:
+    def _cascade(self, number: int) -> WorldChange | None:
         """A change that follows from the one before it, if that one brings one."""
         cause = self._changes[-1] if self._changes else None
         if cause is None or cause.kind not in ("add", "revise") or cause.cascade_of is not None:
@@ -144,7 +144,7 @@ class History:
         fact = self.world.fact(cause.fact.entity, slot)
         return None if fact.frozen else self._change(number, fact, cause.number)
 
-    def _free(self, number: int) -> Change:
+    def _free(self, number: int) -> WorldChange:
         share, c, mix = self._rng.random(), self.config, self._mix(number)
         if self._touched.items and share < c.retire + c.revert:
             fact = self._touched.draw(self._rng, self._top, mix)
@@ -157,11 +157,11 @@ class History:
         pool = self._touched if again else self._fresh
         return self._change(number, pool.draw(self._rng, self._top, mix), None)
 
-    def _revert(self, number: int, fact: Fact, track: _Track) -> Change:
+    def _revert(self, number: int, fact: WorldFact, track: _Track) -> WorldChange:
         track.values.pop()
         return self._record(number, "revert", fact, track.values[-1], None, popped=True)
 
-    def _change(self, number: int, fact: Fact, cascade_of: int | None) -> Change:
+    def _change(self, number: int, fact: WorldFact, cascade_of: int | None) -> WorldChange:
         values = self.world.vocabularies[fact.relation.values]
         track = self._tracks.get(_key(fact))
         barred = {fact.value, track.values[-1] if track else fact.value, fact.entity.name}
@@ -169,14 +169,14 @@ class History:
             continue
         return self._record(number, "revise" if track else "add", fact, value, cascade_of)
 
-    def _record(self, number: int, kind: Kind, fact: Fact, value: str, cascade_of: int | None, popped: bool = False) -> Change:
+    def _record(self, number: int, kind: Kind, fact: WorldFact, value: str, cascade_of: int | None, popped: bool = False) -> WorldChange:
         track = self._tracks.get(_key(fact))
         if track is None:
             self._fresh.remove(fact)
             self._touched.add(fact)
             track = self._tracks[_key(fact)] = _Track([fact.value], -1)
         previous = self._changes[track.last].value if track.last >= 0 else fact.value
-        change = Change(number, kind, fact, previous, value, track.last if track.last >= 0 else None, cascade_of)
+        change = WorldChange(number, kind, fact, previous, value, track.last if track.last >= 0 else None, cascade_of)
         if kind == "retire":
             track.values = [fact.value]
         elif not popped:

@@ -1,6 +1,6 @@
 """The simulated world as a stream: the same dated changes as text facts, picture questions or captions.
 
-`WorldStream` is the base of every simulated stream; a subclass picks a `Form`. The truth of every question
+`WorldStream` is the base of every simulated stream; a subclass picks a `QuestionForm`. The truth of every question
 at every date is known, so staleness and locality are exact. The relations, the words and the history are
 in `_world_words`, `_world_facts` and `_world_history`; docs in `cards/world-yearly.md`.
 """
@@ -13,18 +13,18 @@ from typing import ClassVar
 
 from streams import transforms
 from streams.base import BadStream, Stream, StreamConfig, TrainPool
-from streams.world.ask import Asker, Form
 from streams.world.facts import World, world
 from streams.world.general import general_questions, pool_questions, pool_texts
-from streams.world.history import Change, History
+from streams.world.history import History, WorldChange
+from streams.world.questions import QuestionForm, QuestionMaker
 from testbed.core.events import EditEvent, Question
 from testbed.core.registry import STREAMS
 
-FORMS: dict[str, Form] = {
-    "okedit": Form("okedit", pictures=True, new_photos=2),
-    "vqa": Form("vqa", pictures=True),
-    "caption": Form("caption", pictures=True, captions=True, slots=(0,)),
-    "text": Form("text", pictures=False, new_photos=0),
+FORMS: dict[str, QuestionForm] = {
+    "okedit": QuestionForm("okedit", pictures=True, new_photos=2),
+    "vqa": QuestionForm("vqa", pictures=True),
+    "caption": QuestionForm("caption", pictures=True, captions=True, slots=(0,)),
+    "text": QuestionForm("text", pictures=False, new_photos=0),
 }
 """The forms that the world's changes come in."""
 
@@ -33,7 +33,7 @@ FORMS: dict[str, Form] = {
 class _Known:
     """An event's change and the event's own id, kept to make its questions."""
 
-    change: Change
+    change: WorldChange
     event: EditEvent
 
 
@@ -62,7 +62,7 @@ class WorldStream(Stream):
             raise BadStream(f"the simulated world cannot be made: {e}") from e
         if problems := config.problems():
             raise BadStream("; ".join(problems))
-        self.asker = Asker(self.world, FORMS[name])
+        self.question_maker = QuestionMaker(self.world, FORMS[name])
         self._history = History(self.world, config, FORMS[name].slots)
         self._known: dict[str, _Known] = {}
         self._events: list[EditEvent] = []
@@ -70,7 +70,7 @@ class WorldStream(Stream):
 
     @property
     def origin(self) -> str:
-        return f"simulated world {self.world.seed} ({self.world.size:,} entities), {self.asker.form.name} form"
+        return f"simulated world {self.world.seed} ({self.world.size:,} entities), {self.question_maker.form.name} form"
 
     def events(self, n: int) -> list[EditEvent]:
         """The first n changes; the world never ends. Years start at 1."""
@@ -80,24 +80,24 @@ class WorldStream(Stream):
             self._known[event.id] = _Known(change, event)
         return self._events[:n]
 
-    def _event(self, change: Change) -> EditEvent:
+    def _event(self, change: WorldChange) -> EditEvent:
         cause = "" if change.cascade_of is None else f", follows from {self._events[change.cascade_of].id}"
-        prompt, image = self.asker.edit_prompt(change.fact)
+        prompt, image = self.question_maker.edit_prompt(change.fact)
         return EditEvent(
             kind=change.kind,
             time=next(self._times),
             seq=change.number,
             prompt=prompt,
-            target="" if change.kind == "retire" else self.asker.answer(change.fact, change.value),
+            target="" if change.kind == "retire" else self.question_maker.answer(change.fact, change.value),
             image=image,
-            previous=self.asker.answer(change.fact, change.previous),
+            previous=self.question_maker.answer(change.fact, change.previous),
             subject=change.fact.entity.name,
             relation=change.fact.relation.name,
             revises=None if change.revises is None else self._events[change.revises].id,
             source=f"world {self.world.seed}{cause}",
         )
 
-    def _change(self, event: EditEvent) -> Change:
+    def _change(self, event: EditEvent) -> WorldChange:
         known = self._known.get(event.id) or self._find(event)
         return known.change
 
@@ -109,24 +109,24 @@ class WorldStream(Stream):
 
     def questions(self, event: EditEvent) -> tuple[Question, ...]:
         """All held-out questions about one edit. Raises `BadStream` for an event of another stream."""
-        return self.asker.questions(self._change(event), event.id)
+        return self.question_maker.questions(self._change(event), event.id)
 
     def general(self) -> tuple[Question, ...]:
-        return general_questions(self.world, self.asker.form.pictures)
+        return general_questions(self.world, self.question_maker.form.pictures)
 
     def paraphrases(self, event: EditEvent) -> tuple[str, ...]:
         """Train wordings of the edit's prompt (16 for a question, 4 for a caption)."""
-        return self.asker.train_prompts(self._change(event).fact)
+        return self.question_maker.train_prompts(self._change(event).fact)
 
     def train_pool(self) -> TrainPool:
-        return TrainPool(pool_questions(self.world, self.asker.form.pictures), pool_texts(self.world))
+        return TrainPool(pool_questions(self.world, self.question_maker.form.pictures), pool_texts(self.world))
 
     def beliefs(self) -> Iterator[Question]:
         """Every fact that the form may ask for, with its value at the start, in the wording of an edit."""
         for fact in self.world.facts():
-            if fact.slot in self.asker.form.slots:
-                prompt, image = self.asker.edit_prompt(fact)
-                yield Question("general", prompt, self.asker.answer(fact, fact.value), image=image, topic="belief")
+            if fact.slot in self.question_maker.form.slots:
+                prompt, image = self.question_maker.edit_prompt(fact)
+                yield Question("general", prompt, self.question_maker.answer(fact, fact.value), image=image, topic="belief")
 
     def data_hash(self) -> str:
         return self.world.content_hash()

@@ -91,7 +91,7 @@ def facts_by_picture(world: World, rng: np.random.Generator, twins: bool = False
 def _draw(world: World, rng: np.random.Generator, twins: bool) -> Entity:
     while True:
         entity = world.entities[int(rng.integers(world.size))]
-        if world.has_twin(entity) or not twins:
+        if world.has_near_duplicate(entity) or not twins:
             return entity
 
 

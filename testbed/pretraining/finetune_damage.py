@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from streams.base import StreamConfig
-from streams.world.ask import Asker, Form
 from streams.world.facts import World
-from streams.world.history import Change, History
+from streams.world.history import History, WorldChange
+from streams.world.questions import QuestionForm, QuestionMaker
 from streams.world.words import picture_ref
 from testbed.pretraining.curriculum import ask
 from testbed.pretraining.evaluation import NEW_PHOTO, Asked, GateRow, share_right
@@ -30,7 +30,7 @@ def sibling_damage(model: Any, processor: Any, world: World, n: int, edits: int 
     weight = model.model.language_model.layers[-1].mlp.down_proj.weight
     kept = weight.detach().clone()
     before = share_right(model, processor, asked)
-    asker = Asker(world, Form("damage", pictures=True))
+    asker = QuestionMaker(world, QuestionForm("damage", pictures=True))
     trained = [p for p in model.parameters() if p.requires_grad and p is not weight]
     for p in trained:
         p.requires_grad_(False)
@@ -48,7 +48,7 @@ def sibling_damage(model: Any, processor: Any, world: World, n: int, edits: int 
     ]
 
 
-def _siblings(world: World, changes: list[Change], n: int) -> list[Asked]:
+def _siblings(world: World, changes: list[WorldChange], n: int) -> list[Asked]:
     rng = np.random.default_rng([world.seed, world.size, 59])
     edited = {(c.fact.entity.index, c.fact.slot) for c in changes}
     entities = {c.fact.entity.index: c.fact.entity for c in changes}
@@ -61,7 +61,7 @@ def _siblings(world: World, changes: list[Change], n: int) -> list[Asked]:
     return out
 
 
-def _fine_tune(model: Any, processor: Any, asker: Asker, change: Change, weight: torch.nn.Parameter) -> None:
+def _fine_tune(model: Any, processor: Any, asker: QuestionMaker, change: WorldChange, weight: torch.nn.Parameter) -> None:
     prompt, photo = asker.edit_prompt(change.fact)
     if photo is None:
         raise ValueError("this measure edits by picture, but the form has none")

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from streams.base import BadStream, Skipped, StreamConfig
 from streams.dated.country_codes import COUNTRIES
 from streams.dated.sources import leaders
-from streams.dated.states import Day, Timeline, moves, not_after, read_day, state, years
+from streams.dated.states import Day, Timeline, certain_changes, not_after, read_day, state, years
 from streams.files.records import BadField
 from testbed.core.events import check_order
 from testbed.core.registry import STREAMS
@@ -31,7 +31,7 @@ def line(*states: tuple[str, Day, Day | None]) -> Timeline:
 def test_only_a_state_that_ended_is_replaced() -> None:
     skipped: list[Skipped] = []
     facts = line(("a", (1990, 0, 0), (1995, 0, 0)), ("b", (1995, 3, 0), (1999, 0, 0)), ("c", (1998, 0, 0), None), ("d", (2001, 0, 0), None))
-    found = moves(facts, skipped)
+    found = certain_changes(facts, skipped)
     assert [(m.previous, m.target, m.time) for m in found] == [("a", "b", 1995 + 2 / 12)]
     assert [(s.where, s.reason) for s in skipped] == [
         ("record 2", "the state before it ends after it begins"),
@@ -43,7 +43,7 @@ def test_a_change_starts_from_the_value_installed_before() -> None:
     skipped: list[Skipped] = []
     a, b = ("a", (1990, 0, 0), (1991, 0, 0)), ("b", (1991, 0, 0), (1996, 0, 0))
     c, d = ("c", (1992, 0, 0), (1993, 0, 0)), ("d", (1994, 0, 0), (1995, 0, 0))
-    found = moves(line(a, b, c, d), skipped)
+    found = certain_changes(line(a, b, c, d), skipped)
     assert [(m.previous, m.target, m.also) for m in found] == [("a", "b", ()), ("b", "d", ())]
     assert len(skipped) == 1
 
@@ -54,7 +54,7 @@ DAYS = st.tuples(st.integers(1, 30), st.integers(0, 12), st.integers(0, 31))
 @given(st.lists(st.tuples(st.sampled_from("abc"), DAYS, st.none() | DAYS), max_size=8))
 def test_changes_rise_in_time_and_chain(rows: list[tuple[str, Day, Day | None]]) -> None:
     good = [r for r in rows if r[2] is None or not_after(r[1], r[2])]
-    found = moves(line(*good), [])
+    found = certain_changes(line(*good), [])
     assert [m.time for m in found] == sorted(m.time for m in found)
     assert all(x.target == y.previous for x, y in pairwise(found))
     assert all(m.previous != m.target for m in found)
@@ -169,8 +169,8 @@ def test_a_leader_list_with_bad_lines(tmp_path: Path) -> None:
     head = b"ccode,leader,sdate,smonth,syear,emonth,eyear\n"
     rows = [b"2,A,1,1,1950,1,1953", b"2,B,20,1,1953,,", b"2,C,x,1,1960,,", b"9999,D,1,1,1960,,", b"20,E\xff,1,1,1960,,", b"20,,1,1,1960,,"]
     (tmp_path / "leaderlist_1.csv").write_bytes(head + b"\n".join(rows))
-    reading = leaders(tmp_path)
-    assert [(s.where.rpartition(" ")[2], s.reason.split(" ")[0]) for s in reading.skipped] == [
+    data = leaders(tmp_path)
+    assert [(s.where.rpartition(" ")[2], s.reason.split(" ")[0]) for s in data.skipped] == [
         ("2", "sdate"),
         ("3", "ccode"),
         ("4", "leader"),

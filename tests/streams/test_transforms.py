@@ -15,7 +15,19 @@ from hypothesis import strategies as st
 from streams.arrange import arrange, by_rank, together
 from streams.base import UNEVEN, BadStream, Order, StreamConfig
 from streams.files.records import distinct, plain
-from streams.transforms import MAX_CHANGES, Change, Fact, Shares, calendar, changes, dated, drifting, generator, share, shuffled
+from streams.transforms import (
+    MAX_CHANGES,
+    EditableFact,
+    FactChange,
+    Shares,
+    calendar,
+    changes,
+    dated,
+    drifting,
+    generator,
+    share,
+    shuffled,
+)
 from testbed.core.events import EditEvent, check_order
 from testbed.core.registry import STREAMS
 
@@ -23,19 +35,21 @@ WORDS = ["cat", "dog", "The Cat!", "fish", "bird", "horse", "mouse", "Fish"]
 
 
 @st.composite
-def schedules(draw: st.DrawFn) -> tuple[list[Fact], Shares, dict[str, list[str]], int]:
+def schedules(draw: st.DrawFn) -> tuple[list[EditableFact], Shares, dict[str, list[str]], int]:
     n = draw(st.integers(0, 12))
     facts = []
     for i in range(n):
         previous = draw(st.none() | st.just("rat"))
-        facts.append(Fact(f"q{i}?", draw(st.sampled_from(WORDS)), f"record {i}", None, previous, f"s{i}", draw(st.sampled_from("ab"))))
+        facts.append(
+            EditableFact(f"q{i}?", draw(st.sampled_from(WORDS)), f"record {i}", None, previous, f"s{i}", draw(st.sampled_from("ab")))
+        )
     parts = draw(st.lists(st.floats(0, 0.33), min_size=3, max_size=3))
     repeats = draw(st.sampled_from([1, 1, 2, 6]))
     values = {c: draw(st.lists(st.sampled_from(WORDS), max_size=6)) for c in "ab"}
     return facts, Shares(*parts, repeats=repeats), values, draw(st.integers(0, 2**32 - 1))
 
 
-def build(case: tuple[list[Fact], Shares, dict[str, list[str]], int], k: int | None = None) -> list[EditEvent]:
+def build(case: tuple[list[EditableFact], Shares, dict[str, list[str]], int], k: int | None = None) -> list[EditEvent]:
     facts, shares, values, seed = case
     order = shuffled(len(facts), generator(seed, "order"))
     stream = changes((facts[i] for i in order), shares, values, generator(seed, "changes"))
@@ -44,7 +58,7 @@ def build(case: tuple[list[Fact], Shares, dict[str, list[str]], int], k: int | N
 
 @settings(max_examples=200, deadline=None)
 @given(schedules())
-def test_every_life_of_a_fact_makes_sense(case: tuple[list[Fact], Shares, dict[str, list[str]], int]) -> None:
+def test_every_life_of_a_fact_makes_sense(case: tuple[list[EditableFact], Shares, dict[str, list[str]], int]) -> None:
     events = build(case)
     check_order(events)
     lives: dict[str, list[EditEvent]] = {}
@@ -74,7 +88,7 @@ def _follow(life: list[EditEvent]) -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(schedules(), st.integers(0, 30))
-def test_a_prefix_is_a_prefix(case: tuple[list[Fact], Shares, dict[str, list[str]], int], k: int) -> None:
+def test_a_prefix_is_a_prefix(case: tuple[list[EditableFact], Shares, dict[str, list[str]], int], k: int) -> None:
     assert build(case, k) == build(case)[:k]
 
 
@@ -116,7 +130,7 @@ def test_drift_starts_at_its_first_mix() -> None:
 
 
 def test_shares_come_out_as_asked() -> None:
-    facts = (Fact(f"q{i}", f"t{i}", f"r{i}", relation="a", previous=f"p{i}") for i in range(100_000))
+    facts = (EditableFact(f"q{i}", f"t{i}", f"r{i}", relation="a", previous=f"p{i}") for i in range(100_000))
     values = {"a": [f"t{i}" for i in range(500)]}
     drawn = islice(changes(facts, Shares(0.15, 0.03, 0.02), values, generator(0, "x")), 10_000)
     kinds = Counter(c.kind for c in drawn)
@@ -133,8 +147,8 @@ def test_a_share_is_uniform_and_fixed() -> None:
 
 
 def test_dates_count_from_year_one() -> None:
-    fact = [Fact(f"q{i}", "t", f"r{i}") for i in range(21)]
-    events = list(dated((Change("add", f, f.target, None) for f in fact), calendar(10, 0.0, generator(0, "years"))))
+    fact = [EditableFact(f"q{i}", "t", f"r{i}") for i in range(21)]
+    events = list(dated((FactChange("add", f, f.target, None) for f in fact), calendar(10, 0.0, generator(0, "years"))))
     assert [e.year for e in events] == [1] * 10 + [2] * 10 + [3]
     assert [events[0].time, events[5].time, events[20].time] == [1.0, 1.5, 3.0]
 
@@ -160,7 +174,7 @@ def test_bursts_keep_the_mean_and_have_the_spread_that_was_asked() -> None:
 
 
 def test_repeats_follow_their_addition_at_once() -> None:
-    facts = [Fact(f"q{i}", f"t{i}", f"r{i}", relation="a") for i in range(40)]
+    facts = [EditableFact(f"q{i}", f"t{i}", f"r{i}", relation="a") for i in range(40)]
     drawn = list(changes(facts, Shares(repeats=3), {"a": [f"v{i}" for i in range(9)]}, generator(0, "x")))[:120]
     assert [c.kind for c in drawn] == ["add", "revise", "revise"] * 40
     assert all(len({c.fact.source for c in drawn[i : i + 3]}) == 1 for i in range(0, 120, 3))
@@ -193,7 +207,9 @@ def test_the_world_has_the_same_schedules(name: str) -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(schedules(), st.integers(0, 40), st.randoms(use_true_random=False))
-def test_another_order_holds_the_same_edits(case: tuple[list[Fact], Shares, dict[str, list[str]], int], k: int, random: Any) -> None:
+def test_another_order_holds_the_same_edits(
+    case: tuple[list[EditableFact], Shares, dict[str, list[str]], int], k: int, random: Any
+) -> None:
     events = build(case, k)
     rank = {e.id: random.choice([0.0, 1.0, random.random()]) for e in events if e.revises is None}
     for moved in (by_rank(events, rank), together(events)):

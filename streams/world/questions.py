@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from streams.world.emblem import Photo
-from streams.world.facts import FAMILY, Entity, Fact, World, stable_index
-from streams.world.history import Change
+from streams.world.facts import FAMILY, Entity, World, WorldFact, stable_index
+from streams.world.history import WorldChange
 from streams.world.skills import arithmetic, caption, through
 from streams.world.words import CAPTION_HELD, CAPTION_PROMPT, CAPTION_TRAIN, SLOTS, canonical, phrasings, picture_ref
 from testbed.core.events import Question, Split
@@ -19,7 +19,7 @@ POOL_EVERY = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
+class QuestionForm:
     """How the world's changes come out.
 
     `pictures`: edits and questions show a photo (else they name the entity); `captions`: the target is a
@@ -57,10 +57,10 @@ def _pointing(world: World) -> dict[str, list[Entity]]:
     return out
 
 
-class Asker:
+class QuestionMaker:
     """Makes prompts, answers and questions of one world in one form."""
 
-    def __init__(self, world: World, form: Form) -> None:
+    def __init__(self, world: World, form: QuestionForm) -> None:
         self.world, self.form = world, form
         self._pointing = _pointing(world)
         self._controls = {kind: probe_controls(world, kind) for kind in ("country", "company", "club", "university")}
@@ -71,31 +71,31 @@ class Asker:
     def photo(self, entity: Entity, number: int = 0) -> Photo | None:
         return self.world.photo(entity, number) if self.form.pictures else None
 
-    def edit_prompt(self, fact: Fact) -> tuple[str, Photo | None]:
+    def edit_prompt(self, fact: WorldFact) -> tuple[str, Photo | None]:
         """The prompt and the picture of an edit of this fact."""
         prompt = CAPTION_PROMPT if self.form.captions else canonical(fact.relation, self.ref(fact.entity))
         return prompt, self.photo(fact.entity)
 
-    def answer(self, fact: Fact, value: str) -> str:
+    def answer(self, fact: WorldFact, value: str) -> str:
         """What the model should say when the fact has this value."""
         return caption(fact.entity, value) if self.form.captions else value
 
-    def train_prompts(self, fact: Fact) -> tuple[str, ...]:
+    def train_prompts(self, fact: WorldFact) -> tuple[str, ...]:
         return CAPTION_TRAIN if self.form.captions else phrasings(fact.relation, self.ref(fact.entity), held_out=False)
 
-    def held_prompts(self, fact: Fact) -> tuple[str, ...]:
+    def held_prompts(self, fact: WorldFact) -> tuple[str, ...]:
         """Two wordings that neither training nor an editor sees, the same for a fact at every date."""
         every = CAPTION_HELD if self.form.captions else phrasings(fact.relation, self.ref(fact.entity), held_out=True)
         first = stable_index(len(every), "held", fact.entity.name, fact.slot)
         return every[first], every[(first + 1) % len(every)]
 
-    def questions(self, change: Change, event_id: str) -> tuple[Question, ...]:
+    def questions(self, change: WorldChange, event_id: str) -> tuple[Question, ...]:
         """All questions about a change; the answer to its fact is the value after it."""
         follows = self._cross_modal(change) if self.form.pictures else self._hops(change)
         asked = [*self._about(change), *self._around(change.fact), *follows]
         return tuple(replace(q, event_id=event_id, id="") for q in asked)
 
-    def _about(self, change: Change) -> Iterator[Question]:
+    def _about(self, change: WorldChange) -> Iterator[Question]:
         fact = change.fact
         answer, (prompt, photo) = self.answer(fact, change.value), self.edit_prompt(fact)
         yield Question("edit", prompt, answer, image=photo)
@@ -105,9 +105,9 @@ class Asker:
             yield Question("image_generality", prompt, answer, image=self.photo(fact.entity, number))
         yield Question("stale", prompt, self.answer(fact, change.previous), image=photo)
 
-    def _around(self, fact: Fact) -> Iterator[Question]:
+    def _around(self, fact: WorldFact) -> Iterator[Question]:
         entity, hard = fact.entity, self._hard(fact.entity)
-        topic = "twin" if hard is self.world.twin(entity) and self.world.has_twin(entity) else "same kind"
+        topic = "twin" if hard is self.world.near_duplicate(entity) and self.world.has_near_duplicate(entity) else "same kind"
         yield self._locality("locality_hard", self.world.fact(hard, fact.slot), topic)
         sibling = min(entity.frozen)
         prompt = canonical(entity.relations[sibling], self.ref(entity))
@@ -119,18 +119,18 @@ class Asker:
 
     def _hard(self, entity: Entity) -> Entity:
         """The entity's family control, or another of the kind where that one is in the train pool."""
-        twin = self.world.twin(entity)
-        return self._pick(entity.kind, "hard", self.world.fact(entity, 0)) if in_pool(twin) else twin
+        near_duplicate = self.world.near_duplicate(entity)
+        return self._pick(entity.kind, "hard", self.world.fact(entity, 0)) if in_pool(near_duplicate) else near_duplicate
 
-    def _pick(self, kind: str, purpose: str, fact: Fact) -> Entity:
+    def _pick(self, kind: str, purpose: str, fact: WorldFact) -> Entity:
         among = self._controls[kind]
         return among[stable_index(len(among), purpose, fact.entity.name, fact.slot)]
 
-    def _locality(self, split: Split, fact: Fact, topic: str) -> Question:
+    def _locality(self, split: Split, fact: WorldFact, topic: str) -> Question:
         prompt, photo = self.edit_prompt(fact)
         return Question(split, prompt, self.answer(fact, fact.value), image=photo, topic=topic)
 
-    def _text_locality(self, fact: Fact) -> Question:
+    def _text_locality(self, fact: WorldFact) -> Question:
         if not self.form.pictures:
             seed = stable_index(2**32, "text", fact.entity.name, fact.slot)
             prompt, answer = arithmetic(np.random.default_rng(seed), held_out=True)
@@ -139,12 +139,12 @@ class Asker:
         prompt = canonical(near.relations[fact.slot], near.name)
         return Question("locality_text", prompt, self.world.value(near, fact.slot), topic="fact by name")
 
-    def _cross_modal(self, change: Change) -> Iterator[Question]:
+    def _cross_modal(self, change: WorldChange) -> Iterator[Question]:
         """The fact edited by picture, asked by name."""
         prompt = canonical(change.fact.relation, change.fact.entity.name)
         yield Question("portability", prompt, change.value, topic="cross_modal")
 
-    def _hops(self, change: Change) -> Iterator[Question]:
+    def _hops(self, change: WorldChange) -> Iterator[Question]:
         """What follows from the change and one fact that never changes: the edited fact first, or second.
 
         Training shows no such composition. One whose answer the change leaves as it was is not asked.
