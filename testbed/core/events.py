@@ -1,8 +1,9 @@
-"""What a stream is made of: edits in time order, and the questions that are asked about them.
+# pyright: strict
+"""The elements of a stream: edits in time order, and the questions that probes ask about them.
 
-Edits and questions live apart: an editor is handed an `EditBatch` and nothing else, so a held-out
-paraphrase cannot reach it. Ids are content-addressed (same content, same id, on any machine and in any
-order of the stream), so records of different runs and orders can be paired.
+Edits and questions are separate objects: an editor receives an `EditBatch` and nothing else, so a held-out paraphrase
+cannot reach it. Ids are hashes of the content (same content, same id, on any machine and in any order of the stream),
+so records of different runs and orders can be paired.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
+import numpy.typing as npt
 
 Kind = Literal["add", "revise", "revert", "retire"]
 Split = Literal[
@@ -31,8 +33,9 @@ Split = Literal[
     "text",
 ]
 Scoring = Literal["generate", "sum", "norm", "text", "refuse", "comply"]
-"""How an answer is judged: by free generation; by the likeliest choice, as it is, a character of it, or as running
-text; by refusing, or by not refusing."""
+"""How an answer is judged: `generate` by free generation; `sum`, `norm` and `text` by the likeliest choice (summed
+log-probability, log-probability per character, log-probability as running text); `refuse` and `comply` by whether the
+model refuses."""
 KINDS: tuple[str, ...] = get_args(Kind)
 SCORINGS: tuple[str, ...] = get_args(Scoring)
 SPLITS: tuple[str, ...] = get_args(Split)
@@ -40,33 +43,33 @@ LOCALITY_SPLITS: tuple[str, ...] = tuple(s for s in SPLITS if s.startswith("loca
 
 
 class BadEvent(ValueError):
-    """An edit or a question that cannot be used: the message names the field, the value and the record."""
+    """An edit or a question is not valid; the message names the field, the value and the record."""
 
 
 @runtime_checkable
 class Picture(Protocol):
-    """A picture that is decoded when it is needed and not before.
+    """A picture that is decoded on demand.
 
-    `key` names the pixels: two pictures with one key are the same picture. `load` returns RGB as uint8 of
-    shape (height, width, 3) and raises `BadPicture` when it cannot.
+    `key` identifies the pixels: two pictures with one key are the same picture. `load` returns RGB as uint8 of
+    shape (height, width, 3) and raises `BadPicture` when the picture cannot be decoded.
     """
 
     @property
     def key(self) -> str: ...
 
-    def load(self) -> np.ndarray: ...
+    def load(self) -> npt.NDArray[np.uint8]: ...
 
 
 class BadPicture(ValueError):
-    """A picture that is absent, unreadable or not a picture; the message names the file and what to do."""
+    """A picture is absent, unreadable or no picture; the message names the file and the remedy."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """A prompt to put to a model, with its picture.
+    """A prompt for a model, with its picture.
 
-    `truth` (the right answer) and `event_id` (the edit that it comes from) are filled in only for an editor whose
-    Traits declare that it is told the truth.
+    `truth` (the right answer) and `event_id` (the edit that gave it) are set only for an editor whose `Traits` declare
+    `told_truth`.
     """
 
     prompt: str
@@ -85,10 +88,10 @@ def content_id(*parts: object) -> str:
 class EditEvent:
     """One dated change of one fact.
 
-    `time` is in years (its floor is the year, the fraction the place within it); `seq` is the position in
-    the stream. Neither is part of the id: the same change at another place of another order is the same
-    change. `revises` is the id of the event whose value this one replaces. A `retire` asks that the fact
-    be forgotten, i.e. that the model answers as it did before any edit: its `target` is empty.
+    `time` is in years (the floor is the year, the fraction the time within it); `seq` is the position in the stream.
+    Neither is part of the id: the same change in another order of the stream is the same change. `revises` is the id
+    of the event whose value this one replaces. A `retire` demands that the model forgets the fact, i.e. answers as it
+    did before any edit; its `target` is empty. Raises `BadEvent` for a field that is not valid.
     """
 
     kind: Kind
@@ -109,8 +112,7 @@ class EditEvent:
         _require_text(self.prompt, "prompt", self.source)
         if self.kind != "retire":
             _require_text(self.target, "target", self.source)
-        if isinstance(self.time, bool) or not isinstance(self.time, (int, float)) or not math.isfinite(self.time):
-            raise BadEvent(f"time must be a finite number of years, got {self.time!r} ({self.source or 'no source'})")
+        _require_years(self.time, self.source)
         if self.seq < 0:
             raise BadEvent(f"seq must be 0 or more, got {self.seq} ({self.source or 'no source'})")
         if self.kind in ("revise", "revert", "retire") and not self.revises:
@@ -129,12 +131,12 @@ class EditEvent:
         return math.floor(self.time)
 
     def ask(self) -> Ask:
-        """The edit's own prompt with its picture."""
+        """The prompt of the edit with its picture."""
         return Ask(self.prompt, self.image)
 
     @property
     def fact(self) -> tuple[str, str]:
-        """What is being changed: (subject, relation) where the source names them, else (picture, prompt)."""
+        """The changed fact: (subject, relation) where the source names them, else (picture key, prompt)."""
         if self.subject and self.relation:
             return self.subject, self.relation
         return (self.image.key if self.image is not None else ""), self.prompt
@@ -142,11 +144,12 @@ class EditEvent:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """Something to ask a model, and what counts as right.
+    """A question for a model, and the answers that count as right.
 
-    `answer` may be absent for locality splits (there the unedited model's own answer is the reference), for
-    `text` (running text, whose perplexity is measured on `prompt` itself) and where refusing or not is judged.
-    `aliases` count as right too. `choices` belong to a scoring that picks one of them; `answer` is the right one.
+    `answer` may be absent for locality splits (the answer of the unedited model is the reference), for `text` (running
+    text: the perplexity of `prompt` itself is measured) and for the scorings `refuse` and `comply`. `aliases` count as
+    right too. The scorings `sum`, `norm` and `text` pick one of `choices`, of which `answer` is the right one. Raises
+    `BadEvent` for a field that is not valid.
     """
 
     split: Split
@@ -186,25 +189,26 @@ class Question:
             raise BadEvent(f"choices need a scoring that picks one (sum, norm, text), got {self.scoring!r} ({self.prompt!r})")
 
     def ask(self) -> Ask:
-        """The question's prompt with its picture."""
+        """The prompt of the question with its picture."""
         return Ask(self.prompt, self.image)
 
     @property
     def golds(self) -> tuple[str, ...]:
-        """The answer and its aliases; empty where the reference is the unedited model's own answer."""
+        """The answer and its aliases; empty where the question has no answer of its own."""
         return (self.answer, *self.aliases) if self.answer is not None else ()
 
 
 @dataclass(frozen=True, slots=True)
 class EditBatch:
-    """What one `apply` call sees: edits of one step, in order, and the training samples its Traits declare.
+    """The input of one `apply` call: the edits of one step, in order, and the training samples that `Traits` declare.
 
-    `paraphrases` maps an event id to rephrased prompts from the train pool (never asked by a probe).
+    `paraphrases` maps an event id to rephrased prompts from the train pool; no probe ever asks them. Raises `BadEvent`
+    where one edit stands twice.
     """
 
     events: tuple[EditEvent, ...]
     step: int = 0
-    paraphrases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    paraphrases: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
 
     def __post_init__(self) -> None:
         ids = [e.id for e in self.events]
@@ -217,12 +221,12 @@ class EditBatch:
 
 
 def hide_previous(event: EditEvent) -> EditEvent:
-    """The event as an editor sees it that has not declared the use of the old answer (same id)."""
+    """The event without its old answer (same id), for an editor whose `Traits` do not declare the use of it."""
     return event if event.previous is None else replace(event, previous=None)
 
 
 def check_order(events: list[EditEvent] | tuple[EditEvent, ...]) -> None:
-    """Raise `BadEvent` unless ids are unique, times never fall, `seq` counts up and `revises` looks back."""
+    """Raise `BadEvent` unless ids are unique, times never fall, `seq` is the position and `revises` names an earlier event."""
     seen: set[str] = set()
     last = -math.inf
     for i, e in enumerate(events):
@@ -241,6 +245,11 @@ def check_order(events: list[EditEvent] | tuple[EditEvent, ...]) -> None:
 def _require_kind(value: str, allowed: tuple[str, ...], name: str, where: str) -> None:
     if value not in allowed:
         raise BadEvent(f"{name} must be one of {', '.join(allowed)}, got {value!r} ({where or 'no source'})")
+
+
+def _require_years(value: object, where: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise BadEvent(f"time must be a finite number of years, got {value!r} ({where or 'no source'})")
 
 
 def _require_text(value: object, name: str, where: str) -> None:

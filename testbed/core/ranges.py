@@ -1,4 +1,5 @@
-"""Ranges of configuration values, written beside the type of a field and checked by one function.
+# pyright: strict
+"""Ranges of configuration values: the annotation of a field states them, and one function checks them.
 
     lr: PositiveFloat = 5e-3
     layers: tuple[NonNegativeInt, ...] | None = None
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -23,7 +25,7 @@ class Range:
     most: float | None = None
 
     def holds(self, x: float) -> bool:
-        """Whether a number lies in the range; NaN lies in none."""
+        """True for a number within the bounds; NaN lies in no range."""
         if x != x:
             return False
         low = (self.least is None or x >= self.least) and (self.above is None or x > self.above)
@@ -42,31 +44,31 @@ NonNegativeInt = Annotated[int, Range(least=0)]
 PositiveFloat = Annotated[float, Range(above=0)]
 NonNegativeFloat = Annotated[float, Range(least=0)]
 Fraction = Annotated[float, Range(least=0, most=1)]
+PositiveFraction = Annotated[float, Range(above=0, most=1)]
 
 
 def out_of_range(config: Any) -> list[str]:
-    """A sentence for each field of a dataclass whose value lies outside the range that its annotation gives."""
-    hints = typing.get_type_hints(type(config), include_extras=True)
+    """One sentence for each field of a dataclass whose value lies outside the range of its annotation."""
+    hints = typing.get_type_hints(config.__class__, include_extras=True)
     return [
-        f"{field.name} must be {bound}, got {_shown(value)}"
+        f"{field.name} must be {bound}, got {', '.join(map(str, _items(value)))}"
         for field in dataclasses.fields(config)
         for value in [getattr(config, field.name)]
         for bound in _ranges(hints[field.name])
-        if not all(bound.holds(x) for x in _numbers(value))
+        if not all(bound.holds(x) for x in _items(value) if _is_number(x))
     ]
 
 
 def _ranges(hint: Any) -> list[Range]:
-    """The ranges anywhere inside a type: in a union, in a tuple."""
+    """The ranges inside a type, at any depth of unions and tuples."""
     own = [m for m in getattr(hint, "__metadata__", ()) if isinstance(m, Range)]
     inner = typing.get_args(hint)[:1] if hasattr(hint, "__metadata__") else typing.get_args(hint)
     return own + [r for a in inner for r in _ranges(a)]
 
 
-def _numbers(value: Any) -> list[float]:
-    items = value if isinstance(value, (tuple, list)) else [value]
-    return [x for x in items if isinstance(x, (int, float)) and not isinstance(x, bool)]
+def _items(value: Any) -> list[Any]:
+    return [*typing.cast("Iterable[Any]", value)] if isinstance(value, (tuple, list)) else [value]
 
 
-def _shown(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

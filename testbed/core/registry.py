@@ -1,8 +1,9 @@
-"""One registry for editors, streams, probes and monitors: a decorator, a folder scan, near matches for a wrong name.
+# pyright: strict
+"""One registry class for editors, streams, probes and monitors: a decorator, a package scan, near matches for a wrong name.
 
-A plug-in exists by lying in its folder. A file that cannot be imported raises at the first look-up, with
-its path: a broken plug-in never vanishes from a list. An entry whose name ends in a colon takes the rest of
-a name as its argument: `jsonl:FILE` is the class registered as `jsonl:` with `argument` set to FILE.
+A file in the scanned package is a plug-in. A file that cannot be imported raises at the first look-up with its path, so
+a broken plug-in never silently disappears from a list. An entry whose name ends in a colon takes the rest of a name as
+its argument: `jsonl:FILE` is the class registered as `jsonl:` with `argument` set to FILE.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ C = TypeVar("C", bound=type)
 
 
 class UnknownName(KeyError):
-    """A name that is not registered; the message has near matches and the full list."""
+    """A name is not registered; the message gives near matches and the full list."""
 
     def __str__(self) -> str:
         return str(self.args[0])
@@ -30,8 +31,8 @@ class Registry:
         kind: what the entries are, for messages ("editor").
         package: dotted name of the folder whose modules are scanned ("testbed.editors").
         needs: attributes that every entry must have; checked when it registers.
-        wrappers: registry of what may stand behind a name after a plus ("alphaedit+blue"); each entry has
-            `over(host, name)`, which gives the class of the host inside the wrapper.
+        wrappers: registry of the wrappers that may follow a name after a plus ("alphaedit+blue"); each entry has
+            `over(host, name)`, which returns the class of the wrapped host.
     """
 
     def __init__(self, kind: str, package: str, needs: tuple[str, ...] = (), wrappers: Registry | None = None) -> None:
@@ -42,7 +43,7 @@ class Registry:
         self._scanned = False
 
     def register(self, name: str) -> Callable[[C], C]:
-        """Class decorator. Raises ValueError for a name taken by another class or a class that lacks what is needed."""
+        """Class decorator. Raises ValueError for a name that another class has, or a class that lacks a needed attribute."""
 
         def add(cls: C) -> C:
             missing = [a for a in self.needs if not getattr(cls, a, None)]
@@ -58,11 +59,11 @@ class Registry:
         return add
 
     def refuse(self, name: str, reason: str) -> None:
-        """Make a name that people will try give this reason, instead of near matches, why it is not there."""
+        """Answer this name with the reason why it is not offered, instead of near matches."""
         self._refused[name] = reason
 
     def scan(self) -> None:
-        """Import every module of the package and of the packages in it once; a module whose name begins with an underscore is private.
+        """Import every module of the package and its subpackages once, except modules whose name begins with an underscore.
 
         Raises ImportError that names the broken file.
         """
@@ -85,15 +86,17 @@ class Registry:
                 self._import_all(name, module.__path__)
 
     def names(self) -> list[str]:
+        """All registered names in alphabetical order."""
         self.scan()
         return sorted(self._entries)
 
     def items(self) -> Iterator[tuple[str, Any]]:
+        """Names and classes in alphabetical order of the names."""
         for name in self.names():
             yield name, self._entries[name]
 
     def get(self, name: str) -> Any:
-        """The class registered as `name`, or made of those in "host+wrapper". Raises `UnknownName` with near matches and the list."""
+        """The class registered as `name`, or composed from "host+wrapper". Raises `UnknownName` with near matches and the list."""
         self.scan()
         if self.wrappers is not None and "+" in name:
             return self._wrap(name, self.wrappers)
@@ -110,7 +113,7 @@ class Registry:
         return self._entries[name]
 
     def _wrap(self, name: str, wrappers: Registry) -> Any:
-        """The class of "host+wrapper", made once. Raises `UnknownName` where the two do not go together."""
+        """The class of "host+wrapper", composed once. Raises `UnknownName` where the wrapper cannot take the host."""
         if name not in self._wrapped:
             host, _, wrapper = name.rpartition("+")
             try:

@@ -1,4 +1,5 @@
-"""The stored rows: field names, types, units, schema version. Nothing here is an average.
+# pyright: strict
+"""The stored rows: field names, types, units, schema version. Every row is a single observation, never an average.
 
 Files of a run folder OUT (see docs/layout.md): `manifest.json`, `schedule.parquet`, `events.parquet`,
 `questions.parquet`, `base/answers.parquet`, `EDITOR/records/step-*.parquet`, `EDITOR/monitors/step-*.parquet`,
@@ -14,14 +15,14 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 SCHEMA_VERSION = 2
-"""Raised when a field or a file is added, removed or changes its meaning."""
+"""Incremented when a field or a file is added, removed or changes its meaning."""
 READABLE_VERSIONS = (1, 2)
-"""Versions that analysis still reads. A run goes on under its own version alone. 1 has no monitors and no choices."""
+"""Versions that analysis reads. A run resumes under its own version only. Version 1 has no monitors and no choices."""
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One answer of one editor at one moment. Absent (None) means not measured, never zero."""
+    """One answer of one editor at one checkpoint. None means not measured, never zero."""
 
     run: str
     """Run id (hash of the manifest's configuration)."""
@@ -50,11 +51,11 @@ class Record:
     question_id: str
     """Key into questions.parquet."""
     answer: str | None
-    """What the answer is judged by: the gold answer, or for locality splits the unedited model's own answer."""
+    """The reference: the gold answer, or for locality splits the answer of the unedited model."""
     target: str | None
     """The target of the edit, where the question belongs to one."""
     base_answer: str
-    """What the unedited model generated for this question."""
+    """The generation of the unedited model for this question."""
     token_hits: int | None
     """Answer tokens that are the argmax under teacher forcing; absent where no answer could be scored."""
     n_tokens: int | None
@@ -72,41 +73,41 @@ class Record:
     seconds: float
     """Wall time of the question's share of its batch."""
     extras: str
-    """JSON object with what an editor or a monitor adds (entry hit, retrieved facts, ...); of locality questions also
-    `first_ids`, the ids of the ten likeliest first tokens in order; of choices `choices`, the log-probability (nats) of
-    each (null where not finite), and `chosen`, the number of the one taken; of refusals `refused`, and for harmful
-    requests `sha256` of what was said, in the place of the text."""
+    """JSON object with additions of the editor (entry hit, retrieved facts, ...). Locality questions also have
+    `first_ids`, the ids of the ten likeliest first tokens in order; questions with choices have `choices`, the
+    log-probability (nats) of each (null where not finite), and `chosen`, the index of the chosen one; refusals have
+    `refused`, and for harmful requests `sha256` of the generation instead of its text."""
 
 
 @dataclass(frozen=True, slots=True)
 class MonitorRow:
-    """One number about the inside of an edited model after a step (`testbed.monitors`). What has no value has no row."""
+    """One internal measurement of an edited model after a step (`testbed.monitors`). A missing value has no row."""
 
     step: int
     name: str
-    """What was measured: weight_norm, hidden_cosine, entropy, ..."""
+    """The measured quantity: weight_norm, hidden_cosine, entropy, ..."""
     value: float
 
 
 @dataclass(frozen=True, slots=True)
 class BaseAnswer:
-    """The unedited model on one question: asked once, shared by all editors of the run."""
+    """The answer of the unedited model to one question, measured once and shared by all editors of the run."""
 
     question_id: str
     answer: str | None
-    """What was scored: the gold answer, or for locality splits the generated text itself."""
+    """The scored text: the gold answer, or for locality splits the generation itself."""
     generated: str | None
     token_hits: int | None
     n_tokens: int | None
     logprob: float | None
     exact: bool | None
     extras: str = "{}"
-    """JSON object; of locality questions `first_ids`, of choices `chosen` and the log-probability of each, as in a record's."""
+    """JSON object as in `Record.extras`."""
 
 
 @dataclass(frozen=True, slots=True)
 class QuestionRow:
-    """questions.parquet: the text behind a question id."""
+    """questions.parquet: the content of each question id."""
 
     question_id: str
     event_id: str | None
@@ -117,15 +118,15 @@ class QuestionRow:
     answer: str | None
     aliases: list[str]
     topic: str
-    choices: list[str] = field(default_factory=list)
-    """What is chosen from; empty for other scorings. Chance level is 1 / their number."""
+    choices: list[str] = field(default_factory=list[str])
+    """The choices; empty for scorings without choices. Chance level is 1 / their number."""
     scoring: str = "generate"
     """One of `testbed.core.events.SCORINGS`."""
 
 
 @dataclass(frozen=True, slots=True)
 class EventRow:
-    """events.parquet: the edits in the order in which they were applied."""
+    """events.parquet: the edits in the order of their application."""
 
     edit_id: str
     kind: str
@@ -140,13 +141,13 @@ class EventRow:
     relation: str | None
     revises: str | None
     superseded_step: int | None
-    """Step at which a later event replaced this one; absent while it is live."""
+    """Step at which a later event replaced this one; absent if none did."""
     source: str
 
 
 @dataclass(frozen=True, slots=True)
 class ScheduleRow:
-    """schedule.parquet: everything that will happen, in order, fixed before the run.
+    """schedule.parquet: every edit and every question of the run, in order, fixed before the run.
 
     For each step its edits (`action` "edit") and then its probes (`action` "probe"), one row an edit or a
     question asked.
@@ -166,10 +167,10 @@ class ScheduleRow:
 
 @dataclass(frozen=True)
 class EditReport:
-    """What one `apply` call says of itself; one JSON line in edits.jsonl.
+    """The report of one `apply` call; one JSON line in edits.jsonl.
 
-    `failed` and `skipped` map event ids to reasons; both leave the model as it was for these edits.
-    `notes` holds numbers that the method adds (loss, entries, radius, condition number, ...).
+    `failed` and `skipped` map event ids to reasons; the model is unchanged by these edits. `notes` holds numbers that
+    the method adds (loss, entries, radius, condition number, ...).
     """
 
     step: int
@@ -181,19 +182,19 @@ class EditReport:
     state_bytes: int = 0
     """Bytes of the editor's state after the step."""
     delta_norm: float | None = None
-    """Frobenius norm of the accumulated change of weights; absent for editors that change none."""
-    failed: dict[str, str] = field(default_factory=dict)
-    skipped: dict[str, str] = field(default_factory=dict)
-    notes: dict[str, float] = field(default_factory=dict)
+    """Frobenius norm of the accumulated weight change; absent for editors that change no weights."""
+    failed: dict[str, str] = field(default_factory=dict[str, str])
+    skipped: dict[str, str] = field(default_factory=dict[str, str])
+    notes: dict[str, float] = field(default_factory=dict[str, float])
 
 
 def folder_name(editor: str) -> str:
-    """An editor's folder in a run folder: its name without what paths and shells read in their own way."""
+    """The folder of an editor in a run folder: its name with "-" for characters that paths or shells interpret."""
     return re.sub(r"[^\w.,=+-]+", "-", editor).rstrip("-")
 
 
 def columns(row: type) -> dict[str, tuple[type, bool]]:
-    """Field name to (python type, may be absent) of a row dataclass; lists come as `list`."""
+    """Field name to (Python type, may be None) of a row dataclass; every list type becomes `list`."""
     hints = typing.get_type_hints(row)
     return {f.name: _unwrap(hints[f.name]) for f in fields(row)}
 

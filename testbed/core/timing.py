@@ -1,69 +1,77 @@
-"""Where the seconds go: pieces of work name themselves, and whoever listens gets wall time by name.
+# pyright: strict
+"""Wall time by named section: a piece of work names itself, and a collector around it sums seconds by name.
 
-Stages do not nest: inside one, those that it calls count for it. Nobody listening, a stage costs next to nothing.
+Sections do not nest: what a section calls counts for the section, whatever it is named itself. Without a collector a
+section costs next to nothing.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-NOTE = "seconds_"
-"""How notes of a report that are seconds of a stage begin."""
+NOTE_PREFIX = "seconds_"
+"""Prefix of those notes of an edit report that are the seconds of a section."""
 
 
-class Listener:
-    """Seconds by stage so far, and the stage that is running."""
+class _Stopwatch:
+    """Seconds by section so far, and the name of the running section."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self.now: str | None = None
+        self.section: str | None = None
         self._since = 0.0
 
-    def turn(self, name: str | None) -> None:
-        """End the running stage, if any, and begin another; None begins none. Waits for a GPU, whose work counts where it was asked for."""
-        torch = sys.modules.get("torch")  # without torch no GPU works
+    def switch(self, section: str | None) -> None:
+        """End the running section, if any, and start another (None starts none).
+
+        The GPU is synchronised first, because its work must count for the section that launched it.
+        """
+        torch = sys.modules.get("torch")  # a process that never imported torch has launched no work
         if torch is not None and torch.cuda.is_initialized():
             torch.cuda.synchronize()
-        clock = time.perf_counter()
-        if self.now is not None:
-            self.seconds[self.now] = self.seconds.get(self.now, 0.0) + clock - self._since
-        self.now, self._since = name, clock
+        now = time.perf_counter()
+        if self.section is not None:
+            self.seconds[self.section] = self.seconds.get(self.section, 0.0) + now - self._since
+        self.section, self._since = section, now
 
 
-_LISTENER: ContextVar[Listener | None] = ContextVar("listener", default=None)
+_STOPWATCH: ContextVar[_Stopwatch | None] = ContextVar("stopwatch", default=None)
 
 
 @contextmanager
-def collected() -> Iterator[dict[str, float]]:
-    """Inside, seconds are kept by stage; complete when it ends. One inside another hides what it hears from the outer."""
-    listener = Listener()
-    token = _LISTENER.set(listener)
+def collect_seconds() -> Generator[dict[str, float]]:
+    """Collect seconds by section inside the block; the mapping is complete when the block ends.
+
+    A collector inside another one keeps what it collects from the outer one.
+    """
+    stopwatch = _Stopwatch()
+    token = _STOPWATCH.set(stopwatch)
     try:
-        yield listener.seconds
+        yield stopwatch.seconds
     finally:
-        listener.turn(None)
-        _LISTENER.reset(token)
+        stopwatch.switch(None)
+        _STOPWATCH.reset(token)
 
 
 @contextmanager
-def stage(name: str) -> Iterator[Callable[[str], None]]:
-    """A piece of work, as a context or a decorator. What it gives begins another stage in this one's place."""
-    listener = _LISTENER.get()
-    if listener is None or listener.now is not None:
+def timed(section: str) -> Generator[Callable[[str], None]]:
+    """Name a piece of work, as a context or a decorator; calling what the context gives switches to another section."""
+    stopwatch = _STOPWATCH.get()
+    if stopwatch is None or stopwatch.section is not None:
         yield lambda other: None
         return
-    listener.turn(name)
+    stopwatch.switch(section)
     try:
-        yield listener.turn
+        yield stopwatch.switch
     finally:
-        listener.turn(None)
+        stopwatch.switch(None)
 
 
-def running() -> str | None:
-    """The stage that is running, where somebody listens."""
-    listener = _LISTENER.get()
-    return listener.now if listener is not None else None
+def running_section() -> str | None:
+    """The name of the running section; None outside a section or without a collector."""
+    stopwatch = _STOPWATCH.get()
+    return stopwatch.section if stopwatch is not None else None

@@ -1,7 +1,8 @@
-"""Variants: an editor with settings of its own as one name, `alphaedit[projector=false,layers=0,1]`.
+# pyright: strict
+"""Variants: an editor and its own settings in one name, `alphaedit[projector=false,layers=0,1]`.
 
-The whole text is the editor's name in records and tables, so several settings of one method stand side by side
-in one run. Settings in brackets win over `--set` fields of the editor, which hold for all of its variants.
+The whole text is the editor's name in records and tables, so one run can compare several settings of one method.
+Settings in brackets override the `--set` fields of the editor, which hold for all of its variants.
 """
 
 from __future__ import annotations
@@ -13,15 +14,15 @@ _OUTSIDE = re.compile(r",(?![^\[]*\])")
 
 
 def names(text: str) -> list[str]:
-    """The items of a list separated by commas; a comma in brackets belongs to its item."""
+    """The items of a comma-separated list; a comma inside brackets belongs to its item."""
     return [part.strip() for part in _OUTSIDE.split(text)]
 
 
 def split(name: str) -> tuple[str, dict[str, str]]:
-    """The editor's own name, and the fields set in brackets behind it (none without brackets).
+    """The name of the editor, and the fields that its brackets set (none without brackets).
 
-    A part without an equals sign belongs to the value before it: `layers=0,1`. Raises ValueError for anything
-    that is not of the form `editor[field=value,...]`.
+    A part without an equals sign continues the value before it: `layers=0,1`. Raises ValueError for a name that is not
+    of the form `editor[field=value,...]`.
     """
     if "[" not in name and "]" not in name:
         return name, {}

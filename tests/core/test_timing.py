@@ -1,4 +1,4 @@
-"""Seconds by stage: what is heard, by whom, and that what is not listened to stays silent."""
+"""seconds by section: what is heard, by whom, and that what is not listened to stays silent."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from testbed.core.events import Ask, EditBatch
 from testbed.core.registry import EDITORS
-from testbed.core.timing import collected, running, stage
+from testbed.core.timing import collect_seconds, running_section, timed
 from testbed.editors.base import Editor
 from testbed.model.predictor import ModelPredictor
 from tests.helpers.models import build
@@ -18,47 +18,47 @@ TRAINED = [n for n in EDITORS.names() if n in ("finetune", "finetune-l", "balanc
 LOCATED = [n for n in EDITORS.names() if n in ("rome", "memit", "alphaedit", "pmet", "emmet")]
 
 
-@stage("slow")
+@timed("slow")
 def slow(seconds: float) -> float:
     time.sleep(seconds)
-    with stage("inner"):
+    with timed("inner"):
         time.sleep(seconds)
     return seconds
 
 
-def test_a_stage_counts_for_what_it_calls() -> None:
-    with collected() as seconds:
+def test_a_section_counts_for_what_it_calls() -> None:
+    with collect_seconds() as seconds:
         assert slow(0.01) == 0.01
-        with stage("inner"):
+        with timed("inner"):
             slow(0.01)
     assert set(seconds) == {"slow", "inner"}
     assert min(seconds.values()) >= 0.02
 
 
 def fail_in_the_second() -> None:
-    with stage("first") as turn:
-        assert running() == "first"
-        turn("second")
-        assert running() == "second"
+    with timed("first") as switch:
+        assert running_section() == "first"
+        switch("second")
+        assert running_section() == "second"
         raise ValueError("no")
 
 
-def test_a_stage_may_turn_into_another_and_ends_when_its_work_fails() -> None:
-    with collected() as seconds:
+def test_a_section_may_turn_into_another_and_ends_when_its_work_fails() -> None:
+    with collect_seconds() as seconds:
         with pytest.raises(ValueError, match="no"):
             fail_in_the_second()
-        assert running() is None
+        assert running_section() is None
     assert list(seconds) == ["first", "second"]
 
 
-def test_nobody_listening_nothing_is_kept_and_listeners_do_not_hear_each_other() -> None:
-    with stage("alone") as turn:
-        turn("still alone")
-        assert running() is None
-    with collected() as outer, stage("outer"):
-        with collected() as inner:
+def test_nothing_is_kept_without_a_collector_and_collectors_are_separate() -> None:
+    with timed("alone") as switch:
+        switch("still alone")
+        assert running_section() is None
+    with collect_seconds() as outer, timed("outer"):
+        with collect_seconds() as inner:
             slow(0)
-        assert running() == "outer"
+        assert running_section() == "outer"
     assert (set(outer), set(inner)) == ({"outer"}, {"slow"})
 
 
@@ -71,13 +71,13 @@ def test_every_editor_that_trains_says_where_its_seconds_go(name: str) -> None:
     start = time.perf_counter()
     report = editor.apply(EditBatch((e,), 1, {e.id: stream.paraphrases(e)}))
     took = time.perf_counter() - start
-    stages = {k.removeprefix("seconds_"): v for k, v in report.notes.items() if k.startswith("seconds_")}
-    assert not report.failed and ({"targets", "keys", "solve"} if name in LOCATED else {"capture", "train"}) <= set(stages)
-    assert min(stages.values()) >= 0 and 0 < sum(stages.values()) <= took
+    sections = {k.removeprefix("seconds_"): v for k, v in report.notes.items() if k.startswith("seconds_")}
+    assert not report.failed and ({"targets", "keys", "solve"} if name in LOCATED else {"capture", "train"}) <= set(sections)
+    assert min(sections.values()) >= 0 and 0 < sum(sections.values()) <= took
 
 
 def test_a_question_is_encoded_read_and_answered() -> None:
     predictor = ModelPredictor(build("gpt2"))
-    with collected() as seconds:
+    with collect_seconds() as seconds:
         predictor.respond([Ask("what colour is the ship?")], ["no such answer at all"], 4)
     assert {"encode", "prefill", "decode", "score"} == set(seconds) and min(seconds.values()) > 0
