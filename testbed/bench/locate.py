@@ -1,6 +1,6 @@
 """Locate-then-edit, measured: batches against one edit at a time on the plain path, and the solve against dense ones.
 
-The plain path is `testbed.model.reference_mode.plain()`: the whole model at every step, one edit a batch, nothing kept between them.
+The plain path is `testbed.bench.reference.whole_model`: the whole model at every step, one edit a batch, nothing kept between them.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from streams.base import Stream
 from testbed.core.events import EditBatch, EditEvent
 from testbed.editors.base import Editor
 from testbed.editors.locate.solver import NullSpace, Ridge
-from testbed.editors.locate.targets import Task, heights, search
+from testbed.editors.locate.targets import TargetTask, layer_outputs, search
 from testbed.model.families import FAMILIES
 from testbed.model.handle import ModelHandle
-from testbed.model.reference_mode import plain
+from testbed.bench.reference import CACHE_FLAGS, whole_model
 
-_LEARNED = ("second moments", "takes a past")
+_LEARNED = ("second moments", *CACHE_FLAGS)
 """What is found out once a model, in the first step, and not once a batch."""
 _PLAIN = 5
 """Edits that the plain path makes; the first is not counted."""
@@ -73,7 +73,7 @@ def _run(handle: ModelHandle, stream: Stream, editor: Any, steps: list[list[Edit
         handle.cache.clear()
         handle.cache.update(learned)
         start = time.perf_counter(), time.process_time()
-        with plain() if whole else nullcontext():
+        with whole_model(handle) if whole else nullcontext():
             report = editor.apply(EditBatch(tuple(events), n))
         if n > 1:
             seconds, of_cpu = seconds + time.perf_counter() - start[0], of_cpu + time.process_time() - start[1]
@@ -89,11 +89,11 @@ def _apart(handle: ModelHandle, stream: Stream, editor: Any, events: list[EditEv
     layer = editor.hyper.layers[-1]
 
     def found(some: list[EditEvent]) -> Tensor:
-        task = Task(handle, some, layer, editor.contexts, editor.config.end)
-        return search(task, editor.hyper, heights(handle, some, layer).norm(dim=1)).delta
+        task = TargetTask(handle, some, layer, editor.contexts, editor.config.end)
+        return search(task, editor.hyper, layer_outputs(handle, some, layer).norm(dim=1)).delta
 
     together = found(events)
-    with plain():
+    with whole_model(handle):
         alone = torch.cat([found([e]) for e in events[: _PLAIN - 1]])
     return float(((together[: len(alone)] - alone).norm(dim=1) / alone.norm(dim=1).clamp(min=1e-30)).max())
 

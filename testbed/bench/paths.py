@@ -1,6 +1,6 @@
 """Two paths of one method, measured side by side: as it is, and plain (one edit at a time, the whole model at every step, no cache).
 
-The plain path is the method's own code inside `testbed.model.reference_mode.plain()`, with everything kept on the handle
+The plain path is the method's own code inside `testbed.bench.reference.whole_model`, with everything kept on the handle
 dropped before each edit. Nothing but speed may differ: the losses of every training step are compared.
 """
 
@@ -17,7 +17,7 @@ from streams.base import Stream
 from testbed.core.events import EditBatch, EditEvent
 from testbed.editors.base import Editor
 from testbed.model.handle import ModelHandle
-from testbed.model.reference_mode import plain, watched
+from testbed.bench.reference import recorded_losses, whole_model
 
 Make = Callable[[], Editor]
 """A fresh editor."""
@@ -90,7 +90,7 @@ def run_steps(
         if whole:
             handle.cache.clear()
         batch = EditBatch(tuple(events), n, {e.id: stream.paraphrases(e) for e in events})
-        with plain() if whole else nullcontext(), watched() as seen:
+        with whole_model(handle) if whole else nullcontext(), recorded_losses() as seen:
             start = clock()
             editor.apply(batch)
             seconds += clock() - start

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from testbed.model.handle import ModelHandle
-from testbed.model.reference_mode import inside_plain
 
 TOKENS = 4096
 """Tokens of a block. A vocabulary that fits into two of them is taken whole."""
@@ -35,7 +34,7 @@ def answer_loss(handle: ModelHandle, hidden: Tensor, targets: Tensor) -> tuple[T
         (n,) float32 nats, differentiable by `hidden` once, and (n,) bool; both beside the model's inputs.
     """
     head, home = handle.head, handle.device
-    if in_blocks(head) and not inside_plain():
+    if in_blocks(head):
         loss, best = _Blocks.apply(hidden.to(head.weight.device), head.weight, head.bias, targets.to(head.weight.device))
         return loss.to(home), best.to(home)
     logits = head(hidden).to(home).float()
@@ -45,7 +44,7 @@ def answer_loss(handle: ModelHandle, hidden: Tensor, targets: Tensor) -> tuple[T
 
 def answer_nll(handle: ModelHandle, hidden: Tensor, targets: Tensor) -> Tensor:
     """The losses of `answer_loss` alone."""
-    if in_blocks(handle.head) and not inside_plain():
+    if in_blocks(handle.head):
         return answer_loss(handle, hidden, targets)[0]
     return nn.functional.cross_entropy(handle.head(hidden).to(handle.device).float(), targets, reduction="none")
 

@@ -254,12 +254,26 @@ def _advice(source: str) -> str:
     return "There is no such folder; a hub id needs a network connection or an earlier download. `tiny` always works."
 
 
-def project(module: nn.Module, act: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """(.., d) output of a down-projection for activations (.., f) under another weight, in either storage order.
+def stores_transposed(module: nn.Module) -> bool:
+    """Whether a linear map keeps its weight as (f, d), as GPT-2's `Conv1D` does, and not as (d, f), as `nn.Linear` does."""
+    return not isinstance(module, nn.Linear)
 
-    `nn.Linear` keeps (d, f); GPT-2's `Conv1D` keeps (f, d). The weight's dtype decides the arithmetic.
+
+def as_matrix(module: nn.Module, weight: torch.Tensor) -> torch.Tensor:
+    """A weight (or a change of one) as the module stores it, as a view (d, f)."""
+    return weight.mT if stores_transposed(module) else weight
+
+
+def as_stored(module: nn.Module, matrix: torch.Tensor) -> torch.Tensor:
+    """A matrix (d, f) in the order in which the module stores its weight, contiguous."""
+    return matrix.mT.contiguous() if stores_transposed(module) else matrix
+
+
+def project(module: nn.Module, act: torch.Tensor, weight: torch.Tensor, bias: bool = True) -> torch.Tensor:
+    """(.., d) output of a linear map for activations (.., f) under another weight, given as the module stores its own.
+
+    The weight's dtype decides the arithmetic; the result has the activations'. bias: add the module's own bias.
     """
-    bias: Any = module.bias
-    flat = act.to(weight.dtype)
-    out = flat @ weight.T if isinstance(module, nn.Linear) else flat @ weight
-    return (out + bias.to(weight.dtype) if bias is not None else out).to(act.dtype)
+    own: Any = module.bias if bias else None
+    out = act.to(weight.dtype) @ as_matrix(module, weight).mT
+    return (out + own.to(weight.dtype) if own is not None else out).to(act.dtype)

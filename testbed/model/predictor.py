@@ -21,7 +21,7 @@ import torch
 
 from testbed.core.events import Ask
 from testbed.core.grading import natural_stop
-from testbed.core.timing import stage
+from testbed.core.timing import timed
 from testbed.model.answer_scores import AnswerWatch, Score
 from testbed.model.encoding import Batch, answer_ids, collate, prompt_inputs, text_batch
 from testbed.model.handle import ModelHandle
@@ -203,9 +203,9 @@ class ModelPredictor(Predictor):
 
     def _generate(self, asks: list[Ask], ids: list[list[int]], max_new_tokens: int) -> list[Response]:
         """One prefill for both readings: where the generation follows the answer, its logits are the teacher-forced ones."""
-        with stage("encode"):
+        with timed("encode"):
             batch = collate(self.handle, asks, side="left")
-        with self.around(batch), _plain_decoding(self.handle), stage("prefill") as turn:
+        with self.around(batch), _plain_decoding(self.handle), timed("prefill") as turn:
             watch = AnswerWatch(ids, then=lambda: turn("decode"))
             tokens = self.handle.model.generate(**batch.inputs, max_new_tokens=max_new_tokens, logits_processor=[watch])
             extras = self.explain(batch) if self.explain else [{} for _ in asks]
@@ -230,7 +230,7 @@ class ModelPredictor(Predictor):
     def _forced(self, asks: list[Ask], ids: list[list[int]]) -> list[Score]:
         """One teacher-forced forward."""
         batch = collate(self.handle, asks, ids, side="left")
-        with self.around(batch), stage("score"):
+        with self.around(batch), timed("score"):
             logits = self._last_logits(batch, 1 + max(map(len, ids)))
         logp = logits[batch.before_answer[:, -logits.shape[1] :]].float().log_softmax(-1)
         target = batch.answer_ids

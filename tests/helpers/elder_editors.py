@@ -39,7 +39,7 @@ def asks(events: list[EditEvent]) -> list[Ask]:
 
 
 def gate_of(editor: Elder, within: int | None) -> MixtureGate:
-    return MixtureGate(editor.handle, editor.sites, editor.mixture, CodeBook(editor.book, within))
+    return MixtureGate(editor.handle, editor.targets, editor.mixture, CodeBook(editor.book, within))
 
 
 def logits(handle: ModelHandle, gate: MixtureGate | None, what: list[Ask], side: Any = "left", **answers: Any) -> torch.Tensor:
@@ -54,7 +54,7 @@ def logits(handle: ModelHandle, gate: MixtureGate | None, what: list[Ask], side:
 def scores_of(editor: Elder, what: list[Ask], side: Any, answers: list[list[int]] | None = None) -> torch.Tensor:
     batch = collate(editor.handle, what, answers, side=side)
     kept: list[torch.Tensor] = []
-    with torch.no_grad(), editor.handle.hooked(editor.sites[0].module, lambda m, args: kept.append(args[0]), pre=True):
+    with torch.no_grad(), editor.handle.hooked(editor.targets[0].module, lambda m, args: kept.append(args[0]), pre=True):
         editor.handle.model(**batch.inputs, use_cache=False)
     return editor.mixture.log_scores(_sites.last(kept[0].reshape(*batch.prompt.shape, -1), batch))
 
@@ -62,6 +62,6 @@ def scores_of(editor: Elder, what: list[Ask], side: Any, answers: list[list[int]
 def scores_x(editor: Elder, e: EditEvent) -> torch.Tensor:
     batch = collate(editor.handle, [e.ask()])
     kept: list[torch.Tensor] = []
-    with torch.no_grad(), editor.handle.hooked(editor.sites[0].module, lambda m, args: kept.append(args[0]), pre=True):
+    with torch.no_grad(), editor.handle.hooked(editor.targets[0].module, lambda m, args: kept.append(args[0]), pre=True):
         editor.handle.model(**batch.inputs, use_cache=False)
     return _sites.last(kept[0], batch)

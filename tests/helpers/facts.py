@@ -8,12 +8,12 @@ from streams.base import TrainPool
 from testbed.core.events import EditEvent, Question
 from testbed.core.registry import EDITORS
 from testbed.editors.base import Editor
-from testbed.editors.locate.hyperparameters import Hyper
-from testbed.editors.locate.targets import Task
+from testbed.editors.locate.core import LocateHyperparameters
+from testbed.editors.locate.targets import TargetTask
 from tests.helpers.models import Noise, build
 
 METHODS = ("rome", "memit", "memit-seq", "alphaedit", "emmet", "pmet")
-SMALL = Hyper((0, 1), 1, steps=6, lr=0.5, clamp=2.0, kl=0.1, relative=True)
+SMALL = LocateHyperparameters((0, 1), steps=6, lr=0.5, clamp=2.0, kl=0.1, relative=True)
 TEXTS = tuple(f"the small lamp number {i} stands beside the river and the old bridge" for i in range(40))
 POOL = TrainPool((Question("general", "what colour is the lamp?", "red", topic="x"),), TEXTS)
 
@@ -34,5 +34,7 @@ def make(name: str, kind: str = "llama", pool: TrainPool = POOL, **config: Any) 
     return editor
 
 
-def task(kind: str = "llama", events: list[EditEvent] = FACTS, layer: int = 1, contexts: tuple[str, ...] = ("", "So it goes")) -> Task:
-    return Task(build(kind), events, layer, contexts)
+def task(
+    kind: str = "llama", events: list[EditEvent] = FACTS, layer: int = 1, contexts: tuple[str, ...] = ("", "So it goes")
+) -> TargetTask:
+    return TargetTask(build(kind), events, layer, contexts)

@@ -60,7 +60,7 @@ class Nudge(Editor):
 
 def context(stream: PlainStream, batch: int = 1, save_every: int = 4) -> Context:
     handle = model("llama")
-    planned = schedule.build(stream, stream.all, schedule.Plan(batch=batch, budget=200))
+    planned = schedule.build(stream, stream.all, schedule.ScheduleConfig(batch=batch, budget=200))
     base = answer_base(handle, list(planned.unique_questions.values()), 3)
     return Context("run", 0, handle, stream, planned, {a.question_id: a for a in base}, 3, save_every)
 

@@ -21,7 +21,7 @@ from testbed.core.registry import EDITORS
 from testbed.editors.continual._strategies import numbers_of
 from testbed.editors.continual.rows import IGNORE, Rows, collate_rows
 from testbed.integrations.avalanche.api import AnswerModel, EditBenchmark, answer_loss, dataset_of, edit_benchmark
-from testbed.model.suffix import capture
+from testbed.model.suffix import suffix_from_down_projection
 
 
 def test_an_experience_a_year_in_every_stream() -> None:
@@ -128,9 +128,9 @@ def test_the_loss_is_the_one_that_fine_tuning_minimises() -> None:
     model, numbers = AnswerModel(bench.rows), numbers_of(bench.train_stream[0].dataset)
     x, y, _ = collate_rows([bench.train_stream[0].dataset[i] for i in range(len(numbers))])
     asks = [a for i in numbers if (a := bench.rows.asks[i]) is not None]
-    tail = capture(bench.handle, asks, [bench.rows.answers[i] for i in numbers], -1)
+    suffix = suffix_from_down_projection(bench.handle, asks, [bench.rows.answers[i] for i in numbers], -1)
     down = bench.handle.down(-1)
-    assert float(answer_loss(model(x), y).detach()) == pytest.approx(float(tail.loss(down).mean().detach()), rel=1e-4)
+    assert float(answer_loss(model(x), y).detach()) == pytest.approx(float(suffix.losses(down).mean().detach()), rel=1e-4)
 
 
 def test_the_loss_by_hand() -> None:

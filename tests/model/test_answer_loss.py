@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,9 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from testbed.model import answer_loss as _head_loss
+from testbed.model import answer_loss as module
 from testbed.model.answer_loss import TOKENS, answer_loss, in_blocks
-from testbed.model.reference_mode import plain
 
 
 def head_of(tokens: int, bias: bool, seed: int, width: int = 6) -> tuple[Any, torch.Generator]:
@@ -50,8 +50,8 @@ def test_blocks_of_any_size_give_the_softmax_over_all(n: int, tokens: int, block
     hidden = torch.randn(n, 6, generator=rng).requires_grad_(True)
     targets, pull = torch.randint(tokens, (n,), generator=rng), torch.randn(n, generator=rng)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_head_loss, "TOKENS", block)
-        patch.setattr(_head_loss, "ROWS", rows)
+        patch.setattr(module, "TOKENS", block)
+        patch.setattr(module, "ROWS", rows)
         assert in_blocks(handle.head)
         loss, likeliest = answer_loss(handle, hidden, targets)
         (loss * pull).sum().backward()
@@ -65,13 +65,13 @@ def test_blocks_of_any_size_give_the_softmax_over_all(n: int, tokens: int, block
     assert likeliest.tolist() == (best == targets).tolist()
 
 
-def test_a_wide_head_is_taken_in_blocks_and_whole_on_the_plain_path(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wide_head_is_taken_in_blocks_and_whole_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     handle, rng = head_of(2 * TOKENS + 1, bias=False, seed=0)
     assert not in_blocks(head_of(2 * TOKENS, bias=False, seed=0)[0].head)
     hidden, targets = torch.randn(3, 6, generator=rng), torch.tensor([0, TOKENS, 2 * TOKENS])
     fast, _ = answer_loss(handle, hidden, targets)
-    monkeypatch.setattr(_head_loss, "_rows", None)
-    with plain():
+    monkeypatch.setattr(module, "_rows", None)
+    with patch.object(module, "in_blocks", lambda head: False):
         torch.testing.assert_close(fast, answer_loss(handle, hidden, targets)[0], rtol=1e-5, atol=1e-5)
     with pytest.raises(TypeError):
         answer_loss(handle, hidden, targets)
@@ -92,9 +92,9 @@ def test_a_head_that_is_more_than_a_matrix_is_called_as_it_is() -> None:
 
 def test_blocks_are_of_few_bytes_on_a_cpu_and_of_the_whole_vocabulary_elsewhere() -> None:
     for width, rows in ((8, TOKENS), (1024, 2048), (2**20, 256)):
-        parts = _head_loss._split(torch.empty(1, dtype=torch.float32).expand(3 * TOKENS, width), None)
+        parts = module._split(torch.empty(1, dtype=torch.float32).expand(3 * TOKENS, width), None)
         assert [len(w) for w, _ in parts] == [rows] * (3 * TOKENS // rows)
-    assert len(_head_loss._split(torch.empty(3 * TOKENS, 1024, device="meta"), None)) == 1
+    assert len(module._split(torch.empty(3 * TOKENS, 1024, device="meta"), None)) == 1
 
 
 def test_half_precision_keeps_losses_in_float32() -> None:

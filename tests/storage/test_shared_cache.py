@@ -11,13 +11,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from testbed.editors.locate import second_moments as _locate_moments
-from testbed.editors.locate.corpus import Corpus
+from testbed.editors.locate import second_moments as moments_module
+from testbed.editors.locate.second_moments import Corpus
 from testbed.experiment import runner
 from testbed.experiment.config import RunConfig
 from testbed.model.handle import load
 from testbed.storage.files import StoreError
-from testbed.storage.shared_cache import alone, base_answers
+from testbed.storage.shared_cache import base_answers, exclusive
 from tests.helpers.models import build, folder
 
 
@@ -77,24 +77,24 @@ def test_a_damaged_file_is_made_again(facts: Path) -> None:
 def test_second_moments_are_computed_once_and_alike(tmp_path: Path) -> None:
     """The shelf gives each run what it would have made: layers are kept by which were read together."""
     corpus = Corpus((), (), ("the small lamp stands beside the river",) * 4)
-    plain = _locate_moments.second_moments(load(str(folder("gpt2")), "cpu"), corpus, [0, 1])
+    plain = moments_module.second_moments(load(str(folder("gpt2")), "cpu"), corpus, [0, 1])
     handles = [load(str(folder("gpt2")), "cpu") for _ in range(3)]
     for h in handles:
         h.shelf = tmp_path
-    made = _locate_moments.second_moments(handles[0], corpus, [0, 1])
-    with patch.object(_locate_moments, "_collect", unasked):
-        again = _locate_moments.second_moments(handles[1], corpus, [0, 1])
+    made = moments_module.second_moments(handles[0], corpus, [0, 1])
+    with patch.object(moments_module, "_collect", unasked):
+        again = moments_module.second_moments(handles[1], corpus, [0, 1])
     for n in (0, 1):
         assert torch.equal(plain[n], made[n])
         assert torch.equal(plain[n], again[n])
-    _locate_moments.second_moments(handles[2], corpus, [1])
+    moments_module.second_moments(handles[2], corpus, [1])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["moments-of-0-1", "moments-of-1"]
 
 
 def test_one_at_a_time(tmp_path: Path) -> None:
     from filelock import FileLock, Timeout
 
-    with alone(tmp_path / "thing"), pytest.raises(Timeout):
+    with exclusive(tmp_path / "thing"), pytest.raises(Timeout):
         FileLock(tmp_path / ".thing.lock", timeout=0).acquire()
     with FileLock(tmp_path / ".thing.lock", timeout=0) as lock:
         assert lock.is_locked
@@ -102,5 +102,5 @@ def test_one_at_a_time(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(StoreError, match=r"cannot be written: .*choose another --cache"), alone(tmp_path / "file" / "x"):
+    with pytest.raises(StoreError, match=r"cannot be written: .*choose another --cache"), exclusive(tmp_path / "file" / "x"):
         pass

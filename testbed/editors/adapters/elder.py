@@ -17,7 +17,7 @@ from torch import Tensor
 from streams.base import TrainPool
 from testbed.core.events import Ask, EditBatch
 from testbed.core.registry import EDITORS
-from testbed.core.timing import stage
+from testbed.core.timing import timed
 from testbed.editors.adapters import lowrank
 from testbed.editors.adapters.elder_hyper import hyper_of, overlaid
 from testbed.editors.adapters.elder_mixture import CodeBook, Mixture, MixtureGate
@@ -74,7 +74,7 @@ class ElderConfig(EditorConfig):
 class Lesson:
     """What one batch teaches. x: (R, f) of all rows, edits first. codes: (R, L, N) bool, the code that each row should choose."""
 
-    span: lowrank.Span
+    suffix: lowrank.AdaptedSuffix
     x: Tensor
     codes: Tensor
 
@@ -90,16 +90,16 @@ class Elder(Editor):
     def _prepare(self, pool: TrainPool) -> None:
         found, note = hyper_of(self.handle)
         self.hyper = h = overlaid(found, self.config)
-        self.sites = lowrank.find_sites(self.handle, h.modules)
-        n = self.config.experts or experts_for(len(self.sites), h.active, self.config.planned_edits, h.experts)
+        self.targets = lowrank.find_target_modules(self.handle, h.modules)
+        n = self.config.experts or experts_for(len(self.targets), h.active, self.config.planned_edits, h.experts)
         if h.active > n:
             raise BadEditor(f"k = {h.active} adapters of N = {n} cannot be chosen: set active to {n} or less")
-        lowrank.check_rank(self.sites, h.rank)
-        self.shape = Shape(len(self.sites), n, h.active)
-        self.within = h.eps if h.eps is not None else len(self.sites) * h.active
+        lowrank.check_rank(self.targets, h.rank)
+        self.shape = Shape(len(self.targets), n, h.active)
+        self.within = h.eps if h.eps is not None else len(self.targets) * h.active
         self.notes = [note] if note else []
         self.notes.append(
-            f"{len(self.sites)} sites, N = {n}, k = {h.active}, r = {h.rank}, deferral under distance {self.within}, "
+            f"{len(self.targets)} sites, N = {n}, k = {h.active}, r = {h.rank}, deferral under distance {self.within}, "
             f"{self.shape.capacity:,} codes for {self.config.planned_edits:,} planned edits"
         )
         self.book = Codes(self.shape, self._place)
@@ -108,13 +108,13 @@ class Elder(Editor):
     @property
     def _place(self) -> torch.device:
         """Where the first site lies: what enters it chooses the adapters of all."""
-        return self.handle.parameter(self.sites[0].weight).device
+        return self.handle.parameter(self.targets[0].weight).device
 
     def _fresh(self) -> Mixture:
         """Routers uniform in +-1/sqrt(f), adapters that change nothing."""
         g, s = self.generator(0), self.shape
-        router = (2 * torch.rand(s.sites, s.experts, self.sites[0].f, generator=g) - 1) / self.sites[0].f ** 0.5
-        pairs = [[lowrank.fresh(site, self.hyper.rank, g) for _ in range(s.experts)] for site in self.sites]
+        router = (2 * torch.rand(s.sites, s.experts, self.targets[0].f, generator=g) - 1) / self.targets[0].f ** 0.5
+        pairs = [[lowrank.fresh(site, self.hyper.rank, g) for _ in range(s.experts)] for site in self.targets]
         u, v = (tuple(torch.stack([p[i] for p in site]) for site in pairs) for i in (0, 1))
         return Mixture(s, router.to(self._place), u, v, self.config.renormalise)
 
@@ -154,16 +154,16 @@ class Elder(Editor):
         rows = [(i, e.ask()) for i, e in enumerate(batch.events)]
         for i, e in enumerate(batch.events):
             rows += [(i, Ask(p, e.image)) for p in batch.paraphrases.get(e.id, ())[: self.config.paraphrases]]
-        span = lowrank.Span(self.handle, self.sites, [a for _, a in rows], [batch.events[i].target for i, _ in rows])
-        x = _sites.last(span.act, span.batch.on(span.act.device))
-        return Lesson(span, x, codes[[i for i, _ in rows]].to(x.device))
+        suffix = lowrank.AdaptedSuffix(self.handle, self.targets, [a for _, a in rows], [batch.events[i].target for i, _ in rows])
+        x = _sites.last(suffix.act, suffix.batch.on(suffix.act.device))
+        return Lesson(suffix, x, codes[[i for i, _ in rows]].to(x.device))
 
     def _inside(self, x: Tensor) -> int:
         """How many of these prompts would be answered by adapters now."""
         row, _ = CodeBook(self.book, self.within).retrieve(self.mixture.chosen(self.mixture.log_scores(x)).flatten(1))
         return int((row >= 0).sum())
 
-    @stage("train")
+    @timed("train")
     def _train(self, lesson: Lesson) -> tuple[Mixture, float, float]:
         """The mixture after one batch, and the last losses (answer, guided). Raises `EditFailed` when one is not finite."""
         tensors = [t.clone().requires_grad_(True) for t in self.mixture.tensors()]
@@ -172,7 +172,7 @@ class Elder(Editor):
         for _ in range(self.hyper.steps):
             adam.zero_grad()
             log_scores = mixture.log_scores(lesson.x)
-            answer = lesson.span.loss(mixture.adds(log_scores)).mean()
+            answer = lesson.suffix.losses(mixture.adds(log_scores)).mean()
             guide = -(log_scores * lesson.codes).sum((1, 2)).mean()
             loss, guided = float(answer.detach()), float(guide.detach())
             total = answer + self.hyper.guide * guide.to(answer.device)
@@ -184,21 +184,21 @@ class Elder(Editor):
 
     def predictor(self) -> Predictor:
         book = CodeBook(self.book, self.within if self.config.defer else None)
-        gate = MixtureGate(self.handle, self.sites, self.mixture, book)
+        gate = MixtureGate(self.handle, self.targets, self.mixture, book)
         return ModelPredictor(self.handle, gate.around, gate.explain)
 
     def save_adapters(self, folder: Path) -> list[Path]:
         """Write each of the N adapters as a folder that PEFT loads; the routers and codes stay in the state."""
         out = []
         for i in range(self.shape.experts):
-            pairs = zip(self.sites, self.mixture.u, self.mixture.v)
+            pairs = zip(self.targets, self.mixture.u, self.mixture.v)
             adapters = {s.name: lowrank.Adapter(u[i], v[i]) for s, u, v in pairs}
             out.append(folder / f"expert-{i:02d}")
             lowrank.save_peft(out[-1], self.handle, adapters)
         return out
 
     def _where(self) -> dict[str, Any]:
-        return {"model": self.handle.hash, "modules": [s.name for s in self.sites], "active": self.shape.active}
+        return {"model": self.handle.hash, "modules": [s.name for s in self.targets], "active": self.shape.active}
 
     def _state(self) -> dict[str, Any]:
         pairs = {f"{k}.{i}": t for k, ts in (("u", self.mixture.u), ("v", self.mixture.v)) for i, t in enumerate(ts)}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from testbed.editors.adapters.elder_routing import Codes, Shape
-from testbed.editors.adapters.lowrank import Add, Site
+from testbed.editors.adapters.lowrank import Add, TargetModule
 from testbed.editors.codebook import keys as _sites
 from testbed.editors.codebook.gate import Gate
 from testbed.model.encoding import Batch
@@ -73,9 +73,9 @@ class MixtureGate(Gate):
     within: the Hamming distance under which a prompt counts as edited; None sends every prompt through the adapters.
     """
 
-    def __init__(self, handle: ModelHandle, sites: Sequence[Site], mixture: Mixture, book: CodeBook) -> None:
+    def __init__(self, handle: ModelHandle, sites: Sequence[TargetModule], mixture: Mixture, book: CodeBook) -> None:
         super().__init__(handle, sites[0].module, book, self._key, lambda hits: hits.out)
-        self.sites, self.mixture = sites, mixture
+        self.targets, self.mixture = sites, mixture
         self.scores = torch.zeros(0)
 
     def _key(self, act: Tensor, batch: Batch) -> Tensor:
@@ -87,7 +87,7 @@ class MixtureGate(Gate):
         """For the length of one batch."""
         self.beams = 0
         with ExitStack() as stack:
-            for i, site in enumerate(self.sites if len(self.book) else ()):
+            for i, site in enumerate(self.targets if len(self.book) else ()):
                 stack.enter_context(
                     self.handle.hooked(site.module, lambda m, args, out, i=i: self._at(i, args[0], out, batch)),
                 )

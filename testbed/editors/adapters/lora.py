@@ -17,7 +17,7 @@ from torch import Tensor
 from streams.base import TrainPool
 from testbed.core.events import EditBatch
 from testbed.core.registry import EDITORS
-from testbed.core.timing import stage
+from testbed.core.timing import timed
 from testbed.editors.adapters import lowrank
 from testbed.editors.adapters.elder_hyper import hyper_of
 from testbed.editors.base import BadEditor, EditFailed, Editor, EditorConfig, Traits, need
@@ -59,28 +59,28 @@ class Lora(Editor):
         self.notes = [note] if note and None in (self.config.modules, self.config.lr, self.config.steps) else []
         self.lr = self.config.lr if self.config.lr is not None else found.lr
         self.steps = self.config.steps if self.config.steps is not None else found.steps
-        self.sites = lowrank.find_sites(self.handle, self.config.modules or found.modules)
-        lowrank.check_rank(self.sites, self.config.rank)
+        self.targets = lowrank.find_target_modules(self.handle, self.config.modules or found.modules)
+        lowrank.check_rank(self.targets, self.config.rank)
         self.pairs = self._fresh(0)
 
     def _fresh(self, step: int) -> tuple[tuple[Tensor, Tensor], ...]:
         """An adapter that changes nothing, drawn from the randomness of a step."""
         generator = self.generator(step)
-        return tuple(lowrank.fresh(s, self.config.rank, generator) for s in self.sites)
+        return tuple(lowrank.fresh(s, self.config.rank, generator) for s in self.targets)
 
     def _edit(self, batch: EditBatch) -> dict[str, float]:
         asks = [e.ask() for e in batch.events]
         with self.handle.swapped(self._below()):
-            span = lowrank.Span(self.handle, self.sites, asks, [e.target for e in batch.events])
-            self.pairs, loss = self._train(span)
+            suffix = lowrank.AdaptedSuffix(self.handle, self.targets, asks, [e.target for e in batch.events])
+            self.pairs, loss = self._train(suffix)
         return {"loss": loss}
 
     def _below(self) -> dict[str, Tensor]:
         """The weights that the adapter is trained on top of, where they are not the base's."""
         return {}
 
-    @stage("train")
-    def _train(self, span: lowrank.Span) -> tuple[tuple[tuple[Tensor, Tensor], ...], float]:
+    @timed("train")
+    def _train(self, suffix: lowrank.AdaptedSuffix) -> tuple[tuple[tuple[Tensor, Tensor], ...], float]:
         """The adapter after one batch and the last loss (nats a token). Raises `EditFailed` when the loss is not finite."""
         pairs = [(u.clone().requires_grad_(True), v.clone().requires_grad_(True)) for u, v in self.pairs]
         adam = torch.optim.Adam([t for pair in pairs for t in pair], lr=self.lr)
@@ -88,7 +88,7 @@ class Lora(Editor):
         value = float("nan")
         for _ in range(self.steps):
             adam.zero_grad()
-            loss = span.loss(adds).mean()
+            loss = suffix.losses(adds).mean()
             value = float(loss.detach())
             if not torch.isfinite(loss):
                 raise EditFailed(f"the loss became {value} at lr {self.lr}; try a smaller one")
@@ -98,10 +98,10 @@ class Lora(Editor):
 
     def _changes(self) -> list[Tensor]:
         """The change of each site's weight, float32."""
-        return [lowrank.delta(s, lowrank.Adapter(u, v, self.share * self.config.scale)) for s, (u, v) in zip(self.sites, self.pairs)]
+        return [lowrank.delta(s, lowrank.Adapter(u, v, self.share * self.config.scale)) for s, (u, v) in zip(self.targets, self.pairs)]
 
     def edited_weights(self) -> dict[str, Tensor]:
-        changed = zip(self.sites, self._changes())
+        changed = zip(self.targets, self._changes())
         return {s.weight: self.handle.parameter(s.weight).detach().float() + change for s, change in changed}
 
     def predictor(self) -> Predictor:
@@ -110,15 +110,15 @@ class Lora(Editor):
 
     def save_adapter(self, folder: Path) -> None:
         """Write the adapter as PEFT loads it: on the base for `lora`, on what was merged before for a yearly one."""
-        adapters = {s.name: lowrank.Adapter(u, v, self.share * self.config.scale) for s, (u, v) in zip(self.sites, self.pairs)}
+        adapters = {s.name: lowrank.Adapter(u, v, self.share * self.config.scale) for s, (u, v) in zip(self.targets, self.pairs)}
         lowrank.save_peft(folder, self.handle, adapters)
 
     def _state(self) -> dict[str, Any]:
         tensors = {f"{k}.{i}": t for i, pair in enumerate(self.pairs) for k, t in zip("uv", pair)}
-        return {**tensors, "model": self.handle.hash, "modules": [s.name for s in self.sites]}
+        return {**tensors, "model": self.handle.hash, "modules": [s.name for s in self.targets]}
 
     def _load(self, state: dict[str, Any]) -> None:
-        for name, value in {"model": self.handle.hash, "modules": [s.name for s in self.sites]}.items():
+        for name, value in {"model": self.handle.hash, "modules": [s.name for s in self.targets]}.items():
             if state.get(name) != value:
                 raise BadEditor(f"the state was made with {name} {state.get(name)}, this editor has {value}")
         self.pairs = tuple((_like(state, f"u.{i}", u), _like(state, f"v.{i}", v)) for i, (u, v) in enumerate(self.pairs))
@@ -150,7 +150,7 @@ class YearlyLora(Lora):
         super()._prepare(pool)
         self.share = self.config.share
         self.year: int | None = None
-        self.merged = tuple(torch.zeros_like(self.handle.parameter(s.weight), dtype=torch.float32) for s in self.sites)
+        self.merged = tuple(torch.zeros_like(self.handle.parameter(s.weight), dtype=torch.float32) for s in self.targets)
 
     def _edit(self, batch: EditBatch) -> dict[str, float]:
         year = batch.events[0].year
@@ -161,7 +161,7 @@ class YearlyLora(Lora):
         return super()._edit(batch)
 
     def _below(self) -> dict[str, Tensor]:
-        return {s.weight: self.handle.parameter(s.weight).detach().float() + m for s, m in zip(self.sites, self.merged)}
+        return {s.weight: self.handle.parameter(s.weight).detach().float() + m for s, m in zip(self.targets, self.merged)}
 
     def _changes(self) -> list[Tensor]:
         return [m + c for m, c in zip(self.merged, super()._changes())]

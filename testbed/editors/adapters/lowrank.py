@@ -19,21 +19,18 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from testbed.core.events import Ask
-from testbed.core.timing import stage
+from testbed.core.timing import timed
 from testbed.editors.base import BadEditor
-from testbed.model.answer_loss import answer_nll
 from testbed.model.encoding import Batch, answer_ids, collate
-from testbed.model.families import UnknownLayout
-from testbed.model.handle import ModelHandle
-from testbed.model.reference_mode import watch
-from testbed.model.suffix import enter, row_mean
+from testbed.model.handle import ModelHandle, as_matrix, as_stored, stores_transposed
+from testbed.model.suffix import suffix_from_layer, verify_layout
 
 Add = Callable[[Tensor], Tensor]
-"""What a site adds to its output: (B, T, f) activations to (B, T, d)."""
+"""What a target adds to its output: (B, T, f) activations to (B, T, d)."""
 
 
 @dataclass(frozen=True)
-class Site:
+class TargetModule:
     """One linear map (.., f) -> (.., d) of decoder layer `layer`."""
 
     name: str
@@ -48,7 +45,7 @@ class Site:
         return f"{self.name}.weight"
 
 
-def find_sites(handle: ModelHandle, pattern: str) -> list[Site]:
+def find_target_modules(handle: ModelHandle, pattern: str) -> list[TargetModule]:
     """The linear maps of the decoder layers whose full name the regular expression finds, in the order in which they run.
 
     Raises `BadEditor` for a pattern that is none, or that matches nothing (with what there is).
@@ -68,85 +65,76 @@ def find_sites(handle: ModelHandle, pattern: str) -> list[Site]:
     return _as_they_run(handle, found)
 
 
-def _linear(path: str, layer: int, module: nn.Module) -> list[Site]:
+def _linear(path: str, layer: int, module: nn.Module) -> list[TargetModule]:
     out = []
     for name, m in module.named_modules():
         weight = getattr(m, "weight", None)
         if isinstance(weight, nn.Parameter) and weight.ndim == 2 and not isinstance(m, nn.Embedding):
-            d, f = weight.shape if isinstance(m, nn.Linear) else weight.shape[::-1]  # GPT-2's Conv1D keeps (f, d)
-            out.append(Site(f"{path}.{name}", m, layer, f, d))
+            d, f = as_matrix(m, weight).shape
+            out.append(TargetModule(f"{path}.{name}", m, layer, f, d))
     return out
 
 
 @torch.no_grad()
-def _as_they_run(handle: ModelHandle, sites: Sequence[Site]) -> list[Site]:
+def _as_they_run(handle: ModelHandle, targets: Sequence[TargetModule]) -> list[TargetModule]:
     """In the order of a forward, which may differ from the order of the modules."""
-    ran: list[Site] = []
+    ran: list[TargetModule] = []
     with ExitStack() as stack:
-        for s in sites:
+        for s in targets:
             stack.enter_context(handle.hooked(s.module, lambda m, args, output, s=s: ran.append(s)))
         handle.model(**collate(handle, [Ask("order")]).inputs, use_cache=False)
     return ran
 
 
-def check_rank(sites: Sequence[Site], rank: int) -> None:
-    """Raise `BadEditor` for a rank that a site is too narrow for."""
-    least = min(sites, key=lambda s: min(s.f, s.d))
+def check_rank(targets: Sequence[TargetModule], rank: int) -> None:
+    """Raise `BadEditor` for a rank that a target is too narrow for."""
+    least = min(targets, key=lambda s: min(s.f, s.d))
     if rank > min(least.f, least.d):
         raise BadEditor(f"rank {rank} is more than {least.name} is wide: set rank to {min(least.f, least.d)} or less")
 
 
-class Span:
-    """A batch of edits and the part of the model from the first site's layer up; what lies below is run once.
+class AdaptedSuffix:
+    """A batch of edits and the part of the model from the first target module's layer up, for training what is added there.
 
-    act: (B, T, f) what enters the first site, which no adapter changes. Raises `UnknownLayout` for a model
+    act: (B, T, f) what enters the first target module, which no addition changes. Raises `UnknownLayout` for a model
     whose logits are not those of its last norm and head.
     """
 
-    @stage("capture")
-    def __init__(self, handle: ModelHandle, sites: Sequence[Site], asks: Sequence[Ask], answers: Sequence[str]) -> None:
-        self.handle, self.sites = handle, sites
+    @timed("capture")
+    def __init__(self, handle: ModelHandle, targets: Sequence[TargetModule], asks: Sequence[Ask], answers: Sequence[str]) -> None:
+        self.handle, self.targets = handle, targets
         self.batch: Batch = collate(handle, asks, [answer_ids(handle, a, x) for a, x in zip(asks, answers)], end=True)
-        self.at = self.batch.before_answer
-        self.above = enter(handle, self.batch, sites[0].layer, handle.n_layers - 1)
+        self.suffix = suffix_from_layer(handle, self.batch, targets[0].layer)
         self.act = self._entering()
+        verify_layout(handle, targets[0].layer, self.batch, self._logits, "adapter")
 
     @torch.no_grad()
     def _entering(self) -> Tensor:
         kept: list[Tensor] = []
-        with self.handle.hooked(self.sites[0].module, lambda m, args: kept.append(args[0].detach()), pre=True):
-            logits = self.handle.head(self.ends([])).to(self.handle.device)
-        checked: set[str] = self.handle.cache.setdefault("spans", set())
-        if self.sites[0].name not in checked and torch.isfinite(logits).all():
-            self._check(logits)
-            checked.add(self.sites[0].name)
+        first = self.targets[0]
+        with self.handle.hooked(first.module, lambda m, args: kept.append(args[0].detach()), pre=True):
+            self.suffix.run(self.suffix.hidden, stop=first.layer + 1)
         return kept[0].reshape(*self.batch.prompt.shape, -1)
 
-    def _check(self, logits: Tensor) -> None:
-        """Compare with the whole model, once: a scale or cap behind the head cannot be seen from here."""
-        want = self.handle.model(**self.batch.inputs, use_cache=False).logits[self.at]
-        share = float((logits - want).float().norm() / want.float().norm().clamp(min=1e-12))
-        if not share <= (1e-3 if want.dtype in (torch.float32, torch.float64) else 0.1):
-            raise UnknownLayout(
-                f"the logits of {type(self.handle.model).__name__} are not those of its last norm and head: off by {share:.0%}"
-            )
+    def _logits(self, weight: Tensor) -> Tensor:
+        """(n, V) without any addition, under another weight of the first layer's down-projection."""
+        with self.handle.swapped({self.handle.down_weight(self.targets[0].layer): weight}):
+            return self.handle.head(self.final_hidden([])).to(self.handle.device)
 
-    def ends(self, adds: Sequence[Add]) -> Tensor:
-        """(n, d) what enters the head at the answer positions with an addition at each site, in order; none changes nothing."""
+    def final_hidden(self, adds: Sequence[Add]) -> Tensor:
+        """(n, d) final hidden states where answer tokens are predicted, with an addition at each target module, in order."""
         with ExitStack() as stack:
-            for site, add in zip(self.sites, adds):
-                stack.enter_context(self.handle.hooked(site.module, lambda m, args, out, add=add: self._put(add, args[0], out)))
-            hidden = self.above.through(self.above.hidden, self.above.first, self.handle.n_layers)
-            return self.above.ends(hidden, self.at)
+            for target, add in zip(self.targets, adds):
+                stack.enter_context(self.handle.hooked(target.module, lambda m, args, out, add=add: self._put(add, args[0], out)))
+            return self.suffix.final_hidden(self.suffix.run(self.suffix.hidden))
 
     def _put(self, add: Add, act: Tensor, out: Tensor) -> Tensor:
         more = add(act.reshape(*self.batch.prompt.shape, -1))
         return out + more.to(out.dtype).reshape(out.shape)
 
-    def loss(self, adds: Sequence[Add]) -> Tensor:
-        """(B,) mean next-token cross-entropy (nats a token) of each row's answer, its end token included."""
-        nll = answer_nll(self.handle, self.ends(adds), self.batch.answer_ids)
-        return watch(row_mean(nll, self.at.nonzero()[:, 0], len(self.at)))
+    def losses(self, adds: Sequence[Add]) -> Tensor:
+        """(B,) mean cross-entropy (nats a token) of each row's answer, its end token included."""
+        return self.suffix.answer_losses(self.final_hidden(adds))
 
 
 @dataclass(frozen=True)
@@ -162,17 +150,16 @@ class Adapter:
         return self.scale * (act.float() @ self.u.mT @ self.v)
 
 
-def fresh(site: Site, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def fresh(target: TargetModule, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """U uniform in +-1/sqrt(f) as PEFT draws it, V zero: an adapter that changes nothing yet."""
-    u = (2 * torch.rand(rank, site.f, generator=generator) - 1) / site.f**0.5
-    device = next(site.module.parameters()).device
-    return u.to(device), torch.zeros(rank, site.d, device=device)
+    u = (2 * torch.rand(rank, target.f, generator=generator) - 1) / target.f**0.5
+    device = next(target.module.parameters()).device
+    return u.to(device), torch.zeros(rank, target.d, device=device)
 
 
-def delta(site: Site, adapter: Adapter) -> Tensor:
-    """The adapter as a change of the site's weight, float32, in the order in which the model stores it."""
-    change = adapter.scale * (adapter.v.mT @ adapter.u)
-    return change if isinstance(site.module, nn.Linear) else change.mT.contiguous()
+def delta(target: TargetModule, adapter: Adapter) -> Tensor:
+    """The adapter as a change of the target's weight, float32, in the order in which the model stores it."""
+    return as_stored(target.module, adapter.scale * (adapter.v.mT @ adapter.u))
 
 
 def merged(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
@@ -182,7 +169,7 @@ def merged(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
 
 
 def save_peft(folder: Path, handle: ModelHandle, adapters: Mapping[str, Adapter]) -> None:
-    """Write one adapter a site (by name of its module) as PEFT reads it: adapter_config.json and adapter_model.safetensors.
+    """Write one adapter a target (by name of its module) as PEFT reads it: adapter_config.json and adapter_model.safetensors.
 
     All must have one rank and one scale; raises `BadEditor` where they do not.
     """
@@ -194,7 +181,7 @@ def save_peft(folder: Path, handle: ModelHandle, adapters: Mapping[str, Adapter]
     for name, a in adapters.items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = a.u.cpu().contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = a.v.mT.cpu().contiguous()
-    stored_transposed = not isinstance(handle.model.get_submodule(next(iter(adapters))), nn.Linear)
+    stored_transposed = stores_transposed(handle.model.get_submodule(next(iter(adapters))))
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "r": rank,

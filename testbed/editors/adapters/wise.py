@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from streams.base import TrainPool
 from testbed.core.events import Ask, EditBatch
 from testbed.core.registry import EDITORS
-from testbed.core.timing import stage
+from testbed.core.timing import timed
 from testbed.editors.adapters.ties_merging import ties
 from testbed.editors.adapters.wise_hyper import Hyper, hyper_of, overlaid
 from testbed.editors.base import BadEditor, EditFailed, Editor, EditorConfig, Traits, need
@@ -28,7 +28,7 @@ from testbed.editors.codebook.gate import Gate, Hits
 from testbed.model.encoding import Batch, collate
 from testbed.model.handle import project
 from testbed.model.predictor import ModelPredictor, Predictor
-from testbed.model.suffix import Tail, capture, row_mean
+from testbed.model.suffix import DownProjectionSuffix, mean_by_row, suffix_from_down_projection
 
 _SAMPLE = 32
 """Prompts over which the unit of the margins is measured."""
@@ -135,7 +135,7 @@ class Wise(Editor):
         draw = torch.rand(self.weight.shape, generator=self.generator(step))
         self.mask = (draw < self.config.density).to(self.weight.device)
 
-    @stage("keys")
+    @timed("keys")
     def _read(self, asks: Sequence[Ask]) -> Prompts:
         """One forward over prompts without answers."""
         batch = collate(self.handle, asks)
@@ -146,9 +146,9 @@ class Wise(Editor):
 
     def _edit(self, batch: EditBatch) -> dict[str, float]:
         asks = [e.ask() for e in batch.events]
-        tail = capture(self.handle, asks, [e.target for e in batch.events], self.hyper.layer)
+        suffix = suffix_from_down_projection(self.handle, asks, [e.target for e in batch.events], self.hyper.layer)
         edits, others = self._read(asks), self._drawn(batch)
-        self.working, loss, steps = self._train(tail, edits, others)
+        self.working, loss, steps = self._train(suffix, edits, others)
         self.made += len(batch.events)
         notes = {"loss": loss, "steps": float(steps), "threshold": self.working.least * self.config.ratio}
         with torch.no_grad():
@@ -165,17 +165,17 @@ class Wise(Editor):
 
     def _signal(self, prompts: Prompts, change: Tensor) -> Tensor:
         """(n,) D of each prompt."""
-        return row_mean(_norm(_through(self.module, prompts.act, change)), prompts.row, prompts.n)
+        return mean_by_row(_norm(_through(self.module, prompts.act, change)), prompts.row, prompts.n)
 
-    @stage("train")
-    def _train(self, tail: Tail, edits: Prompts, others: Prompts | None) -> tuple[Memory, float, int]:
+    @timed("train")
+    def _train(self, suffix: DownProjectionSuffix, edits: Prompts, others: Prompts | None) -> tuple[Memory, float, int]:
         """The shard after one batch, the last loss and the steps taken. Raises `EditFailed` when a loss is not finite."""
         change, h = self.working.change, self.hyper
         before, value, step = float("inf"), float("nan"), 0
         for step in range(h.steps + 1):
             change = change.detach().requires_grad_(True)
             margins = self._margins(edits, others, change)
-            loss = tail.loss(partial(project, self.module, weight=self.weight + change)).mean().to(margins.device) + margins
+            loss = suffix.losses(partial(project, self.module, weight=self.weight + change)).mean().to(margins.device) + margins
             value = float(loss.detach())
             if not torch.isfinite(loss):
                 raise EditFailed(f"the loss became {value} at lr {h.lr}; try a smaller one")
@@ -276,7 +276,7 @@ def _prompts(act: Tensor, batch: Batch) -> Prompts:
 
 def _through(module: nn.Module, act: Tensor, matrix: Tensor) -> Tensor:
     """(P, d) activations through a matrix of the layer's shape, without its bias."""
-    return act @ matrix.T if isinstance(module, nn.Linear) else act @ matrix
+    return project(module, act, matrix, bias=False)
 
 
 def _norm(x: Tensor) -> Tensor:

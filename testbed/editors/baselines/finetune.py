@@ -15,11 +15,11 @@ import torch
 from streams.base import TrainPool
 from testbed.core.events import EditBatch
 from testbed.core.registry import EDITORS
-from testbed.core.timing import stage
+from testbed.core.timing import timed
 from testbed.editors.base import EditFailed, Editor, EditorConfig, Traits, need
 from testbed.model.handle import project
 from testbed.model.predictor import ModelPredictor, Predictor
-from testbed.model.suffix import Tail, capture
+from testbed.model.suffix import DownProjectionSuffix, suffix_from_down_projection
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,12 @@ class Finetune(Editor):
 
     def _edit(self, batch: EditBatch) -> dict[str, float]:
         asks = [e.ask() for e in batch.events]
-        tail = capture(self.handle, asks, [e.target for e in batch.events], self.config.layer)
-        self.weight, loss = self._train(tail)
+        suffix = suffix_from_down_projection(self.handle, asks, [e.target for e in batch.events], self.config.layer)
+        self.weight, loss = self._train(suffix)
         return {"loss": loss}
 
-    @stage("train")
-    def _train(self, tail: Tail) -> tuple[torch.Tensor, float]:
+    @timed("train")
+    def _train(self, suffix: DownProjectionSuffix) -> tuple[torch.Tensor, float]:
         """The new weight and the last loss (nats a token). Raises `EditFailed` when the loss is not finite."""
         start, module = self.weight, self.handle.down(self.config.layer)
         weight = start.clone().requires_grad_(True)
@@ -77,7 +77,7 @@ class Finetune(Editor):
         value = float("nan")
         for _ in range(self.config.steps):
             adam.zero_grad()
-            loss = tail.loss(lambda act: project(module, act, weight)).mean()
+            loss = suffix.losses(lambda act: project(module, act, weight)).mean()
             value = float(loss.detach())
             if not torch.isfinite(loss):
                 raise EditFailed(f"the loss became {value} at lr {self.config.lr}; try a smaller one")

@@ -23,7 +23,7 @@ from torch import Tensor
 from streams.base import TrainPool
 from testbed.core.events import Ask, EditBatch, EditEvent
 from testbed.core.registry import EDITORS
-from testbed.core.timing import stage
+from testbed.core.timing import timed
 from testbed.editors.base import BadEditor, EditFailed, Editor, EditorConfig, Traits, need
 from testbed.editors.codebook import keys as _sites
 from testbed.editors.codebook.codebook import Codebook, Entry
@@ -32,8 +32,8 @@ from testbed.editors.codebook.gate import Gate, Hits
 from testbed.editors.codebook.nearest import Metric, Rule, direct
 from testbed.model.encoding import answer_ids
 from testbed.model.predictor import ModelPredictor, Predictor
-from testbed.model.prefix_cache import Stems
-from testbed.model.suffix import capture
+from testbed.model.prefix_cache import ImagePrefixes
+from testbed.model.suffix import suffix_from_down_projection
 
 _TEXT_NEGATIVES = 32
 
@@ -104,7 +104,7 @@ class BalancEdit(Editor):
 
     def _prepare(self, pool: TrainPool) -> None:
         self.module = self.handle.down(self.config.layer)
-        self._stems = Stems(self.handle, self.module)
+        self._prefixes = ImagePrefixes(self.handle, self.module)
         self.weight = self.handle.parameter(self.handle.down_weight(self.config.layer)).detach().float()
         self.family: Values = (
             LowRank(self.module, self.weight, self.config.rank) if self.config.rank else FullCopies(self.module, self.weight)
@@ -122,21 +122,22 @@ class BalancEdit(Editor):
         nulls = None
         if self.config.key == "blocks":
             width *= 2
-            sample = _sites.read(self._stems, _spaced(bank, 256), _sites.Blocks(torch.ones(2))) if bank else torch.zeros(0, width)
+            sample = _sites.read(self._prefixes, _spaced(bank, 256), _sites.Blocks(torch.ones(2))) if bank else torch.zeros(0, width)
             self._key = _sites.Blocks(_sites.spread_of(sample))
         if self.config.nulls and bank:
             nulls = self._read(_spaced(bank, self.config.nulls))
         self.book = Codebook(width, self.config.metric, self.config.rule, nulls)
 
     def _read(self, asks: Sequence[Ask]) -> Tensor:
-        return _sites.read(self._stems, asks, self._key)
+        return _sites.read(self._prefixes, asks, self._key)
 
     def _edit(self, batch: EditBatch) -> dict[str, float]:
         scopes = self._scopes(batch)
         near = [self.book.overlapping(s.key, s.radius, s.entry.label) if self.config.overlap == "continue" else None for s in scopes]
         starts = [self.values[i] if i is not None else self._fresh(e) for i, e in zip(near, batch.events)]
-        tail = capture(self.handle, [e.ask() for e in batch.events], [e.target for e in batch.events], self.config.layer, stems=self._stems)
-        trained = train(self.family, tail, starts, self.config.lr, self.config.steps)
+        asks, targets = [e.ask() for e in batch.events], [e.target for e in batch.events]
+        suffix = suffix_from_down_projection(self.handle, asks, targets, self.config.layer, prefixes=self._prefixes)
+        trained = train(self.family, suffix, starts, self.config.lr, self.config.steps)
         superseded = [self._insert(scope) for scope in scopes]
         self.values = {**self.values, **{s.entry.event_id: v for s, v in zip(scopes, trained.values)}}
         return {
@@ -152,14 +153,14 @@ class BalancEdit(Editor):
         """A value that changes nothing yet, the same whatever batch the edit stands in."""
         return self.family.fresh(self.generator(int(event.id, 16)))
 
-    @stage("insert")
+    @timed("insert")
     def _insert(self, scope: Scope) -> list[str]:
         try:
             return self.book.insert(scope.key, scope.radius, scope.entry)
         except ValueError as e:
             raise EditFailed(str(e)) from e
 
-    @stage("keys")
+    @timed("keys")
     def _scopes(self, batch: EditBatch) -> list[Scope]:
         """Keys and radii of a batch's edits, all prompts read together. Raises `EditFailed` where a key is not finite."""
         positive = [self._positive(e, batch.paraphrases.get(e.id, ())) for e in batch.events]
@@ -245,7 +246,7 @@ class BalancEdit(Editor):
                 raise BadEditor(f"the state was made with {name} {state[name]}, this editor has {value}")
         self.book.load(state)
         self.values = {e.event_id: need(state, e.event_id, self.family.shape).to(self.weight.device) for e in self.book.entries}
-        self._stems.kept.clear()  # of pictures that this state may never have met
+        self._prefixes.kept.clear()  # of pictures that this state may never have met
 
 
 @dataclass(frozen=True)

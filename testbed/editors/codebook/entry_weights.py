@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from testbed.core.timing import stage
+from testbed.core.timing import timed
 from testbed.editors.base import EditFailed
 from testbed.editors.codebook.gate import Hits
-from testbed.model.handle import project
-from testbed.model.suffix import Tail
+from testbed.model.handle import as_matrix, project
+from testbed.model.suffix import DownProjectionSuffix
 
 
 class Values(ABC):
@@ -36,8 +36,8 @@ class Values(ABC):
         """A value that changes nothing yet."""
 
     @abstractmethod
-    def outputs(self, tail: Tail, values: Tensor) -> Callable[[Tensor], Tensor]:
-        """The layer as a function of the tail's activations, with each row of the batch under its own value (B, *shape)."""
+    def outputs(self, suffix: DownProjectionSuffix, values: Tensor) -> Callable[[Tensor], Tensor]:
+        """The layer as a function of the suffix's activations, with each row of the batch under its own value (B, *shape)."""
 
     @abstractmethod
     def answer(self, hits: Hits, values: Sequence[Tensor]) -> Tensor:
@@ -54,12 +54,10 @@ class FullCopies(Values):
     def fresh(self, generator: torch.Generator) -> Tensor:
         return self.weight
 
-    def outputs(self, tail: Tail, values: Tensor) -> Callable[[Tensor], Tensor]:
+    def outputs(self, suffix: DownProjectionSuffix, values: Tensor) -> Callable[[Tensor], Tensor]:
         if len(values) == 1:
             return lambda act: project(self.module, act, values[0])
-        if tail.act.ndim == 3:
-            return lambda act: torch.stack([project(self.module, a, w) for a, w in zip(act, values)])
-        return lambda act: torch.cat([project(self.module, act[tail.row == i], w) for i, w in enumerate(values)])
+        return lambda act: torch.stack([project(self.module, a, w) for a, w in zip(act, values)])
 
     def answer(self, hits: Hits, values: Sequence[Tensor]) -> Tensor:
         return torch.stack([project(self.module, x, w.to(x.device)) for x, w in zip(hits.act, values)])
@@ -71,7 +69,7 @@ class LowRank(Values):
     def __init__(self, module: nn.Module, weight: Tensor, rank: int) -> None:
         super().__init__(module, weight)
         self.rank = rank
-        self.d, self.f = weight.shape if isinstance(module, nn.Linear) else weight.shape[::-1]
+        self.d, self.f = as_matrix(module, weight).shape
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -81,12 +79,10 @@ class LowRank(Values):
         u = torch.randn(self.rank, self.f, generator=generator) / self.f**0.5
         return torch.cat([u, torch.zeros(self.rank, self.d)], 1).to(self.weight.device)
 
-    def outputs(self, tail: Tail, values: Tensor) -> Callable[[Tensor], Tensor]:
+    def outputs(self, suffix: DownProjectionSuffix, values: Tensor) -> Callable[[Tensor], Tensor]:
         with torch.no_grad():
-            own = project(self.module, tail.act, self.weight)
-        if tail.act.ndim == 3:
-            return lambda act: own + self._add(act.float(), values).to(own.dtype)
-        return lambda act: own + self._add(act.float()[:, None], values[tail.row])[:, 0].to(own.dtype)
+            own = project(self.module, suffix.act, self.weight)
+        return lambda act: own + self._add(act.float(), values).to(own.dtype)
 
     def _add(self, x: Tensor, values: Tensor) -> Tensor:
         return x @ values[..., : self.f].mT @ values[..., self.f :]
@@ -103,16 +99,16 @@ class Trained:
     losses: list[float]
 
 
-@stage("train")
-def train(family: Values, tail: Tail, starts: Sequence[Tensor], lr: float, steps: int) -> Trained:
+@timed("train")
+def train(family: Values, suffix: DownProjectionSuffix, starts: Sequence[Tensor], lr: float, steps: int) -> Trained:
     """Tune the values of a batch with Adam. Raises `EditFailed` on a loss that is not finite."""
-    values = torch.stack(list(starts)).to(tail.act.device, torch.float32).clone().requires_grad_(True)
+    values = torch.stack(list(starts)).to(suffix.act.device, torch.float32).clone().requires_grad_(True)
     adam = torch.optim.Adam([values], lr=lr, fused=True)
-    layer = family.outputs(tail, values)
+    layer = family.outputs(suffix, values)
     losses = torch.zeros(len(starts))
     for _ in range(steps):
         adam.zero_grad()
-        losses = tail.loss(layer)
+        losses = suffix.losses(layer)
         if not torch.isfinite(losses).all():
             raise EditFailed(f"the loss became {losses.tolist()} at lr {lr}; try a smaller one")
         losses.sum().backward()

@@ -24,7 +24,7 @@ from torch import Tensor
 from streams.base import TrainPool
 from testbed.core.events import Ask, EditBatch, EditEvent
 from testbed.core.registry import EDITORS
-from testbed.core.timing import stage
+from testbed.core.timing import timed
 from testbed.editors.base import BadEditor, EditFailed, Editor, EditorConfig, Traits, need
 from testbed.editors.codebook import keys as _sites
 from testbed.editors.codebook.gate import Gate, Hits
@@ -32,7 +32,7 @@ from testbed.editors.codebook.nearest import Keys, Nearest
 from testbed.editors.codebook.value_vectors import Losses, at_last, at_prompt
 from testbed.model.encoding import answer_ids
 from testbed.model.predictor import ModelPredictor, Predictor
-from testbed.model.prefix_cache import Stems
+from testbed.model.prefix_cache import ImagePrefixes
 
 _SPLIT = 1e-5
 
@@ -87,7 +87,7 @@ class Scopes:
     def entry_of(self, row: int) -> str:
         return self.edits[int(self.owner[row])][0]
 
-    @stage("insert")
+    @timed("insert")
     def insert(self, key: Tensor, label: tuple[int, ...], event_id: str) -> None:
         """Add an edit: new, split or expand."""
         if self.edits:
@@ -169,7 +169,7 @@ class Grace(Editor):
     def _prepare(self, pool: TrainPool) -> None:
         self.layer = self.handle.layer_index(self.config.layer)
         self.module = self.handle.down(self.layer)
-        self._stems = Stems(self.handle, self.module)
+        self._prefixes = ImagePrefixes(self.handle, self.module)
         self.weight = self.handle.parameter(self.handle.down_weight(self.layer)).detach()
         self.width = self.weight.numel() // self.handle.width
         self.book = Scopes(self.config.eps_init, self.config.expand)
@@ -177,7 +177,7 @@ class Grace(Editor):
 
     def _edit(self, batch: EditBatch) -> dict[str, float]:
         asks = [e.ask() for e in batch.events]
-        keys = _sites.read(self._stems, asks, _sites.last)
+        keys = _sites.read(self._prefixes, asks, _sites.last)
         if not torch.isfinite(keys).all():
             raise EditFailed("activations of the edit are not finite")
         labels = [tuple(answer_ids(self.handle, a, e.target)) for a, e in zip(asks, batch.events)]
@@ -196,14 +196,14 @@ class Grace(Editor):
         """(d,) uniform in [0, 1), the same whatever batch the edit stands in."""
         return torch.rand(self.handle.width, generator=self.generator(int(event.id, 16)))
 
-    @stage("capture")
+    @timed("capture")
     def _losses(self, asks: list[Ask], batch: EditBatch, keys: Tensor) -> Losses:
         targets = [e.target for e in batch.events]
         if self.config.replace == "last":
-            return at_last(self._stems, asks, targets, self.layer, keys)
-        return at_prompt(self._stems, asks, targets, self.layer)
+            return at_last(self._prefixes, asks, targets, self.layer, keys)
+        return at_prompt(self._prefixes, asks, targets, self.layer)
 
-    @stage("train")
+    @timed("train")
     def _train(self, losses_of: Losses, cold: Tensor) -> tuple[Tensor, list[float]]:
         """(B, d) a vector for each row, from `cold` (B, d) on. Raises `EditFailed` on a loss that is not finite."""
         vectors = cold.to(self.weight.device).requires_grad_(True)
@@ -257,7 +257,7 @@ class Grace(Editor):
         need(state, "eps", (None,))
         self.book.load(state)
         self.values = {e: need(state, e, (self.handle.width,)).to(self.weight.device) for e, _ in self.book.edits}
-        self._stems.kept.clear()  # of pictures that this state may never have met
+        self._prefixes.kept.clear()  # of pictures that this state may never have met
 
     def state_bytes(self) -> int:
         """Bytes of the tensors in the state: keys and radii, and one value an edit."""

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from testbed.core.events import Ask
-from testbed.core.timing import stage
+from testbed.core.timing import timed
 from testbed.editors.codebook.nearest import Metric
 from testbed.model.encoding import Batch
-from testbed.model.prefix_cache import Stems
-from testbed.model.suffix import pooled
+from testbed.model.prefix_cache import ImagePrefixes
+from testbed.model.suffix import mean_over_prompt
 
 _ROWS = 32
 
@@ -56,17 +56,17 @@ def spread_of(bank: Tensor) -> Tensor:
 
 def mean(act: Tensor, batch: Batch) -> Tensor:
     """(B, f) float32 mean over all prompt positions, the picture's included."""
-    return pooled(act, batch)
+    return mean_over_prompt(act, batch)
 
 
-@stage("keys")
+@timed("keys")
 @torch.no_grad()
-def read(stems: Stems, asks: Sequence[Ask], key: Callable[[Tensor, Batch], Tensor]) -> Tensor:
+def read(prefixes: ImagePrefixes, asks: Sequence[Ask], key: Callable[[Tensor, Batch], Tensor]) -> Tensor:
     """(n, width) float32 keys of prompts on the CPU, many a forward; none of them holds an answer."""
     out: dict[int, Tensor] = {}
     for chunk in _chunks(asks):
-        batch = stems.collate([asks[i] for i in chunk])
-        act = stems.acts(batch)
+        batch = prefixes.collate([asks[i] for i in chunk])
+        act = prefixes.activations(batch)
         out.update(zip(chunk, key(act, batch.on(act.device)).cpu()))
     return torch.stack([out[i] for i in range(len(asks))])
 

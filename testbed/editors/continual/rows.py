@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from testbed.core.events import Ask
 from testbed.model.encoding import Batch, answer_ids, collate
 from testbed.model.handle import ModelHandle, project
-from testbed.model.suffix import capture
+from testbed.model.suffix import suffix_from_down_projection
 
 IGNORE = -100
 """Label of a position behind the end of an answer."""
@@ -76,10 +76,9 @@ class Rows:
             ask = self.asks[number]
             if ask is None:
                 raise KeyError(f"row {number} has no prompt")
-            tail = capture(self.handle, [ask], [self.answers[number]], LAYER)
-            at = tail.batch.before_answer.to(tail.act.device)
-            act, rest = (x[at] if x.ndim == 3 else x for x in (tail.act, tail.rest))
-            self._kept[number] = Kept(act, rest, tail.target)
+            suffix = suffix_from_down_projection(self.handle, [ask], [self.answers[number]], LAYER)
+            read = suffix.at(suffix.batch.before_answer)
+            self._kept[number] = Kept(suffix.act[read], suffix.rest[read], suffix.batch.answer_ids)
         return self._kept[number]
 
     def labels(self, number: int) -> Tensor:

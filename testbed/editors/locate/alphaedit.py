@@ -13,26 +13,41 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from testbed.core.ranges import PositiveFloat
 from testbed.core.registry import EDITORS
 from testbed.editors.base import BadEditor
-from testbed.editors.locate.core import LocateConfig, LocateEditor, scale_of
-from testbed.editors.locate.solver import Identity, NullSpace, Prior
+from testbed.editors.hyperparameters import ModelKey
+from testbed.editors.locate.core import LocateConfig, LocateEditor, LocateHyperparameters, scale_of
+from testbed.editors.locate.solver import IdentityPrior, NullSpacePrior, Prior
+
+
+@dataclass(frozen=True)
+class AlphaEditHyperparameters(LocateHyperparameters):
+    l2: float = 10.0
+    """L2: ridge on the allowed directions (the paper writes 1, the released code has 10)."""
+    threshold: float = 2e-2
+    """nullspace_threshold: directions of C with a larger eigenvalue are excluded."""
+
+
+PUBLISHED: dict[ModelKey, AlphaEditHyperparameters] = {
+    ("gpt2", 48): AlphaEditHyperparameters((13, 14, 15, 16, 17), steps=20),  # GPT2-XL: AlphaEdit's released configuration
+    ("gptj", 28): AlphaEditHyperparameters((3, 4, 5, 6, 7, 8)),  # GPT-J-6B: AlphaEdit's released configuration
+    ("llama", 32): AlphaEditHyperparameters((4, 5, 6, 7, 8), lr=0.1),  # Llama-3-8B: AlphaEdit's released configuration
+    ("qwen2", 28): AlphaEditHyperparameters((4, 5, 6, 7, 8), clamp=4.0, decay=1e-3, l2=1.0),  # Qwen2.5-7B: EasyEdit's
+}
+"""By type and number of layers of the language model."""
 
 
 @dataclass(frozen=True)
 class AlphaEditConfig(LocateConfig):
-    l2: float | None = None
+    l2: PositiveFloat | None = None
     """L2: ridge on the allowed directions (the paper writes 1, the code has 10)."""
-    threshold: float | None = None
+    threshold: PositiveFloat | None = None
     """nullspace_threshold: directions with a larger eigenvalue of C are excluded."""
     projector: bool = True
     """Off: nothing is excluded (for ablations)."""
     history: bool = True
     """Off: past keys are not protected (for ablations)."""
-
-    def problems(self) -> list[str]:
-        named = {"l2": self.l2, "threshold": self.threshold}
-        return super().problems() + [f"{k} must be positive, got {v}" for k, v in named.items() if v is not None and not v > 0]
 
 
 @EDITORS.register("alphaedit")
@@ -41,23 +56,26 @@ class AlphaEdit(LocateEditor):
 
     summary = "ridge in the null space of general text, past keys protected (AlphaEdit)"
     Config = AlphaEditConfig
+    Hyperparameters = AlphaEditHyperparameters
+    published = PUBLISHED
+    derived = {"l2": 0.1, "threshold": 1.0}
 
     @property
     def history(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.config.history
 
-    def _prior(self, layer: int, moment: Tensor) -> Prior:
-        _, squared, mean = scale_of(self.hyper, moment)
+    def _prior(self, layer: int, second_moment: Tensor) -> Prior:
+        _, squared, mean = scale_of(self.hyper, second_moment)
         rho = self.hyper.l2 * squared
         if not self.config.projector:
-            return Identity(rho)
-        basis = excluded(moment, self.hyper.threshold * mean)
-        if basis.shape[1] == len(moment):
-            raise BadEditor(f"threshold {self.hyper.threshold} excludes all {len(moment)} directions of layer {layer}: raise it")
-        return NullSpace(basis, rho)
+            return IdentityPrior(rho)
+        basis = excluded_directions(second_moment, self.hyper.threshold * mean)
+        if basis.shape[1] == len(second_moment):
+            raise BadEditor(f"threshold {self.hyper.threshold} excludes all {len(second_moment)} directions of layer {layer}: raise it")
+        return NullSpacePrior(basis, rho)
 
 
-def excluded(moment: Tensor, threshold: float) -> Tensor:
+def excluded_directions(second_moment: Tensor, threshold: float) -> Tensor:
     """(f, r) eigenvectors of C (f, f) whose eigenvalue is at least the threshold."""
-    values, vectors = torch.linalg.eigh(moment.double())
+    values, vectors = torch.linalg.eigh(second_moment.double())
     return vectors[:, values >= threshold]

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from streams.base import TrainPool
+from testbed.core.ranges import PositiveInt
 from testbed.core.registry import WRAPPERS
 from testbed.editors.base import EditorConfig
 from testbed.editors.locate.core import LocateEditor
-from testbed.editors.locate.targets import Found, Task, parts_of
+from testbed.editors.locate.targets import Targets, TargetTask, attention_and_mlp_outputs
 from testbed.editors.wrapper import Wrapper
 
 _FAR = 2.0
@@ -32,11 +33,8 @@ _TRIMMED = 0.05
 
 @dataclass(frozen=True)
 class AnchorConfig(EditorConfig):
-    pilot: int = 100
+    pilot: PositiveInt = 100
     """Edits whose targets on the unedited model make the anchor (the paper takes 1,000 of its own)."""
-
-    def problems(self) -> list[str]:
-        return super().problems() + ([] if self.pilot >= 1 else [f"pilot must be 1 or more, got {self.pilot}"])
 
 
 @WRAPPERS.register("anchor")
@@ -51,22 +49,22 @@ class Anchor(Wrapper, LocateEditor):
         super()._prepare(pool)
         self.lengths: Mapping[int, Tensor] = {}
 
-    def _search(self, task: Task, unit: Tensor) -> Found:
+    def _search(self, task: TargetTask, unit: Tensor) -> Targets:
         found = super()._search(task, unit)
         self._pilot(task, unit)
-        start = parts_of(task.handle, task.events, task.layer)[1]
+        start = attention_and_mlp_outputs(task.handle, task.events, task.layer)[1]
         delta = anchored(start, found.delta, trimmed_mean(self.lengths[task.layer]))
         return replace(found, delta=delta)
 
-    def _pilot(self, task: Task, unit: Tensor) -> None:
+    def _pilot(self, task: TargetTask, unit: Tensor) -> None:
         """Add the lengths of these edits' targets under the unedited weights, up to the number that is wanted."""
         known = self.lengths.get(task.layer, torch.zeros(0))
         missing = self.config.pilot - len(known)
         if missing <= 0:
             return
         part = task.part(list(range(min(missing, len(task.events)))))
-        with task.handle.swapped(self.changes.bases):
-            start = parts_of(task.handle, part.events, task.layer)[1]
+        with task.handle.swapped(self.deltas.bases):
+            start = attention_and_mlp_outputs(task.handle, part.events, task.layer)[1]
             found = super()._search(part, unit[: len(part.events)])
         lengths = (start + found.delta).norm(dim=1).cpu()
         self.lengths = {**self.lengths, task.layer: torch.cat([known, lengths])}

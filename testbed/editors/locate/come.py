@@ -2,7 +2,7 @@
 
 A second search finds `delta'`, the change that would make the model give the *old* answer. With the common
 direction `c` of delta and delta' and the part `q = (delta' . c) c` that both need, the target moves by
-`delta - a (delta' - q)` on the coordinates where the new height is among its largest, and by delta elsewhere.
+`delta - a (delta' - q)` on the coordinates where the new output is among its largest, and by delta elsewhere.
 Needs the old answer of each edit; an edit that names none is made as its host makes it, and counted.
 """
 
@@ -14,32 +14,29 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from testbed.core.ranges import Fraction, NonNegativeFloat
 from testbed.core.registry import WRAPPERS
 from testbed.editors.base import Editor, EditorConfig
 from testbed.editors.locate.core import LocateEditor
-from testbed.editors.locate.targets import Found, Task, heights, search
+from testbed.editors.locate.targets import Targets, TargetTask, layer_outputs, search
 from testbed.editors.wrapper import Wrapper
 
 
 @dataclass(frozen=True)
 class ComeConfig(EditorConfig):
-    a: float = 0.1
-    """Weight of what is unlearnt."""
-    p: float = 0.2
-    """Share of coordinates, those where h + delta is largest (signed), on which it is unlearnt."""
+    a: NonNegativeFloat = 0.1
+    """Weight of what is unlearned."""
+    p: Fraction = 0.2
+    """Share of coordinates, those where h + delta is largest (signed), on which it is unlearned."""
     variant: Literal["paper", "code"] = "paper"
     """paper: `delta - a (delta' - q)`; code: `delta - a delta' + q`, as released."""
-
-    def problems(self) -> list[str]:
-        out = super().problems() + ([] if 0 <= self.p <= 1 else [f"p must lie in [0, 1], got {self.p}"])
-        return out + ([] if self.a >= 0 else [f"a must be 0 or more, got {self.a}"])
 
 
 @WRAPPERS.register("come")
 class Come(Wrapper, LocateEditor):
-    """Targets from which the old answer is unlearnt."""
+    """Targets from which the old answer is unlearned."""
 
-    summary = "the old answer is unlearnt from the target (CoME)"
+    summary = "the old answer is unlearned from the target (CoME)"
     hosts = LocateEditor
     Config = ComeConfig
 
@@ -49,24 +46,24 @@ class Come(Wrapper, LocateEditor):
         made.traits = replace(host.traits, uses=host.traits.uses | {"previous"})
         return made
 
-    def _search(self, task: Task, unit: Tensor) -> Found:
+    def _search(self, task: TargetTask, unit: Tensor) -> Targets:
         found = super()._search(task, unit)
-        told = [i for i, e in enumerate(task.events) if e.previous]
-        if not told:
+        known = [i for i, e in enumerate(task.events) if e.previous]
+        if not known:
             return found
-        old = [replace(task.events[i], target=task.events[i].previous or "") for i in told]
+        old = [replace(task.events[i], target=task.events[i].previous or "") for i in known]
         half = replace(self.hyper, steps=max(1, self.hyper.steps // 2))
-        away = search(replace(task, events=old), half, unit[told])
-        height = heights(task.handle, old, task.layer)
+        away = search(replace(task, events=old), half, unit[known])
+        output = layer_outputs(task.handle, old, task.layer)
         delta = found.delta.clone()
-        delta[told] = unlearnt(delta[told], away.delta, height, self.config)
+        delta[known] = unlearned(delta[known], away.delta, output, self.config)
         return replace(found, delta=delta)
 
 
-def unlearnt(delta: Tensor, old: Tensor, height: Tensor, config: ComeConfig) -> Tensor:
+def unlearned(delta: Tensor, old: Tensor, output: Tensor, config: ComeConfig) -> Tensor:
     """(n, d) the new answer's change with the old answer's taken out where h + delta is largest.
 
-    delta, old, height: (n, d) changes for the new and the old answer, and the output they are added to.
+    delta, old, output: (n, d) changes for the new and the old answer, and the output they are added to.
     """
     unit = torch.nn.functional.normalize
     common = unit(unit(delta, dim=1) + unit(old, dim=1), dim=1)
@@ -75,5 +72,5 @@ def unlearnt(delta: Tensor, old: Tensor, height: Tensor, config: ComeConfig) -> 
     count = round(config.p * delta.shape[1])
     if count == 0:
         return delta
-    least = (height + delta).topk(count, dim=1).values[:, -1:]
-    return torch.where(height + delta >= least, moved, delta)
+    least = (output + delta).topk(count, dim=1).values[:, -1:]
+    return torch.where(output + delta >= least, moved, delta)

@@ -1,65 +1,90 @@
-"""The core of all locate-then-edit methods (ROME, MEMIT, AlphaEdit, EMMET, PMET and what wraps them).
+"""The core of all locate-then-edit methods (ROME, MEMIT, AlphaEdit, EMMET, PMET and the wrappers around them).
 
 Each edit gets a target: what one layer should put out where the prompt's subject ends, so that the model gives
 the new answer. Then every critical layer's down-projection takes its share of the way there by a ridge solve,
-`Delta = R K^T (A0 + H + K K^T)^-1`. A method is a choice of prior A0, history H, share of the residual and
-layers. The lookup position is the last token of the subject where the prompt names it, else the prompt's last token.
+`Delta = R K^T (A0 + H + K K^T)^-1` (MEMIT eq. 14). A method is a choice of prior A0, history H, share of the residual
+and layers. The lookup position is the last token of the subject where the prompt names it, else the prompt's last token.
 
-Two edits of one fact in a batch: the later one is made. Two edits of other facts with nearly the same key are
+Of two edits of one fact in a batch the later one is made. Two edits of other facts with nearly the same key are
 both made, at the mean where they conflict, and counted as `collisions`.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from streams.base import TrainPool
 from testbed.core.events import EditBatch, EditEvent
-from testbed.core.timing import stage
+from testbed.core.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt
+from testbed.core.timing import timed
 from testbed.editors.base import BadEditor, EditFailed, Editor, EditorConfig, Traits
-from testbed.editors.locate.corpus import corpus_of
-from testbed.editors.locate.hyperparameters import Hyper, hyper_of, overlaid
-from testbed.editors.locate.keys import Sweep
+from testbed.editors.hyperparameters import ModelKey, hyperparameters_for, overlay
+from testbed.editors.locate.keys import KeyComputation
 from testbed.editors.locate.positions import ask_of, draw_contexts, subject_of
-from testbed.editors.locate.second_moments import second_moments
+from testbed.editors.locate.second_moments import corpus_of, second_moments
 from testbed.editors.locate.solver import Prior, Ridge, Solution
-from testbed.editors.locate.targets import Found, Task, heights, search
-from testbed.editors.locate.weight_changes import Changes
+from testbed.editors.locate.targets import Targets, TargetTask, layer_outputs, search
+from testbed.editors.locate.weight_changes import WeightDeltas
+from testbed.model.handle import ModelHandle
 from testbed.model.predictor import ModelPredictor, Predictor
-from testbed.model.suffix import capture
+from testbed.model.suffix import suffix_from_down_projection
 
 _SAME_KEY = 0.98
 """Cosine from which two keys of a batch count as colliding."""
 
 
 @dataclass(frozen=True)
-class LocateConfig(EditorConfig):
-    """Fields that are None come from the table of hyper-parameters by model (`_locate_hyper.py`)."""
+class LocateHyperparameters:
+    """What every locate-then-edit method is tuned by; a method adds its own. Defaults are those of the released MEMIT and AlphaEdit."""
 
-    layers: tuple[int, ...] | None = None
-    """Critical layers whose down-projections change, in rising order."""
-    steps: int | None = None
-    """v_num_grad_steps: evaluations of the target's loss."""
-    lr: float | None = None
+    layers: tuple[int, ...]
+    """Critical layers, in order; the target is looked for at the last of them."""
+    steps: int = 25
+    """v_num_grad_steps: evaluations of the target's loss (one fewer optimiser steps)."""
+    lr: float = 0.5
     """v_lr: Adam's step size of the target."""
-    decay: float | None = None
-    """v_weight_decay."""
-    clamp: float | None = None
-    """clamp_norm_factor: longest change of the layer's output, as a multiple of its norm."""
-    kl: float | None = None
-    """kl_factor."""
-    stop: float | None = None
+    decay: float = 0.5
+    """v_weight_decay, on ||delta|| / ||h_0||^2."""
+    clamp: float = 0.75
+    """clamp_norm_factor: longest delta, as a multiple of ||h_0||."""
+    kl: float = 0.0625
+    """kl_factor: weight of the KL divergence after "{subject} is a"."""
+    stop: float = 0.05
     """Loss (nats) under which a target counts as found."""
-    contexts: int | None = None
+    contexts: int = 5
     """Sampled sentences before the prompt, beside the bare prompt."""
-    context_tokens: int = 10
+    relative: bool = False
+    """lambda is a multiple of the key width, L2 and the threshold are multiples of the mean eigenvalue of C."""
+
+
+@dataclass(frozen=True)
+class LocateConfig(EditorConfig):
+    """Fields that are None come from the method's table of hyper-parameters by model."""
+
+    layers: tuple[NonNegativeInt, ...] | None = None
+    """Critical layers whose down-projections change, in rising order."""
+    steps: PositiveInt | None = None
+    """v_num_grad_steps: evaluations of the target's loss."""
+    lr: NonNegativeFloat | None = None
+    """v_lr: Adam's step size of the target."""
+    decay: NonNegativeFloat | None = None
+    """v_weight_decay."""
+    clamp: NonNegativeFloat | None = None
+    """clamp_norm_factor: longest change of the layer's output, as a multiple of its norm."""
+    kl: NonNegativeFloat | None = None
+    """kl_factor."""
+    stop: NonNegativeFloat | None = None
+    """Loss (nats) under which a target counts as found."""
+    contexts: NonNegativeInt | None = None
+    """Sampled sentences before the prompt, beside the bare prompt."""
+    context_tokens: PositiveInt = 10
     """Length of each, in tokens."""
     end: bool = True
     """The end token is part of the target, so that a free generation stops after the answer."""
@@ -69,13 +94,24 @@ class LocateConfig(EditorConfig):
     """Folder where second moments are kept from one run to the next; by default that of --cache."""
 
     def problems(self) -> list[str]:
-        least = {"steps": 1, "lr": 0, "decay": 0, "clamp": 0, "kl": 0, "stop": 0, "contexts": 0, "context_tokens": 1}
-        values = {name: getattr(self, name) for name in least}
-        out = [f"{n} must be {least[n]} or more, got {v}" for n, v in values.items() if v is not None and not v >= least[n]]
-        layers = self.layers
-        if layers is not None and (not layers or min(layers) < 0 or sorted(set(layers)) != list(layers)):
-            out.append(f"layers must be one or more layers counted from 0, rising, got {', '.join(map(str, layers)) or 'none'}")
-        return out
+        rising = self.layers is None or (bool(self.layers) and sorted(set(self.layers)) == list(self.layers))
+        shown = ", ".join(map(str, self.layers or ())) or "none"
+        return super().problems() + ([] if rising else [f"layers must be one or more layers counted from 0, rising, got {shown}"])
+
+
+SHALLOW = 8
+"""Layers under which a model reads a subject in its first layer and has no room to spread a change."""
+
+
+def derived_layers(depth: int) -> tuple[int, ...]:
+    """Critical layers of a model without published ones: up to a quarter of the depth, of a shallow model the first.
+
+    Raises `BadEditor` for a model of one layer, where nothing lies above the change.
+    """
+    if depth < 2:
+        raise BadEditor("locate-then-edit methods need a decoder layer above the one they change; this model has a single layer")
+    last = 0 if depth < SHALLOW else round(depth * 0.28)
+    return tuple(range(max(0, last - 4, round(depth * 0.12)), last + 1)) if last else (0,)
 
 
 class LocateEditor(Editor):
@@ -87,19 +123,39 @@ class LocateEditor(Editor):
     bare_share = 0.5
     """Weight of the bare prompt's key beside the contexts' (MEMIT: half)."""
 
+    Hyperparameters: ClassVar[type[LocateHyperparameters]] = LocateHyperparameters
+    published: ClassVar[Mapping[ModelKey, LocateHyperparameters]] = {}
+    """The method's published values by model, in its own file."""
+    derived: ClassVar[Mapping[str, Any]] = {}
+    """The method's own values for a model without published ones, relative to the model's keys; a callable is given the layers."""
+    shallow: ClassVar[Mapping[str, Any]] = {"steps": 30, "contexts": 0, "clamp": 10.0}
+    """What differs on a model of few layers."""
+
     def _prepare(self, pool: TrainPool) -> None:
-        found, note = hyper_of(self.handle)
-        self.hyper = self._tuned(overlaid(found, self.config))
+        found, note = hyperparameters_for(self.handle, self.published, self._derive)
+        self.hyper: Any = overlay(self._tuned(found), self.config)
         self.pool = pool
         self.notes += [note] if note and self.config.layers is None else []
-        self.changes = Changes(self.handle, self._check_layers())
-        self.moments: dict[int, Tensor] = {}
+        self.deltas = WeightDeltas(self.handle, self._check_layers())
+        self.second_moments: dict[int, Tensor] = {}
         self.priors: dict[int, Prior] = {}
         self.ridges: dict[int, Ridge] = {}
         self.contexts: list[str] = []
 
-    def _tuned(self, hyper: Hyper) -> Hyper:
-        """The hyper-parameters of this method; a wrapper may change them."""
+    def _derive(self, handle: ModelHandle) -> tuple[LocateHyperparameters, str]:
+        """Values for a model nobody tuned: weights relative to its keys, layers up to a quarter of the depth.
+
+        The published lambda is 1 to 3 times the key width in GPT2-XL, GPT-J and Llama-3; here it is twice. Shallow
+        models, the committed one among them, are edited in their first layer, without sampled contexts and with a
+        wider clamp. Both were chosen on a development stream of the tiny model.
+        """
+        layers = derived_layers(handle.n_layers)
+        own: dict[str, Any] = {k: v(layers) if callable(v) else v for k, v in self.derived.items()}
+        own |= self.shallow if handle.n_layers < SHALLOW else {}
+        return self.Hyperparameters(layers, relative=True, **own), f"layers {', '.join(map(str, layers))}, weights relative to its keys"
+
+    def _tuned(self, hyper: Any) -> Any:
+        """The hyper-parameters before the configuration is laid over them; a wrapper may change them."""
         return hyper
 
     def _check_layers(self) -> list[int]:
@@ -117,28 +173,28 @@ class LocateEditor(Editor):
         return [self.hyper.layers]
 
     @abstractmethod
-    def _prior(self, layer: int, moment: Tensor) -> Prior:
+    def _prior(self, layer: int, second_moment: Tensor) -> Prior:
         """A0 of a layer, from its second moment C (f, f)."""
 
     def _share(self, left: int) -> float:
         """Part of the residual that a layer takes, with `left` layers to go, itself included."""
         return 1.0 / left
 
-    def _unit(self, task: Task, heights: Tensor) -> Tensor:
-        """(n,) norm that the clamp and the decay of a target are relative to."""
-        return heights.norm(dim=1)
+    def _unit(self, task: TargetTask, outputs: Tensor) -> Tensor:
+        """(n,) norm that the clamp and the decay of a target are relative to, from the layer's outputs (n, d)."""
+        return outputs.norm(dim=1)
 
-    def _search(self, task: Task, unit: Tensor) -> Found:
+    def _search(self, task: TargetTask, unit: Tensor) -> Targets:
         """The target of each edit, as a change of the layer's output."""
         return search(task, self.hyper, unit)
 
-    def _start(self, task: Task, heights: Tensor) -> Tensor:
-        """(n, d) what the change of a target is added to."""
-        return heights
+    def _start(self, task: TargetTask, outputs: Tensor) -> Tensor:
+        """(n, d) what the change of a target is added to, from the layer's outputs (n, d)."""
+        return outputs
 
-    def _residual(self, sweep: Sweep, target: Tensor, keys: Tensor) -> Tensor:
+    def _residual(self, computation: KeyComputation, target: Tensor, keys: Tensor) -> Tensor:
         """(n, d) what is left to write at the stage's last layer."""
-        return target - sweep.ahead()
+        return target - computation.last_output()
 
     def _solve(self, layer: int, keys: Tensor, residual: Tensor, bare: Tensor) -> Solution:
         """The change of one layer, from averaged keys (n, f), the residual (n, d) it takes, and the bare prompts' keys (n, f)."""
@@ -146,18 +202,18 @@ class LocateEditor(Editor):
 
     def _keep(self, layer: int, step: int, solution: Solution, keys: Tensor | None) -> None:
         """Put a change into the state."""
-        self.changes.add(layer, step, solution.left, solution.right, keys)
+        self.deltas.add(layer, step, solution.left, solution.right, keys)
 
     def _edit(self, batch: EditBatch) -> dict[str, float]:
         events = _newest(batch.events)
-        log = Log(superseded=len(batch) - len(events), unnamed=sum(e.image is None and subject_of(e) is None for e in events))
-        with stage("setup"):
+        log = BatchLog(superseded=len(batch) - len(events), unnamed=sum(e.image is None and subject_of(e) is None for e in events))
+        with timed("setup"):
             self._set_up(events[0])
         for group in self._groups(events):
             for layers in self._stages():
-                with self.handle.swapped(self.changes.parameters()):
+                with self.handle.swapped(self.deltas.parameters()):
                     self._run_stage(layers, group, batch.step, log)
-        return log.notes() | {"past_keys": float(max(map(len, self.changes.keys.values()), default=0))}
+        return log.notes() | {"past_keys": float(max(map(len, self.deltas.keys.values()), default=0))}
 
     def _groups(self, events: list[EditEvent]) -> list[list[EditEvent]]:
         """Edits that are made together; a later group meets the weights that an earlier one left."""
@@ -169,39 +225,39 @@ class LocateEditor(Editor):
             self.contexts = ["", *draw_contexts(self.handle, self.hyper.contexts, self.config.context_tokens, self.generator(0))]
         if self.priors:
             return
-        for layer in self.changes.layers:
-            capture(self.handle, [ask_of(event)], [event.target], layer)
+        for layer in self.deltas.layers:
+            suffix_from_down_projection(self.handle, [ask_of(event)], [event.target], layer)
         corpus = corpus_of(self.pool, self.config.corpus)
-        self.moments = second_moments(self.handle, corpus, self.changes.layers, self.config.moments)
-        self.priors = {n: self._prior(n, c) for n, c in self.moments.items()}
+        self.second_moments = second_moments(self.handle, corpus, self.deltas.layers, self.config.moments)
+        self.priors = {n: self._prior(n, c) for n, c in self.second_moments.items()}
 
-    def _run_stage(self, layers: tuple[int, ...], events: Sequence[EditEvent], step: int, log: Log) -> None:
-        task = Task(self.handle, events, layers[-1], self.contexts, self.config.end)
-        with stage("targets"):
-            before = heights(self.handle, events, layers[-1])
+    def _run_stage(self, layers: tuple[int, ...], events: Sequence[EditEvent], step: int, log: BatchLog) -> None:
+        task = TargetTask(self.handle, events, layers[-1], self.contexts, self.config.end)
+        with timed("targets"):
+            before = layer_outputs(self.handle, events, layers[-1])
             found = self._search(task, self._unit(task, before))
             target = self._start(task, before) + found.delta
             log.targets(found)
-        with stage("keys"):
-            sweep = Sweep(self.handle, events, self.contexts, layers, self.bare_share)
+        with timed("keys"):
+            computation = KeyComputation(self.handle, events, self.contexts, layers, self.bare_share)
         for i, layer in enumerate(layers):
-            with stage("keys"), torch.no_grad():
-                keys = sweep.read(layer)
-                residual = self._residual(sweep, target, keys).to(keys.device) * self._share(len(layers) - i)
-            with stage("solve"), torch.no_grad():
-                old = self.changes.weight(layer)
-                solution = self._solve(layer, keys, residual, sweep.bare_key)
+            with timed("keys"), torch.no_grad():
+                keys = computation.keys(layer)
+                residual = self._residual(computation, target, keys).to(keys.device) * self._share(len(layers) - i)
+            with timed("solve"), torch.no_grad():
+                old = self.deltas.weight(layer)
+                solution = self._solve(layer, keys, residual, computation.bare_key)
                 self._keep(layer, step, solution, keys if self.history else None)
-                change = self.changes.weight(layer) - old
+                change = self.deltas.weight(layer) - old
                 self._ridge(layer).append(keys)
-                sweep.add(lambda act, change=change: act.to(change.dtype) @ change.T)
+                computation.add(lambda act, change=change: act.to(change.dtype) @ change.T)
             log.solved(solution, keys, change, self.priors[layer])
 
     def _ridge(self, layer: int) -> Ridge:
         """The layer's solver, with the remembered keys of a loaded state counted again."""
         if layer not in self.ridges:
             ridge = Ridge(self.priors[layer], self.history)
-            for keys in self.changes.past(layer):
+            for keys in self.deltas.past(layer):
                 ridge.append(keys)
             self.ridges[layer] = ridge
         return self.ridges[layer]
@@ -211,14 +267,14 @@ class LocateEditor(Editor):
         return ModelPredictor(self.handle, around=lambda batch: self.handle.swapped(weights))
 
     def edited_weights(self) -> dict[str, Tensor]:
-        return self.changes.parameters()
+        return self.deltas.parameters()
 
     def _state(self) -> dict[str, Any]:
-        return {"contexts": self.contexts, **self.changes.state()}
+        return {"contexts": self.contexts, **self.deltas.state()}
 
     def _load(self, state: dict[str, Any]) -> None:
         self.contexts = list(state["contexts"])
-        self.changes.load(state)
+        self.deltas.load(state)
         self.ridges = {}
 
 
@@ -228,14 +284,14 @@ def _newest(events: Sequence[EditEvent]) -> list[EditEvent]:
     return [e for e in events if last[e.fact] is e]
 
 
-class Log:
+class BatchLog:
     """Numbers of one batch for its report: what targets and solves say of themselves."""
 
     def __init__(self, **counts: float) -> None:
         self.values: dict[str, list[float]] = {}
         self.counts = {k: float(v) for k, v in counts.items()}
 
-    def targets(self, found: Found) -> None:
+    def targets(self, found: Targets) -> None:
         """Raises `EditFailed` for a target that is not finite."""
         if not torch.isfinite(found.delta).all():
             raise EditFailed("the search for a target went astray: its change is not finite")
@@ -267,9 +323,9 @@ def collisions(keys: Tensor) -> int:
     return int((torch.triu(unit @ unit.T, diagonal=1) > _SAME_KEY).sum())
 
 
-def scale_of(hyper: Hyper, moment: Tensor) -> tuple[float, float, float]:
+def scale_of(hyper: LocateHyperparameters, second_moment: Tensor) -> tuple[float, float, float]:
     """Units of lambda, L2 and the threshold: (key width, E|k|^2, mean eigenvalue of C) for derived values, else 1."""
     if not hyper.relative:
         return 1.0, 1.0, 1.0
-    trace = float(moment.diagonal().sum())
-    return float(len(moment)), trace, trace / len(moment)
+    trace = float(second_moment.diagonal().sum())
+    return float(len(second_moment)), trace, trace / len(second_moment)

@@ -10,25 +10,36 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from testbed.core.ranges import NonNegativeFloat, PositiveFloat
 from testbed.core.registry import EDITORS
-from testbed.editors.locate.core import LocateConfig, LocateEditor, scale_of
-from testbed.editors.locate.solver import Moment, Prior
+from testbed.editors.hyperparameters import ModelKey
+from testbed.editors.locate.core import LocateConfig, LocateEditor, LocateHyperparameters, scale_of
+from testbed.editors.locate.solver import Prior, SecondMomentPrior
+
+
+@dataclass(frozen=True)
+class MemitHyperparameters(LocateHyperparameters):
+    lam: float = 15_000.0
+    """lambda (mom2_update_weight): weight of the second moment C of general keys."""
+
+
+PUBLISHED: dict[ModelKey, MemitHyperparameters] = {
+    ("gpt2", 48): MemitHyperparameters((13, 14, 15, 16, 17), steps=20, lam=20_000.0),  # GPT2-XL: MEMIT's released configuration
+    ("gptj", 28): MemitHyperparameters((3, 4, 5, 6, 7, 8)),  # GPT-J-6B: MEMIT's released configuration
+    ("llama", 32): MemitHyperparameters((4, 5, 6, 7, 8), lr=0.1),  # Llama-3-8B: AlphaEdit's released configuration
+    ("qwen2", 28): MemitHyperparameters((4, 5, 6, 7, 8), clamp=4.0, decay=1e-3),  # Qwen2.5-7B: EasyEdit's released configuration
+}
+"""By type and number of layers of the language model."""
 
 
 @dataclass(frozen=True)
 class MemitConfig(LocateConfig):
-    lam: float | None = None
+    lam: PositiveFloat | None = None
     """lambda: weight of general keys (mom2_update_weight)."""
-    eta: float = 1e-4
+    eta: NonNegativeFloat = 1e-4
     """Added to C's diagonal, as a share of its mean, so that a C of deficient rank can be solved."""
     history: bool = False
     """Past keys are constraints too."""
-
-    def problems(self) -> list[str]:
-        out = super().problems()
-        if self.lam is not None and not self.lam > 0:
-            out.append(f"lam must be positive, got {self.lam}")
-        return out + ([] if self.eta >= 0 else [f"eta must be 0 or more, got {self.eta}"])
 
 
 @dataclass(frozen=True)
@@ -43,16 +54,17 @@ class Memit(LocateEditor):
 
     summary = "several layers, ridge weighted by general text, earlier batches unprotected (MEMIT)"
     Config = MemitConfig
+    Hyperparameters = MemitHyperparameters
+    published = PUBLISHED
+    derived = {"lam": 2.0}
 
     @property
     def history(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.config.history
 
-    def _lam(self) -> float:
-        return self.hyper.lam
-
-    def _prior(self, layer: int, moment: Tensor) -> Prior:
-        return Moment(moment, self._lam() * scale_of(self.hyper, moment)[0], self.config.eta)
+    def _prior(self, layer: int, second_moment: Tensor) -> Prior:
+        """A0 = lambda C (MEMIT eq. 15)."""
+        return SecondMomentPrior(second_moment, self.hyper.lam * scale_of(self.hyper, second_moment)[0], self.config.eta)
 
 
 @EDITORS.register("memit-seq")

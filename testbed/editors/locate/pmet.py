@@ -3,7 +3,7 @@
 With both free to move, the MLP's part does not have to stand in for what attention would do. The target is the
 MLP's own output plus its part; the residual `V - v` is what that output lacks, and a layer takes `1 / sqrt(left)`
 of it. Once the answer is the likeliest at every token its loss counts a tenth, and the search ends when the
-drift of the subject is small too.
+KL divergence of the subject is small too.
 """
 
 from __future__ import annotations
@@ -16,49 +16,62 @@ import torch
 from torch import Tensor
 
 from testbed.core.registry import EDITORS
-from testbed.editors.locate.hyperparameters import Hyper
-from testbed.editors.locate.keys import Sweep
-from testbed.editors.locate.memit import Memit, MemitConfig
-from testbed.editors.locate.positions import Rows
-from testbed.editors.locate.targets import Forward, Found, Task, parts_of, search
-from testbed.model.suffix_columns import Behind, behind
+from testbed.editors.hyperparameters import ModelKey
+from testbed.editors.locate.keys import KeyComputation
+from testbed.editors.locate.memit import Memit, MemitConfig, MemitHyperparameters
+from testbed.editors.locate.positions import PromptRows
+from testbed.editors.locate.targets import TargetLoss, Targets, TargetTask, attention_and_mlp_outputs, search
+from testbed.model.suffix import ModelSuffix, suffix_from_layer
 
 _KNOWN = 0.1
 """Weight of the answer's loss once the answer is the likeliest."""
 _SETTLED = 0.01
-"""Drift (nats) under which a search ends then."""
+"""KL divergence (nats) under which a search ends then."""
+
+
+_SEARCH: dict[str, Any] = {"steps": 30, "lr": 0.2, "kl": 1.0}
+"""PMET's released search on GPT-J-6B, used for every published row."""
+
+PUBLISHED: dict[ModelKey, MemitHyperparameters] = {
+    ("gpt2", 48): MemitHyperparameters((13, 14, 15, 16, 17), lam=10_000.0, clamp=2.0, **_SEARCH),  # GPT2-XL: PMET's released configuration
+    ("gptj", 28): MemitHyperparameters((3, 4, 5, 6, 7, 8), **_SEARCH),  # GPT-J-6B: PMET's released configuration
+    ("llama", 32): MemitHyperparameters((4, 5, 6, 7, 8), **_SEARCH),  # Llama-3-8B: layers of AlphaEdit's released configuration
+    ("qwen2", 28): MemitHyperparameters((4, 5, 6, 7, 8), decay=1e-3, **_SEARCH),  # Qwen2.5-7B: layers of EasyEdit's configuration
+}
+"""By type and number of layers of the language model. The clamp holds for each of the two changes."""
 
 
 @dataclass(frozen=True)
 class PmetConfig(MemitConfig):
-    """MEMIT's fields; `lam` comes from the table's PMET column."""
+    """MEMIT's fields, with PMET's own table of values."""
 
 
-class Both(Forward):
+class AttentionAndMlpLoss(TargetLoss):
     """The loss of a delta (n, 2 d): a part for the attention's output, and one for the MLP's."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: TargetTask) -> None:
         super().__init__(task)
         self.known = torch.zeros(self.n, dtype=torch.bool)
-        self.drift = torch.zeros(self.n)
+        self.divergence = torch.zeros(self.n)
 
-    def _enter(self, task: Task, rows: Rows, width: int | None) -> Behind:
-        return behind(task.handle, rows.batch, task.layer, int(rows.at[0]), width)
+    def _suffix(self, task: TargetTask, rows: PromptRows, width: int) -> ModelSuffix:
+        start = int(rows.at[0])
+        return suffix_from_layer(task.handle, rows.batch, task.layer, positions=(start, start + width))
 
     def losses(self, delta: Tensor, kl: float) -> Tensor:
-        answers, essence = self._read(delta)
+        answers, kl_prompts = self._read(delta)
         each, likeliest = self._answers(answers)
         nll = self._over_edits(each)
         self.known = self._over_edits(likeliest.float()) > 1 - 1e-6
-        drift = self._drift(essence)
-        self.drift = drift.detach()
-        return torch.where(self.known, _KNOWN * nll, nll) + kl * drift
+        divergence = self._divergence(kl_prompts)
+        self.divergence = divergence.detach()
+        return torch.where(self.known, _KNOWN * nll, nll) + kl * divergence
 
     def done(self, loss: Tensor, stop: float) -> Tensor:
-        return (loss < stop) | (self.known & (self.drift < _SETTLED))
+        return (loss < stop) | (self.known & (self.divergence < _SETTLED))
 
-    def _ends(self, rows: Behind, delta: Tensor, column: int, at: Tensor) -> Tensor:
-        above, here = rows.above, column - rows.start
+    def _final_hidden(self, suffix: ModelSuffix, delta: Tensor, position: int, read: Tensor) -> Tensor:
+        here = position - suffix.start
         attention, mlp = delta.chunk(2, dim=1)
 
         def put(module: Any, args: Any, output: Any) -> Any:
@@ -66,11 +79,10 @@ class Both(Forward):
             out[:, here] += attention.to(out)
             return (out, *output[1:]) if isinstance(output, tuple) else out
 
-        with above.handle.hooked(above.handle.attention(self.layer), put):
-            hidden = above.layer(self.layer, above.hidden).clone()
+        with self.handle.hooked(self.handle.attention(self.layer), put):
+            hidden = suffix.layer(self.layer, suffix.hidden).clone()
         hidden[:, here] += mlp.to(hidden)
-        out = above.through(hidden, self.layer + 1, above.handle.n_layers)
-        return above.ends(out, at[:, rows.start : rows.start + out.shape[1]])
+        return suffix.final_hidden(suffix.run(hidden, self.layer + 1), read)
 
 
 @EDITORS.register("pmet")
@@ -79,29 +91,21 @@ class Pmet(Memit):
 
     summary = "MEMIT with attention and MLP sought together, the MLP's part written (PMET)"
     Config = PmetConfig
-
-    def _tuned(self, hyper: Hyper) -> Hyper:
-        """PMET's own search where the model has a row in the table, and what the configuration sets."""
-        own: dict[str, Any] = {} if hyper.relative else {"steps": 30, "lr": 0.2, "kl": 1.0}
-        own["clamp"] = hyper.clamp_pmet if not hyper.relative else hyper.clamp
-        return replace(hyper, **{k: v for k, v in own.items() if getattr(self.config, k) is None})
-
-    def _lam(self) -> float:
-        return self.hyper.lam_pmet if self.config.lam is None else self.config.lam
+    published = PUBLISHED
 
     def _share(self, left: int) -> float:
         return 1 / math.sqrt(left)
 
-    def _unit(self, task: Task, heights: Tensor) -> Tensor:
+    def _unit(self, task: TargetTask, outputs: Tensor) -> Tensor:
         """(n, 2) norms of the two outputs."""
-        return torch.stack([part.norm(dim=1) for part in parts_of(task.handle, task.events, task.layer)], 1)
+        return torch.stack([part.norm(dim=1) for part in attention_and_mlp_outputs(task.handle, task.events, task.layer)], 1)
 
-    def _search(self, task: Task, unit: Tensor) -> Found:
-        found = search(task, self.hyper, unit, Both)
+    def _search(self, task: TargetTask, unit: Tensor) -> Targets:
+        found = search(task, self.hyper, unit, AttentionAndMlpLoss)
         return replace(found, delta=found.delta[:, task.handle.width :])
 
-    def _start(self, task: Task, heights: Tensor) -> Tensor:
-        return parts_of(task.handle, task.events, task.layer)[1]
+    def _start(self, task: TargetTask, outputs: Tensor) -> Tensor:
+        return attention_and_mlp_outputs(task.handle, task.events, task.layer)[1]
 
-    def _residual(self, sweep: Sweep, target: Tensor, keys: Tensor) -> Tensor:
-        return target - sweep.ahead_mlp()
+    def _residual(self, computation: KeyComputation, target: Tensor, keys: Tensor) -> Tensor:
+        return target - computation.last_mlp_output()

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
 from streams.base import TrainPool
+from testbed.core.ranges import Range
 from testbed.core.registry import WRAPPERS
 from testbed.editors.base import Editor, EditorConfig
 from testbed.editors.wrapper import Wrapper
@@ -23,11 +24,8 @@ from testbed.model.predictor import ModelPredictor, Predictor
 
 @dataclass(frozen=True)
 class PruneConfig(EditorConfig):
-    alpha: float = math.e
+    alpha: Annotated[float, Range(above=1)] = math.e
     """Base of the logarithm; smaller ones restrain less."""
-
-    def problems(self) -> list[str]:
-        return super().problems() + ([] if self.alpha > 1 else [f"alpha must be over 1, got {self.alpha}"])
 
 
 @WRAPPERS.register("prune")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from testbed.core.ranges import PositiveFraction
 from testbed.core.registry import WRAPPERS
 from testbed.editors.base import EditorConfig
 from testbed.editors.locate.core import LocateEditor
@@ -20,11 +21,8 @@ from testbed.editors.wrapper import Wrapper
 
 @dataclass(frozen=True)
 class RectConfig(EditorConfig):
-    keep: float = 0.4
+    keep: PositiveFraction = 0.4
     """Share of entries that stay (0.2 in the authors' code, 0.4 in AlphaEdit's comparison)."""
-
-    def problems(self) -> list[str]:
-        return super().problems() + ([] if 0 < self.keep <= 1 else [f"keep must lie in (0, 1], got {self.keep}"])
 
 
 @WRAPPERS.register("rect")
@@ -36,8 +34,8 @@ class Rect(Wrapper, LocateEditor):
     Config = RectConfig
 
     def _keep(self, layer: int, step: int, solution: Solution, keys: Tensor | None) -> None:
-        change = (solution.left.T @ solution.right).to(self.changes.base(layer).dtype)
-        self.changes.add_dense(layer, step, sparse(change, self.changes.weight(layer), self.config.keep), keys, len(solution.left))
+        change = (solution.left.T @ solution.right).to(self.deltas.base(layer).dtype)
+        self.deltas.add_dense(layer, step, sparse(change, self.deltas.weight(layer), self.config.keep), keys, len(solution.left))
 
 
 def sparse(change: Tensor, weight: Tensor, keep: float) -> Tensor:

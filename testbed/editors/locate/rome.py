@@ -13,25 +13,42 @@ from typing import Any
 from torch import Tensor
 
 from testbed.core.events import EditEvent
+from testbed.core.ranges import NonNegativeFloat
 from testbed.core.registry import EDITORS
-from testbed.editors.locate.core import LocateConfig, LocateEditor
-from testbed.editors.locate.hyperparameters import Hyper
-from testbed.editors.locate.keys import Sweep
-from testbed.editors.locate.solver import Moment, Prior, Solution
-from testbed.editors.locate.targets import Task, parts_of
+from testbed.editors.hyperparameters import ModelKey
+from testbed.editors.locate.core import LocateConfig, LocateEditor, LocateHyperparameters
+from testbed.editors.locate.keys import KeyComputation
+from testbed.editors.locate.solver import Prior, SecondMomentPrior, Solution
+from testbed.editors.locate.targets import TargetTask, attention_and_mlp_outputs
+
+
+def _row(layer: int, **values: Any) -> RomeHyperparameters:
+    return RomeHyperparameters((layer,), layer=layer, clamp=4.0, **values)
+
+
+@dataclass(frozen=True)
+class RomeHyperparameters(LocateHyperparameters):
+    layer: int = 0
+    """The layer that is edited."""
+
+
+PUBLISHED: dict[ModelKey, RomeHyperparameters] = {
+    ("gpt2", 48): _row(17, steps=20),  # GPT2-XL: ROME's released configuration
+    ("gptj", 28): _row(5),  # GPT-J-6B: ROME's released configuration
+    ("llama", 32): _row(5),  # Llama-3-8B: AlphaEdit's released configuration
+    ("qwen2", 28): _row(5, decay=1e-3),  # Qwen2.5-7B: EasyEdit's released configuration
+}
+"""By type and number of layers of the language model. The clamp is a multiple of the norm of the MLP's output."""
 
 
 @dataclass(frozen=True)
 class RomeConfig(LocateConfig):
     layer: int | None = None
     """The layer that is edited."""
-    eta: float = 1e-4
+    eta: NonNegativeFloat = 1e-4
     """Added to C's diagonal, as a share of its mean."""
     compat: bool = False
     """The released code's inconsistent keys (averaged for u, bare in the denominator)."""
-
-    def problems(self) -> list[str]:
-        return super().problems() + ([] if self.eta >= 0 else [f"eta must be 0 or more, got {self.eta}"])
 
 
 @EDITORS.register("rome")
@@ -40,13 +57,13 @@ class Rome(LocateEditor):
 
     summary = "one layer, one fact at a time, met exactly (ROME with consistent keys)"
     Config = RomeConfig
+    Hyperparameters = RomeHyperparameters
+    published = PUBLISHED
+    derived = {"clamp": 4.0, "layer": lambda layers: layers[len(layers) // 2]}
+    shallow = {**LocateEditor.shallow, "clamp": 20.0}
 
-    def _tuned(self, hyper: Hyper) -> Hyper:
-        """ROME's own step size and clamp, the latter on the norm of the MLP's output."""
-        own: dict[str, Any] = {"layer": self.config.layers[-1] if self.config.layers is not None else hyper.layer}
-        own |= {"lr": 0.5} if self.config.lr is None and not hyper.relative else {}
-        own |= {"clamp": hyper.clamp_rome} if self.config.clamp is None else {}
-        return replace(hyper, **own)
+    def _tuned(self, hyper: RomeHyperparameters) -> RomeHyperparameters:
+        return hyper if self.config.layers is None else replace(hyper, layer=self.config.layers[-1])
 
     @property
     def bare_share(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -60,20 +77,20 @@ class Rome(LocateEditor):
     def _stages(self) -> list[tuple[int, ...]]:
         return [(self.hyper.layer,)]
 
-    def _prior(self, layer: int, moment: Tensor) -> Prior:
-        return Moment(moment, 1.0, self.config.eta)
+    def _prior(self, layer: int, second_moment: Tensor) -> Prior:
+        return SecondMomentPrior(second_moment, 1.0, self.config.eta)
 
-    def _unit(self, task: Task, heights: Tensor) -> Tensor:
+    def _unit(self, task: TargetTask, outputs: Tensor) -> Tensor:
         """The norm of the MLP's own output: the target is a change of it."""
-        return parts_of(task.handle, task.events, task.layer)[1].norm(dim=1)
+        return attention_and_mlp_outputs(task.handle, task.events, task.layer)[1].norm(dim=1)
 
-    def _residual(self, sweep: Sweep, target: Tensor, keys: Tensor) -> Tensor:
+    def _residual(self, computation: KeyComputation, target: Tensor, keys: Tensor) -> Tensor:
         """v* - W k for the key that is solved for."""
-        bare = target - sweep.ahead()
+        bare = target - computation.last_output()
         if self.config.compat:
             return bare
-        weight = self.changes.weight(self.hyper.layer)
-        return bare + (sweep.bare_key - keys).to(weight.dtype) @ weight.T
+        weight = self.deltas.weight(self.hyper.layer)
+        return bare + (computation.bare_key - keys).to(weight.dtype) @ weight.T
 
     def _solve(self, layer: int, keys: Tensor, residual: Tensor, bare: Tensor) -> Solution:
         """The equality-constrained change; `compat` divides by the bare key's share instead of the averaged one's."""

@@ -1,9 +1,14 @@
-"""Second moments of keys in general text: one pass for all layers, with a stopping rule, kept by model, text and layer."""
+"""Second moments C = E[k k^T] of keys in general text: one pass for all layers, with a stopping rule, kept by model, text and layer.
+
+The text is the stream's train pool, a text file, or a dataset by name.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +17,87 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from streams.base import TrainPool
+from testbed.core.events import Ask, content_id
 from testbed.editors.base import BadEditor
-from testbed.editors.locate.corpus import Corpus
 from testbed.model.encoding import Batch, answer_ids, collate, text_batch
 from testbed.model.handle import ModelHandle
 from testbed.storage.files import replacing
-from testbed.storage.shared_cache import alone
+from testbed.storage.shared_cache import exclusive
 
 _ROWS = 32
 _TOKENS_PER_DIRECTION = 10
 """Tokens a direction of the key space before the stopping rule may end the pass."""
 _SETTLED = 0.02
 """The pass ends when C moves by less than this share (Frobenius) between two doublings of the corpus."""
+_DATASET = re.compile("hub:(.+)")
+"""`hub:DATASET[:CONFIG[:SPLIT[:FIELD]]]` names a dataset of the `datasets` library."""
+_DOCUMENTS = 100_000
+"""Texts read of a dataset at most (Meng et al. 2022 read as many)."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """General text: questions with their answers as they are asked, and running text."""
+
+    asks: tuple[Ask, ...]
+    answers: tuple[str, ...]
+    texts: tuple[str, ...]
+
+    @property
+    def hash(self) -> str:
+        keys = [a.image.key if a.image is not None else None for a in self.asks]
+        return content_id("corpus", [a.prompt for a in self.asks], keys, self.answers, self.texts)
+
+
+def corpus_of(pool: TrainPool, source: str | None) -> Corpus:
+    """The train pool, or what `source` names in its place: a text file or `hub:...`. Raises `BadEditor` for one without text."""
+    if source is not None:
+        named = _DATASET.fullmatch(source)
+        texts = _dataset(named[1]) if named else _text_file(Path(source))
+        if not texts:
+            raise BadEditor(f"corpus {source} holds no line of text")
+        return Corpus((), (), texts)
+    known = [q for q in pool.questions if q.answer]
+    corpus = Corpus(tuple(q.ask() for q in known), tuple(q.answer or "" for q in known), pool.texts)
+    if not (corpus.asks or corpus.texts):
+        raise BadEditor(
+            "second moments need general text, and the stream has no train pool: "
+            "--set EDITOR.corpus=FILE names a text file, --set EDITOR.corpus=hub:DATASET a dataset"
+        )
+    return corpus
+
+
+def _text_file(path: Path) -> tuple[str, ...]:
+    """One text a line. Raises `BadEditor` for a file that is absent or no text."""
+    try:
+        return tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    except (OSError, UnicodeDecodeError) as e:
+        raise BadEditor(f"corpus {path} cannot be read as text: {e}") from e
+
+
+def _dataset(argument: str) -> tuple[str, ...]:
+    """One text a row, of the first 100,000. Raises `BadEditor` for a dataset or a field that is not there."""
+    import datasets
+
+    name, part, split, field = [*argument.split(":"), *[""] * 4][:4]
+    where = f"corpus hub:{name} (configuration {part or 'default'}, split {split or 'train'})"
+    try:
+        saved = (Path(name) / "state.json").is_file()
+        rows: Any = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, part or None, split=split or "train")
+    except Exception as e:  # datasets raises many kinds; each is a source that cannot be used
+        raise BadEditor(f"{where} cannot be loaded: {' '.join(str(e).split())[:300]}") from e
+    if (field or "text") not in rows.column_names:
+        raise BadEditor(f"{where} has no field {field or 'text'!r}; there are {', '.join(rows.column_names)}")
+    found = rows.select(range(min(len(rows), _DOCUMENTS)))[field or "text"]
+    return tuple(text.strip() for text in found if isinstance(text, str) and text.strip())
 
 
 def second_moments(handle: ModelHandle, corpus: Corpus, layers: Sequence[int], folder: Path | None = None) -> dict[int, Tensor]:
     """`C = E[k k^T]` (f, f) float64 of each layer over the corpus's positions that hold text, under the base weights.
 
     Kept on the handle, and with a folder on disk, by (model, corpus, layer): statistics of another model or text
-    cannot be taken for these. Without a folder, the shelf of the handle is one.
+    cannot be taken for these. Without a folder, the handle's own cache folder is one.
     """
     kept: dict[tuple[str, str, int], Tensor] = handle.cache.setdefault("second moments", {})
     name = (handle.hash, corpus.hash)
@@ -39,7 +106,7 @@ def second_moments(handle: ModelHandle, corpus: Corpus, layers: Sequence[int], f
         # layers that are read together end together, so runs share what was read together and get what they would have made
         folder = handle.shelf / f"moments-of-{'-'.join(map(str, missing))}"
     if missing:
-        with alone(folder / "moments") if folder is not None else nullcontext():
+        with exclusive(folder / "moments") if folder is not None else nullcontext():
             _fill(handle, corpus, missing, folder)
     return {n: kept[(*name, n)] for n in layers}
 
@@ -78,7 +145,7 @@ def _collect(handle: ModelHandle, corpus: Corpus, layers: list[int]) -> dict[int
     from testbed.model.progress import bars  # rich draws from the global generator when it is imported
 
     sums: dict[int, Tensor] = {}
-    count, mark, total = 0, _Mark(), _number(corpus)
+    count, rule, total = 0, _StoppingRule(), _number(corpus)
     with bars() as progress:
         for done, batch in enumerate(_batches(handle, corpus), 1):
             keep = (batch.prompt & ~batch.picture) | batch.answer
@@ -86,7 +153,7 @@ def _collect(handle: ModelHandle, corpus: Corpus, layers: list[int]) -> dict[int
                 sums[layer] = sums[layer] + keys.T @ keys if layer in sums else keys.T @ keys
             count += int(keep.sum())
             progress.advance("second moments", done, total)
-            if mark.settled(sums, count):
+            if rule.settled(sums, count):
                 progress.advance("second moments", total, total)
                 break
     return {n: s / count for n, s in sums.items()}
@@ -114,8 +181,8 @@ def _keys(handle: ModelHandle, batch: Batch, keep: Tensor, layers: list[int]) ->
     return seen
 
 
-class _Mark:
-    """The stopping rule: C at every doubling of the corpus, compared with the last."""
+class _StoppingRule:
+    """C at every doubling of the corpus, compared with the last."""
 
     def __init__(self) -> None:
         self.count = 0

@@ -37,7 +37,7 @@ class Prior(ABC):
 
 
 @dataclass(frozen=True)
-class Identity(Prior):
+class IdentityPrior(Prior):
     """A0 = rho I: all keys count alike."""
 
     rho: float
@@ -49,7 +49,7 @@ class Identity(Prior):
         return rows
 
 
-class Moment(Prior):
+class SecondMomentPrior(Prior):
     """A0 = lam (C + eta m I), m the mean of C's diagonal: general keys count as often as they occur.
 
     C (f, f) is the second moment of keys in general text (not centred). eta keeps a C of deficient rank solvable.
@@ -68,7 +68,7 @@ class Moment(Prior):
         return solve_triangular(self._root.T, rows, upper=True)
 
 
-class NullSpace(Prior):
+class NullSpacePrior(Prior):
     """A0 = rho I where C is small, infinite where it is large (AlphaEdit's projector).
 
     basis: (f, r) orthonormal excluded directions V, so that `P k = k - V V^T k` without a dense P.

@@ -2,10 +2,10 @@
 
     L(delta) = mean over contexts [-(1/m) sum_t log p(o_t | ...)] + kl KL(p_delta || p_0) + decay ||delta|| / ||h_0||^2
 
-(Meng et al. 2022, 2023, as released: the decay is the first power over the square.) All edits of a batch are
-optimised together, each with its own Adam moments, clamp and stop, so an edit's target does not depend on its
-batch mates. Layers up to the one that is changed, and all columns before the lookup position, run once; the
-head runs at answer positions only, nothing behind the last of them runs, and edits with as much to run share a forward.
+(ROME eq. 4 and MEMIT eq. 16, Meng et al. 2022 and 2023, as released: the decay is the first power over the square.)
+All edits of a batch are optimised together, each with its own Adam moments, clamp and stop, so an edit's target does
+not depend on its batch mates. Layers up to the one that changes, and all token positions before the subject's last,
+run once; the head runs at answer positions only, and edits with as many positions to run share a forward.
 """
 
 from __future__ import annotations
@@ -19,20 +19,19 @@ from torch import Tensor
 
 from testbed.core.events import EditEvent
 from testbed.editors.base import EditFailed
-from testbed.editors.locate.positions import Rows, answer_rows, columns, joined, prompt_rows, subject_rows
+from testbed.editors.locate.positions import PromptRows, answer_rows, joined, kl_prompt_rows, positions_to_run, prompt_rows
 from testbed.model.answer_loss import answer_loss
 from testbed.model.handle import ModelHandle
-from testbed.model.suffix import enter, row_mean
-from testbed.model.suffix_columns import Behind, behind
+from testbed.model.suffix import ModelSuffix, mean_by_row, suffix_from_layer
 
-_LEAST = 8
-"""Fewer edits than this do not get a forward of their own for having less to run."""
-_FEW = 16
-"""Columns that cost less to run in vain than a forward does to call."""
+_SMALL_GROUP = 8
+"""Fewer edits than this get no forward of their own for having fewer positions to run."""
+_WASTED = 16
+"""Positions run for nothing that cost less than the call of another forward."""
 
 
-class Search(Protocol):
-    """What the search for a target is told (fields of `Hyper`)."""
+class SearchSettings(Protocol):
+    """The hyper-parameters of a search for targets (fields of `LocateHyperparameters`)."""
 
     @property
     def steps(self) -> int: ...
@@ -49,8 +48,8 @@ class Search(Protocol):
 
 
 @dataclass(frozen=True)
-class Task:
-    """One search: which edits, at which layer's output, in which contexts, whether the end token is part of the answer."""
+class TargetTask:
+    """One search: the edits, the layer whose output changes, the contexts before the prompts, and whether the end token is trained."""
 
     handle: ModelHandle
     events: Sequence[EditEvent]
@@ -58,14 +57,14 @@ class Task:
     contexts: Sequence[str]
     end: bool = True
 
-    def part(self, keep: list[int]) -> Task:
-        """The same for some of the edits."""
-        return Task(self.handle, [self.events[i] for i in keep], self.layer, self.contexts, self.end)
+    def part(self, keep: list[int]) -> TargetTask:
+        """The same search for some of the edits."""
+        return TargetTask(self.handle, [self.events[i] for i in keep], self.layer, self.contexts, self.end)
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a search found for n edits.
+class Targets:
+    """The result of a search for n edits.
 
     delta: (n, d) float32 change of the layer's output. loss: (n,) last loss (nats). steps: (n,) optimiser steps taken.
     """
@@ -75,88 +74,91 @@ class Found:
     steps: Tensor
 
 
-class Forward:
-    """The loss of a delta for each edit, with all that it cannot change run once.
+class TargetLoss:
+    """The loss of a delta for each edit, with all that the delta cannot change run once.
 
     A method that looks for several changes at once puts them side by side: delta is then (n, parts d).
-    Answers and essences share a forward where that adds little but saves its calls.
+    Answers and KL prompts share a forward where the positions run for nothing cost less than another call.
     """
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: TargetTask) -> None:
         self.n, self.layer, self.handle = len(task.events), task.layer, task.handle
         self.rows = answer_rows(task.handle, task.events, task.contexts, task.end)
-        self.essence = subject_rows(task.handle, task.events)
-        self.before: Tensor | None = None
-        self.parts = [(rows, rows.read, self._enter(task, rows, width)) for rows, width in self._shared(task)]
+        self.kl_rows = kl_prompt_rows(task.handle, task.events)
+        self.unedited: Tensor | None = None
+        self.parts = [(rows, rows.read, self._suffix(task, rows, width)) for rows, width in self._forwards(task)]
 
-    def _shared(self, task: Task) -> list[tuple[Rows, int]]:
-        """The rows of each forward and how many of their columns are run."""
-        if self.essence is None:
+    def _forwards(self, task: TargetTask) -> list[tuple[PromptRows, int]]:
+        """The rows of each forward and how many of their positions are run."""
+        if self.kl_rows is None:
             return [(self.rows, self.rows.width)]
-        if _cheap(self.rows, self.essence):
-            return [(joined(task.handle, self.rows, self.essence), self.rows.width)]
-        return [(self.rows, self.rows.width), (self.essence, 1)]
+        if _share_forward(self.rows, self.kl_rows):
+            return [(joined(task.handle, self.rows, self.kl_rows), self.rows.width)]
+        return [(self.rows, self.rows.width), (self.kl_rows, 1)]
 
-    def _enter(self, task: Task, rows: Rows, width: int | None) -> Behind:
-        return behind(task.handle, rows.batch, task.layer + 1, int(rows.at[0]), width)
+    def _suffix(self, task: TargetTask, rows: PromptRows, width: int) -> ModelSuffix:
+        """The model from what the layer's output enters on, at the rows' positions from the lookup position on."""
+        start = int(rows.at[0])
+        return suffix_from_layer(task.handle, rows.batch, task.layer + 1, positions=(start, start + width))
 
     def losses(self, delta: Tensor, kl: float) -> Tensor:
-        """(n,) negative log-likelihood of the answers, mean over tokens then contexts, plus kl times the drift of the essence."""
-        answers, essence = self._read(delta, drift=bool(kl))
+        """(n,) negative log-likelihood of the answers, mean over tokens then contexts, plus kl times the KL divergence."""
+        answers, kl_prompts = self._read(delta, with_kl=bool(kl))
         loss = self._over_edits(self._answers(answers)[0])
-        return loss + kl * self._drift(essence) if kl else loss
+        return loss + kl * self._divergence(kl_prompts) if kl else loss
 
     def done(self, loss: Tensor, stop: float) -> Tensor:
         """(n,) bool: the edits whose target is found, by the loss with its decay."""
         return loss < stop
 
-    def _read(self, delta: Tensor, drift: bool = True) -> tuple[Tensor, Tensor]:
-        """What enters the head where answer tokens are predicted (m, d), and for the drift where subjects end (k, d), deltas in place."""
-        parts = self.parts if drift else self.parts[:1]
-        ends = [self._ends(behind, delta[rows.edit], int(rows.at[0]), at) for rows, at, behind in parts]
+    def _read(self, delta: Tensor, with_kl: bool = True) -> tuple[Tensor, Tensor]:
+        """Final hidden states, deltas in place: where answer tokens are predicted (m, d), and at the KL prompts' ends (k, d)."""
+        parts = self.parts if with_kl else self.parts[:1]
+        final = [self._final_hidden(suffix, delta[rows.edit], int(rows.at[0]), read) for rows, read, suffix in parts]
         m = len(self.rows.batch.answer_ids)
-        together = torch.cat(ends) if len(ends) > 1 else ends[0]
+        together = torch.cat(final) if len(final) > 1 else final[0]
         return together[:m], together[m:]
 
-    def _answers(self, ends: Tensor) -> tuple[Tensor, Tensor]:
+    def _final_hidden(self, suffix: ModelSuffix, delta: Tensor, position: int, read: Tensor) -> Tensor:
+        """(m, d) final hidden states at `read` with each row's delta added at the position."""
+        return suffix.final_hidden(suffix.run(suffix.added(delta, position)), read)
+
+    def _answers(self, final: Tensor) -> tuple[Tensor, Tensor]:
         """(m,) loss of each answer token of all rows, nats, and (m,) whether it is the likeliest."""
-        return answer_loss(self.handle, ends, self.rows.batch.answer_ids)
+        return answer_loss(self.handle, final, self.rows.batch.answer_ids)
 
     def _over_edits(self, values: Tensor) -> Tensor:
         """(n,) mean over a row's answer tokens, then over an edit's rows."""
         row = self.rows.batch.before_answer.nonzero()[:, 0]
-        return row_mean(row_mean(values, row, len(self.rows.edit)), self.rows.edit, self.n)
+        return mean_by_row(mean_by_row(values, row, len(self.rows.edit)), self.rows.edit, self.n)
 
-    def _ends(self, rows: Behind, delta: Tensor, column: int, at: Tensor) -> Tensor:
-        """(m, d) what enters the head at `at` with each row's delta in place."""
-        return rows.ends(delta, column, at)
-
-    def _drift(self, ends: Tensor) -> Tensor:
-        """(n,) KL(p_delta || p_0) of the next token after the subject; 0 for edits whose prompt names none."""
+    def _divergence(self, final: Tensor) -> Tensor:
+        """(n,) KL(p_delta || p_0) of the next token after the KL prompt; 0 for edits whose prompt names no subject."""
         none = torch.zeros(self.n, device=self.rows.edit.device)
-        if self.essence is None:
+        if self.kl_rows is None:
             return none
-        logp = self.handle.head(ends).to(self.handle.device).float().log_softmax(-1)
-        if self.before is None:
-            self.before = logp.detach()
-        drift = (logp.exp() * (logp - self.before)).sum(-1)
-        return none.index_add(0, self.essence.edit, drift)
+        logp = self.handle.head(final).to(self.handle.device).float().log_softmax(-1)
+        if self.unedited is None:
+            self.unedited = logp.detach()
+        divergence = (logp.exp() * (logp - self.unedited)).sum(-1)
+        return none.index_add(0, self.kl_rows.edit, divergence)
 
 
-def _cheap(rows: Rows, essence: Rows) -> bool:
-    """Whether the columns that essences are run for in vain, beside answers, are few; beside pictures they are not."""
-    return not rows.batch.picture.any() and len(essence.edit) * (rows.width - 1) <= max(_FEW, len(rows.edit) * rows.width / _LEAST)
+def _share_forward(rows: PromptRows, kl_rows: PromptRows) -> bool:
+    """Whether few positions are run for nothing when KL prompts share the answers' forward; beside pictures there are many."""
+    wasted = len(kl_rows.edit) * (rows.width - 1)
+    return not rows.batch.picture.any() and wasted <= max(_WASTED, len(rows.edit) * rows.width / _SMALL_GROUP)
 
 
-class Adam:
-    """Adam with moments a row, so that rows can stop and leave (beta 0.9 and 0.999, eps 1e-8)."""
+class RowAdam:
+    """Adam with moments for each row, so that rows can stop and leave (beta 0.9 and 0.999, eps 1e-8)."""
 
     def __init__(self, like: Tensor, lr: float) -> None:
         self.lr, self.t = lr, 0
         self.m, self.v = torch.zeros_like(like), torch.zeros_like(like)
 
     def step(self, grad: Tensor) -> Tensor:
-        """What to add to the parameter."""
+        """The change of the parameter."""
         self.t += 1
         self.m = 0.9 * self.m + 0.1 * grad
         self.v = 0.999 * self.v + 0.001 * grad.square()
@@ -164,111 +166,115 @@ class Adam:
         return -self.lr * m / (v.sqrt() + 1e-8)
 
     def keep(self, rows: Tensor) -> None:
+        """Drop the moments of all other rows."""
         self.m, self.v = self.m[rows], self.v[rows]
 
 
-def search(task: Task, h: Search, scale: Tensor, forward_of: type[Forward] = Forward) -> Found:
+def search(task: TargetTask, h: SearchSettings, scale: Tensor, loss_class: type[TargetLoss] = TargetLoss) -> Targets:
     """Optimise one delta an edit until its loss is under `h.stop` or `h.steps - 1` steps are taken (the last only reads).
 
-    scale: (n,), or (n, parts), norm of what each part of the delta is added to: the clamp's and the decay's unit.
+    scale: (n,), or (n, parts), norm of the output that each part of the delta is added to: the unit of the clamp and the decay.
     Raises `EditFailed` when a loss is not finite.
     """
     scale = scale.reshape(len(scale), -1)
-    found = _nothing(task, scale)
-    for keep in _alike(task):
-        part = _search(task.part(keep), h, scale[keep], forward_of)
+    found = _zero_targets(task, scale)
+    for keep in _groups_of_like_width(task):
+        part = _search(task.part(keep), h, scale[keep], loss_class)
         found.delta[keep], found.loss[keep], found.steps[keep] = part.delta, part.loss, part.steps
     return found
 
 
-def _alike(task: Task) -> list[list[int]]:
-    """The edits in groups with as many columns to run, so that little of a forward is padding."""
-    width = [columns(task.handle, e, task.end) for e in task.events]
+def _groups_of_like_width(task: TargetTask) -> list[list[int]]:
+    """The edits in groups with as many positions to run, so that little of a forward is padding."""
+    width = [positions_to_run(task.handle, e, task.end) for e in task.events]
     groups: list[list[int]] = [[]]
     for edit in sorted(range(len(width)), key=width.__getitem__):
-        if len(groups[-1]) >= _LEAST and width[edit] > width[groups[-1][-1]]:
+        if len(groups[-1]) >= _SMALL_GROUP and width[edit] > width[groups[-1][-1]]:
             groups.append([])
         groups[-1].append(edit)
-    if len(groups) > 1 and len(groups[-1]) < _LEAST:
+    if len(groups) > 1 and len(groups[-1]) < _SMALL_GROUP:
         few = groups.pop()
         groups[-1] += few
     return groups
 
 
-def _nothing(task: Task, scale: Tensor) -> Found:
+def _zero_targets(task: TargetTask, scale: Tensor) -> Targets:
     """Where a search begins."""
     n, parts = scale.shape
     none = torch.zeros(n, device=scale.device)
-    return Found(torch.zeros(n, parts * task.handle.width, device=scale.device), none, none.clone())
+    return Targets(torch.zeros(n, parts * task.handle.width, device=scale.device), none, none.clone())
 
 
-def _search(task: Task, h: Search, scale: Tensor, forward_of: type[Forward]) -> Found:
-    found = _nothing(task, scale)
+def _search(task: TargetTask, h: SearchSettings, scale: Tensor, loss_class: type[TargetLoss]) -> Targets:
+    found = _zero_targets(task, scale)
     live = torch.arange(len(scale), device=scale.device)
-    forward, adam, delta = forward_of(task), Adam(found.delta, h.lr), found.delta.clone()
+    losses, adam, delta = loss_class(task), RowAdam(found.delta, h.lr), found.delta.clone()
     for step in range(h.steps):
-        loss, grad = _value(forward, delta, h, scale[live])
-        _finite(loss + grad.sum(1), [task.events[i] for i in live.tolist()], h.lr)
+        loss, grad = _loss_and_gradient(losses, delta, h, scale[live])
+        _require_finite(loss + grad.sum(1), [task.events[i] for i in live.tolist()], h.lr)
         found.loss[live], found.delta[live] = loss, delta
-        going = ~forward.done(loss, h.stop)
+        going = ~losses.done(loss, h.stop)
         if step == h.steps - 1 or not going.any():
             break
         found.steps[live[going]] += 1
         delta = torch.where(going[:, None], _clamped(delta + adam.step(grad), h.clamp * scale[live]), delta)
         if 2 * int(going.sum()) <= len(going):
             rows = going.nonzero()[:, 0]
-            live, delta, before = live[rows], delta[rows], forward.before
+            live, delta = live[rows], delta[rows]
             adam.keep(rows)
-            forward = _smaller(forward_of(task.part(live.tolist())), before, rows, forward)
+            losses = _with_reference(loss_class(task.part(live.tolist())), losses, rows)
     return found
 
 
-def _parts(delta: Tensor, scale: Tensor) -> Tensor:
+def _by_part(delta: Tensor, scale: Tensor) -> Tensor:
     """(n, parts, d) from (n, parts d)."""
     return delta.reshape(*scale.shape, -1)
 
 
-def _value(forward: Forward, delta: Tensor, h: Search, scale: Tensor) -> tuple[Tensor, Tensor]:
+def _loss_and_gradient(losses: TargetLoss, delta: Tensor, h: SearchSettings, scale: Tensor) -> tuple[Tensor, Tensor]:
     """(n,) losses and (n, parts d) gradient."""
     with torch.enable_grad():
         own = delta.detach().requires_grad_(True)
-        loss = forward.losses(own, h.kl) + h.decay * (_parts(own, scale).norm(dim=2) / scale.square()).sum(1)
+        loss = losses.losses(own, h.kl) + h.decay * (_by_part(own, scale).norm(dim=2) / scale.square()).sum(1)
         (grad,) = torch.autograd.grad(loss.sum(), own)
     return loss.detach(), grad
 
 
-def _smaller(new: Forward, before: Tensor | None, rows: Tensor, old: Forward) -> Forward:
-    """Carry the essence of the unchanged model over to the edits that go on."""
-    if before is not None and old.essence is not None:
-        new.before = before[torch.isin(old.essence.edit, rows)]
+def _with_reference(new: TargetLoss, old: TargetLoss, rows: Tensor) -> TargetLoss:
+    """The loss of the edits that go on, with the unedited model's answers to their KL prompts carried over."""
+    if old.unedited is not None and old.kl_rows is not None:
+        new.unedited = old.unedited[torch.isin(old.kl_rows.edit, rows)]
     return new
 
 
 def _clamped(delta: Tensor, limit: Tensor) -> Tensor:
     """Parts no longer than their limit (n, parts)."""
-    parts = _parts(delta, limit)
+    parts = _by_part(delta, limit)
     return (parts * (limit / parts.norm(dim=2).clamp(min=1e-30)).clamp(max=1)[:, :, None]).reshape(delta.shape)
 
 
-def _finite(loss: Tensor, events: list[EditEvent], lr: float) -> None:
+def _require_finite(loss: Tensor, events: list[EditEvent], lr: float) -> None:
     bad = [e.prompt for e, ok in zip(events, torch.isfinite(loss).tolist()) if not ok]
     if bad:
         raise EditFailed(f"the loss of {bad[0]!r} is not finite at lr {lr}; try a smaller one")
 
 
 @torch.no_grad()
-def heights(handle: ModelHandle, events: Sequence[EditEvent], layer: int) -> Tensor:
-    """(n, d) float32 output of the layer where each bare prompt's subject ends, beside the model's inputs."""
+def layer_outputs(handle: ModelHandle, events: Sequence[EditEvent], layer: int) -> Tensor:
+    """(n, d) float32 output h of the layer where each bare prompt's subject ends, on the device of the model's inputs."""
     rows = prompt_rows(handle, events, [""])
-    above = enter(handle, rows.batch, layer + 1, layer + 1)
-    return above.hidden.to(handle.device)[torch.arange(len(events), device=handle.device), rows.at].float()
+    hidden = suffix_from_layer(handle, rows.batch, layer + 1, layer + 1).hidden.to(handle.device)
+    return hidden[torch.arange(len(events), device=handle.device), rows.at].float()
 
 
 @torch.no_grad()
-def parts_of(handle: ModelHandle, events: Sequence[EditEvent], layer: int) -> tuple[Tensor, Tensor]:
-    """(n, d) float32 outputs of the layer's attention and of its MLP where each bare prompt's subject ends, beside the model's inputs."""
+def attention_and_mlp_outputs(handle: ModelHandle, events: Sequence[EditEvent], layer: int) -> tuple[Tensor, Tensor]:
+    """(n, d) float32 outputs of the layer's attention and of its MLP where each bare prompt's subject ends.
+
+    Both lie on the device of the model's inputs.
+    """
     rows = prompt_rows(handle, events, [""])
-    above = enter(handle, rows.batch, layer, layer)
+    suffix = suffix_from_layer(handle, rows.batch, layer, layer)
     kept: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[..., None]:
@@ -278,7 +284,7 @@ def parts_of(handle: ModelHandle, events: Sequence[EditEvent], layer: int) -> tu
         return hook
 
     with handle.hooked(handle.attention(layer), keep("attention")), handle.hooked(handle.down(layer), keep("mlp")):
-        above.layer(layer, above.hidden)
+        suffix.layer(layer, suffix.hidden)
     each = torch.arange(len(events), device=rows.at.device)
     attention, mlp = (kept[name].to(each.device)[each, rows.at].float() for name in ("attention", "mlp"))
     return attention, mlp

@@ -11,15 +11,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from testbed.editors.base import BadEditor, need
 from testbed.editors.codebook.growing import appended
-from testbed.model.handle import ModelHandle
+from testbed.model.handle import ModelHandle, as_matrix, as_stored
 
 
-class Changes:
-    """Changes of the down-projections of some layers. W is (d, f) whatever the storage order of the model.
+class WeightDeltas:
+    """WeightDeltas of the down-projections of some layers. W is (d, f) whatever the storage order of the model.
 
     left: (N, d), right: (N, f), keys: (N, f) by layer, one row an edit; keys stay empty without history.
     dense: (d, f) by layer, the sum of changes that have no factors.
@@ -46,7 +46,7 @@ class Changes:
         """(d, f) unedited weight in at least float32."""
         w = self.bases[self.names[layer]]
         w = w if w.dtype == torch.float64 else w.float()
-        return w if isinstance(self.handle.down(layer), nn.Linear) else w.T
+        return as_matrix(self.handle.down(layer), w)
 
     def weight(self, layer: int) -> Tensor:
         """(d, f) edited weight."""
@@ -57,7 +57,7 @@ class Changes:
         return {self.names[n]: self._stored(n, w) for n, w in self.current.items()}
 
     def _stored(self, layer: int, w: Tensor) -> Tensor:
-        return w if isinstance(self.handle.down(layer), nn.Linear) else w.T.contiguous()
+        return as_stored(self.handle.down(layer), w)
 
     def add(self, layer: int, step: int, left: Tensor, right: Tensor, keys: Tensor | None) -> None:
         """A change in factors, and the keys to remember where there is history."""

@@ -47,7 +47,7 @@ def test_a_layer_adds_the_weighted_sum_of_its_best_adapters(seed: int, experts: 
 
 def test_with_all_adapters_on_it_is_a_plain_sum_of_lora_weighted_by_softmax() -> None:
     editor = edited(experts=2, active=2)
-    x, act = torch.randn(3, editor.sites[0].f), torch.randn(3, 4, editor.sites[1].f)
+    x, act = torch.randn(3, editor.targets[0].f), torch.randn(3, 4, editor.targets[1].f)
     m = editor.mixture
     weights = torch.softmax(torch.einsum("bf,nf->bn", x, m.router[1]), 1)
     want = sum(weights[:, i, None, None] * (act @ m.u[1][i].T @ m.v[1][i]) for i in range(2))
@@ -69,7 +69,7 @@ def test_a_deferred_input_gets_the_bases_own_tensor(kind: str) -> None:
     what = asks(events)
     batch = collate(editor.handle, what, side="left")
     with torch.no_grad(), none.around(batch):
-        out = none._at(0, torch.randn(*batch.prompt.shape, editor.sites[0].f), torch.randn(*batch.prompt.shape, editor.sites[0].d), batch)
+        out = none._at(0, torch.randn(*batch.prompt.shape, editor.targets[0].f), torch.randn(*batch.prompt.shape, editor.targets[0].d), batch)
     assert out is None
     assert torch.equal(logits(editor.handle, none, what), logits(editor.handle, None, what))
 
@@ -198,7 +198,7 @@ def test_published_defaults_stand_in_the_table_and_others_are_announced() -> Non
     assert hyper_of(build("gpt2"))[1].startswith("no published hyper-parameters for gpt2 with 3 layers")
     editor = Elder()
     editor.prepare(build("gpt2"), TrainPool())
-    assert editor.within == 2 * len(editor.sites)
+    assert editor.within == 2 * len(editor.targets)
     assert any("N = " in note for note in editor.notes)
 
 

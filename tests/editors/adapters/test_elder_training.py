@@ -19,7 +19,7 @@ from testbed.editors.adapters.elder import ElderConfig
 from testbed.editors.adapters.elder_hyper import overlaid
 from testbed.editors.adapters.elder_routing import Codes, Shape, experts_for
 from testbed.editors.base import BadEditor
-from testbed.storage.run_folder import write_state
+from testbed.storage.files import write_state
 from tests.helpers.elder_editors import BESIDE, PICTURED, SMALL, asks, edited, make, scores_of, scores_x
 from tests.helpers.facts import fact
 from tests.helpers.models import Noise, folder
@@ -149,7 +149,7 @@ from streams.base import TrainPool
 from testbed.editors.adapters.elder import Elder, ElderConfig
 from testbed.core.events import Ask
 from testbed.model.handle import load
-from testbed.storage.run_folder import read_state
+from testbed.storage.files import read_state
 editor = Elder(ElderConfig(**json.loads(sys.argv[4])))
 editor.prepare(load(sys.argv[2], device="cpu"), TrainPool())
 editor.load_state_dict(read_state(Path(sys.argv[3])))

@@ -15,15 +15,15 @@ from torch import nn
 from torch.func import functional_call
 
 from streams.base import TrainPool
+from testbed.bench.reference import whole_model
 from testbed.core.events import Ask, EditBatch, EditEvent
 from testbed.editors.adapters import lowrank
 from testbed.editors.adapters.lora import Lora, LoraConfig, YearlyConfig, YearlyLora
-from testbed.editors.adapters.lowrank import Adapter, Site, Span
+from testbed.editors.adapters.lowrank import AdaptedSuffix, Adapter, TargetModule
 from testbed.editors.base import BadEditor
 from testbed.model.encoding import collate
 from testbed.model.families import UnknownLayout
 from testbed.model.handle import load
-from testbed.model.reference_mode import plain
 from tests.helpers.facts import FACTS, fact
 from tests.helpers.models import KINDS, TEXT, Noise, build, save
 
@@ -39,13 +39,13 @@ def make(cls: type[Lora] = Lora, kind: str = "llama", **config: Any) -> Any:
     return editor
 
 
-def span_of(kind: str, pattern: str = DOWN) -> Span:
+def suffix_of(kind: str, pattern: str = DOWN) -> AdaptedSuffix:
     handle = build(kind)
     pictures = [None, None, None] if kind in TEXT else [Noise(1), None, Noise(2, 32, 64)]
-    return Span(handle, lowrank.find_sites(handle, pattern), [Ask(p, x) for p, x in zip(PROMPTS, pictures)], ANSWERS)
+    return AdaptedSuffix(handle, lowrank.find_target_modules(handle, pattern), [Ask(p, x) for p, x in zip(PROMPTS, pictures)], ANSWERS)
 
 
-def adapters(sites: list[Site], seed: int = 0, rank: int = 2) -> list[Adapter]:
+def adapters(sites: list[TargetModule], seed: int = 0, rank: int = 2) -> list[Adapter]:
     g = torch.Generator().manual_seed(seed)
     return [Adapter(torch.randn(rank, s.f, generator=g), 0.1 * torch.randn(rank, s.d, generator=g), 0.5) for s in sites]
 
@@ -59,27 +59,27 @@ def in_year(event: EditEvent, year: int) -> EditEvent:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_sees_the_whole_models_loss_under_the_merged_weights(kind: str) -> None:
-    span = span_of(kind)
-    pairs = adapters(list(span.sites))
-    got = span.loss(pairs)
-    weights = {s.weight: span.handle.parameter(s.weight) + lowrank.delta(s, a) for s, a in zip(span.sites, pairs)}
-    with torch.no_grad(), span.handle.swapped(weights):
-        logits = span.handle.model(**span.batch.inputs, use_cache=False).logits[span.at].float()
-    nll = torch.nn.functional.cross_entropy(logits, span.batch.answer_ids, reduction="none")
-    want = torch.stack([nll[span.at.nonzero()[:, 0] == i].mean() for i in range(3)])
+    suffix = suffix_of(kind)
+    pairs = adapters(list(suffix.targets))
+    got = suffix.losses(pairs)
+    weights = {s.weight: suffix.handle.parameter(s.weight) + lowrank.delta(s, a) for s, a in zip(suffix.targets, pairs)}
+    with torch.no_grad(), suffix.handle.swapped(weights):
+        logits = suffix.handle.model(**suffix.batch.inputs, use_cache=False).logits[suffix.batch.before_answer].float()
+    nll = torch.nn.functional.cross_entropy(logits, suffix.batch.answer_ids, reduction="none")
+    want = torch.stack([nll[suffix.batch.before_answer.nonzero()[:, 0] == i].mean() for i in range(3)])
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
-    assert (got - span.loss([])).abs().max() > 1e-3
+    assert (got - suffix.losses([])).abs().max() > 1e-3
 
 
 def test_gradients_equal_those_of_the_whole_model() -> None:
-    span = span_of("llava")
-    pairs = [Adapter(a.u.requires_grad_(), a.v.requires_grad_(), a.scale) for a in adapters(list(span.sites))]
+    suffix = suffix_of("llava")
+    pairs = [Adapter(a.u.requires_grad_(), a.v.requires_grad_(), a.scale) for a in adapters(list(suffix.targets))]
     inputs = [t for a in pairs for t in (a.u, a.v)]
-    got = torch.autograd.grad(span.loss(pairs).sum(), inputs)
-    weights = {s.weight: span.handle.parameter(s.weight) + lowrank.delta(s, a) for s, a in zip(span.sites, pairs)}
-    out: Any = functional_call(span.handle.model, weights, kwargs={**span.batch.inputs, "use_cache": False})
-    nll = torch.nn.functional.cross_entropy(out.logits[span.at], span.batch.answer_ids, reduction="none")
-    rows = span.at.nonzero()[:, 0]
+    got = torch.autograd.grad(suffix.losses(pairs).sum(), inputs)
+    weights = {s.weight: suffix.handle.parameter(s.weight) + lowrank.delta(s, a) for s, a in zip(suffix.targets, pairs)}
+    out: Any = functional_call(suffix.handle.model, weights, kwargs={**suffix.batch.inputs, "use_cache": False})
+    nll = torch.nn.functional.cross_entropy(out.logits[suffix.batch.before_answer], suffix.batch.answer_ids, reduction="none")
+    rows = suffix.batch.before_answer.nonzero()[:, 0]
     want = torch.autograd.grad(torch.stack([nll[rows == i].mean() for i in range(3)]).sum(), inputs)
     for a, b in zip(got, want):
         assert b.abs().max() > 1e-4
@@ -87,26 +87,26 @@ def test_gradients_equal_those_of_the_whole_model() -> None:
 
 
 @pytest.mark.parametrize("kind", ["llava", "gpt2"])
-def test_the_fast_path_equals_the_plain_one(kind: str) -> None:
-    fast = span_of(kind)
-    pairs = adapters(list(fast.sites))
-    with plain():
-        slow = span_of(kind)
-        torch.testing.assert_close(slow.loss(pairs), fast.loss(pairs), atol=1e-4, rtol=1e-4)
+def test_the_partial_forward_equals_the_reference(kind: str) -> None:
+    fast = suffix_of(kind)
+    pairs = adapters(list(fast.targets))
+    with whole_model(fast.handle):
+        slow = suffix_of(kind)
+        torch.testing.assert_close(slow.losses(pairs), fast.losses(pairs), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(slow.act, fast.act, atol=1e-4, rtol=1e-4)
 
 
-def test_sites_come_in_the_order_in_which_they_run() -> None:
-    names = [s.name.split(".")[-1] for s in lowrank.find_sites(build("opt"), r"\.0\.")]
+def test_target_modules_come_in_the_order_in_which_they_run() -> None:
+    names = [s.name.split(".")[-1] for s in lowrank.find_target_modules(build("opt"), r"\.0\.")]
     assert names.index("q_proj") < names.index("k_proj")
     assert names[-1] == "fc2"
-    layers = [s.layer for s in lowrank.find_sites(build("llama"), r"(v_proj|up_proj)$")]
+    layers = [s.layer for s in lowrank.find_target_modules(build("llama"), r"(v_proj|up_proj)$")]
     assert layers == [0, 0, 1, 1, 2, 2]
 
 
 def test_a_pattern_that_matches_nothing_lists_what_exists() -> None:
     with pytest.raises(BadEditor, match=r"matches no linear map.*transformer\.h\.0 to transformer\.h\.2.*attn\.c_attn.*mlp\.c_proj"):
-        lowrank.find_sites(build("gpt2"), "down_proj")
+        lowrank.find_target_modules(build("gpt2"), "down_proj")
 
 
 @pytest.mark.parametrize("kind", ["granite", "cohere"])
@@ -115,7 +115,7 @@ def test_a_model_that_scales_its_logits_is_refused_by_name(kind: str, tmp_path: 
     save(kind, tmp_path, **more)
     handle = load(str(tmp_path), device="cpu")
     with pytest.raises(UnknownLayout, match=kind.capitalize()):
-        Span(handle, lowrank.find_sites(handle, DOWN), [Ask("who?")], ["green"])
+        AdaptedSuffix(handle, lowrank.find_target_modules(handle, DOWN), [Ask("who?")], ["green"])
 
 
 # Merging
@@ -132,7 +132,7 @@ def test_merging_two_adapters_equals_the_sum_it_claims(r1: int, r2: int, f: int,
     want = w1 * plain64[0] + w2 * plain64[1]
     torch.testing.assert_close(both(x).double(), x.double() @ want.T, atol=1e-4, rtol=1e-4)
     for module in (nn.Linear(f, d, bias=False), object()):
-        site = Site("s", module, 0, f, d)  # type: ignore[arg-type]
+        site = TargetModule("s", module, 0, f, d)  # type: ignore[arg-type]
         stored = want if isinstance(module, nn.Linear) else want.T
         torch.testing.assert_close(lowrank.delta(site, both).double(), stored, atol=1e-4, rtol=1e-4)
 
@@ -144,7 +144,7 @@ def test_a_year_adds_its_share_and_the_next_starts_afresh() -> None:
     first = editor.pairs
     before = editor.edited_weights()
     editor.apply(EditBatch((in_year(FACTS[2], 2),), 3))
-    for i, site in enumerate(editor.sites):
+    for i, site in enumerate(editor.targets):
         base, (u, v) = editor.handle.parameter(site.weight).double(), first[i]
         year = 0.25 * 2.0 * (v.double().T @ u.double())
         torch.testing.assert_close(editor.merged[i].double(), year, atol=1e-6, rtol=1e-5)
@@ -173,7 +173,7 @@ def test_one_adapter_is_trained_on_from_where_the_last_batch_left_it() -> None:
     said = editor.predictor().respond([Ask(FACTS[-1].prompt)], [None], 5)[0].generated
     assert said == FACTS[-1].target
     assert not hasattr(editor, "merged")
-    assert editor.state_bytes() == sum(4 * 2 * (s.f + s.d) for s in editor.sites)
+    assert editor.state_bytes() == sum(4 * 2 * (s.f + s.d) for s in editor.targets)
 
 
 # Saved for others
@@ -186,8 +186,8 @@ def test_an_adapter_is_stored_in_pefts_layout(kind: str, tmp_path: Path) -> None
     editor.save_adapter(tmp_path)
     config, tensors = json.loads((tmp_path / "adapter_config.json").read_text()), load_file(tmp_path / "adapter_model.safetensors")
     assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 2, 4.0)
-    assert len(tensors) == 2 * len(editor.sites)
-    for s in editor.sites:
+    assert len(tensors) == 2 * len(editor.targets)
+    for s in editor.targets:
         b, a = (tensors[f"base_model.model.{s.name}.lora_{x}.weight"].double() for x in "BA")
         change = config["lora_alpha"] / config["r"] * (b @ a)
         want = editor.handle.parameter(s.weight).double() + (change if not config["fan_in_fan_out"] else change.T)
@@ -217,9 +217,9 @@ def test_peft_loads_it_and_answers_alike(kind: str, tmp_path: Path) -> None:
 
 def test_adapters_of_different_ranks_cannot_be_one_for_peft(tmp_path: Path) -> None:
     editor = make()
-    one, two = (s.name for s in editor.sites)
+    one, two = (s.name for s in editor.targets)
     with pytest.raises(BadEditor, match="one rank"):
-        lowrank.save_peft(tmp_path, editor.handle, {one: adapters(editor.sites)[0], two: adapters(editor.sites, rank=3)[1]})
+        lowrank.save_peft(tmp_path, editor.handle, {one: adapters(editor.targets)[0], two: adapters(editor.targets, rank=3)[1]})
 
 
 # Bad input

@@ -1,14 +1,14 @@
-"""Vectors in the place of a layer's output: behind the kept prompt, through the tail and through the whole model, one loss."""
+"""Vectors in the place of a layer's output: behind the kept prompt, through the suffix and through the whole model, one loss."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from testbed.editors.codebook import keys as _sites
+from testbed.bench.reference import recorded_losses, whole_model
+from testbed.editors.codebook import keys
 from testbed.editors.codebook.value_vectors import at_last, at_prompt
-from testbed.model.prefix_cache import Stems
-from testbed.model.reference_mode import plain, watched
+from testbed.model.prefix_cache import ImagePrefixes
 from tests.helpers.models import build
 from tests.helpers.suffix_rows import ANSWERS, asks
 
@@ -17,14 +17,17 @@ from tests.helpers.suffix_rows import ANSWERS, asks
 @pytest.mark.parametrize("kind", ["llava", "gpt2", "opt", "qwen2_vl"])
 def test_three_ways_to_one_loss_and_gradient(kind: str, layer: int) -> None:
     handle = build(kind)
-    stems = Stems(handle, handle.down(layer))
-    keys = _sites.read(stems, asks(kind), _sites.last)
+    prefixes = ImagePrefixes(handle, handle.down(layer))
+    entering = keys.read(prefixes, asks(kind), keys.last)
     start = torch.rand(3, handle.width, generator=torch.Generator().manual_seed(0))
     got = []
-    ways = [lambda: at_last(stems, asks(kind), ANSWERS, layer, keys), lambda: at_prompt(stems, asks(kind), ANSWERS, layer, last=True)]
-    with plain():
-        whole = ways[1]()
-    ways.append(lambda: whole)
+    ways = [
+        lambda: at_last(prefixes, asks(kind), ANSWERS, layer, entering),
+        lambda: at_prompt(prefixes, asks(kind), ANSWERS, layer, last=True),
+    ]
+    with whole_model(handle):
+        reference = ways[1]()
+    ways.append(lambda: reference)
     for way in ways:
         vectors = start.clone().requires_grad_(True)
         losses = way()(vectors)
@@ -37,10 +40,11 @@ def test_three_ways_to_one_loss_and_gradient(kind: str, layer: int) -> None:
     assert float(got[0][1].abs().max()) > 1e-4
 
 
-def test_all_prompt_positions_differ_from_the_last_and_losses_can_be_watched() -> None:
+def test_all_prompt_positions_differ_from_the_last_and_losses_can_be_recorded() -> None:
     handle = build("llava")
     vectors = torch.rand(3, handle.width, generator=torch.Generator().manual_seed(0))
-    with watched() as seen:
-        every, last = (at_prompt(Stems(handle, handle.down(1)), asks("llava"), ANSWERS, 1, last=last)(vectors) for last in (False, True))
+    with recorded_losses() as seen:
+        prefixes = ImagePrefixes(handle, handle.down(1))
+        every, last = (at_prompt(prefixes, asks("llava"), ANSWERS, 1, last=last)(vectors) for last in (False, True))
     assert not torch.allclose(every, last)
     assert [torch.equal(a, b) for a, b in zip(seen, (every, last))] == [True, True]

@@ -44,7 +44,7 @@ def reference(editor: Any, layers: tuple[int, ...]) -> PlainLocate:
 def prior(editor: Any, lam: float) -> dict[int, Tensor]:
     """lam (C + eta m I) of each layer."""
     out = {}
-    for n, c in editor.moments.items():
+    for n, c in editor.second_moments.items():
         out[n] = lam * len(c) * (c + editor.config.eta * c.diagonal().mean() * torch.eye(len(c), dtype=torch.float64))
     return out
 
@@ -59,30 +59,30 @@ def memit(editor: Any) -> PlainLocate:
 def emmet(editor: Any) -> PlainLocate:
     plain = reference(editor, (1,))
     for events in BATCHES:
-        plain.memit(events, prior(editor, editor.hyper.lam_emmet))
+        plain.memit(events, prior(editor, editor.hyper.lam))
     return plain
 
 
 def pmet(editor: Any) -> PlainLocate:
     plain = reference(editor, (0, 1))
     for events in BATCHES:
-        plain.memit(events, prior(editor, editor.hyper.lam_pmet), pmet=True)
+        plain.memit(events, prior(editor, editor.hyper.lam), pmet=True)
     return plain
 
 
 def alphaedit(editor: Any) -> PlainLocate:
     plain = reference(editor, (0, 1))
-    traces = {n: float(c.diagonal().sum()) for n, c in editor.moments.items()}
+    traces = {n: float(c.diagonal().sum()) for n, c in editor.second_moments.items()}
     l2 = {n: editor.hyper.l2 * t for n, t in traces.items()}
-    threshold = {n: editor.hyper.threshold * t / len(editor.moments[n]) for n, t in traces.items()}
+    threshold = {n: editor.hyper.threshold * t / len(editor.second_moments[n]) for n, t in traces.items()}
     for events in BATCHES:
-        plain.alphaedit(events, editor.moments, threshold, l2)
+        plain.alphaedit(events, editor.second_moments, threshold, l2)
     return plain
 
 
 def rome(editor: Any) -> PlainLocate:
     plain = reference(editor, (1,))
-    c = editor.moments[1]
+    c = editor.second_moments[1]
     for e in FACTS:
         plain.rome(e, c + editor.config.eta * c.diagonal().mean() * torch.eye(len(c), dtype=torch.float64))
     return plain
@@ -104,9 +104,9 @@ def test_the_weights_are_those_of_the_plain_version(case: str, kind: str) -> Non
     name, config, of = CASES[case]
     editor: Any = edited(name, kind, **config)
     plain = of(editor)
-    assert set(plain.weights) == set(editor.changes.current)
+    assert set(plain.weights) == set(editor.deltas.current)
     for layer, w in plain.weights.items():
-        base = editor.changes.base(layer)
-        change = editor.changes.weight(layer) - base
+        base = editor.deltas.base(layer)
+        change = editor.deltas.weight(layer) - base
         assert float(change.norm()) > 1e-3 * float(base.norm())
         assert float((w - base - change).norm() / change.norm()) < 1e-3, layer

@@ -13,10 +13,9 @@ import torch
 from streams.base import TrainPool
 from testbed.core.events import EditBatch
 from testbed.editors.base import BadEditor
-from testbed.editors.locate import second_moments as _locate_moments
-from testbed.editors.locate.corpus import corpus_of
-from testbed.editors.locate.second_moments import second_moments
-from testbed.experiment import progress
+from testbed.editors.locate import second_moments as moments_module
+from testbed.editors.locate.second_moments import corpus_of, second_moments
+from testbed.model import progress
 from tests.helpers.facts import FACTS, POOL, TEXTS, make
 from tests.helpers.models import build
 
@@ -48,8 +47,8 @@ def test_statistics_on_disk_are_used_for_their_model_text_and_layer_alone(tmp_pa
     first = second_moments(handle, corpus, [0, 1], tmp_path)
     assert len(list(tmp_path.glob("*.safetensors"))) == 2
     collected: list[Any] = []
-    collect = _locate_moments._collect
-    monkeypatch.setattr(_locate_moments, "_collect", lambda *a: (collected.append(a[2]), collect(*a))[1])
+    collect = moments_module._collect
+    monkeypatch.setattr(moments_module, "_collect", lambda *a: (collected.append(a[2]), collect(*a))[1])
     again = second_moments(replace(build("llama"), cache={}), corpus, [0, 1], tmp_path)
     assert collected == []
     assert all(torch.equal(again[n], first[n]) for n in first)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from testbed.core.events import EditBatch
-from testbed.editors.locate.keys import Sweep
+from testbed.editors.locate.keys import KeyComputation
 from testbed.editors.locate.positions import ask_of
 from testbed.model.handle import weights_hash
 from tests.helpers.facts import FACTS, METHODS, make
@@ -25,7 +25,7 @@ def test_only_the_listed_layers_change_and_the_base_never(name: str) -> None:
     assert report.delta_norm is not None
     assert report.delta_norm > 0
     changed = {n for n, w in editor.edited_weights().items() if not torch.equal(w, editor.handle.parameter(n))}
-    assert changed == {editor.handle.down_weight(n) for n in editor.changes.layers}  # type: ignore[attr-defined]
+    assert changed == {editor.handle.down_weight(n) for n in editor.deltas.layers}  # type: ignore[attr-defined]
     assert weights_hash(editor.handle.model) == before
     told = {"loss", "change_norm", "novelty", "condition", "excluded", "collisions", "seconds_targets", "seconds_keys", "seconds_solve"}
     assert told <= report.notes.keys()
@@ -39,23 +39,23 @@ def test_the_weights_are_the_base_and_each_change_once(name: str) -> None:
     keep = editor._keep
 
     def note(layer: int, *rest: Any) -> None:
-        before = editor.changes.weight(layer)
+        before = editor.deltas.weight(layer)
         keep(layer, *rest)
-        kept.append((layer, editor.changes.weight(layer) - before))
+        kept.append((layer, editor.deltas.weight(layer) - before))
 
     editor._keep = note
     for step, e in enumerate(FACTS, 1):
         editor.apply(EditBatch((e,), step))
-    assert len(kept) == 3 * len(editor.changes.layers)
-    for layer in editor.changes.layers:
+    assert len(kept) == 3 * len(editor.deltas.layers)
+    for layer in editor.deltas.layers:
         own = editor.handle.parameter(editor.handle.down_weight(layer)).detach()
         total = sum(change for n, change in kept if n == layer)
         assert kept[-1][1].norm() < 3 * kept[0][1].norm()
-        torch.testing.assert_close(editor.changes.weight(layer), own + total, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(editor.deltas.weight(layer), own + total, rtol=1e-4, atol=1e-5)
         stored = editor.state_dict()
         sums = stored.get(f"dense.{layer}")
         made = sums if sums is not None else stored[f"left.{layer}"].T @ stored[f"right.{layer}"]
-        torch.testing.assert_close(editor.changes.weight(layer), own + made, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(editor.deltas.weight(layer), own + made, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -92,9 +92,9 @@ def test_any_step_can_be_rebuilt_from_the_state() -> None:
     again = make("memit-seq")
     again.load_state_dict(editor.state_dict())
     for step, weights in enumerate(after, 1):
-        rebuilt = again.changes.at(step)  # type: ignore[attr-defined]
+        rebuilt = again.deltas.at(step)  # type: ignore[attr-defined]
         assert all(torch.equal(w, rebuilt[n]) for n, w in weights.items())
-    base = again.changes.at(0)  # type: ignore[attr-defined]
+    base = again.deltas.at(0)  # type: ignore[attr-defined]
     assert all(torch.equal(w, again.handle.parameter(n)) for n, w in base.items())
 
 
@@ -164,10 +164,10 @@ def test_history_protects_earlier_edits() -> None:
         editor = make(name, layers=(1,), contexts=0)
         editor.apply(EditBatch(tuple(FACTS[:2]), 1))
         with torch.no_grad():
-            keys = Sweep(editor.handle, FACTS[:2], [""], (1,), 1.0).read(1)
-        before = editor.changes.weight(1)  # type: ignore[attr-defined]
+            keys = KeyComputation(editor.handle, FACTS[:2], [""], (1,), 1.0).keys(1)
+        before = editor.deltas.weight(1)  # type: ignore[attr-defined]
         editor.apply(EditBatch((FACTS[2],), 2))
-        change = editor.changes.weight(1) - before  # type: ignore[attr-defined]
+        change = editor.deltas.weight(1) - before  # type: ignore[attr-defined]
         return float((keys @ change.T).norm() / change.norm())
 
     assert moved("memit-seq") < moved("memit")

@@ -14,24 +14,21 @@ from torch import Tensor
 
 from streams.base import TrainPool
 from testbed.core.events import Ask, EditBatch
-from testbed.editors.locate import targets as _locate_targets
-from testbed.editors.locate.corpus import corpus_of
-from testbed.editors.locate.keys import Sweep
+from testbed.editors.locate import targets
+from testbed.editors.locate.keys import KeyComputation
 from testbed.editors.locate.positions import ask_of, draw_contexts, lookup, subject_of
-from testbed.editors.locate.second_moments import second_moments
-from testbed.editors.locate.targets import Adam, Forward, Task, heights, search
-from testbed.model.encoding import collate, prompt_inputs, worded
+from testbed.editors.locate.second_moments import corpus_of, second_moments
+from testbed.editors.locate.targets import RowAdam, TargetLoss, TargetTask, layer_outputs, search
+from testbed.model.encoding import answer_ids, collate, prompt_inputs, worded
 from testbed.model.handle import ModelHandle
-from testbed.model.suffix import enter
+from testbed.model.suffix import suffix_from_layer
 from tests.helpers.facts import FACTS, POOL, SMALL, TEXTS, make, task
 from tests.helpers.models import KINDS, TEXT, Noise, build
 
 
-def whole_losses(t: Task, delta: Tensor) -> Tensor:
+def whole_losses(t: TargetTask, delta: Tensor) -> Tensor:
     """The same loss by one whole forward a row, with a hook that adds the delta."""
     handle, out = t.handle, []
-    from testbed.model.encoding import answer_ids
-
     for event, d in zip(t.events, delta):
         rows = []
         for context in t.contexts:
@@ -61,7 +58,7 @@ def test_a_truncated_forward_gives_the_whole_models_loss(kind: str) -> None:
     with torch.no_grad():
         want = whole_losses(t, delta)
         before = hooks(t.handle)
-        torch.testing.assert_close(Forward(t).losses(delta, 0.0), want, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(TargetLoss(t).losses(delta, 0.0), want, rtol=1e-3, atol=1e-3)
     assert hooks(t.handle) == before
 
 
@@ -71,16 +68,16 @@ def hooks(handle: ModelHandle) -> int:
 
 
 def test_targets_of_a_batch_are_those_of_each_edit_alone() -> None:
-    together = search(task(), SMALL, heights(build("llama"), FACTS, 1).norm(dim=1))
+    together = search(task(), SMALL, layer_outputs(build("llama"), FACTS, 1).norm(dim=1))
     for i, e in enumerate(FACTS):
-        alone = search(task(events=[e]), SMALL, heights(build("llama"), [e], 1).norm(dim=1))
+        alone = search(task(events=[e]), SMALL, layer_outputs(build("llama"), [e], 1).norm(dim=1))
         assert torch.nn.functional.cosine_similarity(together.delta[i], alone.delta[0], dim=0) > 0.9999
         torch.testing.assert_close(together.loss[i], alone.loss[0], rtol=1e-3, atol=1e-3)
 
 
 def test_edits_that_are_done_stop_and_leave_without_moving_the_others() -> None:
-    unit = heights(build("llama"), FACTS, 1).norm(dim=1)
-    first = Forward(task()).losses(torch.zeros(3, 64), 0.0)
+    unit = layer_outputs(build("llama"), FACTS, 1).norm(dim=1)
+    first = TargetLoss(task()).losses(torch.zeros(3, 64), 0.0)
     bar = float(first.median()) + 1e-3
     plain, early = search(task(), replace(SMALL, kl=0.0, stop=0.0), unit), search(task(), replace(SMALL, kl=0.0, stop=bar), unit)
     done = first < bar
@@ -93,7 +90,7 @@ def test_edits_that_are_done_stop_and_leave_without_moving_the_others() -> None:
 
 
 def test_the_clamp_holds_and_one_step_only_reads() -> None:
-    unit = heights(build("llama"), FACTS, 1).norm(dim=1)
+    unit = layer_outputs(build("llama"), FACTS, 1).norm(dim=1)
     far = search(task(), replace(SMALL, lr=5.0, clamp=0.3), unit)
     assert (far.delta.norm(dim=1) <= 0.3 * unit * (1 + 1e-5)).all()
     one = search(task(), replace(SMALL, steps=1), unit)
@@ -101,38 +98,38 @@ def test_the_clamp_holds_and_one_step_only_reads() -> None:
     assert one.steps.max() == 0
 
 
-def test_the_drift_is_zero_at_first_and_runs_from_the_changed_to_the_unchanged_model() -> None:
+def test_the_divergence_is_zero_at_first_and_runs_from_the_changed_to_the_unchanged_model() -> None:
     t = task()
-    forward, zero = Forward(t), torch.zeros(3, 64)
+    forward, zero = TargetLoss(t), torch.zeros(3, 64)
     with torch.no_grad():
-        assert drift_of(forward, zero).abs().max() < 1e-6
+        assert divergence_of(forward, zero).abs().max() < 1e-6
         delta = torch.randn(3, 64, generator=torch.Generator().manual_seed(2))
-        got = drift_of(forward, delta)
-        assert forward.essence is not None
-        logp = forward.before
+        got = divergence_of(forward, delta)
+        assert forward.kl_rows is not None
+        logp = forward.unedited
         changed = logp_of(forward, delta)
     assert logp is not None
     torch.testing.assert_close(got, (changed.exp() * (changed - logp)).sum(-1), rtol=1e-4, atol=1e-5)
     assert (got > 0).all()
 
 
-def drift_of(forward: Forward, delta: Tensor) -> Tensor:
-    return forward._drift(forward._read(delta)[1])
+def divergence_of(forward: TargetLoss, delta: Tensor) -> Tensor:
+    return forward._divergence(forward._read(delta)[1])
 
 
-def logp_of(forward: Forward, delta: Tensor) -> Tensor:
-    fresh = Forward.__new__(Forward)
-    fresh.__dict__.update({**forward.__dict__, "before": None})
-    drift_of(fresh, delta)
-    assert fresh.before is not None
-    return fresh.before
+def logp_of(forward: TargetLoss, delta: Tensor) -> Tensor:
+    fresh = TargetLoss.__new__(TargetLoss)
+    fresh.__dict__.update({**forward.__dict__, "unedited": None})
+    divergence_of(fresh, delta)
+    assert fresh.unedited is not None
+    return fresh.unedited
 
 
 def test_adam_is_torchs() -> None:
     g = torch.Generator().manual_seed(0)
     ours = theirs = torch.randn(4, 5, generator=g)
     theirs = theirs.clone().requires_grad_(True)
-    adam, ref = Adam(ours, 0.1), torch.optim.Adam([theirs], lr=0.1)
+    adam, ref = RowAdam(ours, 0.1), torch.optim.Adam([theirs], lr=0.1)
     for _ in range(7):
         grad = torch.randn(4, 5, generator=g)
         ours = ours + adam.step(grad)
@@ -159,7 +156,7 @@ def test_the_lookup_token_ends_at_the_subjects_last_character(kind: str) -> None
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "llava"])
-def test_keys_of_the_sweep_are_those_of_the_edited_model(kind: str) -> None:
+def test_computed_keys_are_those_of_the_edited_model(kind: str) -> None:
     """The second pass over keys in the released code finds what the first one had: a key depends only on what lies below."""
     editor = make("memit", kind, layers=(0, 1))
     seen: dict[int, Tensor] = {}
@@ -169,15 +166,15 @@ def test_keys_of_the_sweep_are_those_of_the_edited_model(kind: str) -> None:
     editor._solve = lambda layer, keys, *rest: (seen.__setitem__(layer, keys), solve(layer, keys, *rest))[1]  # type: ignore[attr-defined]
     assert not editor.apply(EditBatch(tuple(FACTS), 1)).failed
     with editor.handle.swapped(editor.edited_weights()), torch.no_grad():
-        again = Sweep(editor.handle, FACTS, editor.contexts, (0, 1), 0.5)  # type: ignore[attr-defined]
+        again = KeyComputation(editor.handle, FACTS, editor.contexts, (0, 1), 0.5)  # type: ignore[attr-defined]
         for layer in (0, 1):
-            torch.testing.assert_close(again.read(layer), seen[layer], rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(again.keys(layer), seen[layer], rtol=1e-3, atol=1e-4)
 
 
 def test_equal_contexts_give_the_bare_key_and_weights_sum_to_one() -> None:
     with torch.no_grad():
-        sweep = Sweep(build("llama"), FACTS, ["", "", ""], (0, 1), 0.5)
-        torch.testing.assert_close(sweep.read(0), sweep.bare_key)
+        computation = KeyComputation(build("llama"), FACTS, ["", "", ""], (0, 1), 0.5)
+        torch.testing.assert_close(computation.keys(0), computation.bare_key)
 
 
 def test_contexts_are_drawn_from_the_generator_alone() -> None:
@@ -221,9 +218,9 @@ def test_entering_a_model_stops_early_and_gives_the_same_hidden_states(kind: str
         logits = handle.model(**batch.inputs, use_cache=False).logits
         for h in own:
             h.remove()
-        above = enter(handle, batch, 1, 2)
+        above = suffix_from_layer(handle, batch, 1, 2)
         torch.testing.assert_close(above.hidden, seen[0])
-        torch.testing.assert_close(above.through(above.hidden, 1, 3), seen[2], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(above.run(above.hidden, 1, 3), seen[2], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(handle.model(**batch.inputs, use_cache=False).logits, logits)
 
 
@@ -231,8 +228,8 @@ def test_entering_a_model_stops_early_and_gives_the_same_hidden_states(kind: str
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=40))
 def test_every_edit_is_in_one_group_and_no_forward_is_for_a_few_of_many(widths: list[int]) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_locate_targets, "columns", lambda handle, width, end: width)
-        groups = _locate_targets._alike(Task(None, widths, 0, []))  # pyright: ignore[reportArgumentType]
+        patch.setattr(targets, "positions_to_run", lambda handle, width, end: width)
+        groups = targets._groups_of_like_width(TargetTask(None, widths, 0, []))  # pyright: ignore[reportArgumentType]
     assert sorted(i for g in groups for i in g) == list(range(len(widths)))
     assert all(len(g) >= 8 for g in groups) or len(groups) == 1
     edges = [(min(widths[i] for i in g), max(widths[i] for i in g)) for g in groups]

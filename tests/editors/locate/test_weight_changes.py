@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from testbed.editors.codebook.growing import appended
-from testbed.editors.locate.weight_changes import Changes
+from testbed.editors.locate.weight_changes import WeightDeltas
 from tests.helpers.models import build
 
 sizes = st.lists(st.integers(0, 30), min_size=1, max_size=12)
@@ -34,7 +34,7 @@ def test_a_room_is_not_copied_for_every_row() -> None:
     assert len(places) < 40 and room[:1000, 0].tolist() == list(range(1000))
 
 
-def _step(changes: Changes, step: int, n: int, g: torch.Generator) -> dict[str, Tensor]:
+def _step(changes: WeightDeltas, step: int, n: int, g: torch.Generator) -> dict[str, Tensor]:
     d, f = changes.base(0).shape
     changes.add(0, step, *(torch.randn(n, width, generator=g) for width in (d, f, f)))
     return {k: v for k, v in changes.state().items() if isinstance(v, Tensor)}
@@ -42,7 +42,7 @@ def _step(changes: Changes, step: int, n: int, g: torch.Generator) -> dict[str, 
 
 def test_going_back_and_another_way_leaves_both_pasts_as_they_were() -> None:
     g = torch.Generator().manual_seed(0)
-    changes = Changes(build("llama"), [0])
+    changes = WeightDeltas(build("llama"), [0])
     for step in range(1, 4):
         _step(changes, step, 3, g)
     before = changes.state()
@@ -58,7 +58,7 @@ def test_going_back_and_another_way_leaves_both_pasts_as_they_were() -> None:
     assert torch.equal(changes.at(3)[changes.names[0]], _replay(changes, kept))
 
 
-def _replay(changes: Changes, kept: dict[str, Tensor]) -> Tensor:
+def _replay(changes: WeightDeltas, kept: dict[str, Tensor]) -> Tensor:
     w = changes.base(0)
     for at in range(0, 9, 3):
         w = w + kept["left.0"][at : at + 3].T @ kept["right.0"][at : at + 3]

@@ -12,13 +12,14 @@ from streams.base import TrainPool
 from testbed.core.events import EditBatch
 from testbed.core.registry import EDITORS, WRAPPERS, UnknownName
 from testbed.editors.base import BadEditor, EditFailed, Editor
+from testbed.editors.locate import alphaedit, blue, emmet, memit, pmet, rome
 from testbed.editors.locate.anchor import anchored, trimmed_mean
-from testbed.editors.locate.come import ComeConfig, unlearnt
-from testbed.editors.locate.corpus import corpus_of
-from testbed.editors.locate.hyperparameters import TABLE, derived
+from testbed.editors.locate.come import ComeConfig, unlearned
+from testbed.editors.locate.core import derived_layers
 from testbed.editors.locate.positions import ask_of, lookup, prompt_rows
 from testbed.editors.locate.prune import restrained
 from testbed.editors.locate.rect import sparse
+from testbed.editors.locate.second_moments import corpus_of
 from testbed.editors.locate.targets import search
 from testbed.experiment.config import RunConfig
 from testbed.model.families import UnknownLayout
@@ -26,8 +27,7 @@ from tests.helpers.facts import FACTS, METHODS, POOL, SMALL, make, task
 
 
 def test_blue_changes_the_boundary_layers_only() -> None:
-    hyper = derived("x", 40)[0]
-    assert len(hyper.layers) > 2
+    assert len(derived_layers(40)) > 2
     host, wrapped = make("alphaedit", layers=(0, 1)), make("alphaedit+blue", layers=(0, 1))
     assert host._stages() == [(0, 1)]  # type: ignore[attr-defined]
     assert wrapped._stages() == [(0,), (1,)]  # type: ignore[attr-defined]
@@ -56,7 +56,7 @@ def test_prune_answers_with_the_base_plus_the_restrained_change_once() -> None:
         editor.apply(EditBatch((e,), step))
     name, layer = editor.handle.down_weight(0), 0
     base = editor.handle.parameter(name).double()
-    raw = editor.changes.weight(layer).double() - base  # type: ignore[attr-defined]
+    raw = editor.deltas.weight(layer).double() - base  # type: ignore[attr-defined]
     top = float(torch.linalg.matrix_norm(base, 2))
     assert float(torch.linalg.matrix_norm(raw, 2)) > top
     got = editor.edited_weights()[name].double() - base
@@ -78,16 +78,18 @@ def test_rect_keeps_a_share_of_entries_by_relative_size_whatever_the_sign() -> N
 
 def test_come_without_weight_or_coordinates_leaves_the_target() -> None:
     g = torch.Generator().manual_seed(0)
-    delta, old, height = (torch.randn(3, 40, generator=g) for _ in range(3))
+    delta, old, output = (torch.randn(3, 40, generator=g) for _ in range(3))
     for config in (ComeConfig(a=0.0), ComeConfig(p=0.0)):
-        assert torch.equal(unlearnt(delta, old, height, config), delta)
-    moved = unlearnt(delta, old, height, ComeConfig(a=0.5, p=0.25))
+        assert torch.equal(unlearned(delta, old, output, config), delta)
+    moved = unlearned(delta, old, output, ComeConfig(a=0.5, p=0.25))
     assert ((moved != delta).sum(1) == 10).all()
     unit = torch.nn.functional.normalize
     c = unit(unit(delta, dim=1) + unit(old, dim=1), dim=1)
     want = delta - 0.5 * (old - (old * c).sum(1, keepdim=True) * c)
     torch.testing.assert_close(moved[moved != delta], want[moved != delta])
-    assert not torch.equal(unlearnt(delta, old, height, ComeConfig(a=0.5, variant="code")), unlearnt(delta, old, height, ComeConfig(a=0.5)))
+    assert not torch.equal(
+        unlearned(delta, old, output, ComeConfig(a=0.5, variant="code")), unlearned(delta, old, output, ComeConfig(a=0.5))
+    )
 
 
 def test_come_is_told_the_old_answer_and_makes_edits_that_name_none() -> None:
@@ -128,15 +130,15 @@ def test_every_bad_value_is_named() -> None:
         "contexts must be 0",
     ):
         assert part in problems
-    assert "alpha must be over 1" in "\n".join(RunConfig(editor=("memit+prune",), set=("memit+prune.alpha=1",)).problems())
-    assert "keep must lie" in "\n".join(RunConfig(editor=("memit+rect",), set=("memit+rect.keep=0",)).problems())
+    assert "alpha must be more than 1" in "\n".join(RunConfig(editor=("memit+prune",), set=("memit+prune.alpha=1",)).problems())
+    assert "keep must be positive and at most 1" in "\n".join(RunConfig(editor=("memit+rect",), set=("memit+rect.keep=0",)).problems())
 
 
 def test_models_and_corpora_that_cannot_be_used_are_refused(tmp_path: Any) -> None:
     with pytest.raises(BadEditor, match="the highest layer is 1"):
         make("memit", layers=(0, 2))
     with pytest.raises(BadEditor, match="single layer"):
-        derived("llama", 1)
+        derived_layers(1)
     with pytest.raises(BadEditor, match="no train pool"):
         make("memit", pool=TrainPool()).apply(EditBatch((FACTS[0],), 1))
     empty = tmp_path / "empty.txt"
@@ -163,12 +165,28 @@ def test_a_family_without_a_known_down_projection_and_a_slow_tokenizer_are_refus
 def test_an_unknown_model_gets_derived_values_and_is_told_so() -> None:
     assert any("no published hyper-parameters" in n for n in make("memit").notes)
     for depth in range(2, 80):
-        layers = derived("x", depth)[0].layers
+        layers = derived_layers(depth)
         assert 0 <= layers[0] <= layers[-1] < depth - 1
         assert len(layers) <= 5
-    for (_, depth), row in TABLE.items():
-        assert max(row.layers) < depth
-        assert row.layer in row.layers
+
+
+@pytest.mark.parametrize("method", [memit, alphaedit, rome, emmet, pmet])
+def test_published_rows_name_layers_that_their_model_has(method: Any) -> None:
+    assert method.PUBLISHED.keys() == memit.PUBLISHED.keys() == blue.PUBLISHED.keys()
+    for (_, depth), row in method.PUBLISHED.items():
+        assert 0 <= row.layers[0] <= row.layers[-1] < depth - 1
+        assert getattr(row, "layer", row.layers[0]) in row.layers
+        assert not row.relative
+
+
+def test_blue_puts_its_own_weights_in_the_place_of_the_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    key = ("llama", 3)
+    monkeypatch.setitem(alphaedit.PUBLISHED, key, alphaedit.AlphaEditHyperparameters((0, 1)))
+    monkeypatch.setitem(pmet.PUBLISHED, key, memit.MemitHyperparameters((0, 1)))
+    monkeypatch.setitem(blue.PUBLISHED, key, {alphaedit.AlphaEditHyperparameters: {"l2": 80.0}})
+    assert [make(f"alphaedit{more}").hyper.l2 for more in ("", "+blue")] == [10.0, 80.0]  # type: ignore[attr-defined]
+    assert make("alphaedit+blue", l2=3.0).hyper.l2 == 3.0  # type: ignore[attr-defined]
+    assert make("pmet+blue").hyper.lam == 15_000.0  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -248,14 +266,14 @@ def test_anchoring_changes_nothing_on_the_unedited_model_and_holds_the_length_af
     for n, w in host.edited_weights().items():
         torch.testing.assert_close(wrapped.edited_weights()[n], w, rtol=1e-4, atol=1e-5)
     lengths = wrapped.lengths  # type: ignore[attr-defined]
-    assert {n: len(x) for n, x in lengths.items()} == {host.changes.layers[-1]: 1}  # type: ignore[attr-defined]
+    assert {n: len(x) for n, x in lengths.items()} == {host.deltas.layers[-1]: 1}  # type: ignore[attr-defined]
     resumed = make("alphaedit+anchor", pilot=1)
     resumed.load_state_dict(wrapped.state_dict())
     for editor in (host, wrapped, resumed):
         editor.apply(EditBatch(tuple(FACTS[1:]), 2))
     assert all(torch.equal(w, resumed.edited_weights()[n]) for n, w in wrapped.edited_weights().items())
     assert any(not torch.equal(w, host.edited_weights()[n]) for n, w in wrapped.edited_weights().items())
-    assert torch.equal(wrapped.lengths[host.changes.layers[-1]], lengths[host.changes.layers[-1]])  # type: ignore[attr-defined]
+    assert torch.equal(wrapped.lengths[host.deltas.layers[-1]], lengths[host.deltas.layers[-1]])  # type: ignore[attr-defined]
 
 
 def test_the_pilot_is_sought_under_the_unedited_weights() -> None:
@@ -263,5 +281,5 @@ def test_the_pilot_is_sought_under_the_unedited_weights() -> None:
     late.apply(EditBatch((FACTS[0],), 1))
     late.apply(EditBatch((FACTS[1],), 2))
     early.apply(EditBatch((FACTS[1],), 1))
-    layer = late.changes.layers[-1]  # type: ignore[attr-defined]
+    layer = late.deltas.layers[-1]  # type: ignore[attr-defined]
     torch.testing.assert_close(late.lengths[layer][1], early.lengths[layer][0], rtol=1e-4, atol=1e-4)  # type: ignore[attr-defined]
