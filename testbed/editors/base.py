@@ -20,9 +20,9 @@ from streams.base import TrainPool
 from testbed.core.events import EditBatch, EditEvent, hide_previous
 from testbed.core.ranges import out_of_range
 from testbed.core.schema import EditReport
-from testbed.core.timing import NOTE, collected
+from testbed.core.timing import NOTE_PREFIX, collect_seconds
 from testbed.model import out_of_memory as memory
-from testbed.model.encoding import Unspellable
+from testbed.model.encoding import UntokenizableAnswer
 from testbed.model.handle import ModelHandle
 from testbed.model.predictor import Predictor
 
@@ -124,17 +124,17 @@ class Editor(ABC):
         retire = [e for e in batch.events if e.kind == "retire"]
         edits = EditBatch(self._allowed(batch.events), batch.step, self._paraphrases(batch))
         try:
-            with collected() as seconds:
+            with collect_seconds() as seconds:
                 notes = self._edit(edits) if edits.events else {}
             skipped = self._retire(retire)
-        except (RuntimeError, MemoryError, Unspellable) as e:
-            if not (isinstance(e, (EditFailed, Unspellable, torch.linalg.LinAlgError)) or memory.ran_out(e)):
+        except (RuntimeError, MemoryError, UntokenizableAnswer) as e:
+            if not (isinstance(e, (EditFailed, UntokenizableAnswer, torch.linalg.LinAlgError)) or memory.is_out_of_memory(e)):
                 raise
-            reason = self._no_room(len(batch)) if memory.ran_out(e) else str(e)
+            reason = self._no_room(len(batch)) if memory.is_out_of_memory(e) else str(e)
         else:
             made = {e.id: e.revises for e in batch.events if e.kind != "retire"}
             self._revises = {**self._revises, **made}
-            notes = notes | {NOTE + k: v for k, v in seconds.items()}
+            notes = notes | {NOTE_PREFIX + k: v for k, v in seconds.items()}
             return replace(report, notes=notes, skipped=skipped)
         memory.free()
         self.load_state_dict(before)
@@ -237,7 +237,7 @@ def _joined(report: EditReport, parts: Sequence[EditReport]) -> EditReport:
     """One report of a batch's parts. Of several, numbers are those of the last that was made, seconds added up."""
     made = [p for p in parts if not p.failed]
     notes = dict(made[-1].notes) if made else {}
-    notes |= {k: sum(p.notes.get(k, 0.0) for p in made) for k in notes if k.startswith(NOTE)}
+    notes |= {k: sum(p.notes.get(k, 0.0) for p in made) for k in notes if k.startswith(NOTE_PREFIX)}
     notes |= {"parts": float(len(parts))} if len(parts) > 1 else {}
     failed = {i: reason for p in parts for i, reason in p.failed.items()}
     return replace(report, notes=notes, failed=failed, skipped={i: reason for p in parts for i, reason in p.skipped.items()})

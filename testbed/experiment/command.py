@@ -46,7 +46,7 @@ def user_errors() -> tuple[type[Exception], ...]:
     from testbed.editors.base import BadEditor
     from testbed.model.families import UnknownLayout
     from testbed.model.handle import BadModel
-    from testbed.model.out_of_memory import TOLD
+    from testbed.model.out_of_memory import MEMORY_ERRORS
 
     streams = (BadStream, BadEvent, BadPicture, BadBenchmark)
-    return (BadConfig, *streams, BadEditor, BadRun, BadModel, *TOLD, UnknownLayout, UnknownName, StoreError)
+    return (BadConfig, *streams, BadEditor, BadRun, BadModel, *MEMORY_ERRORS, UnknownLayout, UnknownName, StoreError)

@@ -1,4 +1,4 @@
-"""The score of an answer, read off a free generation as it passes over the answer's tokens."""
+"""The teacher-forced score of an answer, read from a free generation for as long as it follows the answer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FIRST_IDS = 10
 
 @dataclass(frozen=True)
 class Score:
-    """Teacher-forced reading of one answer of n tokens.
+    """Teacher-forced score of one answer of n tokens.
 
     hits: (n,) bool, the token is the argmax given the prompt and the true tokens before it.
     logprobs: (n,) float64, natural log-probabilities.
@@ -24,8 +24,8 @@ class Score:
     logprobs: np.ndarray
 
 
-class AnswerWatch:
-    """A logits processor that changes nothing and reads the answers' tokens as generation passes over them.
+class AnswerScorer:
+    """A logits processor that changes nothing and scores the answers' tokens while generation follows them.
 
     Args:
         answers: token ids, a row each.

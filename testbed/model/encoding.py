@@ -1,5 +1,8 @@
-"""Prompts, pictures and answers as tensors. Masks are made here and only here: a key or a gate reads the
-prompt mask, never a label mask, so an answer cannot leak into a decision."""
+"""Prompts, pictures and answers as tensors.
+
+Masks are made here and only here. A key or a gate reads the prompt mask, never a label mask, so that an answer cannot
+leak into a decision.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +19,14 @@ from testbed.model.handle import BadModel, ModelHandle
 Side = Literal["left", "right"]
 
 
-class Unspellable(BadModel):
-    """An answer of which a model's tokenizer makes nothing."""
+class UntokenizableAnswer(BadModel):
+    """An answer that tokenises to nothing, or to unknown tokens alone."""
 
 
 _CACHED = 20_000
-"""Prompts and answers kept as tokens."""
+"""Prompts and answers whose tokens are cached, at most."""
 _PICTURE_BYTES = 512 * 2**20
-"""Room for pictures as tensors, in bytes."""
+"""Bytes of pictures cached as tensors, at most."""
 
 
 @dataclass
@@ -66,11 +69,11 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True)
-class _Seen:
-    """What a processor makes of one picture, whatever the prompt.
+class _ProcessedPicture:
+    """What a processor makes of one picture, independent of the prompt.
 
     tensors: pixels and the like, one picture along the first axis.
-    block: (n,) by name: what it puts into the token row, ids and per-token tensors, in the place of the image token.
+    block: (n,) by name: the ids and per-token tensors that replace the image token in the token row.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -81,12 +84,12 @@ class _Seen:
         return sum(t.numel() * t.element_size() for t in self.tensors.values())
 
 
-class _Pictures(dict[str, _Seen]):
+class _Pictures(dict[str, _ProcessedPicture]):
     """Pictures by key, the oldest dropped when they take more than `_PICTURE_BYTES`."""
 
     bytes = 0
 
-    def keep(self, key: str, seen: _Seen) -> None:
+    def keep(self, key: str, seen: _ProcessedPicture) -> None:
         self[key] = seen
         self.bytes += seen.bytes
         while self.bytes > _PICTURE_BYTES and len(self) > 1:
@@ -103,7 +106,7 @@ def prompt_inputs(handle: ModelHandle, ask: Ask) -> dict[str, torch.Tensor]:
     short = _tokens(handle, handle.family.image, ask.prompt)
     seen = pictures.get(ask.image.key)
     if seen is None:
-        full = _process(handle, _worded(handle, handle.family.image, ask.prompt), ask.image)
+        full = _process(handle, _in_template(handle, handle.family.image, ask.prompt), ask.image)
         seen = _split(full, short, image_token(handle))
         if seen is None:
             return full
@@ -117,22 +120,22 @@ def _tokens(handle: ModelHandle, template: str, prompt: str) -> list[int]:
     if key not in cache:
         while len(cache) >= _CACHED:
             cache.pop(next(iter(cache)))
-        cache[key] = handle.tokenizer(_worded(handle, template, prompt))["input_ids"]
+        cache[key] = handle.tokenizer(_in_template(handle, template, prompt))["input_ids"]
     return cache[key]
 
 
-def _worded(handle: ModelHandle, template: str, prompt: str) -> str:
-    """The prompt in its template. A prompt that itself spells the image token does not get a second picture."""
+def _in_template(handle: ModelHandle, template: str, prompt: str) -> str:
+    """The prompt in its template. A prompt that itself contains the image token does not get a second picture."""
     if handle.reads_pictures:
         token = handle.tokenizer.convert_ids_to_tokens(image_token(handle))
         prompt = prompt.replace(token, token.strip("<|>"))
     return template.format(prompt=prompt)
 
 
-def worded(handle: ModelHandle, ask: Ask) -> tuple[str, int, int]:
+def prompt_in_template(handle: ModelHandle, ask: Ask) -> tuple[str, int, int]:
     """The prompt as the tokenizer reads it, template included, and where in it the prompt itself begins and ends."""
     template = handle.family.text if ask.image is None else handle.family.image or handle.family.text
-    text, bare = _worded(handle, template, ask.prompt), _worded(handle, "{prompt}", ask.prompt)
+    text, bare = _in_template(handle, template, ask.prompt), _in_template(handle, "{prompt}", ask.prompt)
     end = len(text) - len(template.partition("{prompt}")[2])
     return text, end - len(bare), end
 
@@ -145,8 +148,8 @@ def _process(handle: ModelHandle, text: str, picture: Picture) -> dict[str, torc
     return {k: v for k, v in out.items() if k != "attention_mask" and isinstance(v, torch.Tensor)}
 
 
-def _split(full: dict[str, torch.Tensor], short: list[int], token: int) -> _Seen | None:
-    """What the picture added to the prompt's own tokens `short`; None where it did more than fill the image token's place."""
+def _split(full: dict[str, torch.Tensor], short: list[int], token: int) -> _ProcessedPicture | None:
+    """What the picture added to the prompt's own tokens `short`; None where it changed more than the image token."""
     shape = full["input_ids"].shape
     ids: list[int] = full["input_ids"][0].tolist()
     at = short.index(token) if token in short else 0
@@ -155,7 +158,7 @@ def _split(full: dict[str, torch.Tensor], short: list[int], token: int) -> _Seen
     block = {k: v[0, at : at + n] for k, v in rows.items()}
     tensors = {k: v for k, v in full.items() if k not in rows}
     again = _insert(short, block, token)
-    return _Seen(tensors, block) if all(torch.equal(again[k], rows[k]) for k in rows) else None
+    return _ProcessedPicture(tensors, block) if all(torch.equal(again[k], rows[k]) for k in rows) else None
 
 
 def _insert(short: list[int], block: dict[str, torch.Tensor], token: int) -> dict[str, torch.Tensor]:
@@ -170,7 +173,7 @@ def _insert(short: list[int], block: dict[str, torch.Tensor], token: int) -> dic
 
 
 class _Blank:
-    """A grey picture for a forward that wants one although no row has any."""
+    """A grey picture for a family whose forward needs one even where no row has any."""
 
     key = "blank"
 
@@ -179,19 +182,19 @@ class _Blank:
 
 
 def answer_ids(handle: ModelHandle, ask: Ask, answer: str) -> list[int]:
-    """Token ids of the answer as it follows this prompt. Raises `Unspellable` when it tokenises to nothing."""
+    """Token ids of the answer as it follows this prompt. Raises `UntokenizableAnswer`."""
     cache = handle.cache.setdefault("answers", {})
-    tail = _worded(handle, handle.family.text, ask.prompt)[-24:]
-    key = (tail, answer)
+    end = _in_template(handle, handle.family.text, ask.prompt)[-24:]
+    key = (end, answer)
     if key not in cache:
         tok = handle.tokenizer
-        stem = tok(tail, add_special_tokens=False)["input_ids"]
-        full = tok(tail + handle.family.answer.format(answer=answer), add_special_tokens=False)["input_ids"]
+        before = tok(end, add_special_tokens=False)["input_ids"]
+        full = tok(end + handle.family.answer.format(answer=answer), add_special_tokens=False)["input_ids"]
         own = tok(handle.family.answer.format(answer=answer), add_special_tokens=False)["input_ids"]
-        ids = full[len(stem) :] if full[: len(stem)] == stem else own
+        ids = full[len(before) :] if full[: len(before)] == before else own
         if not ids or set(ids) <= {tok.unk_token_id}:
-            raise Unspellable(
-                f"{answer!r} tokenises to nothing this model can spell; pretrain a model on the stream: python -m testbed.pretrain"
+            raise UntokenizableAnswer(
+                f"{answer!r} tokenises to nothing that this model knows; pretrain a model on the stream: python -m testbed.pretrain"
             )
         cache[key] = ids
     return cache[key]
@@ -210,12 +213,12 @@ def collate(
     at: a position of each row; padding goes to both sides so that these stand in one column, the largest of them.
     """
     rows = [prompt_inputs(handle, a) for a in asks]
-    tails = [list(x) for x in answers] if answers is not None else [[] for _ in rows]
+    targets = [list(x) for x in answers] if answers is not None else [[] for _ in rows]
     if end:
-        tails = [[*t, handle.tokenizer.eos_token_id] for t in tails]
-    lengths = [r["input_ids"].shape[1] + len(t) for r, t in zip(rows, tails)]
+        targets = [[*t, handle.tokenizer.eos_token_id] for t in targets]
+    lengths = [r["input_ids"].shape[1] + len(t) for r, t in zip(rows, targets)]
     starts = [max(lengths) - n if side == "left" else 0 for n in lengths] if at is None else [max(at) - n for n in at]
-    return _pad(handle, rows, tails, starts, tuple(asks))
+    return _pad(handle, rows, targets, starts, tuple(asks))
 
 
 def text_batch(handle: ModelHandle, ids: Sequence[Sequence[int]]) -> Batch:
@@ -224,18 +227,18 @@ def text_batch(handle: ModelHandle, ids: Sequence[Sequence[int]]) -> Batch:
 
 
 def _pad(
-    handle: ModelHandle, rows: list[dict[str, torch.Tensor]], tails: list[list[int]], starts: list[int], asks: tuple[Ask, ...]
+    handle: ModelHandle, rows: list[dict[str, torch.Tensor]], targets: list[list[int]], starts: list[int], asks: tuple[Ask, ...]
 ) -> Batch:
     """starts: column at which each row begins."""
     lengths = [r["input_ids"].shape[1] for r in rows]
-    total = max(start + n + len(t) for start, n, t in zip(starts, lengths, tails))
+    total = max(start + n + len(t) for start, n, t in zip(starts, lengths, targets))
     ids = torch.full((len(rows), total), handle.tokenizer.pad_token_id, dtype=torch.long)
     prompt, answer = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
-    for i, (row, n, tail, start) in enumerate(zip(rows, lengths, tails, starts)):
+    for i, (row, n, target, start) in enumerate(zip(rows, lengths, targets, starts)):
         ids[i, start : start + n] = row["input_ids"][0]
-        ids[i, start + n : start + n + len(tail)] = torch.tensor(tail, dtype=torch.long)
+        ids[i, start + n : start + n + len(target)] = torch.tensor(target, dtype=torch.long)
         prompt[i, start : start + n] = True
-        answer[i, start + n : start + n + len(tail)] = True
+        answer[i, start + n : start + n + len(target)] = True
     inputs: dict[str, torch.Tensor] = {"input_ids": ids, "attention_mask": (prompt | answer).long()}
     if any(starts) and handle.family.counts_positions:
         inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)

@@ -1,7 +1,7 @@
-"""Load a model with its tokenizer or processor into a `ModelHandle`: the one way in for every model.
+"""Load a model with its tokenizer or processor into a `ModelHandle`.
 
-`tiny` is the committed model, a folder or a hub id goes through the same transformers code. The handle
-never changes the base weights: editors lay their own over them for the length of a forward (`swapped`).
+The committed model `tiny`, a folder and a hub id go through the same transformers code. The handle never changes the
+base weights: editors put their own in their place for the length of a forward (`swapped`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from testbed.model import families
-from testbed.model.out_of_memory import Room
+from testbed.model.out_of_memory import MemoryLimit
 
 TINY = Path(__file__).parents[1] / "assets"
 PLANS = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -27,12 +27,12 @@ PLANS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 class BadModel(ValueError):
-    """A model, device or dtype that cannot be used: what was asked, what there is, what to do."""
+    """A model, device or dtype that cannot be used; the message says what was asked for, what there is and what to do."""
 
 
 @dataclass
 class ModelHandle:
-    """A frozen model and what belongs to it.
+    """A frozen model with its tokenizer or processor, family and device.
 
     Shapes used throughout: B rows, T positions, d model width, f width of the MLP, V vocabulary.
     """
@@ -46,16 +46,16 @@ class ModelHandle:
     """Where the model takes its inputs."""
     notes: list[str] = field(default_factory=list)
     cache: dict[str, Any] = field(default_factory=dict)
-    """Room for what cannot change while the base weights do not (tokenised prompts, picture features)."""
-    shelf: Path | None = None
-    """Folder for what of that is worth keeping from one run to the next."""
+    """What cannot change while the base weights do not (tokenised prompts, picture features)."""
+    cache_folder: Path | None = None
+    """Folder for what of the cache is worth keeping from one run to the next."""
 
     def __post_init__(self) -> None:
         self.model.eval().requires_grad_(False)
         self.layers_path, self.layers = families.decoder_layers(self.model)
         self.head = self.model.get_output_embeddings()
         self._hash = ""
-        self.room = Room()
+        self.memory_limit = MemoryLimit()
 
     @property
     def norm(self) -> nn.Module:
@@ -102,8 +102,8 @@ class ModelHandle:
         i = self.layer_index(layer)
         return f"{self.layers_path}.{i}.{families.down_projection(self.layers[i])[0]}.weight"
 
-    def place(self, layer: int) -> torch.device:
-        """Where the down-projection of a layer lies; of a model that is split, not always where its inputs go."""
+    def layer_device(self, layer: int) -> torch.device:
+        """Device of a layer's down-projection; of a model that is split over devices, not always that of its inputs."""
         return self.parameter(self.down_weight(layer)).device
 
     def parameter(self, name: str) -> nn.Parameter:

@@ -1,4 +1,4 @@
-"""Memory that runs out: how it is recognised, and work in halves where the whole does not fit."""
+"""Recognise that memory ran out, and do work in halves where the whole does not fit."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ T = TypeVar("T")
 ADVICE = "use --dtype bfloat16, --device-map auto, or a smaller model"
 
 
-def ran_out(error: BaseException) -> bool:
-    """True for an error that says that memory ran out, on a GPU or on the CPU (where torch has no class of its own for it)."""
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on a GPU or on the CPU (where torch has no class of its own for it)."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError, OutOfMemory)) or (
         isinstance(error, RuntimeError) and "DefaultCPUAllocator: " in str(error) and "memory" in str(error)
     )
 
 
 def free() -> None:
-    """Give back what torch's allocator holds on to, so that smaller pieces find room. Call it outside the `except` block:
-    inside, the frames of the error still hold their tensors."""
+    """Give back what torch's allocator holds on to.
+
+    Call it outside the `except` block: inside, the frames of the error still hold their tensors.
+    """
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
@@ -29,14 +31,14 @@ class OutOfMemory(RuntimeError):
     """Memory ran out for one row alone: nothing is left to halve."""
 
 
-TOLD = (OutOfMemory, torch.OutOfMemoryError)
-"""Errors of memory that are told in a line where nothing is left to halve."""
+MEMORY_ERRORS = (OutOfMemory, torch.OutOfMemoryError)
+"""Errors that a command line reports in one line, because nothing is left to halve."""
 
 
-class Room:
-    """How many rows of one forward memory has room for, as far as that was found out.
+class MemoryLimit:
+    """The most rows of one forward that memory holds, as far as that was found out.
 
-    notes: what is still to be said about it, a line each time it turns out to be less.
+    notes: messages not yet shown, one for each time that the limit turned out to be lower.
     """
 
     def __init__(self) -> None:
@@ -44,11 +46,11 @@ class Room:
         self.notes: list[str] = []
 
     def limit(self, rows: int) -> int:
-        """That many rows, or as many as there is room for."""
+        """That many rows, or as many as memory holds."""
         return rows if self.rows is None else min(rows, self.rows)
 
     def fitting(self, chunks: Iterable[list[int]], work: Callable[[list[int]], T]) -> Iterator[tuple[list[int], T]]:
-        """Each chunk with what `work` makes of it; of one that there is no room for, its halves, and so on.
+        """Each chunk with the result of `work` on it; of a chunk that memory does not hold, its halves, and so on.
 
         Raises `OutOfMemory` where a single row is too much.
         """
@@ -68,7 +70,7 @@ class Room:
         try:
             return work(part)
         except (RuntimeError, MemoryError) as e:
-            if not ran_out(e):
+            if not is_out_of_memory(e):
                 raise
             if len(part) == 1:
                 raise OutOfMemory(f"memory runs out for a single prompt ({type(e).__name__}): {ADVICE}") from e

@@ -1,10 +1,11 @@
-"""What a probe sees of a model: score, generate, respond (both at once), inspect. Batching and length
-bucketing live here and only here. A forward that memory has no room for is made in halves, and none after it
-is as wide.
+"""What a probe sees of a model: score, generate, respond (both at once), inspect.
 
-A predictor is given prompts and pictures, never a question's event, split or answer. A gated editor hangs
-its decision on `around`, a context that is entered once a batch and sees the prompt mask: it decides once
-a sequence, before the first new token.
+Batching and length bucketing live here and only here. A forward that memory does not hold is run in halves, and no
+later one is as wide.
+
+A predictor is given prompts and pictures, never a question's event, split or answer. A gated editor makes its decision
+in `around`, a context that is entered once a batch and sees the prompt mask: it decides once a sequence, before the
+first new token.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 from testbed.core.events import Ask
 from testbed.core.grading import natural_stop
 from testbed.core.timing import timed
-from testbed.model.answer_scores import AnswerWatch, Score
+from testbed.model.answer_scores import AnswerScorer, Score
 from testbed.model.encoding import Batch, answer_ids, collate, prompt_inputs, text_batch
 from testbed.model.handle import ModelHandle
 
@@ -31,9 +32,9 @@ Around = Callable[[Batch], AbstractContextManager[Any]]
 
 @dataclass(frozen=True)
 class Response:
-    """Free generation and, where an answer was given, its score. `extras` is what the editor adds (gate, entry, context).
+    """Free generation and, where an answer was given, its score. `extras` holds what the editor adds (gate, entry, context).
 
-    first_ids: the ids of the `FIRST_IDS` likeliest first tokens, likeliest first; () where none were looked at.
+    first_ids: the ids of the `FIRST_IDS` likeliest first tokens, likeliest first; () where they were not read.
     """
 
     generated: str
@@ -44,7 +45,7 @@ class Response:
 
 @dataclass(frozen=True)
 class Inspection:
-    """Monitors' view at the last prompt position.
+    """What monitors read at the last prompt position.
 
     top_ids: (k,) int64 most likely next tokens, or the tokens that were asked for; logprobs: (k,) float64, their
     natural log-probabilities; entropy: nats; hidden: (layers, d) float32 output of each chosen decoder layer.
@@ -63,8 +64,8 @@ Tokens = Sequence[np.ndarray] | None
 class Predictor(ABC):
     """Answers prompts. Implementations leave parameters, buffers and the editor's state bit-identical.
 
-    `fingerprint` names the function that is computed, where it has a name: predictors with one fingerprint
-    answer alike, so what one of them said need not be asked again. "base" is the unedited model.
+    `fingerprint` names the function that is computed, where it has a name: predictors with one fingerprint answer alike,
+    so that answers of one serve for the other. "base" is the unedited model.
     """
 
     fingerprint: str | None = None
@@ -90,11 +91,11 @@ class Predictor(ABC):
 
 
 class ModelPredictor(Predictor):
-    """A model behind a handle, with whatever an editor lays around its forward.
+    """A model behind a handle, with what an editor changes for the length of a forward.
 
     Args:
         around: context entered for every batch (weight swap, hooks); None is the unedited model.
-        explain: rows of `extras` for the batch that was just run, asked inside the context.
+        explain: rows of `extras` for the batch that was just run, called inside the context.
         rows, tokens: limits of one forward.
     """
 
@@ -117,7 +118,7 @@ class ModelPredictor(Predictor):
         out: list[Response | None] = [None] * len(asks)
         again: list[int] = []
         work = lambda part: self._generate([asks[i] for i in part], [ids[i] for i in part], max_new_tokens)  # noqa: E731
-        for chunk, made_of in self.handle.room.fitting(self._chunks(asks), work):
+        for chunk, made_of in self.handle.memory_limit.fitting(self._chunks(asks), work):
             for i, made in zip(chunk, made_of):
                 out[i] = made
                 if ids[i] and made.score is None:
@@ -138,7 +139,9 @@ class ModelPredictor(Predictor):
         start = [tok.bos_token_id] if tok.bos_token_id is not None else []
         ids = [(start + tok(t, add_special_tokens=False)["input_ids"])[: self.handle.window] for t in texts]
         parts = [list(range(at, min(at + self.rows, len(ids)))) for at in range(0, len(ids), self.rows)]
-        return [x for _, found in self.handle.room.fitting(parts, lambda part: self._running([ids[i] for i in part])) for x in found]
+        return [
+            x for _, found in self.handle.memory_limit.fitting(parts, lambda part: self._running([ids[i] for i in part])) for x in found
+        ]
 
     def _running(self, ids: list[list[int]]) -> list[np.ndarray]:
         batch = text_batch(self.handle, ids)
@@ -153,15 +156,15 @@ class ModelPredictor(Predictor):
     @torch.no_grad()
     def inspect(self, asks: Sequence[Ask], layers: Sequence[int] = (), top_k: int = 10, ids: Tokens = None) -> list[Inspection]:
         out: list[Inspection | None] = [None] * len(asks)
-        work = lambda part: self._looked([asks[i] for i in part], layers, top_k, ids and [ids[i] for i in part])  # noqa: E731
-        for chunk, seen in self.handle.room.fitting(self._chunks(asks), work):
+        work = lambda part: self._inspect_part([asks[i] for i in part], layers, top_k, ids and [ids[i] for i in part])  # noqa: E731
+        for chunk, seen in self.handle.memory_limit.fitting(self._chunks(asks), work):
             for i, one in zip(chunk, seen):
                 out[i] = one
         return [r for r in out if r is not None]
 
-    def _looked(self, asks: list[Ask], layers: Sequence[int], top_k: int, ids: Tokens) -> list[Inspection]:
+    def _inspect_part(self, asks: list[Ask], layers: Sequence[int], top_k: int, ids: Tokens) -> list[Inspection]:
         batch = collate(self.handle, asks, side="left")
-        with self.around(batch), self._watched(layers) as seen:
+        with self.around(batch), self._layer_outputs(layers) as seen:
             logits = self._last_logits(batch, 1)
         logp = logits[:, -1].double().log_softmax(-1)
         states = [seen[n][:, -1].float().cpu() for n in layers]
@@ -174,7 +177,7 @@ class ModelPredictor(Predictor):
         return out
 
     @contextmanager
-    def _watched(self, layers: Sequence[int]) -> Iterator[dict[int, torch.Tensor]]:
+    def _layer_outputs(self, layers: Sequence[int]) -> Iterator[dict[int, torch.Tensor]]:
         """The outputs (B, T, d) of these decoder layers, filled as the model runs."""
         seen: dict[int, torch.Tensor] = {}
 
@@ -187,13 +190,15 @@ class ModelPredictor(Predictor):
                 stack.enter_context(self.handle.hooked(module, lambda m, args, output, n=n: keep(n, output)))
             yield seen
 
-    def _chunks(self, asks: Sequence[Ask], tails: Sequence[int] | None = None) -> Iterator[list[int]]:
+    def _chunks(self, asks: Sequence[Ask], answer_lengths: Sequence[int] | None = None) -> Iterator[list[int]]:
         """Indices of the asks in batches of like length, pictures apart from text, within the limits."""
-        size = [prompt_inputs(self.handle, a)["input_ids"].shape[1] + (tails[i] if tails else 0) for i, a in enumerate(asks)]
+        size = [
+            prompt_inputs(self.handle, a)["input_ids"].shape[1] + (answer_lengths[i] if answer_lengths else 0) for i, a in enumerate(asks)
+        ]
         order = sorted(range(len(asks)), key=lambda i: (asks[i].image is None, size[i], i))
         chunk: list[int] = []
         for i in order:
-            full = len(chunk) >= self.handle.room.limit(self.rows) or (len(chunk) + 1) * size[i] > self.tokens
+            full = len(chunk) >= self.handle.memory_limit.limit(self.rows) or (len(chunk) + 1) * size[i] > self.tokens
             if chunk and (full or (asks[chunk[0]].image is None) != (asks[i].image is None)):
                 yield chunk
                 chunk = []
@@ -202,16 +207,16 @@ class ModelPredictor(Predictor):
             yield chunk
 
     def _generate(self, asks: list[Ask], ids: list[list[int]], max_new_tokens: int) -> list[Response]:
-        """One prefill for both readings: where the generation follows the answer, its logits are the teacher-forced ones."""
+        """One prefill for both scoring modes: where the generation follows the answer, its logits are the teacher-forced ones."""
         with timed("encode"):
             batch = collate(self.handle, asks, side="left")
-        with self.around(batch), _plain_decoding(self.handle), timed("prefill") as turn:
-            watch = AnswerWatch(ids, then=lambda: turn("decode"))
-            tokens = self.handle.model.generate(**batch.inputs, max_new_tokens=max_new_tokens, logits_processor=[watch])
+        with self.around(batch), _greedy_decoding(self.handle), timed("prefill") as turn:
+            scorer = AnswerScorer(ids, then=lambda: turn("decode"))
+            tokens = self.handle.model.generate(**batch.inputs, max_new_tokens=max_new_tokens, logits_processor=[scorer])
             extras = self.explain(batch) if self.explain else [{} for _ in asks]
         new = tokens[:, batch.inputs["input_ids"].shape[1] :]
         texts = self.handle.tokenizer.batch_decode(new, skip_special_tokens=True)
-        read = zip(texts, watch.scores(), extras, watch.first_ids())
+        read = zip(texts, scorer.scores(), extras, scorer.first_ids())
         return [Response(natural_stop(text), score, extra, first) for text, score, extra, first in read]
 
     def _last_logits(self, batch: Batch, n: int) -> torch.Tensor:
@@ -222,7 +227,7 @@ class ModelPredictor(Predictor):
     def _score(self, asks: Sequence[Ask], ids: Sequence[list[int]]) -> list[Score]:
         out: list[Score | None] = [None] * len(asks)
         work = lambda part: self._forced([asks[i] for i in part], [ids[i] for i in part])  # noqa: E731
-        for chunk, scores in self.handle.room.fitting(self._chunks(asks, [len(x) for x in ids]), work):
+        for chunk, scores in self.handle.memory_limit.fitting(self._chunks(asks, [len(x) for x in ids]), work):
             for i, score in zip(chunk, scores):
                 out[i] = score
         return [s for s in out if s is not None]
@@ -241,8 +246,8 @@ class ModelPredictor(Predictor):
 
 
 @contextmanager
-def _plain_decoding(handle: ModelHandle) -> Iterator[None]:
-    """Greedy decoding, whatever a checkpoint's own settings (sampling, penalties, beams) are; its end tokens are kept."""
+def _greedy_decoding(handle: ModelHandle) -> Iterator[None]:
+    """Greedy decoding in the place of a checkpoint's own settings (sampling, penalties, beams); its end tokens are kept."""
     from transformers import GenerationConfig
 
     owners = [m for m in handle.model.modules() if isinstance(getattr(m, "generation_config", None), GenerationConfig)]

@@ -17,7 +17,7 @@ from testbed.core.events import Ask, EditBatch, EditEvent
 from testbed.core.registry import STREAMS
 from testbed.editors.base import EditFailed, Editor
 from testbed.model import out_of_memory as memory
-from testbed.model.encoding import Unspellable
+from testbed.model.encoding import UntokenizableAnswer
 from testbed.model.handle import ModelHandle, load
 from testbed.model.predictor import ModelPredictor
 from tests.helpers.editor_suite import NAMES, STREAM, batch, equal_states, quick
@@ -64,7 +64,7 @@ def refusing(editor: Editor, error: Any) -> list[int]:
     return tried
 
 
-ERRORS = [EditFailed("the loss became nan"), torch.linalg.LinAlgError("singular"), Unspellable("cannot be spelled")]
+ERRORS = [EditFailed("the loss became nan"), torch.linalg.LinAlgError("singular"), UntokenizableAnswer("cannot be spelled")]
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda e: type(e).__name__)
@@ -149,8 +149,8 @@ def test_what_is_no_failure_of_an_edit_is_raised(handle: ModelHandle, stream: An
 def test_memory_that_runs_out_on_a_cpu_is_recognised() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 60, dtype=torch.uint8)
-    assert memory.ran_out(caught.value)
-    assert not memory.ran_out(RuntimeError("out of range"))
+    assert memory.is_out_of_memory(caught.value)
+    assert not memory.is_out_of_memory(RuntimeError("out of range"))
 
 
 @contextmanager
@@ -189,7 +189,7 @@ def test_out_of_memory_in_a_probe_halves_the_forward_and_changes_no_answer(strea
     for a, b in zip(whole[2] + [x.hidden for x in whole[3]], parts[2] + [x.hidden for x in parts[3]], strict=True):
         np.testing.assert_allclose(a, b, atol=1e-3)
     assert widths[0] == 7 and max(widths[1:]) <= 3, "it runs out once, and no forward is as wide again"
-    assert handle.room.notes == ["memory ran out with 7 prompts in one forward: from there on at most 3"]
+    assert handle.memory_limit.notes == ["memory ran out with 7 prompts in one forward: from there on at most 3"]
 
 
 def test_a_single_prompt_that_memory_has_no_room_for_is_told(tmp_path: Any) -> None:

@@ -104,7 +104,7 @@ def test_tensors_of_two_devices_do_not_mix() -> None:
 def test_the_parts_lie_where_they_were_put() -> None:
     with machine():
         handle = split("llama")
-        assert (handle.device, handle.place(0), handle.place(-1)) == (FIRST, FIRST, SECOND)
+        assert (handle.device, handle.layer_device(0), handle.layer_device(-1)) == (FIRST, FIRST, SECOND)
         assert handle.hash == build("llama").hash
 
 

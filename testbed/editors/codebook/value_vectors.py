@@ -40,7 +40,7 @@ def at_last(prefixes: ImagePrefixes, asks: list[Ask], targets: list[str], layer:
     batch = collate(handle, asks, [answer_ids(handle, a, t) for a, t in zip(asks, targets)], end=True, at=ends)
     position = max(ends)
     suffix = suffix_from_layer(handle, batch, layer + 1, positions=(position, batch.prompt.shape[1]))
-    own = _own(handle, layer, acts.to(handle.place(layer), handle.dtype))
+    own = _own(handle, layer, acts.to(handle.layer_device(layer), handle.dtype))
 
     def losses(vectors: Tensor) -> Tensor:
         hidden = suffix.run(suffix.added(vectors - own, position))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from testbed.core.events import Ask, EditEvent
 from testbed.editors.base import BadEditor
-from testbed.model.encoding import Batch, answer_ids, collate, image_token, prompt_inputs, text_batch, worded
+from testbed.model.encoding import Batch, answer_ids, collate, image_token, prompt_inputs, text_batch, prompt_in_template
 from testbed.model.handle import ModelHandle
 
 STARTERS = ("The", "Therefore", "Because", "I", "You")
@@ -109,7 +109,7 @@ def lookup(handle: ModelHandle, ask: Ask, subject: str | None) -> int:
         return total - 1
     if not handle.tokenizer.is_fast:
         raise BadEditor(f"{type(handle.tokenizer).__name__} tells no character offsets, so a subject cannot be found: use a fast tokenizer")
-    text, start, end = worded(handle, ask)
+    text, start, end = prompt_in_template(handle, ask)
     last = text.rindex(subject, start, end) + len(subject) - 1
     own = handle.tokenizer(text, return_offsets_mapping=True)
     at = next(i for i, (a, b) in reversed(list(enumerate(own["offset_mapping"]))) if a <= last < b)

@@ -102,9 +102,9 @@ def second_moments(handle: ModelHandle, corpus: Corpus, layers: Sequence[int], f
     kept: dict[tuple[str, str, int], Tensor] = handle.cache.setdefault("second moments", {})
     name = (handle.hash, corpus.hash)
     missing = [n for n in layers if (*name, n) not in kept]
-    if missing and folder is None and handle.shelf is not None:
+    if missing and folder is None and handle.cache_folder is not None:
         # layers that are read together end together, so runs share what was read together and get what they would have made
-        folder = handle.shelf / f"moments-of-{'-'.join(map(str, missing))}"
+        folder = handle.cache_folder / f"moments-of-{'-'.join(map(str, missing))}"
     if missing:
         with exclusive(folder / "moments") if folder is not None else nullcontext():
             _fill(handle, corpus, missing, folder)
@@ -116,7 +116,7 @@ def _fill(handle: ModelHandle, corpus: Corpus, missing: Sequence[int], folder: P
     kept: dict[tuple[str, str, int], Tensor] = handle.cache["second moments"]
     name = (handle.hash, corpus.hash)
     if folder is not None:
-        stored = {n: _stored(_file(folder, *name, n), handle.place(n)) for n in missing}
+        stored = {n: _stored(_file(folder, *name, n), handle.layer_device(n)) for n in missing}
         kept.update({(*name, n): c for n, c in stored.items() if c is not None})
     missing = [n for n in missing if (*name, n) not in kept]
     for n, c in (_collect(handle, corpus, missing) if missing else {}).items():

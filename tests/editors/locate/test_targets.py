@@ -19,7 +19,7 @@ from testbed.editors.locate.keys import KeyComputation
 from testbed.editors.locate.positions import ask_of, draw_contexts, lookup, subject_of
 from testbed.editors.locate.second_moments import corpus_of, second_moments
 from testbed.editors.locate.targets import RowAdam, TargetLoss, TargetTask, layer_outputs, search
-from testbed.model.encoding import answer_ids, collate, prompt_inputs, worded
+from testbed.model.encoding import answer_ids, collate, prompt_inputs, prompt_in_template
 from testbed.model.handle import ModelHandle
 from testbed.model.suffix import suffix_from_layer
 from tests.helpers.facts import FACTS, POOL, SMALL, TEXTS, make, task
@@ -147,7 +147,7 @@ def test_the_lookup_token_ends_at_the_subjects_last_character(kind: str) -> None
             ask = Ask(prompt, image)
             ids = prompt_inputs(handle, ask)["input_ids"][0]
             at = lookup(handle, ask, "Zor")
-            text, start, _ = worded(handle, ask)
+            text, start, _ = prompt_in_template(handle, ask)
             before = handle.tokenizer.decode(ids[: at + 1], skip_special_tokens=True)
             cut = text[: start + prompt.rindex("Zor") + 3]
             assert before.rstrip(" ,'()é?").endswith("Zor"), (kind, prompt, before)
