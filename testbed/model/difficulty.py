@@ -1,4 +1,4 @@
-"""How hard an edit is for a model: what the unedited model loses on the new answer."""
+"""How hard an edit is for a model: the unedited model's loss on the new answer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DIGITS = 4
 def losses(handle: ModelHandle, events: Sequence[EditEvent]) -> dict[str, float]:
     """Mean negative log-likelihood (nats a token) of each target given its prompt, teacher-forced, by event id.
 
-    Known ones are kept on the handle. Raises `BadModel` or `BadPicture` for what cannot be asked.
+    Results are kept on the handle. Raises `BadModel` or `BadPicture` for an event that cannot be asked.
     """
     known: dict[str, float] = handle.cache.setdefault("losses", {})
     new = [e for e in events if e.id not in known]

@@ -1,7 +1,7 @@
-"""Facts about model families, as a table. Code asks the table; nothing anywhere branches on a model's name.
+"""Facts about model families, as a table, so that no code branches on a model's name.
 
-Templates: LLaVA-1.5's conversation form, BLIP-2's question form (as in the MMEdit protocol), plain
-completion for base language models. A family that is not listed gets `DEFAULT`, and the run says so.
+Prompt templates: LLaVA-1.5's conversation form, BLIP-2's question form (as in the MMEdit protocol), plain completion
+for base language models. A family that is not listed gets `DEFAULT`, and the run says so.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class Family:
     answer: str = " {answer}"
     """How the answer follows the prompt."""
     needs_picture: bool = False
-    """True where the forward wants pixels even if no row has a picture: it is given a blank one that no position reads."""
+    """The forward needs pixels even if no row has a picture: it is given a blank one that no position reads."""
     counts_positions: bool = False
-    """True where positions are learned and counted from the row's start, so a left-padded forward must be told them."""
+    """Positions are learned and counted from the row's start, so that a left-padded forward needs position ids."""
 
 
 _CHAT_IMAGE = "USER: <image>\n{prompt} ASSISTANT:"

@@ -1,4 +1,4 @@
-"""Pictures decoded in worker threads, a few ahead of whoever uses them."""
+"""Pictures decoded in worker threads, a few ahead of their use."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from testbed.core.events import BadPicture, Picture
 
 WORKERS, AHEAD = 4, 8
-"""Threads, and the most pictures that are decoded and not yet used: what bounds the memory."""
+"""Threads, and the most pictures that are decoded and not yet used, which bounds the memory."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Decoded:
 
 
 def decoded(pictures: Iterable[Picture]) -> Iterator[Decoded | BadPicture]:
-    """Each picture decoded once, in order; for one that cannot be decoded, why."""
+    """Each picture decoded once, in order; the error for one that cannot be decoded."""
     waiting: deque[Future[Decoded | BadPicture]] = deque()
     with ThreadPoolExecutor(WORKERS) as pool:
         for picture in pictures:
