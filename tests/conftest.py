@@ -6,6 +6,17 @@ import os
 from pathlib import Path
 
 import pytest
+from jaxtyping import install_import_hook
+
+CHECKED = (
+    "testbed.model.suffix",
+    "testbed.editors.locate.keys",
+    "testbed.editors.locate.solver",
+    "testbed.editors.locate.targets",
+    "testbed.editors.locate.weight_changes",
+)
+"""Modules whose annotated shapes and dtypes are checked at every call while tests run."""
+install_import_hook(CHECKED, "beartype.beartype")
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -23,7 +24,9 @@ ROWS = 512
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def answer_loss(handle: ModelHandle, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def answer_loss(
+    handle: ModelHandle, hidden: Float[Tensor, "n d"], targets: Int[Tensor, " n"]
+) -> tuple[Float[Tensor, " n"], Bool[Tensor, " n"]]:
     """Cross-entropy of one token a row, and whether it is the likeliest.
 
     Args:
@@ -42,7 +45,7 @@ def answer_loss(handle: ModelHandle, hidden: Tensor, targets: Tensor) -> tuple[T
     return nn.functional.cross_entropy(logits, targets, reduction="none"), own >= logits.detach().amax(1)
 
 
-def answer_nll(handle: ModelHandle, hidden: Tensor, targets: Tensor) -> Tensor:
+def answer_nll(handle: ModelHandle, hidden: Float[Tensor, "n d"], targets: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
     """The losses of `answer_loss` alone."""
     if in_blocks(handle.head):
         return answer_loss(handle, hidden, targets)[0]

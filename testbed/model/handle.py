@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float, Shaped
 from safetensors import SafetensorError
 from torch import nn
 
@@ -259,17 +260,19 @@ def stores_transposed(module: nn.Module) -> bool:
     return not isinstance(module, nn.Linear)
 
 
-def as_matrix(module: nn.Module, weight: torch.Tensor) -> torch.Tensor:
+def as_matrix(module: nn.Module, weight: Shaped[torch.Tensor, "a b"]) -> Shaped[torch.Tensor, "d f"]:
     """A weight (or a change of one) as the module stores it, as a view (d, f)."""
     return weight.mT if stores_transposed(module) else weight
 
 
-def as_stored(module: nn.Module, matrix: torch.Tensor) -> torch.Tensor:
+def as_stored(module: nn.Module, matrix: Shaped[torch.Tensor, "d f"]) -> Shaped[torch.Tensor, "a b"]:
     """A matrix (d, f) in the order in which the module stores its weight, contiguous."""
     return matrix.mT.contiguous() if stores_transposed(module) else matrix
 
 
-def project(module: nn.Module, act: torch.Tensor, weight: torch.Tensor, bias: bool = True) -> torch.Tensor:
+def project(
+    module: nn.Module, act: Float[torch.Tensor, "*rows f"], weight: Float[torch.Tensor, "a b"], bias: bool = True
+) -> Float[torch.Tensor, "*rows d"]:
     """(.., d) output of a linear map for activations (.., f) under another weight, given as the module stores its own.
 
     The weight's dtype decides the arithmetic; the result has the activations'. bias: add the module's own bias.

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from testbed.core.events import Ask
@@ -25,7 +26,7 @@ from testbed.model.handle import ModelHandle, project
 from testbed.model.prefix_cache import ImagePrefixes, PrefixCache, agree, skip_image_prefixes
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
-Project = Callable[[Tensor], Tensor]
+Project = Callable[[Float[Tensor, "B P f"]], Float[Tensor, "B P d"]]
 """What takes a down-projection's place: (B, P, f) activations to (B, P, d)."""
 
 
@@ -44,25 +45,25 @@ class ModelSuffix:
     hidden: Tensor
     calls: list[Call]
 
-    def layer(self, n: int, hidden: Tensor) -> Tensor:
+    def layer(self, n: int, hidden: Float[Tensor, "B P d"]) -> Float[Tensor, "B P d"]:
         """(B, P, d) output of decoder layer `n` for another input (B, P, d)."""
         args, kwargs = self.calls[n - self.first]
         out = self.handle.layers[n](hidden, *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
-    def run(self, hidden: Tensor, first: int | None = None, stop: int | None = None) -> Tensor:
+    def run(self, hidden: Float[Tensor, "B P d"], first: int | None = None, stop: int | None = None) -> Float[Tensor, "B P d"]:
         """(B, P, d) output of layers `first` to `stop` - 1 for an input (B, P, d); by default of all layers of the suffix."""
         for n in range(self.first if first is None else first, self.handle.n_layers if stop is None else stop):
             hidden = self.layer(n, hidden)
         return hidden
 
-    def added(self, add: Tensor, position: int) -> Tensor:
+    def added(self, add: Float[Tensor, "B d"], position: int) -> Float[Tensor, "B P d"]:
         """(B, P, d) what enters layer `first` with `add` (B, d) added at one token position of the batch."""
         hidden = self.hidden.clone()
         hidden[:, position - self.start] += add.to(hidden)
         return hidden
 
-    def final_hidden(self, hidden: Tensor, read: Tensor | None = None) -> Tensor:
+    def final_hidden(self, hidden: Float[Tensor, "B P d"], read: Bool[Tensor, "B T"] | None = None) -> Float[Tensor, "n d"]:
         """(n, d) final hidden states, after the last norm, from the last layer's output (B, P, d).
 
         read: (B, T) bool, the token positions that are read; by default those that predict an answer token.
@@ -71,7 +72,7 @@ class ModelSuffix:
         read = read[:, self.start : self.start + hidden.shape[1]]
         return self.handle.norm(hidden[read.to(hidden.device)])
 
-    def answer_losses(self, final: Tensor) -> Tensor:
+    def answer_losses(self, final: Float[Tensor, "n d"]) -> Float[Tensor, " B"]:
         """(B,) mean cross-entropy (nats a token) of each row's answer, from final hidden states (n, d) that predict its tokens."""
         return mean_over_answers(answer_nll(self.handle, final, self.batch.answer_ids), self.batch)
 
@@ -88,46 +89,46 @@ class DownProjectionSuffix:
 
     upper: ModelSuffix
     layer: int
-    act: Tensor
-    rest: Tensor
-    position: Tensor
+    act: Float[Tensor, "B P f"]
+    rest: Float[Tensor, "B P d"]
+    position: Int[Tensor, "B P"]
 
     @property
     def batch(self) -> Batch:
         return self.upper.batch
 
-    def at(self, mask: Tensor) -> Tensor:
+    def at(self, mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B P"]:
         """(B, P) bool: a mask over token positions (B, T) at the positions that are kept."""
         return mask.to(self.position.device).gather(1, self.position)
 
-    def final_hidden(self, replacement: Project) -> Tensor:
+    def final_hidden(self, replacement: Project) -> Float[Tensor, "n d"]:
         """(n, d) final hidden states that predict the answers' tokens, with `replacement` in the projection's place."""
         hidden = self.rest + replacement(self.act)
         if self.upper.first < self.upper.handle.n_layers:
             return self.upper.final_hidden(self.upper.run(hidden))
         return self.upper.handle.norm(hidden[self.at(self.batch.before_answer)])
 
-    def logits(self, replacement: Project) -> Tensor:
+    def logits(self, replacement: Project) -> Float[Tensor, "n V"]:
         """(n, V) logits at the same positions."""
         return self.upper.handle.head(self.final_hidden(replacement)).to(self.upper.handle.device)
 
-    def losses(self, replacement: Project) -> Tensor:
+    def losses(self, replacement: Project) -> Float[Tensor, " B"]:
         """(B,) mean cross-entropy (nats a token) of each row's answer."""
         return self.upper.answer_losses(self.final_hidden(replacement))
 
 
-def mean_over_answers(losses: Tensor, batch: Batch) -> Tensor:
+def mean_over_answers(losses: Float[Tensor, " n"], batch: Batch) -> Float[Tensor, " B"]:
     """(B,) mean over each row's answer of the losses (n,) of its tokens."""
     return mean_by_row(losses, batch.before_answer.nonzero()[:, 0].to(losses.device), len(batch.answer))
 
 
-def mean_by_row(values: Tensor, row: Tensor, rows: int) -> Tensor:
+def mean_by_row(values: Float[Tensor, " n"], row: Int[Tensor, " n"], rows: int) -> Float[Tensor, " rows"]:
     """(rows,) mean of `values` (n,) by row index (n,); 0 for a row without a value."""
     total = torch.zeros(rows, dtype=values.dtype, device=values.device).index_add(0, row, values)
     return total / torch.bincount(row, minlength=rows).clamp(min=1)
 
 
-def mean_over_prompt(act: Tensor, batch: Batch) -> Tensor:
+def mean_over_prompt(act: Float[Tensor, "B T f"], batch: Batch) -> Float[Tensor, "B f"]:
     """(B, f) float32 mean of activations (B, T, f) over prompt positions, the same under any padding."""
     mask = batch.prompt.unsqueeze(-1)
     return (act.float() * mask).sum(1) / mask.sum(1)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from testbed.core.events import EditEvent
@@ -27,7 +28,7 @@ class RisingStates:
         self.hidden, self.next = self.suffix.hidden, first
         self.act = self.hidden
 
-    def keys(self, layer: int) -> Tensor:
+    def keys(self, layer: int) -> Float[Tensor, "B f"]:
         """(B, f) keys: what enters the layer's down-projection at the lookup positions. The states end behind this layer."""
         self.hidden = self.suffix.run(self.hidden, self.next, layer)
         kept: list[Tensor] = []
@@ -37,11 +38,11 @@ class RisingStates:
         self.act = kept[0].reshape(*self.hidden.shape[:2], -1)
         return self._at_lookup(self.act)
 
-    def last_output(self) -> Tensor:
+    def last_output(self) -> Float[Tensor, "B d"]:
         """(B, d) float32 output of the last layer at the lookup positions, under the weights as they are."""
         return self._at_lookup(self.suffix.run(self.hidden, self.next, self.last + 1)).float()
 
-    def last_mlp_output(self) -> Tensor:
+    def last_mlp_output(self) -> Float[Tensor, "B d"]:
         """(B, d) float32 output of the last layer's MLP at the lookup positions, under the weights as they are."""
         down, kept = self.handle.down(self.last), [self.act]
         if self.next <= self.last:
@@ -75,7 +76,7 @@ class KeyComputation:
         self.others = RisingStates(handle, prompt_rows(handle, events, contexts[1:]), first, last) if len(contexts) > 1 else None
         self.bare_key = torch.zeros(0)
 
-    def keys(self, layer: int) -> Tensor:
+    def keys(self, layer: int) -> Float[Tensor, "n f"]:
         """(n, f) float32 averaged keys of the layer."""
         self.bare_key = self.bare.keys(layer).float()
         if self.others is None:
@@ -83,11 +84,11 @@ class KeyComputation:
         rest = self.others.keys(layer).float().reshape(self.n, -1, self.bare_key.shape[1]).mean(1)
         return self.weight * self.bare_key + (1 - self.weight) * rest
 
-    def last_output(self) -> Tensor:
+    def last_output(self) -> Float[Tensor, "n d"]:
         """(n, d) float32 output of the last layer on the bare prompts, on the device of the model's inputs."""
         return self.bare.last_output().to(self.bare.handle.device)
 
-    def last_mlp_output(self) -> Tensor:
+    def last_mlp_output(self) -> Float[Tensor, "n d"]:
         """(n, d) float32 output of the last layer's MLP on the bare prompts, on the device of the model's inputs."""
         return self.bare.last_mlp_output().to(self.bare.handle.device)
 

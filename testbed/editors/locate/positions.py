@@ -10,7 +10,7 @@ from torch import Tensor
 
 from testbed.core.events import Ask, EditEvent
 from testbed.editors.base import BadEditor
-from testbed.model.encoding import Batch, answer_ids, collate, image_token, prompt_inputs, text_batch, prompt_in_template
+from testbed.model.encoding import Batch, answer_ids, collate, image_token, prompt_in_template, prompt_inputs, text_batch
 from testbed.model.handle import ModelHandle
 
 STARTERS = ("The", "Therefore", "Because", "I", "You")

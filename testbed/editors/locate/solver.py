@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.linalg import cholesky_ex, solve_triangular
 
@@ -28,11 +29,11 @@ class Prior(ABC):
     """Directions of the key space that no edit may use."""
 
     @abstractmethod
-    def whiten(self, keys: Tensor) -> Tensor:
+    def whiten(self, keys: Float[Tensor, "f n"]) -> Float[Tensor, "f n"]:
         """Keys (f, n) in the basis."""
 
     @abstractmethod
-    def unwhiten(self, rows: Tensor) -> Tensor:
+    def unwhiten(self, rows: Float[Tensor, "f n"]) -> Float[Tensor, "f n"]:
         """The transpose of `whiten`: factors (f, n) of a change, back in the model's own coordinates."""
 
 
@@ -92,8 +93,8 @@ class Solution:
     novelty: share of the keys' squared norm that past keys do not explain. condition: of the n x n system.
     """
 
-    left: Tensor
-    right: Tensor
+    left: Float[Tensor, "n d"]
+    right: Float[Tensor, "n f"]
     written: float
     novelty: float
     condition: float
@@ -113,7 +114,7 @@ class Ridge:
         self.root: Tensor | None = None  # (N, N) lower Cholesky factor of their Gram matrix + rho I
         self.dense: Tensor | None = None  # (f, f) rho I + their sum, once they near the width
 
-    def solve(self, keys: Tensor, residual: Tensor) -> Solution:
+    def solve(self, keys: Float[Tensor, "n f"], residual: Float[Tensor, "n d"]) -> Solution:
         """The change for keys (n, f) and residuals (n, d). Raises `EditFailed` for numbers that are not finite."""
         if not (torch.isfinite(keys).all() and torch.isfinite(residual).all()):
             raise EditFailed("keys or residuals are not finite: the model's activations have blown up")
@@ -140,7 +141,7 @@ class Ridge:
         fresh = g - self.past.T @ solve_triangular(self.root.T, cross, upper=True)
         return torch.cholesky_solve(fresh.T, cholesky(gram - _symmetric(cross.T @ cross))).T
 
-    def append(self, keys: Tensor) -> None:
+    def append(self, keys: Float[Tensor, "n f"]) -> None:
         """Count keys (n, f) as past; nothing without history."""
         if not self.history:
             return
@@ -175,7 +176,7 @@ def _symmetric(m: Tensor) -> Tensor:
     return (m + m.T) / 2
 
 
-def cholesky(m: Tensor) -> Tensor:
+def cholesky(m: Float[Tensor, "m m"]) -> Float[Tensor, "m m"]:
     """Lower factor of a symmetric matrix that rounding may have made slightly indefinite.
 
     A growing multiple of the unit matrix (from 1e-14 of the mean diagonal) is added until it factors.

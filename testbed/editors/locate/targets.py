@@ -12,9 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from testbed.core.events import EditEvent
@@ -30,6 +31,7 @@ _WASTED = 16
 """Positions run for nothing that cost less than the call of another forward."""
 
 
+@runtime_checkable
 class SearchSettings(Protocol):
     """The hyper-parameters of a search for targets (fields of `LocateHyperparameters`)."""
 
@@ -69,9 +71,9 @@ class Targets:
     delta: (n, d) float32 change of the layer's output. loss: (n,) last loss (nats). steps: (n,) optimiser steps taken.
     """
 
-    delta: Tensor
-    loss: Tensor
-    steps: Tensor
+    delta: Float[Tensor, "n d"]
+    loss: Float[Tensor, " n"]
+    steps: Float[Tensor, " n"]
 
 
 class TargetLoss:
@@ -101,13 +103,13 @@ class TargetLoss:
         start = int(rows.at[0])
         return suffix_from_layer(task.handle, rows.batch, task.layer + 1, positions=(start, start + width))
 
-    def losses(self, delta: Tensor, kl: float) -> Tensor:
+    def losses(self, delta: Float[Tensor, "n d"], kl: float) -> Float[Tensor, " n"]:
         """(n,) negative log-likelihood of the answers, mean over tokens then contexts, plus kl times the KL divergence."""
         answers, kl_prompts = self._read(delta, with_kl=bool(kl))
         loss = self._over_edits(self._answers(answers)[0])
         return loss + kl * self._divergence(kl_prompts) if kl else loss
 
-    def done(self, loss: Tensor, stop: float) -> Tensor:
+    def done(self, loss: Float[Tensor, " n"], stop: float) -> Bool[Tensor, " n"]:
         """(n,) bool: the edits whose target is found, by the loss with its decay."""
         return loss < stop
 
@@ -170,7 +172,7 @@ class RowAdam:
         self.m, self.v = self.m[rows], self.v[rows]
 
 
-def search(task: TargetTask, h: SearchSettings, scale: Tensor, loss_class: type[TargetLoss] = TargetLoss) -> Targets:
+def search(task: TargetTask, h: SearchSettings, scale: Float[Tensor, "n ..."], loss_class: type[TargetLoss] = TargetLoss) -> Targets:
     """Optimise one delta an edit until its loss is under `h.stop` or `h.steps - 1` steps are taken (the last only reads).
 
     scale: (n,), or (n, parts), norm of the output that each part of the delta is added to: the unit of the clamp and the decay.
@@ -260,7 +262,7 @@ def _require_finite(loss: Tensor, events: list[EditEvent], lr: float) -> None:
 
 
 @torch.no_grad()
-def layer_outputs(handle: ModelHandle, events: Sequence[EditEvent], layer: int) -> Tensor:
+def layer_outputs(handle: ModelHandle, events: Sequence[EditEvent], layer: int) -> Float[Tensor, "n d"]:
     """(n, d) float32 output h of the layer where each bare prompt's subject ends, on the device of the model's inputs."""
     rows = prompt_rows(handle, events, [""])
     hidden = suffix_from_layer(handle, rows.batch, layer + 1, layer + 1).hidden.to(handle.device)
@@ -268,7 +270,9 @@ def layer_outputs(handle: ModelHandle, events: Sequence[EditEvent], layer: int) 
 
 
 @torch.no_grad()
-def attention_and_mlp_outputs(handle: ModelHandle, events: Sequence[EditEvent], layer: int) -> tuple[Tensor, Tensor]:
+def attention_and_mlp_outputs(
+    handle: ModelHandle, events: Sequence[EditEvent], layer: int
+) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n d"]]:
     """(n, d) float32 outputs of the layer's attention and of its MLP where each bare prompt's subject ends.
 
     Both lie on the device of the model's inputs.

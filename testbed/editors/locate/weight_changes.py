@@ -1,4 +1,4 @@
-"""What a locate-then-edit editor remembers: changes of down-projections in factors, and the keys of past edits.
+"""The state of a locate-then-edit editor: low-rank deltas of down-projections, and the keys of past edits.
 
 The base weights are never written. A change of one step is `left^T right` (n rows of d and of f); the weights
 are the base plus the changes in the order of the steps, in at least float32, so that a loaded state gives the
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from testbed.editors.base import BadEditor, need
@@ -42,13 +43,13 @@ class WeightDeltas:
         self.current: dict[int, Tensor] = {}
         self._rooms: dict[tuple[str, int], Tensor] = {}
 
-    def base(self, layer: int) -> Tensor:
+    def base(self, layer: int) -> Float[Tensor, "d f"]:
         """(d, f) unedited weight in at least float32."""
         w = self.bases[self.names[layer]]
         w = w if w.dtype == torch.float64 else w.float()
         return as_matrix(self.handle.down(layer), w)
 
-    def weight(self, layer: int) -> Tensor:
+    def weight(self, layer: int) -> Float[Tensor, "d f"]:
         """(d, f) edited weight."""
         return self.current.get(layer, self.base(layer))
 
@@ -59,14 +60,16 @@ class WeightDeltas:
     def _stored(self, layer: int, w: Tensor) -> Tensor:
         return as_stored(self.handle.down(layer), w)
 
-    def add(self, layer: int, step: int, left: Tensor, right: Tensor, keys: Tensor | None) -> None:
+    def add(
+        self, layer: int, step: int, left: Float[Tensor, "n d"], right: Float[Tensor, "n f"], keys: Float[Tensor, "n f"] | None
+    ) -> None:
         """A change in factors, and the keys to remember where there is history."""
         self.current = {**self.current, layer: _applied(self.weight(layer), left.float(), right.float())}
         self.left = self._grown("left", layer, left.float())
         self.right = self._grown("right", layer, right.float())
         self._close(layer, step, len(left), keys)
 
-    def add_dense(self, layer: int, step: int, change: Tensor, keys: Tensor | None, rows: int) -> None:
+    def add_dense(self, layer: int, step: int, change: Float[Tensor, "d f"], keys: Float[Tensor, "n f"] | None, rows: int) -> None:
         """A change (d, f) that has no factors."""
         total = self.dense[layer] + change if layer in self.dense else change
         self.dense = {**self.dense, layer: total}

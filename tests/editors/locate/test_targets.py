@@ -228,8 +228,9 @@ def test_entering_a_model_stops_early_and_gives_the_same_hidden_states(kind: str
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=40))
 def test_every_edit_is_in_one_group_and_no_forward_is_for_a_few_of_many(widths: list[int]) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(targets, "positions_to_run", lambda handle, width, end: width)
-        groups = targets._groups_of_like_width(TargetTask(None, widths, 0, []))  # pyright: ignore[reportArgumentType]
+        patch.setattr(targets, "positions_to_run", lambda handle, event, end: event.seq)
+        events = [replace(FACTS[0], seq=width) for width in widths]
+        groups = targets._groups_of_like_width(TargetTask(build("llama"), events, 0, []))
     assert sorted(i for g in groups for i in g) == list(range(len(widths)))
     assert all(len(g) >= 8 for g in groups) or len(groups) == 1
     edges = [(min(widths[i] for i in g), max(widths[i] for i in g)) for g in groups]

@@ -114,7 +114,7 @@ def test_wrappers_compose_and_refuse_what_they_cannot_wrap() -> None:
             EDITORS.get(name)
     config = RunConfig(editor=("alphaedit+blue",), set=("alphaedit+blue.l2=3", "alphaedit+blue.layers=0,2"))
     assert config.problems() == []
-    assert config.editor_config("alphaedit+blue").layers == (0, 2)
+    assert config.resolve_editor("alphaedit+blue").config.layers == (0, 2)
     assert all(issubclass(EDITORS.get(f"memit+{name}"), Editor) for name in WRAPPERS.names())
 
 
