@@ -1,9 +1,13 @@
+# pyright: strict
 """The contract of an editor, and what every editor shares: limits, failures that leave no trace, undo.
 
-A method is one file: a `Config` dataclass (the paper's symbol and default beside each field), its `Traits`,
-and four verbs: `_prepare`, `_edit`, `predictor`, the state. Tensors in a state are replaced, never changed
-in place, so a snapshot is a shallow copy and a failed edit is undone by putting it back. A batch that fails
-is made in halves, so that one bad edit costs itself alone.
+A method is one file with a `Config` dataclass (the paper's symbol and default beside each field), its `Traits`,
+and the methods `_prepare`, `_edit`, `predictor`, `_state` and `_load`. A method that changes weights of the model
+is a `WeightEditor` and gives `edited_weights` instead of `predictor`. Tensors in a state are replaced and never
+changed in place, so that a shallow copy is a snapshot from which a failed edit is undone. A batch that fails is
+made again in halves, so that one bad edit does not take the others with it.
+
+A `Wrapper` changes part of another method and is named behind it with a plus (`alphaedit+blue`).
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from streams.base import TrainPool
 from testbed.core.events import EditBatch, EditEvent, hide_previous
@@ -24,22 +29,26 @@ from testbed.core.timing import NOTE_PREFIX, collect_seconds
 from testbed.model import out_of_memory as memory
 from testbed.model.encoding import UntokenizableAnswer
 from testbed.model.handle import ModelHandle
-from testbed.model.predictor import Predictor
+from testbed.model.predictor import ModelPredictor, Predictor
 
 Sample = Literal["paraphrase", "previous", "train_pool"]
 
 
 class EditFailed(RuntimeError):
-    """One edit or batch that could not be made (non-finite loss, ...): recorded, nothing changed, the stream goes on."""
+    """An edit or a batch could not be made (its loss is not finite, ...). It is recorded and changes nothing; the stream goes on."""
+
+
+FAILURES: tuple[type[BaseException], ...] = (EditFailed, UntokenizableAnswer, torch.linalg.LinAlgError)  # pyright: ignore
+"""Errors that fail an edit and let the stream go on, beside those that say that memory ran out."""
 
 
 class BadEditor(ValueError):
-    """A configuration or a state that does not fit: expected, found, what to do."""
+    """A configuration or a state does not fit. The message says what was expected, what was found, and what to do."""
 
 
 @dataclass(frozen=True)
 class Traits:
-    """What an editor is and may see. The loop and the tests ask these, never its name."""
+    """What an editor is and may see. The loop and the tests read these and never compare an editor's name."""
 
     weights: bool = False
     """It answers with changed weights of the model itself (so the edited model can be saved)."""
@@ -49,10 +58,13 @@ class Traits:
     """`revert(event_ids)` restores the state before these edits."""
     told_truth: bool = False
     """Its predictor is told the right answer (the oracle alone)."""
+    learns: Literal["training", "context", "no"] = "training"
+    """How an edit makes its target likelier: tensors are trained on it or solved for it; the fact is put into the prompt, which
+    takes a model that reads its prompt; or not at all."""
     max_batch: int | None = None
-    """Largest batch of edits it takes at once."""
+    """Largest batch of edits that it takes at once."""
     uses: frozenset[Sample] = frozenset()
-    """Extra samples that the published method uses; it gets these and no others."""
+    """Extra samples that the published method uses; the editor is given these and no others."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +72,12 @@ class EditorConfig:
     """Base of every editor's configuration. A range is written beside a field's type (`testbed.core.ranges`)."""
 
     def problems(self) -> list[str]:
-        """Every mistake in the values, as sentences; a method adds what ranges cannot say."""
+        """One sentence for each mistake in the values; a method adds checks that concern several fields."""
         return out_of_range(self)
 
 
 class Editor(ABC):
-    """One sequential editor. Registered with `EDITORS.register(name)`; found by scan."""
+    """One sequential editor, registered with `EDITORS.register(name)` and found by a scan of the package."""
 
     name: ClassVar[str]
     summary: ClassVar[str]
@@ -81,21 +93,22 @@ class Editor(ABC):
         self._revises: dict[str, str | None] = {}
         self.step = 0
         """Step of the newest batch."""
-        self.room: int | None = None
-        """Most edits that memory was found to have room for at once; None as long as it never ran out."""
+        self.max_batch_found: int | None = None
+        """The most edits at once that memory was found to hold; None as long as it never ran out."""
 
     def prepare(self, handle: ModelHandle, pool: TrainPool) -> None:
-        """Bind to a model, once, before the first edit; `pool` is empty unless the Traits declare its use."""
+        """Bind the editor to a model, once, before the first edit. It sees an empty pool unless its Traits declare its use."""
         self.handle = handle
         self._prepare(pool if "train_pool" in self.traits.uses else TrainPool())
 
     def apply(self, batch: EditBatch) -> EditReport:
         """Make the edits of one step; an empty batch is the identity.
 
-        An edit that fails is reported and changes nothing. A batch that fails is made in two halves, each of these
-        likewise, until the edits at fault stand alone: the others are made. So is a batch that memory has no room
-        for, and later batches are then made in parts of a size that fitted. A retire is undone where the method has
-        undo, else skipped and counted. Raises `BadEditor` for a batch over `Traits.max_batch`.
+        An edit that fails is reported and changes nothing. A batch that fails is made again in two halves, and a half
+        that fails likewise, until each edit at fault stands alone and the others are made. The same is done with a
+        batch that memory cannot hold, and later batches are then made in parts of a size that fitted. A retire takes
+        the fact's edits out where the method has undo; else it is skipped and counted. Raises `BadEditor` for a batch
+        over `Traits.max_batch`.
         """
         limit = self.traits.max_batch
         if limit is not None and len(batch) > limit:
@@ -109,7 +122,7 @@ class Editor(ABC):
 
     def _in_parts(self, batch: EditBatch) -> list[EditReport]:
         """A report for each part that was made or failed as one: the whole batch where nothing fails."""
-        if self.room is None or len(batch) <= self.room:
+        if self.max_batch_found is None or len(batch) <= self.max_batch_found:
             report = self._at_once(batch)
             if not report.failed or len(batch) == 1:
                 return [report]
@@ -128,9 +141,9 @@ class Editor(ABC):
                 notes = self._edit(edits) if edits.events else {}
             skipped = self._retire(retire)
         except (RuntimeError, MemoryError, UntokenizableAnswer) as e:
-            if not (isinstance(e, (EditFailed, UntokenizableAnswer, torch.linalg.LinAlgError)) or memory.is_out_of_memory(e)):
+            if not (isinstance(e, FAILURES) or memory.is_out_of_memory(e)):
                 raise
-            reason = self._no_room(len(batch)) if memory.is_out_of_memory(e) else str(e)
+            reason = self._out_of_memory(len(batch)) if memory.is_out_of_memory(e) else str(e)
         else:
             made = {e.id: e.revises for e in batch.events if e.kind != "retire"}
             self._revises = {**self._revises, **made}
@@ -140,12 +153,12 @@ class Editor(ABC):
         self.load_state_dict(before)
         return replace(report, failed={e.id: reason for e in batch.events})
 
-    def _no_room(self, n: int) -> str:
-        """Remember that memory ran out with n edits at once; the reason to report."""
+    def _out_of_memory(self, n: int) -> str:
+        """Remember that memory ran out with n edits at once, and return the reason to report."""
         if n > 1:
-            self.room = n // 2
+            self.max_batch_found = n // 2
             self.notes.append(
-                f"memory ran out with {n} edits at once at step {self.step}: from there on at most {self.room} are made at once"
+                f"memory ran out with {n} edits at once at step {self.step}: from there on at most {self.max_batch_found} are made at once"
             )
         return "memory ran out"
 
@@ -175,11 +188,11 @@ class Editor(ABC):
 
     @abstractmethod
     def _prepare(self, pool: TrainPool) -> None:
-        """Make the empty state for `self.handle`."""
+        """Build the state before the first edit, for the model in `self.handle`."""
 
     @abstractmethod
     def _edit(self, batch: EditBatch) -> dict[str, float]:
-        """Make the edits; returns notes for the report. Raises `EditFailed`."""
+        """Make the edits and return notes for the report, by name. Raises `EditFailed`."""
 
     @abstractmethod
     def predictor(self) -> Predictor:
@@ -187,17 +200,18 @@ class Editor(ABC):
 
     @abstractmethod
     def _state(self) -> dict[str, Any]:
-        """Tensors and JSON values by name; together with the config they are the whole state."""
+        """Tensors and JSON values by name. Together with the configuration they are the whole state."""
 
     @abstractmethod
-    def _load(self, state: dict[str, Any]) -> None: ...
+    def _load(self, state: dict[str, Any]) -> None:
+        """Take over what `_state` returned. Raises `BadEditor` for a state of another shape or model."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and JSON values, shallow: what is in it is never changed in place."""
+        """The state as tensors and JSON values by name. It is a shallow copy, because no tensor in it is ever changed in place."""
         return {**self._state(), "revises": dict(self._revises)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The reverse. Raises `BadEditor` for a state of another shape or model."""
+        """Take over what `state_dict` returned. Raises `BadEditor` for a state of another shape or model."""
         state = dict(state)
         self._revises = dict(state.pop("revises", {}))
         self._load(state)
@@ -206,12 +220,12 @@ class Editor(ABC):
         """Undo these edits. Raises `BadEditor` where the method cannot, or for an unknown id."""
         raise BadEditor(f"{self.name} has no undo; edit the old value back instead")
 
-    def edited_weights(self) -> dict[str, torch.Tensor]:
+    def edited_weights(self) -> dict[str, Tensor]:
         """Changed parameters by name, for --save-model; empty unless `Traits.weights`."""
         return {}
 
     def delta_norm(self) -> float | None:
-        """Frobenius norm of all changes of weights together; None where none change."""
+        """Frobenius norm of the changes of all weights together; None where the method changes none."""
         changed = self.edited_weights()
         if not changed:
             return None
@@ -220,21 +234,58 @@ class Editor(ABC):
 
     def state_bytes(self) -> int:
         """Bytes of the tensors in the state."""
-        return sum(t.numel() * t.element_size() for t in self._state().values() if isinstance(t, torch.Tensor))
+        return sum(t.numel() * t.element_size() for t in self._state().values() if isinstance(t, Tensor))
 
     def generator(self, step: int) -> torch.Generator:
-        """Randomness of one step: a function of (seed, step), so a resumed run draws the same."""
+        """The random numbers of one step. They depend on (seed, step) alone, so that a resumed run draws the same."""
         entropy = np.random.SeedSequence([self.seed, step]).generate_state(2, dtype=np.uint32)
         return torch.Generator().manual_seed(int(entropy[0]) << 32 | int(entropy[1]))
 
 
+class WeightEditor(Editor):
+    """An editor that answers with changed weights of the model: it gives them, and the predictor puts them in place of the model's own."""
+
+    traits = Traits(weights=True)
+
+    @abstractmethod
+    def edited_weights(self) -> dict[str, Tensor]:
+        """Changed parameters by name, each in the shape in which the model stores it and in at least float32."""
+
+    def predictor(self) -> Predictor:
+        """The model under the weights as they are now; later edits do not change this predictor."""
+        weights = self.edited_weights()
+        return ModelPredictor(self.handle, around=lambda batch: self.handle.swapped(weights))
+
+
+class Wrapper:
+    """A method that changes part of another (its host). Registered with `WRAPPERS.register(name)`.
+
+    It overrides steps of its host and calls `super()` for the rest: `alphaedit+blue` is the class with both as
+    bases, and its configuration has the fields of both.
+    """
+
+    summary: ClassVar[str]
+    Config: ClassVar[Any]
+    hosts: ClassVar[type[Editor]] = Editor
+    """The base class of the editors that it can wrap."""
+
+    @classmethod
+    def over(cls, host: type[Editor], name: str) -> type[Editor]:
+        """The class of the host inside this wrapper. Raises TypeError for a host of another kind."""
+        if not issubclass(host, cls.hosts):
+            raise TypeError(f"it wraps editors of the kind {cls.hosts.__name__}, and {host.name} is none")
+        config = dataclass(frozen=True)(type(f"{cls.Config.__name__}Over{host.Config.__name__}", (cls.Config, host.Config), {}))
+        body = {"name": name, "summary": f"{host.summary}; {cls.summary}", "Config": config, "__doc__": cls.__doc__}
+        return type(cls.__name__ + host.__name__, (cls, host), body)
+
+
 def _of(events: Sequence[EditEvent], by_id: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a mapping by event id that belongs to these events."""
+    """The entries of a mapping by event id that belong to these events."""
     return {e.id: by_id[e.id] for e in events if e.id in by_id}
 
 
 def _joined(report: EditReport, parts: Sequence[EditReport]) -> EditReport:
-    """One report of a batch's parts. Of several, numbers are those of the last that was made, seconds added up."""
+    """One report of a batch's parts. Seconds are added up; other numbers are those of the last part that was made."""
     made = [p for p in parts if not p.failed]
     notes = dict(made[-1].notes) if made else {}
     notes |= {k: sum(p.notes.get(k, 0.0) for p in made) for k in notes if k.startswith(NOTE_PREFIX)}
@@ -243,10 +294,23 @@ def _joined(report: EditReport, parts: Sequence[EditReport]) -> EditReport:
     return replace(report, notes=notes, failed=failed, skipped={i: reason for p in parts for i, reason in p.skipped.items()})
 
 
-def need(state: dict[str, Any], name: str, shape: tuple[int | None, ...]) -> torch.Tensor:
+def require_finite_loss(loss: Tensor, lr: float) -> None:
+    """Raise `EditFailed` where a loss, of any shape, is not finite."""
+    if not torch.isfinite(loss).all():
+        raise EditFailed(f"the loss became {loss.tolist()} at lr {lr}; try a smaller one")  # pyright: ignore[reportUnknownMemberType]
+
+
+def require_same(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Raise `BadEditor` where a value in a state differs from the one of the same name that this editor has."""
+    for name, value in own.items():
+        if state.get(name) != value:
+            raise BadEditor(f"the state was made with {name} {state.get(name)}, this editor has {value}")
+
+
+def need(state: dict[str, Any], name: str, shape: tuple[int | None, ...]) -> Tensor:
     """The tensor of this name from a state. Raises `BadEditor` unless it has the shape (None matches any size)."""
     t: Any = state.get(name)
-    if not isinstance(t, torch.Tensor):
+    if not isinstance(t, Tensor):
         raise BadEditor(f"the state has no tensor {name!r}; it holds {', '.join(map(repr, state)) or 'nothing'}")
     if t.ndim != len(shape) or any(want is not None and want != got for want, got in zip(shape, t.shape)):
         raise BadEditor(f"{name!r} has shape {tuple(t.shape)}, expected {shape}: the state belongs to another model, layer or config")

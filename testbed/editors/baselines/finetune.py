@@ -14,11 +14,11 @@ import torch
 
 from streams.base import TrainPool
 from testbed.core.events import EditBatch
+from testbed.core.ranges import NonNegativeFloat, PositiveFloat, PositiveInt
 from testbed.core.registry import EDITORS
 from testbed.core.timing import timed
-from testbed.editors.base import EditFailed, Editor, EditorConfig, Traits, need
+from testbed.editors.base import EditorConfig, WeightEditor, need, require_finite_loss
 from testbed.model.handle import project
-from testbed.model.predictor import ModelPredictor, Predictor
 from testbed.model.suffix import DownProjectionSuffix, suffix_from_down_projection
 
 
@@ -26,36 +26,25 @@ from testbed.model.suffix import DownProjectionSuffix, suffix_from_down_projecti
 class FinetuneConfig(EditorConfig):
     layer: int = -1
     """Decoder layer whose down-projection is trained; negative counts from the last."""
-    lr: float = 2.5e-3
+    lr: PositiveFloat = 2.5e-3
     """Adam's step size."""
-    steps: int = 20
+    steps: PositiveInt = 20
     """Optimiser steps a batch; the optimiser starts afresh for each."""
-    epsilon: float = 0.0
+    epsilon: NonNegativeFloat = 0.0
     """Largest change of any weight in one batch (Zhu et al. 2020, L-infinity); 0 is no limit."""
-
-    def problems(self) -> list[str]:
-        out = []
-        if self.lr <= 0:
-            out.append(f"lr must be positive, got {self.lr}")
-        if self.steps < 1:
-            out.append(f"steps must be 1 or more, got {self.steps}")
-        if self.epsilon < 0:
-            out.append(f"epsilon must be 0 or more, got {self.epsilon}")
-        return out
 
 
 @dataclass(frozen=True)
 class ConstrainedConfig(FinetuneConfig):
-    epsilon: float = 2e-3
+    epsilon: NonNegativeFloat = 2e-3
     """Largest change of any weight in one batch (Zhu et al. 2020, L-infinity)."""
 
 
 @EDITORS.register("finetune")
-class Finetune(Editor):
+class Finetune(WeightEditor):
     """One layer's down-projection, trained on each batch from where the last one left it."""
 
     summary = "fine-tunes one down-projection with Adam, edit after edit"
-    traits = Traits(weights=True)
     Config = FinetuneConfig
 
     def _prepare(self, pool: TrainPool) -> None:
@@ -78,19 +67,14 @@ class Finetune(Editor):
         for _ in range(self.config.steps):
             adam.zero_grad()
             loss = suffix.losses(lambda act: project(module, act, weight)).mean()
+            require_finite_loss(loss, self.config.lr)
             value = float(loss.detach())
-            if not torch.isfinite(loss):
-                raise EditFailed(f"the loss became {value} at lr {self.config.lr}; try a smaller one")
             loss.backward()
             adam.step()
             if self.config.epsilon:
                 with torch.no_grad():
                     weight.copy_(torch.clamp(weight, start - self.config.epsilon, start + self.config.epsilon))
         return weight.detach(), value
-
-    def predictor(self) -> Predictor:
-        weights = {self.weight_name: self.weight}
-        return ModelPredictor(self.handle, around=lambda batch: self.handle.swapped(weights))
 
     def edited_weights(self) -> dict[str, torch.Tensor]:
         return {self.weight_name: self.weight}

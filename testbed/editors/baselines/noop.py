@@ -1,4 +1,4 @@
-"""The floor: nothing is edited, so every number is the unedited model's."""
+"""The floor of every comparison: nothing is edited, so that every number is the unedited model's."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class Noop(Editor):
     """Ignores every edit."""
 
     summary = "changes nothing: the unedited model, the floor of every comparison"
-    traits = Traits(undo=True)
+    traits = Traits(undo=True, learns="no")
     Config = EditorConfig
 
     def _prepare(self, pool: TrainPool) -> None:
-        self._predictor = ModelPredictor(self.handle)
+        self._predictor: Predictor = ModelPredictor(self.handle)
 
     def _edit(self, batch: EditBatch) -> dict[str, float]:
         return {}
@@ -30,10 +30,10 @@ class Noop(Editor):
         return self._predictor
 
     def revert(self, event_ids: Iterable[str]) -> None:
-        """Nothing was done, so nothing is to be undone."""
+        """Undo nothing, because no edit changed anything."""
 
     def _state(self) -> dict[str, Any]:
         return {}
 
     def _load(self, state: dict[str, Any]) -> None:
-        """There is nothing to load."""
+        """The state is empty."""

@@ -15,17 +15,15 @@ from torch.nn.utils.rnn import pad_sequence
 from streams.base import TrainPool
 from testbed.core.events import EditBatch
 from testbed.core.registry import EDITORS
-from testbed.core.timing import stage
-from testbed.editors.base import BadEditor, Editor, Traits, need
+from testbed.core.timing import timed
+from testbed.editors.base import BadEditor, WeightEditor, need
 from testbed.editors.continual.methods import METHODS, REFUSED, Method, load, missing
 from testbed.editors.continual.rows import IGNORE, LAYER, AnswerModel, Kept, Rows
-from testbed.model.predictor import ModelPredictor, Predictor
 
 
-class AvalancheEditor(Editor):
+class AvalancheEditor(WeightEditor):
     """One strategy over the last down-projection. What it remembers of an edit is what enters that layer, not the picture."""
 
-    traits = Traits(weights=True)
     method: ClassVar[str]
 
     def _prepare(self, pool: TrainPool) -> None:
@@ -52,7 +50,7 @@ class AvalancheEditor(Editor):
         strategy = self.carrier.strategy(model)
         self.carrier.put(strategy, carried)
         experience = bridge.experience_of(rows, self.carrier.lesson(carried, new))
-        with stage("train"), bridge.seeded(self.generator(batch.step)):
+        with timed("train"), bridge.seeded(self.generator(batch.step)):
             strategy.train([experience], eval_streams=[])
         self.weight, self.carried = model.weight.detach(), self.carrier.take(strategy)
         self.rows, self.edits = rows, {**edits, **{i: e.id for i, e in zip(new, batch.events)}}
@@ -66,10 +64,6 @@ class AvalancheEditor(Editor):
         number = {i: rows.add_kept(self.rows.kept(i)) for i in carried.rows}
         groups = [[number[i] for i in group] for group in carried.groups]
         return replace(carried, groups=groups), rows, {number[i]: self.edits[i] for i in carried.rows}
-
-    def predictor(self) -> Predictor:
-        weights = {self.weight_name: self.weight}
-        return ModelPredictor(self.handle, around=lambda batch: self.handle.swapped(weights))
 
     def edited_weights(self) -> dict[str, torch.Tensor]:
         return {self.weight_name: self.weight}

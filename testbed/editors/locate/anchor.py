@@ -20,10 +20,9 @@ from torch import Tensor
 from streams.base import TrainPool
 from testbed.core.ranges import PositiveInt
 from testbed.core.registry import WRAPPERS
-from testbed.editors.base import EditorConfig
+from testbed.editors.base import EditorConfig, Wrapper
 from testbed.editors.locate.core import LocateEditor
 from testbed.editors.locate.targets import Targets, TargetTask, attention_and_mlp_outputs
-from testbed.editors.wrapper import Wrapper
 
 _FAR = 2.0
 """Multiple of the anchor over which a target is not used."""

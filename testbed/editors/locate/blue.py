@@ -11,12 +11,11 @@ from typing import Any
 
 from streams.base import TrainPool
 from testbed.core.registry import WRAPPERS
-from testbed.editors.base import EditorConfig
+from testbed.editors.base import EditorConfig, Wrapper
 from testbed.editors.hyperparameters import ModelKey, model_key
 from testbed.editors.locate.alphaedit import AlphaEditHyperparameters
 from testbed.editors.locate.core import LocateEditor, LocateHyperparameters
 from testbed.editors.locate.memit import MemitHyperparameters
-from testbed.editors.wrapper import Wrapper
 
 PUBLISHED: dict[ModelKey, dict[type[LocateHyperparameters], dict[str, float]]] = {
     ("gpt2", 48): {AlphaEditHyperparameters: {"l2": 80.0}, MemitHyperparameters: {"lam": 20_000.0}},  # GPT2-XL

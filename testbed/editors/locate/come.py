@@ -16,10 +16,9 @@ from torch import Tensor
 
 from testbed.core.ranges import Fraction, NonNegativeFloat
 from testbed.core.registry import WRAPPERS
-from testbed.editors.base import Editor, EditorConfig
+from testbed.editors.base import Editor, EditorConfig, Wrapper
 from testbed.editors.locate.core import LocateEditor
 from testbed.editors.locate.targets import Targets, TargetTask, layer_outputs, search
-from testbed.editors.wrapper import Wrapper
 
 
 @dataclass(frozen=True)

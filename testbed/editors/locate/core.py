@@ -24,7 +24,7 @@ from streams.base import TrainPool
 from testbed.core.events import EditBatch, EditEvent
 from testbed.core.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt
 from testbed.core.timing import timed
-from testbed.editors.base import BadEditor, EditFailed, Editor, EditorConfig, Traits
+from testbed.editors.base import BadEditor, EditFailed, EditorConfig, Traits, WeightEditor
 from testbed.editors.hyperparameters import ModelKey, hyperparameters_for, overlay
 from testbed.editors.locate.keys import KeyComputation
 from testbed.editors.locate.positions import ask_of, draw_contexts, subject_of
@@ -33,7 +33,6 @@ from testbed.editors.locate.solver import Prior, Ridge, Solution
 from testbed.editors.locate.targets import Targets, TargetTask, layer_outputs, search
 from testbed.editors.locate.weight_changes import WeightDeltas
 from testbed.model.handle import ModelHandle
-from testbed.model.predictor import ModelPredictor, Predictor
 from testbed.model.suffix import suffix_from_down_projection
 
 _SAME_KEY = 0.98
@@ -114,7 +113,7 @@ def derived_layers(depth: int) -> tuple[int, ...]:
     return tuple(range(max(0, last - 4, round(depth * 0.12)), last + 1)) if last else (0,)
 
 
-class LocateEditor(Editor):
+class LocateEditor(WeightEditor):
     """Targets, one sweep of keys and residuals, a ridge solve a layer. Subclasses choose the prior and what else differs."""
 
     traits = Traits(weights=True, uses=frozenset({"train_pool"}))
@@ -261,10 +260,6 @@ class LocateEditor(Editor):
                 ridge.append(keys)
             self.ridges[layer] = ridge
         return self.ridges[layer]
-
-    def predictor(self) -> Predictor:
-        weights = self.edited_weights()
-        return ModelPredictor(self.handle, around=lambda batch: self.handle.swapped(weights))
 
     def edited_weights(self) -> dict[str, Tensor]:
         return self.deltas.parameters()

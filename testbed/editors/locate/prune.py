@@ -17,8 +17,7 @@ from torch import Tensor
 from streams.base import TrainPool
 from testbed.core.ranges import Range
 from testbed.core.registry import WRAPPERS
-from testbed.editors.base import Editor, EditorConfig
-from testbed.editors.wrapper import Wrapper
+from testbed.editors.base import Editor, EditorConfig, Wrapper
 from testbed.model.predictor import ModelPredictor, Predictor
 
 

@@ -13,10 +13,9 @@ from torch import Tensor
 
 from testbed.core.ranges import PositiveFraction
 from testbed.core.registry import WRAPPERS
-from testbed.editors.base import EditorConfig
+from testbed.editors.base import EditorConfig, Wrapper
 from testbed.editors.locate.core import LocateEditor
 from testbed.editors.locate.solver import Solution
-from testbed.editors.wrapper import Wrapper
 
 
 @dataclass(frozen=True)
