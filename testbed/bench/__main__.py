@@ -36,11 +36,10 @@ from testbed.bench.long import costs, wholes
 from testbed.bench.models import NoRoom, open_model
 from testbed.bench.paths import paths
 from testbed.core import variants
-from testbed.core.registry import STREAMS
 from testbed.experiment.command import run_command
 from testbed.experiment.config import RunConfig
-from testbed.experiment.runner import make_editor
-from testbed.model import handle as models
+from testbed.model import loading
+from testbed.model.handle import ModelHandle
 from testbed.model.progress import bars
 from testbed.storage.files import replacing
 
@@ -131,7 +130,7 @@ def _fill(found: dict[str, list[Any]], config: BenchConfig) -> None:
 def measure(config: BenchConfig) -> Tables:
     """Every editor on every model, one after another."""
     run, amount = RunConfig(set=config.set), Amount(config.edits, config.plain, config.questions, config.batch or 1)
-    yield from _each(config, lambda h, name: [line(h, _stream(config, h), lambda: make_editor(run, name), amount)])
+    yield from _each(config, lambda h, name: [line(h, _stream(config, h), lambda: run.resolve_editor(name).create(), amount)])
 
 
 def measure_long(config: BenchConfig) -> Tables:
@@ -151,13 +150,13 @@ def measure_paths(config: BenchConfig) -> Tables:
     """Every editor beside its plain path, on every model."""
     edits, batch = min(4, config.edits), config.batch or _AT_ONCE
     run = RunConfig()
-    yield from _each(config, lambda h, name: [paths(h, _stream(config, h), lambda: make_editor(run, name), edits, batch)])
+    yield from _each(config, lambda h, name: [paths(h, _stream(config, h), lambda: run.resolve_editor(name).create(), edits, batch)])
 
 
 def measure_codebook(config: BenchConfig) -> Tables:
     """Retrieval against the forward of each model and of a 7B shape, insertion, bytes."""
     for name in config.model:
-        yield _bench_codebook.tiny_share(models.load(name), _stream(config))
+        yield _bench_codebook.tiny_share(loading.load(name), _stream(config))
     yield _bench_codebook.large_share()
     yield _bench_codebook.insertion()
     yield [_bench_codebook.weight()]
@@ -166,10 +165,10 @@ def measure_codebook(config: BenchConfig) -> Tables:
 def measure_locate(config: BenchConfig) -> Tables:
     """Every editor in batches beside its plain path, on every model and on a random one of GPT-2 small's shape; the solve."""
     run = RunConfig(set=config.set)
-    for handle in (*map(models.load, config.model), _bench_locate.small_gpt2(models.load("tiny"))):
+    for handle in (*map(loading.load, config.model), _bench_locate.small_gpt2(loading.load("tiny"))):
         stream = _stream(config, handle)
         for name in config.editor:
-            yield [_bench_locate.batches(handle, stream, lambda name=name: make_editor(run, name), config.batch or _AT_ONCE)]
+            yield [_bench_locate.batches(handle, stream, lambda name=name: run.resolve_editor(name).create(), config.batch or _AT_ONCE)]
     yield [_bench_locate.solve()]
 
 
@@ -177,9 +176,9 @@ def measure_floors(config: BenchConfig) -> Tables:
     """Every stage of every editor on every model, beside the floor of its matrix products; then what the machine can do."""
     run, amount, machines = RunConfig(set=config.set), Amount(config.edits, config.plain, config.questions), dict[str, Machine]()
 
-    def each(handle: models.ModelHandle, name: str) -> list[Any]:
+    def each(handle: ModelHandle, name: str) -> list[Any]:
         machine = machines.setdefault(str(handle.device), Machine(handle.device))
-        return hot_paths(handle, _stream(config, handle), lambda: make_editor(run, name), amount, machine)
+        return hot_paths(handle, _stream(config, handle), lambda: run.resolve_editor(name).create(), amount, machine)
 
     yield from _each(config, each)
     yield [m.rates() for m in machines.values()]
@@ -196,7 +195,7 @@ TABLES: dict[str, Callable[[BenchConfig], Tables]] = {
 }
 
 
-def _each(config: BenchConfig, measured: Callable[[models.ModelHandle, str], list[Any]]) -> Tables:
+def _each(config: BenchConfig, measured: Callable[[ModelHandle, str], list[Any]]) -> Tables:
     """The lines of each editor and model; nothing that one editor left on the model spares the next its work."""
     done, total = 0, len(config.model) * len(config.editor)
     with bars() as progress:
@@ -212,7 +211,7 @@ def _each(config: BenchConfig, measured: Callable[[models.ModelHandle, str], lis
                 progress.advance("bench", done, total)
 
 
-def _opened(config: BenchConfig, name: str) -> models.ModelHandle | None:
+def _opened(config: BenchConfig, name: str) -> ModelHandle | None:
     """The model, or None where memory has no room for it, which is said."""
     try:
         return open_model(name, config.device, config.dtype)
@@ -221,9 +220,9 @@ def _opened(config: BenchConfig, name: str) -> models.ModelHandle | None:
         return None
 
 
-def _stream(config: BenchConfig, handle: models.ModelHandle | None = None) -> Stream:
+def _stream(config: BenchConfig, handle: ModelHandle | None = None) -> Stream:
     name = config.stream if handle is None or handle.reads_pictures else config.text_stream
-    return STREAMS.get(name)(RunConfig(stream=name, seed=config.seed).stream_config())
+    return RunConfig(stream=name, seed=config.seed).resolve_stream().open()
 
 
 def table(lines: Sequence[Any]) -> Table:

@@ -13,8 +13,7 @@ from typing import Any
 import psutil
 import torch
 
-from testbed.model import families
-from testbed.model import handle as models
+from testbed.model import families, loading
 from testbed.model.handle import ModelHandle
 
 _HEADROOM = 1.25
@@ -95,14 +94,14 @@ SHAPES: dict[str, Shape] = {
 
 
 def open_model(name: str, device: str = "auto", dtype: str = "auto") -> ModelHandle:
-    """A shape by name, else what `models.load` makes of the name. Raises `NoRoom` for a shape that does not fit, and `BadModel`."""
-    return _random(name, device, dtype) if name in SHAPES else models.load(name, device, dtype)
+    """A shape by name, else what `loading.load` makes of the name. Raises `NoRoom` for a shape that does not fit, and `BadModel`."""
+    return _random(name, device, dtype) if name in SHAPES else loading.load(name, device, dtype)
 
 
 def parameters(name: str) -> int:
     """How many parameters a shape has; none is made."""
     shape = SHAPES[name]
-    config = shape.config(models.load("tiny", "cpu"))
+    config = shape.config(loading.load("tiny", "cpu"))
     with torch.device("meta"):
         return sum(p.numel() for p in _class(shape).from_config(config).parameters())
 
@@ -116,8 +115,8 @@ def _class(shape: Shape) -> Any:
 def _random(name: str, device: str, dtype: str) -> ModelHandle:
     from transformers.initialization import no_init_weights
 
-    shape, like, place = SHAPES[name], models.load("tiny", "cpu"), models.pick_device(device)
-    config, kind = shape.config(like), models.pick_dtype(dtype, place)
+    shape, like, place = SHAPES[name], loading.load("tiny", "cpu"), loading.pick_device(device)
+    config, kind = shape.config(like), loading.pick_dtype(dtype, place)
     size, free = parameters(name) * kind.itemsize, _free(place)
     if size * _HEADROOM > free:
         raise NoRoom(f"{name} takes {size / 1e9:.1f} GB, and a quarter more to work in; {free / 1e9:.1f} GB are free on {place}")

@@ -25,7 +25,7 @@ from testbed.core.schema import EditReport
 from testbed.editors.codebook.codebook import Codebook
 from testbed.editors.codebook.nearest import to_all
 from testbed.model import families
-from testbed.model import handle as models
+from testbed.model import loading
 from testbed.storage.files import StoreError
 from tests.helpers.models import Noise, build
 from tests.helpers.plain_stream import plain as plain_stream
@@ -165,7 +165,7 @@ def test_a_shape_has_the_layers_of_its_model(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "places"), [("random:llava-1.5-7b", 576), ("random:blip-2-opt-2.7b", 32)])
 def test_a_shape_that_reads_pictures_has_its_models_places_for_them(name: str, places: int) -> None:
-    like = models.load("tiny", "cpu")
+    like = loading.load("tiny", "cpu")
     shape = _bench_models.SHAPES[name]
     assert shape.processor is not None
     config = shape.config(like)

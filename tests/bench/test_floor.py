@@ -16,10 +16,10 @@ from testbed.bench import floor as _bench_floor
 from testbed.bench.editors import Amount
 from testbed.bench.floor import Machine, Work, products
 from testbed.bench.hot import hot_paths
-from testbed.core.registry import EDITORS, STREAMS
-from testbed.core.timing import collected, stage
+from testbed.core.registry import EDITORS
+from testbed.core.timing import collect_seconds, timed
 from testbed.experiment.config import RunConfig
-from testbed.model import handle as models
+from testbed.model import loading
 from testbed.model.answer_loss import TOKENS, answer_loss
 from testbed.model.prefix_cache import Stems
 from tests.helpers.models import build
@@ -97,8 +97,8 @@ def test_the_larger_floor_counts_product_by_product() -> None:
 
 def test_products_are_noted_under_their_stage() -> None:
     a = torch.randn(4, 4)
-    with products(machine()) as found, collected():
-        with stage("one"):
+    with products(machine()) as found, collect_seconds():
+        with timed("one"):
             a @ a
         a @ a @ a
     assert {k: w.operations for k, w in found.items()} == {"one": 2 * 4**3, "": 2 * 2 * 4**3}
@@ -127,8 +127,8 @@ def test_rows_are_the_whole_and_its_parts(name: str) -> None:
 def test_pictures_are_seen_anew_where_products_are_counted_as_where_they_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     made, old = [], Stems._made
     monkeypatch.setattr(Stems, "_made", lambda self, asks: (made.append(len(asks)), old(self, asks))[1])
-    stream = STREAMS.get("okedit-yearly")(RunConfig(stream="okedit-yearly").stream_config())
-    hot_paths(models.load("tiny", "cpu"), stream, lambda: EDITORS.get("balancedit")(), Amount(2, 0, 1), machine(1e12, 1e12))
+    stream = RunConfig(stream="okedit-yearly").resolve_stream().open()
+    hot_paths(loading.load("tiny", "cpu"), stream, lambda: EDITORS.get("balancedit")(), Amount(2, 0, 1), machine(1e12, 1e12))
     assert made == [2, 2, 1, 2, 1]  # an edit's picture and the black one, then another; the first pass ends after one edit
 
 

@@ -192,7 +192,7 @@ def test_a_config_file_with_the_command_line_on_top(tmp_path: Path) -> None:
 
 
 def test_an_edited_model_can_be_saved_and_loaded(tmp_path: Path) -> None:
-    from testbed.model.handle import load
+    from testbed.model.loading import load
 
     _, out = finished()
     done = command("--resume", out, "--save-model", tmp_path)

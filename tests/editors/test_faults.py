@@ -18,7 +18,8 @@ from testbed.core.registry import STREAMS
 from testbed.editors.base import EditFailed, Editor
 from testbed.model import out_of_memory as memory
 from testbed.model.encoding import UntokenizableAnswer
-from testbed.model.handle import ModelHandle, load
+from testbed.model.handle import ModelHandle
+from testbed.model.loading import load
 from testbed.model.predictor import ModelPredictor
 from tests.helpers.editor_suite import NAMES, STREAM, batch, equal_states, quick
 from tests.helpers.models import build, save

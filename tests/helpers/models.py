@@ -20,7 +20,8 @@ import torch
 import transformers as hf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from testbed.model.handle import ModelHandle, load
+from testbed.model.handle import ModelHandle
+from testbed.model.loading import load
 
 TEXT = ("gpt2", "gptj", "gpt_neox", "opt", "llama", "mistral", "qwen2", "qwen3")
 IMAGE = ("llava", "blip-2", "qwen2_vl", "qwen2_5_vl", "idefics3", "smolvlm")
@@ -191,5 +192,5 @@ def folder(kind: str, seed: int = 0) -> Path:
 
 @cache
 def build(kind: str, seed: int = 0) -> ModelHandle:
-    """A tiny model of this kind, loaded through `testbed.model.handle.load` on the CPU; once a session, so leave it as it is."""
+    """A tiny model of this kind, loaded through `testbed.model.loading.load` on the CPU; once a session, so leave it as it is."""
     return load(str(folder(kind, seed)), device="cpu")

@@ -10,7 +10,8 @@ import torch
 from testbed.core.events import Ask
 from testbed.model.encoding import collate
 from testbed.model.families import DEFAULT, UnknownLayout
-from testbed.model.handle import BadModel, load, pick_device, pick_dtype, project, weights_hash
+from testbed.model.handle import BadModel, project, weights_hash
+from testbed.model.loading import load, pick_device, pick_dtype
 from tests.helpers.models import KINDS, TEXT, Noise, build, folder, save
 
 

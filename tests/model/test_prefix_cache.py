@@ -14,7 +14,8 @@ from testbed.core.events import Ask
 from testbed.editors.codebook import keys
 from testbed.model.decoder import decoder_of
 from testbed.model.encoding import Batch
-from testbed.model.handle import ModelHandle, load, project
+from testbed.model.handle import ModelHandle, project
+from testbed.model.loading import load
 from testbed.model.prefix_cache import ImagePrefixes
 from testbed.model.suffix import suffix_from_down_projection
 from tests.helpers.models import IMAGE, TEXT, Noise, build

@@ -17,8 +17,9 @@ import torch
 from streams.base import StreamConfig
 from testbed.core.events import Ask
 from testbed.core.registry import STREAMS
-from testbed.model.handle import BadModel, ModelHandle, load, pick_map, spread
-from testbed.monitors.base import Watch
+from testbed.model.handle import BadModel, ModelHandle
+from testbed.model.loading import load, pick_map, spread
+from testbed.monitors.base import MonitorPanel
 from testbed.storage.files import read_state, write_state
 from tests.helpers.editor_suite import NAMES, STREAM, batch, quick
 from tests.helpers.models import build, folder
@@ -64,7 +65,7 @@ def worked(name: str, kind: str, handle: ModelHandle, place: Path) -> tuple[dict
     if second.traits.weights:
         assert report.delta_norm is not None
     asks = [Ask(e.prompt, e.image, e.target if second.traits.told_truth else None) for e in edits]
-    Watch(handle, [q for q in stream.general() if q.split == "general" and q.image is None][:2], 0).rows(
+    MonitorPanel(handle, [q for q in stream.general() if q.split == "general" and q.image is None][:2], 0).rows(
         2, second.predictor(), second.edited_weights()
     )
     return second.state_dict(), second.predictor().respond(asks, [e.target for e in edits], 3)

@@ -13,7 +13,8 @@ from torch.func import functional_call
 
 from testbed.core.events import Ask
 from testbed.model.families import UnknownLayout
-from testbed.model.handle import ModelHandle, load, project
+from testbed.model.handle import ModelHandle, project
+from testbed.model.loading import load
 from testbed.model.suffix import DownProjectionSuffix, layout_verified, suffix_from_down_projection, verify_layout
 from tests.helpers.models import KINDS, TEXT, Noise, build, save
 

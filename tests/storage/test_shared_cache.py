@@ -15,7 +15,7 @@ from testbed.editors.locate import second_moments as moments_module
 from testbed.editors.locate.second_moments import Corpus
 from testbed.experiment import runner
 from testbed.experiment.config import RunConfig
-from testbed.model.handle import load
+from testbed.model.loading import load
 from testbed.storage.files import StoreError
 from testbed.storage.shared_cache import base_answers, exclusive
 from tests.helpers.models import build, folder
@@ -80,7 +80,7 @@ def test_second_moments_are_computed_once_and_alike(tmp_path: Path) -> None:
     plain = moments_module.second_moments(load(str(folder("gpt2")), "cpu"), corpus, [0, 1])
     handles = [load(str(folder("gpt2")), "cpu") for _ in range(3)]
     for h in handles:
-        h.shelf = tmp_path
+        h.cache_folder = tmp_path
     made = moments_module.second_moments(handles[0], corpus, [0, 1])
     with patch.object(moments_module, "_collect", unasked):
         again = moments_module.second_moments(handles[1], corpus, [0, 1])

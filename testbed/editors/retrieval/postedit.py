@@ -21,7 +21,7 @@ from testbed.editors.retrieval import prompts
 from testbed.editors.retrieval.fact_editor import MemoryConfig, MemoryEditor, ledger
 from testbed.editors.retrieval.fact_store import Version
 from testbed.editors.retrieval.retriever import Found, Retriever
-from testbed.model import handle as models
+from testbed.model import loading
 from testbed.model.encoding import prompt_inputs
 from testbed.model.handle import BadModel, ModelHandle
 from testbed.model.predictor import Inspection, ModelPredictor, Predictor, Response, Score, Tokens
@@ -40,7 +40,7 @@ class PostEdit(MemoryEditor):
     """Facts beside the model, and a second, small model that rewrites answers."""
 
     summary = "rewrites the model's answer with a small editor model where a fact applies (postEdit)"
-    traits = Traits(gated=True, undo=True, uses=frozenset({"train_pool"}))
+    traits = Traits(gated=True, undo=True, uses=frozenset({"train_pool"}), learns="context")
     Config = PostEditConfig
     config: PostEditConfig
 
@@ -49,7 +49,7 @@ class PostEdit(MemoryEditor):
             raise BadEditor(f"{self.name} needs an editor model: make one with {COMMAND} and give --set {self.name}.model=DIR")
         super()._prepare(pool)
         try:
-            self.writer = models.load(self.config.model, str(self.handle.device), str(self.handle.dtype).removeprefix("torch."))
+            self.writer = loading.load(self.config.model, str(self.handle.device), str(self.handle.dtype).removeprefix("torch."))
         except BadModel as e:
             raise BadEditor(f"{self.name}.model: {e}. Make one with {COMMAND}") from e
         self.notes.append(f"answers are rewritten by {self.config.model} ({self.writer.hash}); it is asked {prompts.REWRITE!r}")

@@ -16,9 +16,9 @@ from testbed.core.events import LOCALITY_SPLITS, Ask, EditEvent, Question
 from testbed.core.registry import STREAMS
 from testbed.editors.continual._strategies import dataset_of
 from testbed.editors.continual.rows import Rows
-from testbed.experiment.loop import answer_base
-from testbed.experiment.schedule import moments
-from testbed.model import handle as models
+from testbed.experiment.answering import answer_base
+from testbed.experiment.schedule import checkpoints
+from testbed.model import loading
 from testbed.model.handle import ModelHandle
 
 SPLITS: dict[str, tuple[str, ...]] = {
@@ -148,12 +148,12 @@ def edit_benchmark(
     Raises `BadStream` for a stream without edits or an experience without a live one, `UnknownName`, `BadModel`.
     """
     source: Stream = STREAMS.get(stream)(config or StreamConfig()) if isinstance(stream, str) else stream
-    handle = models.load(model) if isinstance(model, str) else model
+    handle = loading.load(model) if isinstance(model, str) else model
     events = source.events(edits)
     if not events:
         raise BadStream(f"{source.name} ({source.origin}) yields no edit of the {edits} asked for; skipped records: {len(source.skipped)}")
     if edits_per_experience is None:
         groups = [list(g) for _, g in groupby(events, key=lambda e: e.year)]
     else:
-        groups = [[a.event for a in applied] for _, applied in moments(events, edits_per_experience)]
+        groups = [[a.event for a in applied] for _, applied in checkpoints(events, edits_per_experience)]
     return EditBenchmark(source, handle, groups)

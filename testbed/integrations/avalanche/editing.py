@@ -21,10 +21,11 @@ from testbed.core.events import Ask, EditBatch, EditEvent, Question
 from testbed.core.registry import EDITORS
 from testbed.core.schema import EditReport
 from testbed.editors.base import BadEditor, Editor
-from testbed.experiment.loop import Answer, peak_bytes
+from testbed.experiment.answering import Answer
+from testbed.experiment.loop import peak_bytes
 from testbed.integrations.avalanche.benchmark import EditExperience, Item
 from testbed.integrations.avalanche.store import Answered, Ledger
-from testbed.model import handle as models
+from testbed.model import loading
 from testbed.model.handle import ModelHandle
 
 Reading = Literal["gen", "tf_exact"]
@@ -63,7 +64,7 @@ class EditorStrategy(BaseTemplate):
         plugins: Sequence[Any] = (),
         evaluator: Any = default_evaluator,
     ) -> None:
-        handle = models.load(model) if isinstance(model, str) else model
+        handle = loading.load(model) if isinstance(model, str) else model
         self.evaluator: Any = evaluator() if callable(evaluator) else evaluator
         self.clock = Clock()
         every: list[Any] = [*plugins, self.evaluator, self.clock]  # the clock last, as plug-ins before it read it

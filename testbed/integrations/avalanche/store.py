@@ -12,13 +12,14 @@ import pyarrow.parquet as pq
 from testbed.core.events import LOCALITY_SPLITS, EditEvent, content_id
 from testbed.core.schema import SCHEMA_VERSION, BaseAnswer, EditReport, EventRow, QuestionRow, Record
 from testbed.editors.base import Editor
+from testbed.experiment.answering import Answer
 from testbed.experiment.config import plain
-from testbed.experiment.loop import Answer
-from testbed.experiment.schedule import Asked, Schedule, Step
+from testbed.experiment.schedule import Schedule, ScheduledQuestion, Step
 from testbed.integrations.avalanche.benchmark import Item
 from testbed.model.handle import ModelHandle
-from testbed.probes.base import Applied, Moment, Planned
-from testbed.storage.run_folder import Found, RunFolder, StoreError, write_rows
+from testbed.probes.base import Applied, Checkpoint, Planned
+from testbed.storage.files import StoreError, write_rows
+from testbed.storage.run_folder import RunFolder, StepResults
 
 _AFTER = ("right_after", "immediate")
 """Probe and panel of an answer right after its edit's experience, as the testbed's own runs name them."""
@@ -55,7 +56,7 @@ class Ledger:
 
     def asked(self, answered: Sequence[Answered]) -> None:
         """Keep answers; those given before any edit are the unedited model's."""
-        plans = tuple(Asked(Planned(a.item.question, _PANEL[1], None, 1.0), _PANEL[0], 1) for a in answered)
+        plans = tuple(ScheduledQuestion(Planned(a.item.question, _PANEL[1], None, 1.0), _PANEL[0], 1) for a in answered)
         self.questions |= {row.question_id: _row(row) for row in self._as_schedule((), plans).question_rows()}
         for a in answered:
             if self.step == 0:
@@ -63,9 +64,9 @@ class Ledger:
             else:
                 self._record(a)
 
-    def _as_schedule(self, edits: tuple[Applied, ...], asked: tuple[Asked, ...]) -> Schedule:
+    def _as_schedule(self, edits: tuple[Applied, ...], asked: tuple[ScheduledQuestion, ...]) -> Schedule:
         """The step at hand, so that its rows are made where all runs make them."""
-        return Schedule((Step(Moment(self.step, len(self.events), self.time, frozenset(), len(self.events) - len(edits)), edits, asked),))
+        return Schedule((Step(Checkpoint(self.step, len(self.events), self.time, frozenset(), len(self.events) - len(edits)), edits, asked),))
 
     def _record(self, a: Answered) -> None:
         made = self.events.get(a.item.question.event_id or "", {}).get("step")
@@ -120,7 +121,7 @@ class Ledger:
         write_rows(folder / "questions.parquet", QuestionRow, self.questions.values())
         out.write_base_answers(self.base.values())
         records = [r for part, _ in self.fresh for r in part]
-        found = Found(records, reports=[report for _, report in self.fresh])
+        found = StepResults(records, reports=[report for _, report in self.fresh])
         out.editor(self.editor.name).save(self.step, found, state)
         self.fresh = []
 

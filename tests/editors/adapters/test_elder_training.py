@@ -148,7 +148,7 @@ from tests.helpers.models import Noise
 from streams.base import TrainPool
 from testbed.editors.adapters.elder import Elder, ElderConfig
 from testbed.core.events import Ask
-from testbed.model.handle import load
+from testbed.model.loading import load
 from testbed.storage.files import read_state
 editor = Elder(ElderConfig(**json.loads(sys.argv[4])))
 editor.prepare(load(sys.argv[2], device="cpu"), TrainPool())

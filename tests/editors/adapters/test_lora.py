@@ -23,7 +23,7 @@ from testbed.editors.adapters.lowrank import AdaptedSuffix, Adapter, TargetModul
 from testbed.editors.base import BadEditor
 from testbed.model.encoding import collate
 from testbed.model.families import UnknownLayout
-from testbed.model.handle import load
+from testbed.model.loading import load
 from tests.helpers.facts import FACTS, fact
 from tests.helpers.models import KINDS, TEXT, Noise, build, save
 

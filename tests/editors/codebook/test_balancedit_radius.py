@@ -8,22 +8,21 @@ import pytest
 
 from streams.base import Stream
 from testbed.core.events import EditBatch
-from testbed.core.registry import STREAMS
 from testbed.editors.codebook.balancedit import BalancEdit, BalancEditConfig, radius
 from testbed.editors.codebook.nearest import direct
 from testbed.experiment.config import RunConfig
-from testbed.model import handle as models
+from testbed.model import loading
 
 SPLITS = ("text_generality", "image_generality", "locality_hard", "locality_sibling", "locality_far")
 
 
 def captured(n: int, weights: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0), seed: int = 7) -> dict[float, dict[str, float]]:
     """Share of each split's questions that lie in the ball of their own edit alone, over the development stream's first new facts."""
-    stream: Stream = STREAMS.get("okedit-yearly")(RunConfig(stream="okedit-yearly", seed=seed).stream_config())
+    stream: Stream = RunConfig(stream="okedit-yearly", seed=seed).resolve_stream().open()
     events = [e for e in stream.events(2 * n) if e.kind == "add"][:n]
     batch = EditBatch(tuple(events), 1, {e.id: stream.paraphrases(e) for e in events})
     near, far = (BalancEdit(BalancEditConfig(w_pos=w)) for w in (1.0, 0.0))
-    handle = models.load("tiny", device="cpu")
+    handle = loading.load("tiny", device="cpu")
     for editor in (near, far):
         editor.prepare(handle, stream.train_pool())
     anchors = [(a.key, a.radius, b.radius) for a, b in zip(near._scopes(batch), far._scopes(batch))]

@@ -25,7 +25,7 @@ from testbed.editors.continual._strategies import CopyingSI
 from testbed.editors.continual.rows import IGNORE, Rows, collate_rows
 from testbed.experiment.config import RunConfig
 from testbed.integrations.avalanche.api import AnswerModel, EditBenchmark, answer_loss, answer_strategy, seeded
-from testbed.storage.run_folder import read_state, write_state
+from testbed.storage.files import read_state, write_state
 
 
 def outside(name: str, bench: EditBenchmark) -> torch.Tensor:

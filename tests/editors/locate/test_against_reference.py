@@ -13,7 +13,8 @@ from torch import Tensor
 from testbed.core.events import EditBatch
 from testbed.core.registry import EDITORS
 from testbed.editors.base import Editor
-from testbed.model.handle import ModelHandle, load
+from testbed.model.handle import ModelHandle
+from testbed.model.loading import load
 from tests.helpers.facts import FACTS, POOL
 from tests.helpers.models import folder
 from tests.reference.locate import PlainLocate, Settings

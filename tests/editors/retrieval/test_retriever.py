@@ -15,7 +15,7 @@ from testbed.editors.retrieval import encoders as _encoders
 from testbed.editors.retrieval import text_index as _text_index
 from testbed.editors.retrieval.encoders import SentenceEncoder, load_encoder, look
 from testbed.editors.retrieval.text_index import Rows, VectorIndex, WordIndex, best, words
-from testbed.model.handle import load
+from testbed.model.loading import load
 from tests.helpers.models import Noise, build
 
 WORDS = ["who", "leads", "runs", "the", "old", "new", "harbour", "country", "club", "of", "velmora", "tarn", "ispe", "green", "ship"]

@@ -1,0 +1,124 @@
+"""Load a model with its tokenizer or processor into a `ModelHandle`.
+
+The committed model `tiny`, a folder and a hub id go through the same transformers code.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from testbed.model import families
+from testbed.model.handle import BadModel, ModelHandle
+
+TINY = Path(__file__).parents[1] / "assets"
+PLANS = ("auto", "balanced", "balanced_low_0", "sequential")
+"""How accelerate spreads a model over devices by itself."""
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is the GPU where there is one. Raises `BadModel` for a device that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise BadModel(f"device {name!r} cannot be used: {str(e).splitlines()[0]}. Try --device cpu or --device auto.") from e
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is float32 on a CPU and bfloat16 on a GPU."""
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if name not in known:
+        raise BadModel(f"dtype {name!r} is not known; there are auto, {', '.join(known)}")
+    return known[name]
+
+
+def pick_map(name: str) -> str | dict[str, Any]:
+    """A plan of accelerate's, or the devices of a model's parts by name, from a JSON file. Raises `BadModel` for anything else."""
+    if name in PLANS:
+        return name
+    try:
+        found = json.loads(Path(name).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise BadModel(f"--device-map {name!r} is neither {', '.join(PLANS)} nor a readable JSON file: {e}") from e
+    if not isinstance(found, dict):
+        raise BadModel(f"--device-map {name} must hold parts of the model and their devices, found {type(found).__name__}")
+    return found
+
+
+def load(name: str, device: str = "auto", dtype: str = "auto", device_map: str | None = None) -> ModelHandle:
+    """Load `tiny`, a folder or a hub id.
+
+    device_map: spread the model over devices with accelerate (see `pick_map`); `device` is then where its inputs go.
+    Raises `BadModel` for a folder without a model, a hub id that cannot be reached, an unknown device or
+    dtype, a model without a tokenizer, and one of which parts would be offloaded.
+    """
+    place = pick_device(device)
+    parts = None if device_map is None else pick_map(device_map)
+    source = str(TINY) if name == "tiny" else name
+    kind = pick_dtype(dtype, place)
+    try:
+        return _load(name, source, place, kind, parts)
+    except (BadModel, families.UnknownLayout):
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as e:
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise BadModel(f"model {name!r} cannot be loaded: {reason}. {_advice(source)}") from e
+
+
+def _load(name: str, source: str, place: torch.device, kind: torch.dtype, parts: str | dict[str, Any] | None) -> ModelHandle:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+
+    config = AutoConfig.from_pretrained(source)
+    family = families.family_of(config)
+    cls = AutoModelForImageTextToText if family.image is not None else AutoModelForCausalLM
+    loaded: Any = cls.from_pretrained(source, dtype=kind, output_loading_info=True, device_map=parts)
+    model, info = loaded
+    if info["missing_keys"]:
+        raise BadModel(f"model {name!r} lacks weights for {', '.join(sorted(info['missing_keys'])[:4])}: transformers would make them up")
+    processor = AutoProcessor.from_pretrained(source) if family.image is not None else None
+    tokenizer = processor.tokenizer if processor is not None else AutoTokenizer.from_pretrained(source)
+    if tokenizer.eos_token_id is None:
+        raise BadModel(f"model {name!r} has a tokenizer without an end-of-sequence token, so no answer could end")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    notes = []
+    if family is families.DEFAULT:
+        notes.append(f"model type {config.model_type!r} is not in the families table: the prompt is used as it is")
+    if parts is not None:
+        return spread(ModelHandle(model, tokenizer, processor, name, family, place, notes))
+    return ModelHandle(model.to(place), tokenizer, processor, name, family, place, notes)
+
+
+def spread(handle: ModelHandle) -> ModelHandle:
+    """A handle on a model that accelerate has spread over devices: its inputs go where its embeddings lie.
+
+    Raises `BadModel` where parts are offloaded: their weights are not in memory between forwards, so none could be edited.
+    """
+    gone = sorted(n for n, p in handle.model.named_parameters() if p.device.type == "meta")
+    if gone:
+        raise BadModel(
+            f"{handle.name} does not fit: {len(gone)} parameters would be offloaded, {gone[0]} first, and what is not in memory "
+            "cannot be edited. Use more or larger GPUs, --dtype bfloat16, or a smaller model"
+        )
+    handle.device = handle.model.get_input_embeddings().weight.device
+    used = sorted({str(p.device) for p in handle.model.parameters()})
+    handle.notes.append(f"the model lies on {', '.join(used)}; its inputs go to {handle.device}")
+    return handle
+
+
+def _advice(source: str) -> str:
+    path = Path(source)
+    if path.is_dir():
+        there = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
+        return f"The folder holds {there}; it needs config.json, weights and tokenizer files as save_pretrained writes them."
+    return "There is no such folder; a hub id needs a network connection or an earlier download. `tiny` always works."
