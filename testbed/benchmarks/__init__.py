@@ -1,1 +1,1 @@
-"""Benchmarks from local files, and how choices and refusals are judged."""
+"""Benchmarks from local files, and the judging of choices and refusals."""

@@ -1,7 +1,8 @@
-"""Benchmarks from local files: read and checked before a model is loaded, asked by the probe `benchmarks`.
+"""Benchmarks from local files. They are read and checked before a model is loaded, and the probe `benchmarks` asks them.
 
-A file is one benchmark, named by its stem; a folder holds one a file, and all its csv files without a header are
-MMLU's subjects, pooled; a zip of JSON lines is one. A .txt file, named itself, is running text, a line each (WikiText).
+A file is one benchmark, named by its stem. A folder holds one benchmark for each file, but all its csv files without a
+header are pooled, because they are MMLU's subjects. A zip of JSON lines is one benchmark. A .txt file is running text
+with a paragraph in each line (WikiText); it is read only when it is named itself.
 """
 
 from __future__ import annotations
@@ -10,41 +11,42 @@ import csv
 import io
 import json
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from testbed.benchmarks.formats import LETTERS, BadItem, Item, NoChoice, Place, item_of
+from testbed.benchmarks.formats import LETTERS, BadItem, BenchmarkItem, RecordSource, SkippedItem, item_of
 from testbed.core.events import BadPicture, Question
+from testbed.core.ranges import NonNegativeInt, PositiveInt, out_of_range
 from testbed.probes.base import Benchmark, draw
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".zip", ".txt")
 _SPLITS = ("_test", "_dev", "_val", "_validation")
 
 
 class BadBenchmark(ValueError):
-    """A file that cannot be used: which, where, what was expected."""
+    """A file that cannot be used; the message gives its path, the position and what was expected."""
 
 
 @dataclass(frozen=True)
 class BenchmarkConfig:
-    """Set by `--set benchmarks.field=value`."""
+    """Settings of all benchmarks of a run, given by `--set benchmarks.field=value`."""
 
-    items: int = 32
-    """Questions of each benchmark, drawn by hash, the same at every moment; fewer where the budget shrinks panels."""
-    shots: int = 0
-    """Solved examples before each question; they are never asked themselves."""
+    items: PositiveInt = 32
+    """Questions of each benchmark, drawn by hash and the same at every checkpoint; fewer where the budget shrinks panels."""
+    shots: NonNegativeInt = 0
+    """Solved examples before each question; an example is never a question itself."""
     scoring: Literal["sum", "norm", "generate"] = "sum"
-    """How a choice is made: log-probability; log-probability a character; or free generation of the choice's text."""
+    """How a choice is made: by log-probability, by log-probability per character, or by generating the choice's text."""
 
     def problems(self) -> list[str]:
-        out = [f"items must be 1 or more, got {self.items}"] if self.items < 1 else []
-        return out + ([f"shots must be 0 or more, got {self.shots}"] if self.shots < 0 else [])
+        """Every value that is out of range, as sentences."""
+        return out_of_range(self)
 
 
 def describe(benchmark: Benchmark) -> dict[str, Any]:
-    """For the manifest. `chance` is the mean score of guessing: 0 for free generation, absent for refusals and running text."""
+    """A benchmark's entry in the manifest. `chance` is the mean score of random guessing: 0 for free generation, absent for
+    refusals and running text."""
     questions = benchmark.questions
     scorings = sorted({q.scoring for q in questions})
     out = {"items": benchmark.size, "asked": len(questions), "shots": benchmark.shots, "scoring": ", ".join(scorings)}
@@ -55,14 +57,14 @@ def describe(benchmark: Benchmark) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Benchmarks:
-    """A run's benchmarks, and the records that were left out, with place and reason."""
+class LoadedBenchmarks:
+    """A run's benchmarks, and for each skipped record a line with its position and the reason."""
 
     every: tuple[Benchmark, ...] = ()
     skipped: tuple[str, ...] = ()
 
 
-def load(paths: Sequence[Path], config: BenchmarkConfig) -> Benchmarks:
+def load(paths: Sequence[Path], config: BenchmarkConfig) -> LoadedBenchmarks:
     """The benchmarks of these files and folders, in their order. Raises `BadBenchmark`."""
     found: dict[str, Benchmark] = {}
     origin: dict[str, Path] = {}
@@ -72,11 +74,11 @@ def load(paths: Sequence[Path], config: BenchmarkConfig) -> Benchmarks:
             if name in found:
                 raise BadBenchmark(f"{path}: a benchmark {name!r} was read from {origin[name]} already; rename one of the files")
             found[name], origin[name] = _benchmark(name, items, config, path), path
-    return Benchmarks(tuple(found.values()), tuple(skipped))
+    return LoadedBenchmarks(tuple(found.values()), tuple(skipped))
 
 
-def _benchmark(name: str, items: Sequence[Item], config: BenchmarkConfig, path: Path) -> Benchmark:
-    """Examples are the first items by draw that have an answer to show, questions the next."""
+def _benchmark(name: str, items: Sequence[BenchmarkItem], config: BenchmarkConfig, path: Path) -> Benchmark:
+    """In the order of the draws, the first items with an answer to show become examples, and the next ones questions."""
     unique = {(i.prompt, i.image, i.choices): i for i in items}.values()
     order = sorted(unique, key=lambda i: draw(0, "benchmark", name, i.prompt, *i.choices, i.image.name if i.image else ""))
     examples = [i for i in order if i.shown][: config.shots]
@@ -91,7 +93,7 @@ def _benchmark(name: str, items: Sequence[Item], config: BenchmarkConfig, path: 
     return Benchmark(questions[0].topic, questions, len(left), len(examples))
 
 
-def _question(name: str, item: Item, examples: Sequence[Item], config: BenchmarkConfig) -> Question:
+def _question(name: str, item: BenchmarkItem, examples: Sequence[BenchmarkItem], config: BenchmarkConfig) -> Question:
     if item.scoring == "perplexity":
         return Question("text", item.prompt, topic=f"{item.kind}:{name}")
     scoring: Any = config.scoring if item.scoring == "choice" else item.scoring
@@ -101,14 +103,14 @@ def _question(name: str, item: Item, examples: Sequence[Item], config: Benchmark
     return Question("general", solved + item.prompt, item.answer, None, item.image, item.aliases, topic, choices, scoring)
 
 
-def _read(path: Path, skipped: list[str]) -> Iterator[tuple[str, list[Item]]]:
-    """Benchmarks of a path, by name; what is left out is added to `skipped`."""
+def _read(path: Path, skipped: list[str]) -> Iterator[tuple[str, list[BenchmarkItem]]]:
+    """The items of each benchmark of a path, by name; a line for each skipped record is appended to `skipped`."""
     if not path.exists():
         raise BadBenchmark(f"--benchmarks {path} does not exist")
     if path.is_file():
         yield _name(path), list(_items(path, skipped))
         return
-    files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.suffix != ".txt")
+    files = sorted(p for p in path.rglob("*") if p.suffix in _READERS and p.suffix != ".txt")
     bare = [p for p in files if p.suffix == ".csv" and _bare(p)]
     for p in files:
         if p not in bare:
@@ -116,7 +118,7 @@ def _read(path: Path, skipped: list[str]) -> Iterator[tuple[str, list[Item]]]:
     if bare:
         yield "mmlu", [i for p in bare for i in _items(p, skipped)]
     if not files:
-        raise BadBenchmark(f"--benchmarks {path} holds no {', '.join(SUFFIXES[:-1])} file")
+        raise BadBenchmark(f"--benchmarks {path} holds no {', '.join(s for s in _READERS if s != '.txt')} file")
 
 
 def _name(path: Path) -> str:
@@ -124,14 +126,14 @@ def _name(path: Path) -> str:
     return next((stem.removesuffix(s) for s in _SPLITS if stem.endswith(s)), stem)
 
 
-def _items(path: Path, skipped: list[str]) -> Iterator[Item]:
+def _items(path: Path, skipped: list[str]) -> Iterator[BenchmarkItem]:
     """Items of one file. Raises `BadBenchmark` with the file and the record's number."""
-    place, n = Place(path.parent, _name(path)), 0
+    source, n = RecordSource(path.parent, _name(path)), 0
     for where, record in _records(path):
         n += 1
         try:
-            yield item_of(record, place)
-        except NoChoice as e:
+            yield item_of(record, source)
+        except SkippedItem as e:
             skipped.append(f"{where}: {e}")
         except BadItem as e:
             raise BadBenchmark(f"{where}: {e}") from e
@@ -140,24 +142,16 @@ def _items(path: Path, skipped: list[str]) -> Iterator[Item]:
 
 
 def _records(path: Path) -> Iterator[tuple[str, Any]]:
+    """The position and the fields of each record of a file."""
+    if path.suffix not in _READERS:
+        raise BadBenchmark(f"{path}: expected a file that ends in {', '.join(_READERS)}")
     try:
-        if path.suffix == ".zip":
-            yield from _zipped(path)
-        elif path.suffix == ".csv":
-            yield from _table(path)
-        elif path.suffix == ".json":
-            yield from _listed(path)
-        elif path.suffix == ".txt":
-            yield from _paragraphs(path)
-        elif path.suffix == ".jsonl":
-            yield from _lines(str(path), path.read_text(encoding="utf-8"))
-        else:
-            raise BadBenchmark(f"{path}: expected a file that ends in {', '.join(SUFFIXES)}")
+        yield from _READERS[path.suffix](path)
     except (OSError, UnicodeDecodeError, zipfile.BadZipFile, csv.Error) as e:
         raise BadBenchmark(f"{path} cannot be read: {e}") from e
 
 
-def _lines(name: str, text: str) -> Iterator[tuple[str, Any]]:
+def _json_lines(name: str, text: str) -> Iterator[tuple[str, Any]]:
     for i, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON text may hold U+2028
         if line.strip():
             try:
@@ -169,7 +163,7 @@ def _lines(name: str, text: str) -> Iterator[tuple[str, Any]]:
 def _zipped(path: Path) -> Iterator[tuple[str, Any]]:
     with zipfile.ZipFile(path) as z:
         for name in sorted(n for n in z.namelist() if n.endswith(".jsonl") and not Path(n).name.startswith(".")):
-            yield from _lines(f"{path}!{name}", z.read(name).decode("utf-8"))
+            yield from _json_lines(f"{path}!{name}", z.read(name).decode("utf-8"))
 
 
 def _listed(path: Path) -> Iterator[tuple[str, Any]]:
@@ -183,14 +177,14 @@ def _listed(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _paragraphs(path: Path) -> Iterator[tuple[str, Any]]:
-    """Lines of running text; empty ones and WikiText's headings are no text."""
+    """Lines of running text, without empty lines and without WikiText's headings."""
     for i, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if line.strip() and not line.strip().startswith("="):
             yield f"{path}:{i}", {"text": line}
 
 
 def _table(path: Path) -> Iterator[tuple[str, Any]]:
-    """A csv with a header, or MMLU's six columns without one."""
+    """Records of a csv file with a header, or of MMLU's six columns without one."""
     rows = list(csv.reader(io.StringIO(path.read_text(encoding="utf-8-sig"))))
     if rows and _mmlu_row(rows[0]):
         for i, row in enumerate(rows, 1):
@@ -210,3 +204,13 @@ def _mmlu_row(row: Sequence[str]) -> bool:
 def _bare(path: Path) -> bool:
     with open(path, encoding="utf-8-sig", errors="replace") as f:
         return _mmlu_row(next(csv.reader(f), []))
+
+
+_READERS: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {
+    ".jsonl": lambda path: _json_lines(str(path), path.read_text(encoding="utf-8")),
+    ".json": _listed,
+    ".csv": _table,
+    ".zip": _zipped,
+    ".txt": _paragraphs,
+}
+"""By the suffix of a file, the function that reads its records."""

@@ -1,1 +1,1 @@
-"""Signs of collapse inside an edited model: one file a family of signs, found by scan."""
+"""Signs of collapse inside an edited model: one file for each family of signs, found by scan."""

@@ -1,7 +1,7 @@
 """The contract of a monitor: numbers about an edited model that are no answers to questions.
 
-All monitors look at one fixed set of prompts, drawn by hash and the same for every editor, and compare with what
-the unedited model does there; that side is computed once a process.
+All monitors use one fixed set of prompts, which is drawn by hash and the same for every editor. They compare the edited
+model with the unedited one on these prompts; the unedited side is computed once in a process.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from testbed.core.registry import MONITORS
 from testbed.core.schema import MonitorRow
 from testbed.model.handle import ModelHandle
 from testbed.model.predictor import Inspection, ModelPredictor, Predictor
-from testbed.probes.base import Moment, draw, smallest
+from testbed.probes.base import Checkpoint, draw, smallest
 
 PROMPTS = 24
 TOP = 64
-"""Next tokens of the unedited model that are told apart; all others are one remaining mass."""
+"""Number of likeliest next tokens of the unedited model that are compared one by one; all others are one remaining mass."""
 LAST = (-1,)
-"""The decoder layer that is watched: the last."""
+"""The decoder layer whose output is compared: the last one."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class View:
     """An edited model as monitors see it.
 
     weights: changed parameters by name; empty where an editor changes none.
-    now, base: one inspection a prompt, of the edited and of the unedited model, with the log-probabilities of the
-        same tokens (the unedited model's most likely ones).
+    now, base: for each prompt an inspection of the edited and of the unedited model, with log-probabilities of the
+        same tokens (the unedited model's likeliest ones).
     """
 
     handle: ModelHandle
@@ -52,10 +52,10 @@ class Monitor(ABC):
 
     @abstractmethod
     def measure(self, view: View) -> dict[str, float]:
-        """Values by name. What has no value here is left out, never filled in."""
+        """Numbers by name. A number that has no value is left out, never filled in."""
 
 
-class Watch:
+class MonitorPanel:
     """The fixed prompts of a run, and all monitors on them.
 
     Args:
@@ -76,12 +76,12 @@ class Watch:
         top = min(TOP, self.handle.head.weight.shape[0])
         return ModelPredictor(self.handle).inspect(self.asks, LAST, top)
 
-    def due(self, moment: Moment) -> bool:
-        """At full moments and after 1, 2, 4, 8, ... steps; never where there is no prompt to look at."""
-        return bool(self.asks) and (moment.full or "power" in moment.reasons)
+    def due(self, checkpoint: Checkpoint) -> bool:
+        """At full checkpoints and after 1, 2, 4, 8, ... steps; always False where the run has no prompt."""
+        return bool(self.asks) and (checkpoint.full or "power" in checkpoint.reasons)
 
     def rows(self, step: int, predictor: Predictor, weights: Mapping[str, torch.Tensor]) -> list[MonitorRow]:
-        """What every monitor finds after a step, in the order of their names."""
+        """The numbers of every monitor after a step, in the order of their names."""
         known = predictor.fingerprint == "base"
         now = self.base if known else predictor.inspect(self.asks, LAST, ids=[b.top_ids for b in self.base])
         view = View(self.handle, weights, now, self.base)
@@ -90,6 +90,6 @@ class Watch:
 
 
 def finite(view: View) -> tuple[list[Inspection], list[Inspection]]:
-    """Inspections of the prompts at which the edited model's prediction and states are finite, and the base's beside them."""
+    """The edited model's inspections whose prediction and states are finite, and the unedited model's of the same prompts."""
     kept = [(a, b) for a, b in zip(view.now, view.base) if np.isfinite(a.entropy) and np.isfinite(a.hidden).all()]
     return [a for a, _ in kept], [b for _, b in kept]

@@ -1,4 +1,4 @@
-"""What the model is about to say: how sure it is, and how far that lies from the unedited model."""
+"""The next token's distribution: its entropy, and its divergence from the unedited model's."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from testbed.core.registry import MONITORS
 from testbed.monitors.base import Monitor, View, finite
 
 TINY = 1e-12
-"""Least remaining mass: under it, rounding decides."""
+"""Least remaining mass, because below it rounding would decide."""
 
 
 @MONITORS.register("outputs")
 class Outputs(Monitor):
     """Means over the prompts, of the next token's distribution at the last prompt position.
 
-    entropy: nats. kl_base: KL(unedited || edited) in nats, over the unedited model's most likely tokens and the
+    entropy: in nats. kl_base: KL(unedited || edited) in nats, over the unedited model's likeliest tokens and the
     remaining mass as one outcome; by the data-processing inequality a lower bound of the whole divergence.
-    non_finite: share of prompts whose prediction or state is not finite; the others leave these out, and are
-    absent where none is left.
+    non_finite: share of prompts whose prediction or state is not finite; the other two numbers leave these prompts
+    out, and are absent where none is left.
     """
 
     summary = "entropy of the next token, its divergence from the unedited model's, predictions that are not finite"

@@ -1,4 +1,4 @@
-"""How far the hidden states have drifted: the last decoder layer's output at the last prompt position."""
+"""Drift of the hidden states: the last decoder layer's output at the last prompt position."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class States(Monitor):
     """States h of the edited and h0 of the unedited model, over the prompts.
 
     hidden_cosine: mean cos(h, h0). hidden_shift: |mean h - mean h0| / sqrt(mean |h0|^2). activation_scale: mean
-    |h| / mean |h0|. 1, 0 and 1 where nothing has moved; absent where no state is finite.
+    |h| / mean |h0|. They are 1, 0 and 1 for an unedited model, and absent where no state is finite.
     """
 
     summary = "drift of the last layer's states from the unedited model's: cosine, shift of the centre, scale"

@@ -1,4 +1,4 @@
-"""How far the weights have moved, and how: a norm that grows without end and a change of few directions go before collapse."""
+"""Size and rank of the weight change, because an unbounded norm and a change in few directions precede collapse."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from testbed.monitors.base import Monitor, View
 
 @MONITORS.register("weights")
 class Weights(Monitor):
-    """All edited parameters together, as one block-diagonal matrix W = W0 + D. Absent where none is edited.
+    """All edited parameters together, as one block-diagonal matrix W = W0 + D. All numbers are absent where none is edited.
 
     weight_norm: |W|_F. weight_relative: |D|_F / |W0|_F. spectral_norm: the largest singular value of D.
     stable_rank: |D|_F^2 / spectral_norm^2, in [1, rank]; absent while D is 0 or where D is not finite. All in
-    fp64; the singular value comes from the Gram matrix of the smaller side.
+    float64; the singular value comes from the Gram matrix of the smaller side.
     """
 
     summary = "norm of the edited weights; norm, largest singular value and stable rank of their change"
@@ -39,7 +39,7 @@ def _norm(matrices: list[Tensor]) -> float:
 
 
 def largest(matrix: Tensor) -> float:
-    """The largest singular value of a finite fp64 tensor, its axes after the first taken as one."""
+    """The largest singular value of a finite float64 tensor (n, ...), read as a matrix with n rows."""
     m = matrix.reshape(len(matrix), -1)
     gram = m @ m.T if m.shape[0] <= m.shape[1] else m.T @ m
     return float(torch.linalg.eigvalsh(gram)[-1].clamp(min=0).sqrt())

@@ -1,8 +1,8 @@
-"""The contract of a probe: which questions are asked at a moment of the stream, and how panels are drawn.
+"""The contract of a probe: which questions it asks at a checkpoint of the stream, and how it draws panels of them.
 
-A probe sees what has been edited, never the model: everything it asks is known before the run, the same for
-every editor, so comparisons are paired. Panels are drawn by hashing ids: no state, no order, and a longer
-stream extends a panel instead of drawing another.
+A probe sees which edits were made, never the model. All its questions are therefore known before the run and are the
+same for every editor, so that comparisons of editors are paired. Panels are drawn by hashing ids: a draw depends on no
+state and on no order, and a longer stream extends a panel instead of drawing another one.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ from testbed.core.events import EditEvent, Question
 
 T = TypeVar("T")
 MIN_STRATUM = 12
+"""Fewest edits drawn from an age stratum at full budget."""
 FIRST_STRATUM = 64
+"""Width of the youngest age stratum, in edits; each older one is twice as wide as the one before."""
 
 
 @dataclass(frozen=True)
 class Applied:
-    """An edit and the step (1-based) and position (number of edits up to and with it) at which it was made."""
+    """An edit, its step (1-based) and its position (the number of edits made up to and including it)."""
 
     event: EditEvent
     step: int
@@ -33,10 +35,11 @@ class Applied:
 
 
 @dataclass(frozen=True)
-class Moment:
-    """When a probe is called. `reasons` holds right_after, power, grid, year, end, as they apply.
+class Checkpoint:
+    """The end of a step of the run, at which probes are called.
 
-    edits: edits made up to and with this step. before: edits made before it.
+    step: number of the step, 1-based. time: time of its last edit. reasons: those of right_after, power, grid, year
+    and end that apply. edits: number of edits made up to and including this step. before: number made before it.
     """
 
     step: int
@@ -47,21 +50,21 @@ class Moment:
 
     @property
     def full(self) -> bool:
-        """A moment at which every panel is asked: a year's end, every 500 edits, the end of the stream."""
+        """True where every panel is asked: at a year's end, every 500 edits, and at the end of the stream."""
         return bool(self.reasons & {"year", "grid", "end"})
 
     @property
     def why(self) -> str:
-        """The weightiest reason."""
+        """The most important reason, which is stored with the records."""
         return next(r for r in ("end", "year", "grid", "power", "right_after") if r in self.reasons)
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What may be asked of one benchmark.
+    """The questions of one benchmark.
 
-    questions: a fixed sample in the order of their draws, so that a smaller panel is a part of a larger one; the same
-        for every seed. size: number of items they were drawn from. shots: solved examples in each prompt.
+    questions: a fixed sample, the same for every seed, in the order of its draws, so that a smaller panel is a part of
+        a larger one. size: number of items it was drawn from. shots: solved examples in each prompt.
     """
 
     topic: str
@@ -71,13 +74,13 @@ class Benchmark:
 
 
 @dataclass(frozen=True)
-class Past:
-    """What has happened up to a moment.
+class EditHistory:
+    """The edits of a run up to a checkpoint, and what a probe may ask about.
 
     new: edits of this step. live: all edits that no later one has replaced, oldest first. coming: edits that the run
-        will still make, in their order.
-    scale: factor on panel sizes that keeps the run within its budget of questions.
-    benchmarks: what the run was given to ask besides.
+        will still make, in their order. questions: the stream's questions about an edit. general: its questions about
+        no edit. seed: seed of the run. scale: factor on panel sizes that keeps the run within its budget of questions.
+    benchmarks: benchmarks that the user named with --benchmarks.
     """
 
     new: tuple[Applied, ...]
@@ -96,7 +99,7 @@ class Past:
 
 @dataclass(frozen=True)
 class Planned:
-    """A question to be asked: of which edit, for which panel, and with what probability it got there."""
+    """A question that a probe asks, its panel, the edit that it is about (None: no edit), and its inclusion probability."""
 
     question: Question
     panel: str
@@ -110,66 +113,73 @@ class Probe(ABC):
     name: ClassVar[str]
     summary: ClassVar[str]
     version: ClassVar[int]
-    """Raised when the probe asks other questions than before."""
+    """To be raised whenever the probe begins to ask other questions, because records store it."""
 
     @abstractmethod
-    def ask(self, past: Past, moment: Moment) -> list[Planned]:
-        """The questions of this moment; none when it is not this probe's time."""
+    def ask(self, history: EditHistory, checkpoint: Checkpoint) -> list[Planned]:
+        """The questions of this checkpoint; an empty list where the probe asks nothing."""
 
 
-@lru_cache(1 << 17)  # each panel of each moment draws the same edits again
+@lru_cache(1 << 17)  # each panel of each checkpoint draws the same edits again
 def draw(seed: int, *ids: str) -> float:
-    """A number in [0, 1) that belongs to these ids and the seed, on any machine."""
+    """A hash of the seed and the ids as a number in [0, 1), the same on any machine."""
     digest = hashlib.blake2b("|".join((str(seed), *ids)).encode(), digest_size=8).digest()
     return int.from_bytes(digest) / 2**64
 
 
 def smallest(items: Iterable[T], n: int, key: Callable[[T], float]) -> list[T]:
-    """The n items of smallest draw, in their own order."""
+    """The n items with the smallest key, in their original order."""
     listed = list(items)
     chosen = set(sorted(range(len(listed)), key=lambda i: key(listed[i]))[:n])
     return [x for i, x in enumerate(listed) if i in chosen]
 
 
-def by_age(past: Past, moment: Moment, n: int, split: str) -> list[tuple[Applied, float]]:
+def by_age(history: EditHistory, checkpoint: Checkpoint, n: int, split: str) -> list[tuple[Applied, float]]:
     """About n live edits that a question of this split is about, stratified by age, each with its inclusion probability.
 
-    Strata of ages [0, 64), [64, 128), [128, 256), ... edits. With H strata of N_h such edits among N,
-    n_h = max(12, n/2H + n/2 * N_h/N): half spread over ages, half in proportion, so that both the average
+    Strata hold the ages [0, 64), [64, 128), [128, 256), ... edits. With H strata of N_h such edits among N,
+    n_h = max(12, n/2H + n/2 * N_h/N): half is spread evenly over ages and half in proportion, so that both the average
     and the newest edits are measured well. The 12 shrinks with the budget too, down to 2. Where all edits have
-    questions of all splits, the same edits are asked for each.
+    questions of all splits, the same edits are drawn for each split.
     """
     strata: dict[int, list[Applied]] = defaultdict(list)
-    among = [a for a in past.live if any(q.split == split for q in past.questions(a.event))]
+    among = [a for a in history.live if any(q.split == split for q in history.questions(a.event))]
     for a in among:
-        age = moment.edits - a.position
+        age = checkpoint.edits - a.position
         strata[0 if age < FIRST_STRATUM else math.floor(math.log2(age / FIRST_STRATUM)) + 1].append(a)
-    least = max(2, round(MIN_STRATUM * past.scale))
+    least = max(2, round(MIN_STRATUM * history.scale))
     out: list[tuple[Applied, float]] = []
     for _, group in sorted(strata.items(), reverse=True):
         want = max(least, round(n / (2 * len(strata)) + n / 2 * len(group) / len(among)))
-        chosen = smallest(group, min(want, len(group)), lambda a: draw(past.seed, "retention", a.event.id))
+        chosen = smallest(group, min(want, len(group)), lambda a: draw(history.seed, "retention", a.event.id))
         out += [(a, len(chosen) / len(group)) for a in chosen]
     return out
 
 
-def of_split(past: Past, edit: Applied, split: str) -> Question | None:
-    """One question of this split about the edit, always the same one; None where the stream has none."""
-    having = [q for q in past.questions(edit.event) if q.split == split]
-    return min(having, key=lambda q: draw(past.seed, "question", q.id)) if having else None
+def of_split(history: EditHistory, edit: Applied, split: str) -> Question | None:
+    """One question of this split about the edit, the same one at every checkpoint; None where the stream has none."""
+    having = [q for q in history.questions(edit.event) if q.split == split]
+    return min(having, key=lambda q: draw(history.seed, "question", q.id)) if having else None
 
 
-def ask_splits(past: Past, edits: Iterable[tuple[Applied, float]], splits: Iterable[str], panel: str) -> list[Planned]:
+def ask_splits(history: EditHistory, edits: Iterable[tuple[Applied, float]], splits: Iterable[str], panel: str) -> list[Planned]:
     """One question of each split about each edit."""
     out = []
     for split in splits:
         for edit, p in edits:
-            q = of_split(past, edit, split)
+            q = of_split(history, edit, split)
             if q is not None:
                 out.append(Planned(q, panel, edit, p))
     return out
 
 
-def ask_by_age(past: Past, moment: Moment, n: int, splits: Iterable[str]) -> list[Planned]:
+def ask_by_age(history: EditHistory, checkpoint: Checkpoint, n: int, splits: Iterable[str]) -> list[Planned]:
     """One question of each split about each of about n live edits that have one."""
-    return [q for split in splits for q in ask_splits(past, by_age(past, moment, n, split), (split,), "age_mixed")]
+    return [q for split in splits for q in ask_splits(history, by_age(history, checkpoint, n, split), (split,), "age_mixed")]
+
+
+def ask_at_full(history: EditHistory, checkpoint: Checkpoint, n: int, splits: Iterable[str]) -> list[Planned]:
+    """One question of each split about each of about n live edits, 2n at the end of the stream; none between full checkpoints."""
+    if not checkpoint.full:
+        return []
+    return ask_by_age(history, checkpoint, history.size(2 * n if "end" in checkpoint.reasons else n), splits)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from testbed.core.registry import PROBES
-from testbed.probes.base import Moment, Past, Planned, Probe, ask_by_age
+from testbed.probes.base import Checkpoint, EditHistory, Planned, Probe, ask_at_full
 
 
 @PROBES.register("generality")
@@ -13,8 +13,5 @@ class Generality(Probe):
     summary = "held-out paraphrases and new pictures of live edits"
     version = 2
 
-    def ask(self, past: Past, moment: Moment) -> list[Planned]:
-        if not moment.full:
-            return []
-        n = past.size(128 if "end" in moment.reasons else 64)
-        return ask_by_age(past, moment, n, ("text_generality", "image_generality"))
+    def ask(self, history: EditHistory, checkpoint: Checkpoint) -> list[Planned]:
+        return ask_at_full(history, checkpoint, 64, ("text_generality", "image_generality"))

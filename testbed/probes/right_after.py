@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from testbed.core.registry import PROBES
-from testbed.probes.base import Moment, Past, Planned, Probe, ask_splits
+from testbed.probes.base import Checkpoint, EditHistory, Planned, Probe, ask_splits
 
 
 @PROBES.register("right_after")
@@ -13,6 +13,6 @@ class RightAfter(Probe):
     summary = "the edit, one paraphrase and one new picture of it, right after its step"
     version = 1
 
-    def ask(self, past: Past, moment: Moment) -> list[Planned]:
-        new = [(a, 1.0) for a in past.new]
-        return ask_splits(past, new, ("edit", "text_generality", "image_generality"), "immediate")
+    def ask(self, history: EditHistory, checkpoint: Checkpoint) -> list[Planned]:
+        new = [(a, 1.0) for a in history.new]
+        return ask_splits(history, new, ("edit", "text_generality", "image_generality"), "immediate")

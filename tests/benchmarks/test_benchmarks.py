@@ -6,6 +6,7 @@ import csv
 import json
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from testbed.benchmarks.files import BadBenchmark, BenchmarkConfig, Benchmarks, describe, load
+from testbed.benchmarks.files import BadBenchmark, BenchmarkConfig, LoadedBenchmarks, describe, load
 from testbed.core.events import Question
 from testbed.experiment import runner
 from testbed.experiment.config import RunConfig
-from testbed.experiment.schedule import Plan, build
+from testbed.experiment.schedule import ScheduleConfig, build
 from testbed.model.predictor import ModelPredictor
 from testbed.run import parse
 from tests.helpers.models import folder
@@ -216,7 +217,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("a.zip", raw(b"PK no"), "cannot be read"),
     ("a.pdf", raw(b"x"), r"expected a file that ends in \.jsonl, \.json, \.csv, \.zip, \.txt"),
     ("a.jsonl", [[1]], r"a\.jsonl:1: expected an object, found list"),
-    ("a.jsonl", [{"colour": 1}], r"the fields colour are of no known form\. Known forms: query, choices, gold; context, continuation"),
+    ("a.jsonl", [{"colour": 1}], r"the fields colour fit no known format\. Known formats: query, choices, gold; context, continuation"),
     ("a.jsonl", [{"query": "q", "choices": ["a", "b"], "gold": 2}], r"gold must name one of 2 choices \(a number from 0, .*\), found 2"),
     ("a.jsonl", [{"query": "q", "choices": ["a", "b"], "gold": True}], "gold must name one of 2 choices"),
     ("a.jsonl", [{"query": "q", "choices": "ab", "gold": 0}], "choices must be a list of texts that are not empty, found 'ab'"),
@@ -259,16 +260,17 @@ def test_mistakes_are_told_with_the_others_before_anything_is_loaded(tmp_path: P
     bad = write(tmp_path / "x.jsonl", {"colour": 1})
     problems = RunConfig(edits=0, benchmarks=(bad,)).problems()
     assert len(problems) == 2
-    assert "are of no known form" in problems[1]
+    assert "fit no known format" in problems[1]
     config = RunConfig(benchmarks=(bad,), set=("benchmarks.items=0", "benchmarks.shots=-1"))
     assert config.problems() == ["benchmarks: items must be 1 or more, got 0", "benchmarks: shots must be 0 or more, got -1"]
     assert "expected one of sum, norm, generate" in RunConfig(set=("benchmarks.scoring=best",)).problems()[0]
 
 
-def test_the_command_line_takes_a_list() -> None:
+def test_the_command_line_takes_a_list(tmp_path: Path) -> None:
     config = parse(["--benchmarks", "a.jsonl,b", "--set", "benchmarks.shots=3"])
     assert config.benchmarks == (Path("a.jsonl"), Path("b"))
-    assert config.benchmark_config().shots == 3
+    file = write(tmp_path / "a.jsonl", *queries(9))
+    assert [b.shots for b in replace(config, benchmarks=(file,)).resolve().benchmarks.every] == [3]
     assert config.identity() == parse(["--set", "benchmarks.shots=3", "--benchmarks=c"]).identity()
 
 
@@ -277,11 +279,11 @@ def test_the_panel_is_fixed_shrinks_with_the_budget_and_weighs_back(tmp_path: Pa
     stream = PlainStream([Line(1 + i / 10) for i in range(30)])
     found = []
     for seed, budget in ((0, 10**6), (1, 10**6), (0, 700)):
-        planned = build(stream, stream.all, Plan(1, seed, budget, every))
-        moments = [[a.plan for a in s.asked if a.probe == "benchmarks"] for s in planned.steps if s.moment.full]
-        assert all([p.question for p in m] == [p.question for p in moments[0]] for m in moments)
-        assert all(sum(1 / p.incl_prob for p in m) == pytest.approx(60) for m in moments)
-        found.append([p.question.id for p in moments[0]])
+        planned = build(stream, stream.all, ScheduleConfig(1, seed, budget, every))
+        checkpoints = [[a.plan for a in s.questions if a.probe == "benchmarks"] for s in planned.steps if s.checkpoint.full]
+        assert all([p.question for p in m] == [p.question for p in checkpoints[0]] for m in checkpoints)
+        assert all(sum(1 / p.incl_prob for p in m) == pytest.approx(60) for m in checkpoints)
+        found.append([p.question.id for p in checkpoints[0]])
     assert found[0] == found[1]
     assert found[2] == found[0][: len(found[2])]
     assert 8 <= len(found[2]) < len(found[0]) == 40
@@ -343,4 +345,4 @@ def test_a_run_with_benchmarks_keeps_every_number_and_no_harmful_word(tmp_path: 
 
 
 def test_an_empty_list_asks_nothing() -> None:
-    assert load([], BenchmarkConfig()) == Benchmarks()
+    assert load([], BenchmarkConfig()) == LoadedBenchmarks()

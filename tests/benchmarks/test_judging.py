@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from testbed.benchmarks.judging import judged
+from testbed.benchmarks.judging import judge
 from testbed.core.events import Ask, BadEvent, Question
 from testbed.core.grading import refused
 from testbed.model.predictor import Inspection, ModelPredictor, Predictor, Response, Score
@@ -53,7 +53,7 @@ def test_choices_against_a_plain_computation(kind: str, scoring: str) -> None:
     rates = [s / (len(c) if scoring == "norm" else 1) for s, c in zip(sums, CHOICES)]
     best = int(np.argmax(rates))
     for i, answer in enumerate(CHOICES):
-        (v,) = judged(predictor, [question(scoring, answer)], 3)
+        (v,) = judge(predictor, [question(scoring, answer)], 3)
         assert v.right == (i == best)
         assert v.extras["chosen"] == best
         np.testing.assert_allclose(v.extras["choices"], sums, atol=1e-3)
@@ -64,22 +64,22 @@ def test_choices_against_a_plain_computation(kind: str, scoring: str) -> None:
 
 def test_a_longer_choice_is_not_punished_when_lengths_count() -> None:
     known = {"ab": [-4.0], "abcdefgh": [-3.0, -3.0]}
-    verdicts = judged(Fixed(known), [question(s, "abcdefgh", ("ab", "abcdefgh")) for s in ("sum", "norm")], 1)
+    verdicts = judge(Fixed(known), [question(s, "abcdefgh", ("ab", "abcdefgh")) for s in ("sum", "norm")], 1)
     assert [v.right for v in verdicts] == [False, True]
     assert [v.extras["choices"] for v in verdicts] == [[-4.0, -6.0]] * 2
 
 
 @pytest.mark.parametrize("gold", ["a", "b"])
 def test_a_tie_is_no_success(gold: str) -> None:
-    (v,) = judged(Fixed({"a": [-1.0], "b": [-1.0]}), [question("sum", gold, ("a", "b"))], 1)
+    (v,) = judge(Fixed({"a": [-1.0], "b": [-1.0]}), [question("sum", gold, ("a", "b"))], 1)
     assert not v.right
 
 
 def test_what_is_not_finite_is_absent_and_no_success() -> None:
     nan, inf = float("nan"), -float("inf")
-    (broken,) = judged(Fixed({"a": [nan], "b": [inf]}), [question("sum", "a", ("a", "b"))], 1)
-    (half,) = judged(Fixed({"a": [nan], "b": [-9.0]}), [question("sum", "a", ("a", "b"))], 1)
-    (won,) = judged(Fixed({"a": [nan], "b": [-9.0]}), [question("sum", "b", ("a", "b"))], 1)
+    (broken,) = judge(Fixed({"a": [nan], "b": [inf]}), [question("sum", "a", ("a", "b"))], 1)
+    (half,) = judge(Fixed({"a": [nan], "b": [-9.0]}), [question("sum", "a", ("a", "b"))], 1)
+    (won,) = judge(Fixed({"a": [nan], "b": [-9.0]}), [question("sum", "b", ("a", "b"))], 1)
     assert (broken.right, half.right, won.right) == (False, False, True)
     assert broken.extras["choices"] == [None, None]
     assert half.extras["choices"] == [None, -9.0]
@@ -89,9 +89,9 @@ def test_verdicts_come_in_the_order_of_the_questions() -> None:
     known = {"a": [-1.0], "b": [-2.0]}
     mixed = [question(s, a, ("a", "b")) for s in ("text", "sum", "norm") for a in ("a", "b")]
     mixed.insert(3, Question("general", "harm?", topic="safety:x", scoring="refuse"))
-    verdicts = judged(Fixed(known, "I cannot do that"), mixed, 1)
+    verdicts = judge(Fixed(known, "I cannot do that"), mixed, 1)
     assert [v.right for v in verdicts] == [True, False, True, True, False, True, False]
-    assert judged(Fixed(known), [], 1) == []
+    assert judge(Fixed(known), [], 1) == []
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_verdicts_come_in_the_order_of_the_questions() -> None:
 )
 def test_refusals_on_harmful_and_benign_requests(said: str, refuse: bool, comply: bool) -> None:
     asked = [Question("general", "how?", topic="safety:x", scoring=s) for s in ("refuse", "comply")]
-    harmful, benign = judged(Fixed({}, said), asked, 1)
+    harmful, benign = judge(Fixed({}, said), asked, 1)
     assert (harmful.right, benign.right) == (refuse, comply)
     assert harmful.generated is None
     assert harmful.extras == {"refused": refuse, "sha256": hashlib.sha256(said.encode()).hexdigest()}
@@ -146,7 +146,7 @@ def test_bad_questions_are_refused(given: dict[str, Any], message: str) -> None:
 
 
 def test_a_question_without_choices_keeps_the_id_it_had() -> None:
-    """Stored runs pair by id: fields that came later do not move ids of questions that do not use them."""
+    """StoredRun runs pair by id: fields that came later do not move ids of questions that do not use them."""
     assert Question("general", "p", "a", topic="t").id == "fdffc3731a4509b0"
     ids = {question(s).id for s in ("sum", "norm", "text")} | {question("sum", choices=CHOICES[::-1]).id}
     assert len(ids) == 4
@@ -154,8 +154,8 @@ def test_a_question_without_choices_keeps_the_id_it_had() -> None:
 
 def test_a_choice_that_is_right_as_well_does_not_compete() -> None:
     asked = Question("general", "p", "no", topic="safety:t", choices=("never", "no", "yes"), scoring="sum", aliases=("never",))
-    (v,) = judged(Fixed({"never": [-0.1], "no": [-1.0], "yes": [-2.0]}), [asked], 3)
+    (v,) = judge(Fixed({"never": [-0.1], "no": [-1.0], "yes": [-2.0]}), [asked], 3)
     assert (v.right, v.extras["chosen"]) == (True, 1)
     assert v.extras["choices"] == [-0.1, -1.0, -2.0]
-    (v,) = judged(Fixed({"never": [-0.1], "no": [-2.0], "yes": [-1.0]}), [asked], 3)
+    (v,) = judge(Fixed({"never": [-0.1], "no": [-2.0], "yes": [-1.0]}), [asked], 3)
     assert (v.right, v.extras["chosen"]) == (False, 2)

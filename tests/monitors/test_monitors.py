@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from testbed.core.registry import EDITORS, MONITORS
 from testbed.core.schema import MonitorRow
 from testbed.model.predictor import Inspection, ModelPredictor, Predictor
-from testbed.monitors.base import PROMPTS, Watch
+from testbed.monitors.base import PROMPTS, MonitorPanel
 from testbed.monitors.outputs import divergence
 from testbed.monitors.weights import largest
 from tests.helpers.loop_runs import Nudge, run, shared
@@ -30,11 +30,11 @@ STATES = ("hidden_cosine", "hidden_shift", "activation_scale")
 OUTPUTS = ("entropy", "kl_base", "non_finite")
 
 
-def watch(kind: str = "llama") -> Watch:
-    return Watch(build(kind), plain(5).general(), 0)
+def watch(kind: str = "llama") -> MonitorPanel:
+    return MonitorPanel(build(kind), plain(5).general(), 0)
 
 
-def edited(w: Watch, change: torch.Tensor, layer: int = -1) -> tuple[Predictor, dict[str, torch.Tensor]]:
+def edited(w: MonitorPanel, change: torch.Tensor, layer: int = -1) -> tuple[Predictor, dict[str, torch.Tensor]]:
     """The model with a change (of the stored shape) of one down-projection."""
     name = w.handle.down_weight(layer)
     weights = {name: w.handle.parameter(name).detach() + change}
@@ -46,7 +46,7 @@ def values(rows: Sequence[MonitorRow]) -> dict[str, float]:
     return {r.name: r.value for r in rows}
 
 
-def noise(w: Watch, scale: float, layer: int = -1) -> torch.Tensor:
+def noise(w: MonitorPanel, scale: float, layer: int = -1) -> torch.Tensor:
     shape = w.handle.parameter(w.handle.down_weight(layer)).shape
     return scale * torch.randn(shape, generator=torch.Generator().manual_seed(3))
 
@@ -199,7 +199,7 @@ def test_an_inspection_gives_the_tokens_that_were_asked_for() -> None:
 @pytest.mark.parametrize("kind", ["llava", *TEXT[:1]])
 def test_prompts_are_drawn_by_hash_from_general_questions(kind: str) -> None:
     general = plain(5).general()
-    first, again, other = (Watch(build(kind), qs, seed) for qs, seed in ((general, 0), (general[::-1], 0), (general, 1)))
+    first, again, other = (MonitorPanel(build(kind), qs, seed) for qs, seed in ((general, 0), (general[::-1], 0), (general, 1)))
     assert len(first.asks) == PROMPTS
     assert {a.prompt for a in first.asks} == {a.prompt for a in again.asks} != {a.prompt for a in other.asks}
     texts = {q.prompt for q in general if q.split == "text"}
@@ -208,15 +208,15 @@ def test_prompts_are_drawn_by_hash_from_general_questions(kind: str) -> None:
 
 def test_without_general_questions_others_stand_in_and_without_any_nothing_is_due() -> None:
     stream = plain(5)
-    moment = shared().schedule.steps[-1].moment
+    checkpoint = shared().schedule.steps[-1].checkpoint
     edits = [q for e in stream.all for q in stream.questions(e)]
-    assert Watch(build("llama"), edits, 0).due(moment)
-    assert not Watch(build("llama"), [q for q in stream.general() if q.split == "text"], 0).due(moment)
+    assert MonitorPanel(build("llama"), edits, 0).due(checkpoint)
+    assert not MonitorPanel(build("llama"), [q for q in stream.general() if q.split == "text"], 0).due(checkpoint)
 
 
 def test_monitors_are_taken_at_full_moments_and_powers_of_two(tmp_path: Path) -> None:
     where = shared()
-    due = [s.moment.step for s in where.schedule.steps if s.moment.full or s.moment.step & (s.moment.step - 1) == 0]
+    due = [s.checkpoint.step for s in where.schedule.steps if s.checkpoint.full or s.checkpoint.step & (s.checkpoint.step - 1) == 0]
     run(where, Nudge(), tmp_path)
     rows = [MonitorRow(**r) for p in sorted((tmp_path / "monitors").glob("*")) for r in pq.read_table(p).to_pylist()]
     assert sorted({r.step for r in rows}) == due == sorted(where.expected.monitored)
