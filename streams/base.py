@@ -1,3 +1,4 @@
+# pyright: strict
 """The contract of a stream: edits in time order, the questions about them, and what an editor may train on.
 
 A stream is a deterministic function of (data, `StreamConfig`, seed). The first k events do not depend on
@@ -8,11 +9,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from testbed.core.events import EditEvent, Question, content_id
+from testbed.core.ranges import Fraction, NonNegativeInt, PositiveInt, out_of_range
 
 TimeAxis = Literal["dated", "scheduled", "simulated"]
 MissingImages = Literal["skip", "text", "caption"]
@@ -28,15 +30,15 @@ class StreamConfig:
     """Folder of the official files; without it the simulated world stands in, and says so."""
     seed: int = 0
     """Seed of the schedule (and of the simulated world's history)."""
-    edits_per_year: int = 50
+    edits_per_year: PositiveInt = 50
     """How many edits make a year, where the source has no dates."""
-    revise: float = 0.15
+    revise: Fraction = 0.15
     """Share of edits that change an already edited fact again, in scheduled streams."""
-    revert: float = 0.03
+    revert: Fraction = 0.03
     """Share of edits that bring an edited fact back to an earlier value."""
-    retire: float = 0.02
+    retire: Fraction = 0.02
     """Share of edits that withdraw an edited fact."""
-    repeats: int = 1
+    repeats: PositiveInt = 1
     """How many values each fact takes in a row when it is first edited (scheduled and simulated streams)."""
     bursts: float = 0.0
     """How uneven the years are: standard deviation of the edits of a year, divided by `edits_per_year`."""
@@ -45,11 +47,11 @@ class StreamConfig:
     order: Order = "drawn"
     """Order of the facts among the edits that a run takes: as drawn (or dated), by the unedited model's loss on the
     target, or those of one subject together. It depends on how many edits are taken; see `streams.arrange`."""
-    records: int = 0
+    records: NonNegativeInt = 0
     """How many usable records of MMEdit, VLKEB, zsRE, CounterFact, KnowEdit, `jsonl:` or `hub:` are taken, drawn by a
     hash of their names, so the same ones under every seed: a small model can be taught only so many beliefs. 0 is all
     of them; other streams refuse a number."""
-    since: int = 0
+    since: NonNegativeInt = 0
     """First year of a dated stream: a model is taught what was so before it, and what changed earlier is no edit.
     0 begins with the first change; streams without dates refuse a year."""
     missing_images: MissingImages = "skip"
@@ -63,18 +65,7 @@ class StreamConfig:
 
     def problems(self) -> list[str]:
         """Every mistake in the values, as sentences; empty when there is none."""
-        out = []
-        if self.edits_per_year < 1:
-            out.append(f"stream.edits_per_year must be 1 or more, got {self.edits_per_year}")
-        for name in ("revise", "revert", "retire"):
-            if not 0 <= getattr(self, name) < 1:
-                out.append(f"stream.{name} must lie in [0, 1), got {getattr(self, name)}")
-        if self.records < 0:
-            out.append(f"stream.records must be 0 (all) or more, got {self.records}")
-        if self.since < 0:
-            out.append(f"stream.since must be 0 (the first change) or a year, got {self.since}")
-        if self.repeats < 1:
-            out.append(f"stream.repeats must be 1 or more, got {self.repeats}")
+        out = [f"stream.{problem}" for problem in out_of_range(self)]
         if self.bursts and not UNEVEN[0] <= self.bursts <= UNEVEN[1]:
             out.append(f"stream.bursts must be 0 or lie in [{UNEVEN[0]}, {UNEVEN[1]}], got {self.bursts}")
         if self.revise + self.revert + self.retire >= 1:
@@ -118,15 +109,17 @@ class Stream(ABC):
     size: ClassVar[str]
     """How much the published source holds, for --list; what a run could use of it stands in `origin`."""
 
-    heeds: ClassVar[frozenset[str]] = frozenset()
-    """Which of `records` and `since` this stream can be told."""
+    supports: ClassVar[frozenset[str]] = frozenset()
+    """Which of the settings `records` and `since` this stream understands; it refuses the others."""
 
     def __init__(self, config: StreamConfig) -> None:
         self.config = config
         self.skipped: list[Skipped] = []
-        for name in sorted({"records", "since"} - self.heeds):
+        for name in sorted({"records", "since"} - self.supports):
             if getattr(config, name):
                 raise BadStream(f"stream.{name} means nothing to this stream: leave it out, or take one that heeds it (docs/schedules.md)")
+        if problems := config.problems():
+            raise BadStream("; ".join(problems))
 
     @property
     @abstractmethod
@@ -168,6 +161,10 @@ class Stream(ABC):
         """Hash of the events as they will be applied; the same on any machine."""
         return content_id([(e.id, e.time, e.seq) for e in events])
 
+    def foreign(self, event: EditEvent) -> BadStream:
+        """The error for an event that another stream made."""
+        return BadStream(f"event {event.id} ({event.source or 'no source'}) is not of this stream ({self.origin})")
+
     def manifest(self) -> dict[str, Any]:
         """What the run's manifest says about the stream."""
         reasons: dict[str, int] = {}
@@ -188,25 +185,3 @@ class Stream(ABC):
     def counts(self) -> dict[str, Any]:
         """What else the manifest should count, by name."""
         return {}
-
-
-@dataclass
-class LRU:
-    """A bounded cache: the oldest unused entry leaves first. Counts hits, for the bench."""
-
-    size: int
-    hits: int = 0
-    misses: int = 0
-    _items: dict[Any, Any] = field(default_factory=dict)
-
-    def get(self, key: Any, make: Any) -> Any:
-        if key in self._items:
-            self.hits += 1
-            value = self._items.pop(key)
-        else:
-            self.misses += 1
-            value = make()
-            while len(self._items) >= self.size:
-                self._items.pop(next(iter(self._items)))
-        self._items[key] = value
-        return value

@@ -36,15 +36,13 @@ class Merged(Stream):
 
     summary = "Several streams in one order of time: merged:A+B, each as NAME or NAME@FOLDER under --data-root"
     time_axis = "scheduled"
-    heeds = frozenset({"records", "since"})
+    supports = frozenset({"records", "since"})
     licence = "those of its streams"
     size = "as its streams"
     argument: ClassVar[str] = ""
 
     def __init__(self, config: StreamConfig) -> None:
         super().__init__(config)
-        if problems := config.problems():
-            raise BadStream("; ".join(problems))
         names = self.argument.split("+") if self.argument else []
         if len(names) < 2 or len(set(names)) < len(names) or not all(names):
             raise BadStream(f"this stream needs its source in its name: merged:A+B, with two streams or more; got {self.argument!r}")
@@ -110,7 +108,7 @@ class Merged(Stream):
         if event.id not in self._of:
             self.events(event.seq + 1)
         if event.id not in self._of:
-            raise BadStream(f"event {event.id} ({event.source or 'no source'}) is not of this stream ({self.origin})")
+            raise self.foreign(event)
         return self._of[event.id]
 
     def general(self) -> tuple[Question, ...]:

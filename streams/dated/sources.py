@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import re
 from collections import Counter
@@ -16,8 +15,8 @@ from typing import Any
 from streams.base import BadStream
 from streams.dated.country_codes import COUNTRIES
 from streams.dated.states import Day, SourceData, State, Timeline, day, read_day, state
-from streams.files.fields import find, many, read_rows
-from streams.files.records import BadField, clean, kind_of, parse_json, read_bytes, text_of
+from streams.files.fields import find, many, read_rows, usable
+from streams.files.records import BadField, clean, kind_of, parse_json, text_of
 
 
 @dataclass(frozen=True)
@@ -78,17 +77,16 @@ def templama(root: Path | None) -> SourceData:
     """`time_editing.json`: lists of states, each with the last year in which it held."""
     data = SourceData()
     path = find(root, ("time_editing.json", "templama/time_editing.json"), "TempLAMA")[0]
-    rows, raw = read_rows(path, data.skipped)
-    data.digests.append(hashlib.sha256(raw).hexdigest())
-    for i, row in enumerate(rows):
-        where = f"{path.name} record {i}"
-        try:
-            if not isinstance(row, list) or not row or not all(isinstance(s, Mapping) for s in row):
-                raise BadField(f"expected a list of states, found {kind_of(row)}")
-            data.total += len(row)
-            data.timelines.append(_templama_fact(row, where))
-        except BadField as e:
-            data.skip(where, str(e))
+    rows, digest = read_rows(path, data.skipped)
+    data.digests.append(digest)
+
+    def timeline(row: Any, where: str) -> Timeline:
+        if not isinstance(row, list) or not row or not all(isinstance(s, Mapping) for s in row):
+            raise BadField(f"expected a list of states, found {kind_of(row)}")
+        data.total += len(row)
+        return _templama_fact(row, where)
+
+    data.timelines += usable(rows, timeline, path.name, data.skipped)
     return data
 
 
@@ -118,29 +116,29 @@ def _answer(row: Mapping[str, Any]) -> str:
 
 
 def dyknow(root: Path | None) -> SourceData:
-    """`qa_generated.json` (questions and dated answers), with the wordings of `grc_generated.json` beside it."""
+    """`qa_generated.json` (questions and dated answers), with the paraphrases of `grc_generated.json` beside it."""
     data = SourceData()
     path = find(root, ("qa_generated.json", "dyknow/qa_generated.json"), "DyKnow")[0]
     top = _object(path, data)
     beside = path.with_name("grc_generated.json")
     more = dict(_dyknow_facts(_object(beside, data), ())) if beside.is_file() else {}
-    for names, fact in _dyknow_facts(top, ()):
-        where = f"{path.name} {' / '.join(names)}"
-        try:
-            answers = fact["answers"]
-            if not isinstance(answers, list):
-                raise BadField(f"answers must be a list, found {kind_of(answers)}")
-            data.total += len(answers)
-            data.timelines.append(_dyknow_fact(names, fact, more.get(names, {}), _dyknow_states(answers, where, data)))
-        except BadField as e:
-            data.skip(where, str(e))
+
+    def timeline(item: tuple[tuple[str, ...], Mapping[str, Any]], where: str) -> Timeline:
+        names, fact = item
+        answers = fact["answers"]
+        if not isinstance(answers, list):
+            raise BadField(f"answers must be a list, found {kind_of(answers)}")
+        data.total += len(answers)
+        states = list(usable(answers, _dyknow_state, lambda k, _: f"{where} answer {k}", data.skipped))
+        return _dyknow_fact(names, fact, more.get(names, {}), states)
+
+    facts = _dyknow_facts(top, ())
+    data.timelines += usable(facts, timeline, lambda _, item: f"{path.name} {' / '.join(item[0])}", data.skipped)
     return data
 
 
 def _object(path: Path, data: SourceData) -> Mapping[str, Any]:
-    raw = read_bytes(path)
-    data.digests.append(hashlib.sha256(raw).hexdigest())
-    top = parse_json(raw, path)
+    top = parse_json(data.read(path), path)
     if not isinstance(top, Mapping):
         raise BadStream(f"{path}: expected an object of groups of facts, found {kind_of(top)}. Is this the right file?")
     return top
@@ -173,20 +171,13 @@ def _prompts(fact: Mapping[str, Any]) -> list[str]:
     return list(many(list(given.values()) if isinstance(given, Mapping) else given, "questions"))
 
 
-def _dyknow_states(answers: list[Any], where: str, data: SourceData) -> list[State]:
-    """States written as "Mario Monti |S: +2011-11-16T00:00:00Z |E: +2013-04-28T00:00:00Z"."""
-    out = []
-    for k, answer in enumerate(answers):
-        try:
-            value, *marks = clean(answer, "answers").split(" |")
-            dates = {m.partition(":")[0].strip(): m.partition(":")[2].strip() for m in marks}
-            if not value.strip():
-                raise BadField("the answer is empty")
-            start, end = read_day(dates.get("S", ""), "start"), read_day(dates.get("E", ""), "end")
-            out.append(state(value.strip(), start, end, f"{where} answer {k}"))
-        except BadField as e:
-            data.skip(f"{where} answer {k}", str(e))
-    return out
+def _dyknow_state(answer: Any, where: str) -> State:
+    """A state written as "Mario Monti |S: +2011-11-16T00:00:00Z |E: +2013-04-28T00:00:00Z"."""
+    value, *marks = clean(answer, "answers").split(" |")
+    dates = {m.partition(":")[0].strip(): m.partition(":")[2].strip() for m in marks}
+    if not value.strip():
+        raise BadField("the answer is empty")
+    return state(value.strip(), read_day(dates.get("S", ""), "start"), read_day(dates.get("E", ""), "end"), where)
 
 
 def yago(root: Path | None) -> SourceData:
@@ -221,9 +212,7 @@ def _entity(name: str) -> str:
 
 def _table(path: Path, width: int, data: SourceData) -> Iterator[tuple[str, list[str]]]:
     """Lines of a table with at least `width` columns between tabs, with their places; others are skipped and named."""
-    raw = read_bytes(path)
-    data.digests.append(hashlib.sha256(raw).hexdigest())
-    for number, line in enumerate(raw.decode("utf-8", "surrogateescape").split("\n"), 1):
+    for number, line in enumerate(data.read(path).decode("utf-8", "surrogateescape").split("\n"), 1):
         if not line.strip():
             continue
         where, parts = f"{path.name} line {number}", [p.strip() for p in line.rstrip("\r").split("\t")]
@@ -239,21 +228,18 @@ def leaders(root: Path | None) -> SourceData:
     """REIGN's leader list: one leader a line, with country code (Correlates of War), day of entry and month of exit."""
     data = SourceData()
     path = find(root, ("leaderlist*.csv", "data_sets/leaderlist*.csv", "reign/data_sets/leaderlist*.csv"), "REIGN")[-1]
-    raw = read_bytes(path)
-    data.digests.append(hashlib.sha256(raw).hexdigest())
-    rows = csv.DictReader(io.StringIO(raw.decode("utf-8-sig", "surrogateescape"), newline=""))
+    rows = csv.DictReader(io.StringIO(data.read(path).decode("utf-8-sig", "surrogateescape"), newline=""))
     needed = {"ccode", "leader", "sdate", "smonth", "syear", "emonth", "eyear"}
     if missing := needed - set(rows.fieldnames or ()):
         raise BadStream(f"{path}: the columns {', '.join(sorted(missing))} are absent; found {', '.join(map(str, rows.fieldnames or ()))}.")
     facts: dict[int, list[State]] = {}
+
+    def add(row: Mapping[str, Any], where: str) -> None:
+        data.total += 1
+        facts.setdefault(_country(row), []).append(_leader(row, where))
+
     try:
-        for i, row in enumerate(rows):
-            data.total += 1
-            where = f"{path.name} record {i}"
-            try:
-                facts.setdefault(_country(row), []).append(_leader(row, where))
-            except BadField as e:
-                data.skip(where, str(e))
+        list(usable(rows, add, path.name, data.skipped))
     except csv.Error as e:
         raise BadStream(f"{path}: cannot be read as a table after record {data.total}: {e}. Fetch it again.") from e
     templates = PROMPT_TEMPLATES["is led by"]

@@ -6,10 +6,11 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 
 from streams.base import Skipped
 from streams.files.pictures import FilePicture
-from streams.files.records import BadField, plain
+from streams.files.records import BadField, digest_of, plain, read_bytes
 
 Day = tuple[int, int, int]
 """Year, month, day; 0 where month or day are not known."""
@@ -65,6 +66,12 @@ class SourceData:
     skipped: list[Skipped] = field(default_factory=list)
     digests: list[str] = field(default_factory=list)
     total: int = 0
+
+    def read(self, path: Path) -> bytes:
+        """The content of one of the source's files, whose hash is kept. Raises `BadStream`."""
+        raw = read_bytes(path)
+        self.digests.append(digest_of(raw))
+        return raw
 
     def skip(self, where: str, reason: str) -> None:
         self.skipped.append(Skipped(where, reason))

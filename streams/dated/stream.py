@@ -19,17 +19,17 @@ from testbed.core.registry import STREAMS
 Reader = Callable[[Path | None], SourceData]
 
 
-class _One(DatedStream):
-    """A stream over one source."""
+class SingleSource(DatedStream):
+    """A stream over one source, read by `reader`."""
 
     reader: ClassVar[Reader]
 
-    def read(self, config: StreamConfig) -> SourceData:
+    def timelines(self, config: StreamConfig) -> SourceData:
         return type(self).reader(config.data_root)
 
 
 @STREAMS.register("templama")
-class TempLama(_One):
+class TempLama(SingleSource):
     """Who plays for, works for or holds what: changes 2011 to 2020."""
 
     summary = "TempLAMA: people's teams, employers and positions by year, 2010-2020 (needs --data-root)"
@@ -39,7 +39,7 @@ class TempLama(_One):
 
 
 @STREAMS.register("dyknow")
-class DyKnow(_One):
+class DyKnow(SingleSource):
     """Heads of state and government, teams of athletes, heads of companies and organisations."""
 
     summary = "DyKnow: leaders, athletes' teams, heads of companies by date (needs --data-root)"
@@ -49,7 +49,7 @@ class DyKnow(_One):
 
 
 @STREAMS.register("yago")
-class Yago(_One):
+class Yago(SingleSource):
     """Teams, employers, affiliations and spouses."""
 
     summary = "YAGO11k: teams, employers, affiliations, spouses by year (needs --data-root)"
@@ -59,7 +59,7 @@ class Yago(_One):
 
 
 @STREAMS.register("leaders")
-class Leaders(_One):
+class Leaders(SingleSource):
     """Who leads each country since 1950."""
 
     summary = "REIGN: who leads each country, by day, 1950-2021 (needs --data-root)"
@@ -76,7 +76,7 @@ class DatedFacts(DatedStream):
     licence = "as its sources: TempLAMA Apache-2.0, DyKnow MIT, YAGO CC BY 3.0, REIGN open data; Wikidata CC0"
     size = "6,668 changes of 2,122 facts"
 
-    def read(self, config: StreamConfig) -> SourceData:
+    def timelines(self, config: StreamConfig) -> SourceData:
         out = SourceData()
         for reader in (sources.templama, sources.dyknow, sources.yago, sources.leaders):
             found = reader(config.data_root)
@@ -103,7 +103,7 @@ class LeadersFlags(DatedStream):
     licence = "REIGN: open data without a stated licence; flags (GoSquared): MIT"
     size = "2,255 changes of 188 facts"
 
-    def read(self, config: StreamConfig) -> SourceData:
+    def timelines(self, config: StreamConfig) -> SourceData:
         data = sources.leaders(config.data_root)
         flags = _flags(config.data_root)
         by_name = {c.name: c for c in COUNTRIES.values()}

@@ -1,38 +1,56 @@
-"""What a usable record of any source is, which records are never edited, and how questions are collected."""
+"""What a usable record of any source is, which records are never edited, and how the questions about an edit are collected."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 from streams.base import Skipped
-from streams.files.pictures import Shown
+from streams.files.pictures import AnyPicture
 from streams.files.records import plain
-from streams.transforms import share
+from streams.transforms import EditableFact, share
 from testbed.core.events import EditEvent, Question, Split
 
+T = TypeVar("T")
 CONTROL_SHARE = 0.15
 """Share of records that no event touches: half are asked as controls, half go to the train pool."""
 Role = Literal["edit", "probe", "train"]
 QuestionKey = tuple[str, str]
+"""What a question asks: the name of its picture under the root ("" without one), and its prompt after `plain`."""
+
+
+def question_key(image: AnyPicture | None, prompt: str) -> QuestionKey:
+    """The key of a question, by which repeated questions are found."""
+    return (image.name if image is not None else ""), plain(prompt)
 
 
 @dataclass(frozen=True, slots=True)
 class EntryQuestion:
-    """A question that a record brings with it. A `portability` answer holds for the record's own target only."""
+    """A question that a record brings with it.
+
+    Without an `answer`, a locality question is compared with the unedited model's own answer, and any other question
+    has the edited fact's value as its answer. A given `portability` answer holds for the record's own target only.
+    """
 
     split: Split
     prompt: str
-    answer: str | None
-    image: Shown | None = None
+    answer: str | None = None
+    image: AnyPicture | None = None
     aliases: tuple[str, ...] = ()
+
+    @property
+    def is_locality(self) -> bool:
+        return self.split.startswith("locality_")
 
 
 @dataclass(frozen=True, slots=True)
 class FactEntry:
-    """One usable record: `previous` is what was right before any edit (None where the source does not say), with
-    `aliases` beside it; `held_out` paraphrases are asked, `train` paraphrases are for editors."""
+    """One usable record.
+
+    `name` is unique in its stream. `previous` is the right answer before any edit (None where the source does not
+    say), and `aliases` are as right as that. Probes ask the `held_out` paraphrases; editors may train on the `train` ones.
+    """
 
     name: str
     prompt: str
@@ -40,21 +58,33 @@ class FactEntry:
     previous: str | None = None
     subject: str | None = None
     category: str = "other"
-    image: Shown | None = None
+    image: AnyPicture | None = None
     aliases: tuple[str, ...] = ()
     held_out: tuple[str, ...] = ()
     train: tuple[str, ...] = ()
-    asks: tuple[EntryQuestion, ...] = ()
+    questions: tuple[EntryQuestion, ...] = ()
     role: Role = "edit"
 
     @property
-    def place(self) -> QuestionKey:
+    def key(self) -> QuestionKey:
         return question_key(self.image, self.prompt)
+
+    def as_fact(self) -> EditableFact:
+        """The record as a fact to schedule; its aliases are never drawn as a new target."""
+        return EditableFact(self.prompt, self.target, self.name, self.image, self.previous, self.subject, self.category, self.aliases)
+
+    def as_control(self, split: Split) -> EntryQuestion:
+        """The record's own question with its answer before any edit."""
+        return EntryQuestion(split, self.prompt, self.previous, self.image, self.aliases)
+
+    def as_belief(self, prompt: str, topic: str) -> Question:
+        """What a model should answer to the prompt before any edit."""
+        return Question("general", prompt, self.previous, image=self.image, aliases=self.aliases, topic=topic)
 
 
 @dataclass(frozen=True)
-class Data:
-    """What a loader returns. `digest` is a hash of the content, `missing` counts absent pictures by field."""
+class EntryData:
+    """What a loader returns. `digest` is a hash of the content; `missing` counts absent pictures by field."""
 
     origin: str
     entries: tuple[FactEntry, ...]
@@ -63,7 +93,7 @@ class Data:
     missing: Mapping[str, int] = field(default_factory=dict)
 
 
-def sample(data: Data, number: int) -> Data:
+def sample(data: EntryData, number: int) -> EntryData:
     """The `number` entries with the smallest hashes of their names, in the order of the files; all of them for 0."""
     if not 0 < number < len(data.entries):
         return data
@@ -72,15 +102,26 @@ def sample(data: Data, number: int) -> Data:
     return replace(data, entries=entries, origin=f"{data.origin}, {number:,} of them drawn")
 
 
-def question_key(image: Shown | None, prompt: str) -> QuestionKey:
-    """What is asked: the picture, by its name under the root, and the bare prompt."""
-    return (image.name if image is not None else ""), plain(prompt)
+def rotated(items: Sequence[T], *parts: object) -> Sequence[T]:
+    """The items from a position on that a hash of `parts` picks, the items before that position behind them."""
+    start = int(share(*parts) * len(items))
+    return [*items[start:], *items[:start]]
 
 
-def with_roles(entries: Iterable[FactEntry]) -> tuple[FactEntry, ...]:
-    """Set aside the records that are never edited, by a hash of their names: the same ones under every seed.
+def drawn_role(purpose: str, key: object) -> Role:
+    """The role of a record by a hash of its key, the same under every seed."""
+    u = share(purpose, key)
+    return "edit" if u >= CONTROL_SHARE else ("probe" if u < CONTROL_SHARE / 2 else "train")
 
-    Of a picture with several records one is set aside and asked (same picture, other question), and the
+
+def _name(entry: FactEntry) -> object:
+    return entry.name
+
+
+def with_roles(entries: Iterable[FactEntry], purpose: str = "control", key: Callable[[FactEntry], object] = _name) -> tuple[FactEntry, ...]:
+    """Set aside the records that are never edited, by a hash of their keys: the same ones under every seed.
+
+    Of several records about one picture, one becomes a probe (locality: same picture, another question) and the
     others are edited.
     """
     entries = tuple(entries)
@@ -88,61 +129,62 @@ def with_roles(entries: Iterable[FactEntry]) -> tuple[FactEntry, ...]:
     for e in entries:
         if e.image is not None:
             by_picture.setdefault(e.image.name, []).append(e)
-    roles = {e.name: _role(e.name) for e in entries}
+    roles = {e.name: drawn_role(purpose, key(e)) for e in entries}
     for group in by_picture.values():
         if len(group) > 1:
-            chosen = min(group, key=lambda e: share("sibling", e.name))
+            chosen = min(group, key=lambda e: share("sibling", key(e)))
             roles |= {e.name: "probe" if e is chosen else "edit" for e in group}
     return tuple(replace(e, role=roles[e.name]) for e in entries)
 
 
-def _role(name: str) -> Role:
-    u = share("control", name)
-    return "edit" if u >= CONTROL_SHARE else ("probe" if u < CONTROL_SHARE / 2 else "train")
-
-
 class QuestionCollector:
-    """Collects the questions of one event, each once; places that are edited or trained on are not asked."""
+    """Collects the questions about one event, each once.
+
+    Args:
+        event: the edit that the questions belong to.
+        value: what is right after the edit.
+        topic: topic of all its questions.
+        reserved: what is edited or trained on, and must not be asked.
+    """
 
     def __init__(self, event: EditEvent, value: str | None, topic: str, reserved: set[QuestionKey]) -> None:
         self.event, self.topic, self.reserved = event, topic, reserved
-        self.asked: list[Question] = []
-        self._ids: set[str] = set()
+        self._questions: dict[str, Question] = {}
         self._value = plain(value) if value else None
         self._values = {plain(v) for v in (value, event.previous) if v}
 
-    def tells_apart(self, answer: str) -> bool:
+    @property
+    def questions(self) -> tuple[Question, ...]:
+        return tuple(self._questions.values())
+
+    def tells_apart(self, answer: str | None) -> bool:
         """Whether an answer differs from the edit's new and old value, so that a leak would show."""
-        return bool(answer) and plain(answer) not in self._values
+        return bool(answer) and plain(answer or "") not in self._values
 
     def differs(self, answer: str) -> bool:
-        """Whether an answer differs from the value that must not leak."""
+        """Whether an answer differs from the edit's new value."""
         return plain(answer) != self._value
 
-    def add_free(self, ask: EntryQuestion) -> None:
-        """Add, unless the very question is an edit's or of the train pool."""
-        if question_key(ask.image, ask.prompt) not in self.reserved:
-            self.add(ask)
+    def add_free(self, question: EntryQuestion) -> None:
+        """Add the question unless an edit or the train pool has the very same."""
+        if question_key(question.image, question.prompt) not in self.reserved:
+            self.add(question)
 
-    def add(self, ask: EntryQuestion) -> None:
-        q = Question(ask.split, ask.prompt, ask.answer, self.event.id, ask.image, ask.aliases, self.topic)
-        if q.id not in self._ids:
-            self._ids.add(q.id)
-            self.asked.append(q)
+    def add(self, question: EntryQuestion) -> None:
+        q = question
+        made = Question(q.split, q.prompt, q.answer, self.event.id, q.image, q.aliases, self.topic)
+        self._questions.setdefault(made.id, made)
 
 
 def consistent(beliefs: Iterable[Question]) -> Iterator[Question]:
-    """The beliefs in order, each place once; where one question of one picture has two answers, neither is given.
+    """The beliefs in order, each question once; a question of one picture with two different answers is left out.
 
-    Reads every picture file.
+    Reads every picture file, because copies of a file are one picture.
     """
     beliefs = list(beliefs)
-    places = [((q.image.key if q.image is not None else ""), plain(q.prompt)) for q in beliefs]
+    keys = [((q.image.key if q.image is not None else ""), plain(q.prompt)) for q in beliefs]
     answers: dict[QuestionKey, set[str]] = {}
-    for q, place in zip(beliefs, places):
-        answers.setdefault(place, set()).add(plain(q.answer or ""))
-    given: set[QuestionKey] = set()
-    for q, place in zip(beliefs, places):
-        if len(answers[place]) == 1 and place not in given:
-            given.add(place)
-            yield q
+    for q, key in zip(beliefs, keys):
+        answers.setdefault(key, set()).add(plain(q.answer or ""))
+    first = dict(zip(reversed(keys), reversed(beliefs)))
+    yield from (q for q, key in zip(beliefs, keys) if len(answers[key]) == 1 and first[key] is q)

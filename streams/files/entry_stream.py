@@ -1,54 +1,56 @@
-"""Records without dates as a scheduled stream.
+"""The stream that every source of records stands on.
 
-A loader reads its files into `FactEntry`s; `EntryStream` does the rest, the same for every source: 15 % of the
-records are never edited (half are asked as controls, half make the train pool), the others are put on a
-drawn schedule by `transforms`.
+A loader reads its files into `FactEntry`s, and `EntryStream` does the rest, the same for every source: 15 % of the
+records are never edited (half are asked as controls, half make the train pool), and `transforms` puts the others on a
+drawn schedule. A source that differs in one step overrides that step.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 from itertools import islice
-from typing import Any
+from typing import Any, ClassVar
 
 from streams import transforms
-from streams.base import BadStream, Stream, StreamConfig, TrainPool
-from streams.files.entry import Data, EntryQuestion, FactEntry, QuestionCollector, consistent, sample
+from streams.base import Stream, StreamConfig, TrainPool
+from streams.files.entry import EntryData, EntryQuestion, FactEntry, QuestionCollector, consistent, rotated, sample
 from streams.files.records import distinct, plain
-from testbed.core.events import EditEvent, Question, Split
+from testbed.core.events import EditEvent, Question
 
 
 class EntryStream(Stream):
-    """A scheduled stream over entries. A subclass gives `read`, and may turn `far_controls` off.
+    """A scheduled stream over entries; a subclass gives `read`.
 
     Raises `BadStream` where the files, or the configuration, cannot be used.
     """
 
     time_axis = "scheduled"
-    heeds = frozenset({"records"})
-    far_controls = True
-    """Ask a control of another category as `locality_far`, where the record brings no far question itself."""
+    supports = frozenset({"records"})
+    far_controls: ClassVar[bool] = True
+    """Ask a control of another category as `locality_far`, where the record brings no such question itself."""
+    purpose: ClassVar[str] = ""
+    """Prefix of the names of this source's random generators."""
+    topics: ClassVar[Mapping[str, str]] = {}
+    """Topics of controls and beliefs by role or split; by default a record's category, and a locality question's split."""
 
     def __init__(self, config: StreamConfig) -> None:
         super().__init__(config)
-        if problems := config.problems():
-            raise BadStream("; ".join(problems))
         self._data = sample(self.read(config), config.records)
         self.skipped = list(self._data.skipped)
         self._edited = tuple(e for e in self._data.entries if e.role == "edit")
         self._by_name = {e.name: e for e in self._edited}
-        self._reserved = {e.place for e in self._data.entries if e.role != "probe"}
-        self._controls = tuple(e for e in self._data.entries if e.role == "probe" and e.previous and e.place not in self._reserved)
+        self._reserved = {e.key for e in self._data.entries if e.role != "probe"}
+        self._controls = tuple(e for e in self._data.entries if e.role == "probe" and e.previous and e.key not in self._reserved)
         self._siblings: dict[str, list[FactEntry]] = {}
         for e in self._controls:
             if e.image is not None:
                 self._siblings.setdefault(e.image.name, []).append(e)
 
     @abstractmethod
-    def read(self, config: StreamConfig) -> Data:
+    def read(self, config: StreamConfig) -> EntryData:
         """The records under `config.data_root`. Raises `BadStream`."""
 
     @property
@@ -62,80 +64,97 @@ class EntryStream(Stream):
         return {"missing_images": dict(self._data.missing)} if self._data.missing else {}
 
     def events(self, n: int) -> list[EditEvent]:
-        facts = [_fact(e) for e in self._edited]
-        return list(islice(transforms.scheduled(facts, self._values, self.config), max(n, 0)))
+        facts = [e.as_fact() for e in self._edited]
+        return list(islice(transforms.scheduled(facts, self._values, self.config, self.purpose), max(n, 0)))
 
     def questions(self, event: EditEvent) -> tuple[Question, ...]:
         """See `Stream.questions`. After a retire the answer is the one before any edit, where it is known."""
         entry = self._entry_of(event)
         value = event.target if event.kind != "retire" else entry.previous
-        collector = QuestionCollector(event, value, entry.category, self._reserved)
+        collector, own = QuestionCollector(event, value, entry.category, self._reserved), tuple(self.own_questions(entry))
         if value is not None:
-            also = entry.aliases if value == entry.previous else ()
-            collector.add(EntryQuestion("edit", entry.prompt, value, entry.image, also))
+            aliases = self.aliases_of(entry, event, value)
+            collector.add(EntryQuestion("edit", entry.prompt, value, entry.image, aliases))
             for prompt in entry.held_out:
-                collector.add_free(EntryQuestion("text_generality", prompt, value, entry.image, also))
-            for ask in entry.asks:
-                self._ask_of_value(collector, entry, ask, value)
+                collector.add_free(EntryQuestion("text_generality", prompt, value, entry.image, aliases))
+            for question in own:
+                if not question.is_locality:
+                    self._add_of_value(collector, entry, question, value, aliases)
         if event.previous is not None:
             stale = entry.aliases if event.previous == entry.previous else ()
             collector.add(EntryQuestion("stale", entry.prompt, event.previous, entry.image, stale))
-        self._ask_locality(collector, entry)
-        return tuple(collector.asked)
+        self._add_locality(collector, entry, [q for q in own if q.is_locality])
+        return collector.questions
 
-    def _ask_of_value(self, collector: QuestionCollector, entry: FactEntry, ask: EntryQuestion, value: str) -> None:
-        """Generality and portability: an answer that is the record's target moves with the value."""
-        if ask.split.startswith("locality_"):
-            return
-        if ask.answer is None or plain(ask.answer) == plain(entry.target):
-            collector.add_free(replace(ask, answer=value, aliases=ask.aliases if value == entry.target else ()))
+    def own_questions(self, entry: FactEntry) -> Iterable[EntryQuestion]:
+        """The questions that the record brings with it."""
+        return entry.questions
+
+    def aliases_of(self, entry: FactEntry, event: EditEvent, value: str) -> tuple[str, ...]:
+        """Other answers that are right while the fact has this value."""
+        return entry.aliases if value == entry.previous else ()
+
+    def _add_of_value(
+        self, collector: QuestionCollector, entry: FactEntry, question: EntryQuestion, value: str, aliases: tuple[str, ...]
+    ) -> None:
+        """Add a question of generality or portability: an answer that is the record's target moves with the value."""
+        if question.answer is None:
+            collector.add_free(replace(question, answer=value, aliases=aliases))
+        elif plain(question.answer) == plain(entry.target):
+            collector.add_free(replace(question, answer=value, aliases=question.aliases if value == entry.target else ()))
         elif value == entry.target:
-            collector.add_free(ask)
+            collector.add_free(question)
 
-    def _ask_locality(self, collector: QuestionCollector, entry: FactEntry) -> None:
-        own = [a for a in entry.asks if a.split.startswith("locality_")]
-        for ask in own:
-            if (ask.answer is None or collector.differs(ask.answer)) and not self.touches_edited(ask):
-                collector.add_free(ask)
+    def _add_locality(self, collector: QuestionCollector, entry: FactEntry, own: list[EntryQuestion]) -> None:
+        """Add the locality questions: those the record brings (`own`), and controls of the stream."""
+        for question in own:
+            if self.is_unaffected(collector, question):
+                collector.add_free(question)
         for other in self._siblings.get(entry.image.name if entry.image else "", []):
-            if plain(other.prompt) != plain(entry.prompt) and collector.tells_apart(other.previous or ""):
-                collector.add_free(_control(other, "locality_sibling"))
-        if self.far_controls and not any(a.split == "locality_far" for a in own):
+            if plain(other.prompt) != plain(entry.prompt) and collector.tells_apart(other.previous):
+                collector.add_free(other.as_control("locality_sibling"))
+        if self.far_controls and not any(q.split == "locality_far" for q in own):
             far = self._far(collector, entry)
             if far is not None:
-                collector.add_free(_control(far, "locality_far"))
+                collector.add_free(far.as_control("locality_far"))
 
-    def touches_edited(self, ask: EntryQuestion) -> bool:
-        """Whether a locality question asks, in other words, for what some edit changes; such a one is not asked."""
-        return False
+    def is_unaffected(self, collector: QuestionCollector, question: EntryQuestion) -> bool:
+        """Whether the answer to a locality question that the record brings must stay as it is after the edit."""
+        return question.answer is None or collector.differs(question.answer)
 
     def _far(self, collector: QuestionCollector, entry: FactEntry) -> FactEntry | None:
         """A control of another category, else any other control, whose answer tells a leak apart."""
-        start = int(transforms.share("far", entry.name) * len(self._controls))
-        order = [*self._controls[start:], *self._controls[:start]]
-        fits = [c for c in islice(order, 200) if collector.tells_apart(c.previous or "")]
+        order = rotated(self._controls, "far", entry.name)
+        fits = [c for c in order[:200] if collector.tells_apart(c.previous)]
         return next((c for c in fits if c.category != entry.category), fits[0] if fits else None)
 
     def general(self) -> tuple[Question, ...]:
-        return tuple(_belief(e, e.prompt, e.category) for e in self._controls)
+        return tuple(e.as_belief(e.prompt, self._topic(e)) for e in self._controls)
+
+    def _topic(self, entry: FactEntry) -> str:
+        return self.topics.get(entry.role, entry.category)
 
     def paraphrases(self, event: EditEvent) -> tuple[str, ...]:
         entry = self._entry_of(event)
-        return tuple(p for p in distinct(entry.train, [event.prompt]) if plain(p) not in self._asked_prompts)
+        return tuple(p for p in distinct(entry.train, [event.prompt]) if plain(p) not in self._probe_prompts)
 
     @cached_property
-    def _asked_prompts(self) -> set[str]:
-        """Every prompt that some probe may ask, bare: no train paraphrase equals one, of whatever record."""
-        entries = self._data.entries
-        return {plain(p) for e in entries for p in (*e.held_out, *(a.prompt for a in e.asks), *([e.prompt] if e.role == "probe" else []))}
+    def _probe_prompts(self) -> set[str]:
+        """Every prompt that some probe may ask, after `plain`: no train paraphrase equals one, whatever its record."""
+        return {plain(p) for e in self._data.entries for p in self.probe_prompts(e)}
+
+    def probe_prompts(self, entry: FactEntry) -> tuple[str, ...]:
+        """The prompts of one record that probes may ask, the edit's own left out."""
+        own = (entry.prompt,) if entry.role == "probe" else ()
+        return (*entry.held_out, *(q.prompt for q in entry.questions), *own)
 
     def train_pool(self) -> TrainPool:
-        asked = {q.prompt for q in self.general()}
-        pool = [e for e in self._data.entries if e.role == "train" and e.previous and e.prompt not in asked]
-        return TrainPool(tuple(_belief(e, e.prompt, "train pool") for e in pool))
+        general = {q.prompt for q in self.general()}
+        pool = [e for e in self._data.entries if e.role == "train" and e.previous and e.prompt not in general]
+        return TrainPool(tuple(e.as_belief(e.prompt, "train pool") for e in pool))
 
     def beliefs(self) -> Iterator[Question]:
-        """Every prompt with its answer before any edit, locality questions among them.
+        """Every prompt with its answer before any edit, and the locality questions with theirs.
 
         Where one question of one picture has two answers, neither is a belief. Reads every picture file.
         """
@@ -145,10 +164,12 @@ class EntryStream(Stream):
         for e in self._data.entries:
             if e.previous:
                 for prompt in (e.prompt, *e.train):
-                    yield _belief(e, prompt, e.category)
-            for a in e.asks:
-                if a.split.startswith("locality_") and a.answer:
-                    yield Question("general", a.prompt, a.answer, image=a.image, aliases=a.aliases, topic=a.split)
+                    yield e.as_belief(prompt, self._topic(e))
+            for q in self.own_questions(e):
+                if q.is_locality and q.answer:
+                    yield Question("general", q.prompt, q.answer, image=q.image, aliases=q.aliases, topic=self.topics.get(q.split, q.split))
+                elif q.split == "portability" and q.answer is None:
+                    yield Question("general", q.prompt, e.previous, image=q.image, aliases=e.aliases, topic=self._topic(e))
 
     @cached_property
     def _values(self) -> dict[str, list[str]]:
@@ -161,17 +182,5 @@ class EntryStream(Stream):
     def _entry_of(self, event: EditEvent) -> FactEntry:
         entry = self._by_name.get(event.source)
         if entry is None or entry.prompt != event.prompt:
-            raise BadStream(f"event {event.id} ({event.source or 'no source'}) is not of this stream ({self.origin})")
+            raise self.foreign(event)
         return entry
-
-
-def _fact(e: FactEntry) -> transforms.EditableFact:
-    return transforms.EditableFact(e.prompt, e.target, e.name, e.image, e.previous, e.subject, e.category, e.aliases)
-
-
-def _control(e: FactEntry, split: Split) -> EntryQuestion:
-    return EntryQuestion(split, e.prompt, e.previous, e.image, e.aliases)
-
-
-def _belief(e: FactEntry, prompt: str, topic: str) -> Question:
-    return Question("general", prompt, e.previous, image=e.image, aliases=e.aliases, topic=topic)

@@ -6,16 +6,18 @@ A map is a plain dictionary from our name ("prompt") to a path in the record ("r
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from streams.base import BadStream, Skipped
 from streams.files.entry import EntryQuestion
 from streams.files.pictures import list_folder
-from streams.files.records import BadField, clean, distinct, kind_of, parse_json, plain, read_bytes
-from testbed.core.events import Split
+from streams.files.records import BadField, clean, digest_of, distinct, kind_of, parse_json, plain, read_bytes, reasons
+from testbed.core.events import BadPicture, Split
 
+R = TypeVar("R")
+T = TypeVar("T")
 FieldMap = Mapping[str, str]
 ABSENT = object()
 
@@ -64,10 +66,10 @@ def text_pairs(record: object, split: Split, prompts: str | None, golds: str | N
     """Questions under `prompts` with the answers under `golds`: one by one where both have as many, else all the same."""
     if not prompts:
         return []
-    asked, told = many(pick(record, prompts), prompts), many(pick(record, golds), golds) if golds else ()
-    if len(asked) > 1 and len(asked) == len(told):
-        return [EntryQuestion(split, q, a) for q, a in zip(asked, told)]
-    return [EntryQuestion(split, q, told[0] if told else None, aliases=distinct(told[1:], told[:1])) for q in asked]
+    texts, right = many(pick(record, prompts), prompts), many(pick(record, golds), golds) if golds else ()
+    if len(texts) > 1 and len(texts) == len(right):
+        return [EntryQuestion(split, q, a) for q, a in zip(texts, right)]
+    return [EntryQuestion(split, q, right[0] if right else None, aliases=distinct(right[1:], right[:1])) for q in texts]
 
 
 def nested(record: object, path: str | None, split: Split) -> Iterator[EntryQuestion]:
@@ -96,11 +98,11 @@ def must_differ(target: str, previous: str | None, names: tuple[str, str] = ("ta
         raise BadField(f"{names[0]} equals {names[1]}: the edit would change nothing")
 
 
-def choose_form(row: object, forms: Mapping[str, FieldMap], where: str) -> tuple[str, FieldMap]:
+def choose_form(row: object, forms: Mapping[str, FieldMap], where: str) -> FieldMap:
     """The first form whose prompt and target the row has. Raises `BadStream` with the columns that exist."""
-    for name, form in forms.items():
+    for form in forms.values():
         if all(pick(row, form[f]) is not ABSENT for f in ("prompt", "target")):
-            return name, form
+            return form
     wanted = "; or ".join(f"{f['prompt']} and {f['target']}" for f in forms.values())
     raise BadStream(f"{where}: expected records with {wanted}; found {columns(row)}. Is this the right file?")
 
@@ -109,25 +111,47 @@ def columns(row: object) -> str:
     """The fields of a row, for a message."""
     if not isinstance(row, Mapping):
         return kind_of(row)
-    names = [str(k) for k in row]
-    return "the fields " + (", ".join(names[:30]) or "none") + (f" and {len(names) - 30} more" if len(names) > 30 else "")
+    return "the fields " + (_shortened([str(k) for k in row], 30) or "none")
 
 
-def read_rows(path: Path, skipped: list[Skipped]) -> tuple[list[Any], bytes]:
-    """The records of a JSON list, of an object with one list in it, or of JSON lines, and the file's bytes.
+def usable(rows: Iterable[R], make: Callable[[R, str], T], where: Callable[[int, R], str] | str, skipped: list[Skipped]) -> Iterator[T]:
+    """What `make(row, name)` gives for each row.
+
+    A row for which it raises `BadField` or `BadPicture` is written to `skipped`, with its name and the reason.
+
+    Args:
+        where: the name of a row from its position and itself; a text stands for "{text} record {position}".
+    """
+    for i, row in enumerate(rows):
+        name = f"{where} record {i}" if isinstance(where, str) else where(i, row)
+        try:
+            yield make(row, name)
+        except (BadField, BadPicture) as e:
+            skipped.append(Skipped(name, str(e)))
+
+
+def as_object(row: Any) -> Mapping[str, Any]:
+    """The row, if it is a JSON object. Raises `BadField` otherwise."""
+    if not isinstance(row, Mapping):
+        raise BadField(f"expected an object, found {kind_of(row)}")
+    return row
+
+
+def read_rows(path: Path, skipped: list[Skipped]) -> tuple[list[Any], str]:
+    """The records of a JSON list, of an object with one list in it, or of JSON lines, and the SHA-256 of the file.
 
     A line that cannot be read is skipped and named; trouble with a whole JSON file raises `BadStream`.
     """
     raw = read_bytes(path)
     if path.suffix.lower() in (".jsonl", ".ndjson"):
-        return list(_lines(raw, path.name, skipped)), raw
+        return list(_lines(raw, path.name, skipped)), digest_of(raw)
     top = parse_json(raw, path)
     if isinstance(top, Mapping):
         lists = [v for v in top.values() if isinstance(v, list) and v and isinstance(v[0], Mapping)]
         top = lists[0] if len(lists) == 1 else top
     if not isinstance(top, list):
         raise BadStream(f"{path}: expected a list of records, found {kind_of(top)}. Is this the right file?")
-    return top, raw
+    return top, digest_of(raw)
 
 
 def _lines(raw: bytes, name: str, skipped: list[Skipped]) -> Iterator[Any]:
@@ -159,9 +183,29 @@ def find(root: Path | None, patterns: Sequence[str], stream: str) -> list[Path]:
         found = sorted(p for p in root.glob(pattern) if p.is_file())
         if found:
             return found
-    names = [e.name for e in list_folder(root)]
-    listing = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-    raise BadStream(f"{root} has not the files of {stream}. Expected {expected}; found {listing or 'nothing'}.")
+    raise BadStream(f"{root} has not the files of {stream}. Expected {expected}; found {listing(root)}.")
+
+
+def find_parts(root: Path | None, parts: Sequence[Sequence[str]], stream: str) -> list[Path]:
+    """For each part of a set the first of its paths that is a file under the data root; parts without a file are left out.
+
+    Raises `BadStream`, as `find`, where no part has a file.
+    """
+    return [p for part in parts if (p := first_file(root, part))] or find(root, [p for part in parts for p in part], stream)
+
+
+def first_file(root: Path | None, names: Sequence[str]) -> Path | None:
+    """The first of the names that is a file under the data root."""
+    return next((Path(root) / name for name in names if (Path(root) / name).is_file()), None) if root else None
+
+
+def listing(folder: Path) -> str:
+    """The first names in a folder, for a message."""
+    return _shortened([e.name for e in list_folder(folder)], 8) or "nothing"
+
+
+def _shortened(names: Sequence[str], most: int) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 class Once:
@@ -177,7 +221,7 @@ class Once:
         self._taken.add(key)
 
 
-def none_left(entries: Iterable[Any], total: int, where: str, why: str) -> None:
-    """Raise `BadStream` where no record can be used."""
-    if not any(True for _ in entries):
-        raise BadStream(f"{where}: none of {total:,} records can be used ({why or 'the file is empty'}).")
+def require_entries(entries: Sequence[Any], total: int, where: str, skipped: list[Skipped], hint: str = "") -> None:
+    """Raise `BadStream`, with the commonest reasons, where no record can be used."""
+    if not entries:
+        raise BadStream(f"{where}: none of {total:,} records can be used ({reasons(skipped) or 'the file is empty'}).{hint}")

@@ -10,10 +10,10 @@ from streams.base import Stream, StreamConfig, TrainPool
 from testbed.core.events import EditEvent, Question
 
 
-class Either(Stream):
+class FilesOrWorld(Stream):
     """Hands everything to its source; `origin` and `time_axis` say which of the two a run has seen."""
 
-    heeds = frozenset({"records", "since"})  # or not, as its source does
+    supports = frozenset({"records", "since"})  # or not, as its source does
     form: str
     """Form of the simulated world (see `streams.world.stream.FORMS`)."""
 

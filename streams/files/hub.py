@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -15,30 +14,18 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from streams.base import BadStream, Skipped, StreamConfig
-from streams.files.entry import Data, FactEntry, with_roles
+from streams.files.entry import EntryData, FactEntry, with_roles
 from streams.files.entry_stream import EntryStream
-from streams.files.fields import ABSENT, Once, columns, none_left, pick, read_rows
-from streams.files.pictures import FilePicture, Shown, StoredPicture
-from streams.files.records import BadField, kind_of, optional_text, reasons
+from streams.files.fields import ABSENT, Once, as_object, columns, pick, read_rows, require_entries, usable
+from streams.files.pictures import AnyPicture, FilePicture, StoredPicture
+from streams.files.records import BadField, digest_of, optional_text, reasons
 from streams.files.textfacts_files import read_entry
 from testbed.core.events import BadPicture, content_id
 from testbed.core.registry import STREAMS
 
 OURS = (
-    "prompt",
-    "target",
-    "previous",
-    "subject",
-    "relation",
-    "rephrase",
-    "train",
-    "image",
-    "hard",
-    "hard_answer",
-    "text",
-    "text_answer",
-    "locality",
-    "portability",
+    *("prompt", "target", "previous", "subject", "relation", "rephrase", "train", "image"),
+    *("hard", "hard_answer", "text", "text_answer", "locality", "portability"),
 )
 """What can be mapped; `prompt` and `target` are needed. `hard` and `text` are locality questions, `locality` and
 `portability` lists of objects with prompt and ground_truth."""
@@ -65,13 +52,13 @@ def field_map(given: Sequence[str], row: object, where: str) -> dict[str, str]:
     return out
 
 
-class _Mapped(EntryStream):
+class MappedStream(EntryStream):
     """Records of any source through a map of fields."""
 
     argument: ClassVar[str] = ""
     usage: ClassVar[str]
 
-    def read(self, config: StreamConfig) -> Data:
+    def read(self, config: StreamConfig) -> EntryData:
         if not self.argument:
             raise BadStream(f"this stream needs its source in its name: {self.usage}")
         skipped: list[Skipped] = []
@@ -80,34 +67,25 @@ class _Mapped(EntryStream):
         if first is None:
             raise BadStream(f"{title}: no record is an object with fields ({reasons(skipped) or 'there are no records'}).")
         form = field_map(config.fields, first, title)
-        entries = _entries(rows, form, pictures, skipped)
-        none_left(entries, len(rows), title, reasons(skipped))
+        once = Once()
+
+        def entry(row: Any, name: str) -> FactEntry:
+            made = read_entry(as_object(row), {k: v for k, v in form.items() if k != "image"}, name)
+            made = replace(made, image=_picture(row, form, pictures))
+            once.take(made.key, "the same question")
+            return made
+
+        entries = list(usable(rows, entry, lambda i, _: f"record {i}", skipped))
+        require_entries(entries, len(rows), title, skipped)
         origin = f"{title} ({len(entries):,} usable of {len(rows):,} records)"
-        return Data(origin, with_roles(entries), tuple(skipped), content_id(digest, sorted(form.items())))
+        return EntryData(origin, with_roles(entries), tuple(skipped), content_id(digest, sorted(form.items())))
 
     @abstractmethod
     def rows(self, config: StreamConfig, skipped: list[Skipped]) -> tuple[Sequence[Any], str, str, Path | None]:
         """The records, what to call them, a hash of their content, and the folder that picture names start from."""
 
 
-def _entries(rows: Sequence[Any], form: Mapping[str, str], pictures: Path | None, skipped: list[Skipped]) -> list[FactEntry]:
-    out: list[FactEntry] = []
-    once = Once()
-    for i, row in enumerate(rows):
-        where = f"record {i}"
-        try:
-            if not isinstance(row, Mapping):
-                raise BadField(f"expected an object, found {kind_of(row)}")
-            entry = read_entry(row, {k: v for k, v in form.items() if k != "image"}, where)
-            entry = replace(entry, image=_picture(row, form, pictures))
-            once.take(entry.place, "the same question")
-            out.append(entry)
-        except (BadField, BadPicture) as e:
-            skipped.append(Skipped(where, str(e)))
-    return out
-
-
-def _picture(row: Mapping[str, Any], form: Mapping[str, str], folder: Path | None) -> Shown | None:
+def _picture(row: Mapping[str, Any], form: Mapping[str, str], folder: Path | None) -> AnyPicture | None:
     held = row.get(form.get("image", ""))
     if isinstance(held, StoredPicture):
         return held
@@ -125,7 +103,7 @@ def _picture(row: Mapping[str, Any], form: Mapping[str, str], folder: Path | Non
 
 
 @STREAMS.register("jsonl:")
-class JsonLines(_Mapped):
+class JsonLines(MappedStream):
     """Records of a JSON-lines file, or of a JSON list."""
 
     summary = "Your own records: jsonl:FILE, with --set stream.fields=prompt=...,target=... where names differ"
@@ -135,12 +113,12 @@ class JsonLines(_Mapped):
 
     def rows(self, config: StreamConfig, skipped: list[Skipped]) -> tuple[Sequence[Any], str, str, Path | None]:
         path = Path(config.data_root or ".") / self.argument
-        rows, raw = read_rows(path, skipped)
-        return rows, f"file {path.name}", hashlib.sha256(raw).hexdigest(), path.parent
+        rows, digest = read_rows(path, skipped)
+        return rows, f"file {path.name}", digest, path.parent
 
 
 @STREAMS.register("hub:")
-class HubDataset(_Mapped):
+class HubDataset(MappedStream):
     """Records of a dataset on the Hugging Face hub, in its cache, or in a local folder."""
 
     summary = "A Hugging Face dataset: hub:DATASET[:CONFIG[:SPLIT]], with --set stream.fields=prompt=...,target=..."
@@ -202,7 +180,7 @@ def _stored(table: Any, column: str, i: int, roots: Sequence[Path]) -> StoredPic
     if table[i][column] is None:
         return None
     try:
-        return StoredPicture(hashlib.sha256(read()).hexdigest()[:16], where, read)
+        return StoredPicture(digest_of(read())[:16], where, read)
     except BadPicture as e:
         return e
 

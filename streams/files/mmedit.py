@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from streams.base import Stream, StreamConfig
-from streams.files.files_or_world import Either
+from streams.files.files_or_world import FilesOrWorld
 from streams.files.mmedit_files import Layout, MMEditForm
 from testbed.core.registry import STREAMS
 
@@ -63,7 +63,7 @@ class MMEditFiles(MMEditForm):
 
 
 @STREAMS.register("mmedit-yearly")
-class MMEditYearly(Either):
+class MMEditYearly(FilesOrWorld):
     """E-VQA form: a picture, a question, an answer."""
 
     summary = "MMEdit E-VQA: answers about photos (files with --data-root, else the simulated world)"
@@ -77,7 +77,7 @@ class MMEditYearly(Either):
 
 
 @STREAMS.register("mmedit-caption-yearly")
-class MMEditCaptionYearly(Either):
+class MMEditCaptionYearly(FilesOrWorld):
     """E-IC form: a picture, a fixed instruction, a caption."""
 
     summary = "MMEdit E-IC: captions of photos (files with --data-root, else the simulated world)"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -12,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from streams.base import MissingImages, Skipped, StreamConfig
-from streams.files.entry import Data, EntryQuestion, FactEntry, with_roles
+from streams.files.entry import EntryData, EntryQuestion, FactEntry, with_roles
 from streams.files.entry_stream import EntryStream
-from streams.files.fields import Once, answers, find, must_differ, nested, none_left, read_rows
+from streams.files.fields import Once, answers, as_object, find_parts, must_differ, nested, read_rows, require_entries, usable
 from streams.files.pictures import FilePicture, list_folder, stays_inside
-from streams.files.records import BadField, clean, distinct, kind_of, optional_text, plain, reasons, text_of, texts_of
-from testbed.core.events import BadPicture, content_id
+from streams.files.records import BadField, clean, distinct, optional_text, plain, text_of, texts_of
+from testbed.core.events import content_id
 
 PICTURES = ("image", "image_rephrase", "m_loc")
 """The fields that name pictures."""
@@ -52,39 +51,32 @@ class MMEditForm(EntryStream):
     far_controls = False
     """`locality_far` is the set's own unrelated picture and nothing else."""
 
-    def read(self, config: StreamConfig) -> Data:
+    def read(self, config: StreamConfig) -> EntryData:
         return load(self.layout, config)
 
     def counts(self) -> dict[str, Any]:
         return super().counts() | {"published_names": {ours: list(theirs) for ours, theirs in self.layout.names.items()}}
 
 
-def load(layout: Layout, config: StreamConfig) -> Data:
+def load(layout: Layout, config: StreamConfig) -> EntryData:
     """Read the parts that lie under the data root. No picture is decoded. Raises `BadStream`."""
-    files = _files(layout, config.data_root)
-    reader = _Reader(layout, config.missing_images, _Index(_picture_roots(layout, files[0])))
+    files = find_parts(config.data_root, layout.parts, layout.name)
+    reader = _MMEditReader(layout, config.missing_images, _PictureIndex(_picture_roots(layout, files[0])))
     digests, total = [], 0
     for path in files:
-        rows, raw = read_rows(path, reader.skipped)
-        reader.more = _train_paraphrases(layout, path, reader.skipped)
-        digests.append((path.name, hashlib.sha256(raw).hexdigest()))
+        rows, digest = read_rows(path, reader.skipped)
+        reader.more_train = _train_paraphrases(layout, path, reader.skipped)
+        digests.append((path.name, digest))
         total += len(rows)
-        reader.read(path.name, rows)
-    none_left(reader.entries, total, str(files[0].parent), reasons(reader.skipped))
-    used = sorted({(p.name, p.size) for e in reader.entries for p in (e.image, *(a.image for a in e.asks)) if isinstance(p, FilePicture)})
+        reader.entries += usable(rows, reader.entry, path.name, reader.skipped)
+    require_entries(reader.entries, total, str(files[0].parent), reader.skipped)
+    pictures = (p for e in reader.entries for p in (e.image, *(q.image for q in e.questions)))
+    used = sorted({(p.name, p.size) for p in pictures if isinstance(p, FilePicture)})
     names = " and ".join(p.name for p in files)
     origin = f"{layout.name} files {names} ({len(reader.entries):,} usable of {total:,} records; pictures missing: {config.missing_images})"
     missing = {f: reader.missing[f] for f in PICTURES}
     digest = content_id(digests, used, config.missing_images)
-    return Data(origin, with_roles(reader.entries), tuple(reader.skipped), digest, missing)
-
-
-def _files(layout: Layout, root: Path | None) -> list[Path]:
-    if root is not None and Path(root).is_dir():
-        found = [next((Path(root) / p for p in part if (Path(root) / p).is_file()), None) for part in layout.parts]
-        if any(found):
-            return [p for p in found if p is not None]
-    return find(root, [p for part in layout.parts for p in part], layout.name)[:1]
+    return EntryData(origin, with_roles(reader.entries), tuple(reader.skipped), digest, missing)
 
 
 def _picture_roots(layout: Layout, file: Path) -> list[Path]:
@@ -94,23 +86,20 @@ def _picture_roots(layout: Layout, file: Path) -> list[Path]:
 
 def _train_paraphrases(layout: Layout, path: Path, skipped: list[Skipped]) -> dict[tuple[str, str], tuple[str, ...]]:
     """Train paraphrases of the same records from the file beside, by picture and question."""
+
+    def paraphrases(row: Any, _: str) -> tuple[tuple[str, str], tuple[str, ...]]:
+        key = text_of(as_object(row), "image"), plain(text_of(row, "src"))
+        return key, texts_of(row, "rephrased_questions_train")
+
     out: dict[tuple[str, str], tuple[str, ...]] = {}
     for name in layout.beside:
         other = path.with_name(f"{path.stem}{name}.json")
-        if not other.is_file():
-            continue
-        rows, _ = read_rows(other, skipped)
-        for i, row in enumerate(rows):
-            try:
-                if not isinstance(row, Mapping):
-                    raise BadField(f"expected an object, found {kind_of(row)}")
-                out[text_of(row, "image"), plain(text_of(row, "src"))] = texts_of(row, "rephrased_questions_train")
-            except BadField as e:
-                skipped.append(Skipped(f"{other.name} record {i}", str(e)))
+        if other.is_file():
+            out.update(usable(read_rows(other, skipped)[0], paraphrases, other.name, skipped))
     return out
 
 
-class _Index:
+class _PictureIndex:
     """Which picture files exist, by listing each folder once."""
 
     def __init__(self, roots: list[Path]) -> None:
@@ -144,34 +133,25 @@ def _is_full(entry: os.DirEntry[str]) -> bool:
 
 
 @dataclass
-class _Reader:
+class _MMEditReader:
     """Turns rows into entries; what cannot be used is written to `skipped`, what lacks a picture is counted."""
 
     layout: Layout
     policy: MissingImages
-    index: _Index
+    index: _PictureIndex
     entries: list[FactEntry] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
     missing: Counter[str] = field(default_factory=Counter)
-    more: Mapping[tuple[str, str], tuple[str, ...]] = field(default_factory=dict)
+    more_train: Mapping[tuple[str, str], tuple[str, ...]] = field(default_factory=dict)
     once: Once = field(default_factory=Once)
 
-    def read(self, file: str, rows: list[Any]) -> None:
-        for i, row in enumerate(rows):
-            where = f"{file} record {i}"
-            try:
-                if not isinstance(row, Mapping):
-                    raise BadField(f"expected an object, found {kind_of(row)}")
-                self.entries.append(self._entry(where, row))
-            except (BadField, BadPicture) as e:
-                self.skipped.append(Skipped(where, str(e)))
-
-    def _entry(self, name: str, row: Mapping[str, Any]) -> FactEntry:
-        src, target = text_of(row, "src"), text_of(row, "alt")
+    def entry(self, row: Any, name: str) -> FactEntry:
+        """One row as an entry. Raises `BadField` or `BadPicture` where it cannot be used."""
+        src, target = text_of(as_object(row), "src"), text_of(row, "alt")
         previous = self._tidy(optional_text(row, "pred"))
         photo, rephrased, local = (self._picture(row, f) for f in PICTURES)
         must_differ(target, previous, ("alt", "pred"))
-        train = (*texts_of(row, "rephrased_questions_train"), *self.more.get((clean(row.get("image"), "image"), plain(src)), ()))
+        train = (*texts_of(row, "rephrased_questions_train"), *self.more_train.get((clean(row.get("image"), "image"), plain(src)), ()))
         stand_in = "" if photo else self._stand_in(row, src, previous)
         held_out = distinct([_unquoted(t) for t in answers(row, "rephrase")], [src])
         entry = FactEntry(
@@ -184,11 +164,10 @@ class _Reader:
             image=photo,
             held_out=tuple(stand_in + p for p in held_out),
             train=tuple(stand_in + p for p in distinct(train, [src, *held_out])),
-            asks=tuple(_asks(row, stand_in + src, target, (photo, rephrased, local))),
+            questions=tuple(_questions(row, stand_in + src, target, (photo, rephrased, local))),
         )
-        self.once.take(
-            entry.place, "the same question about the same picture" if photo else "the same question, asked without its picture,"
-        )
+        where = " about the same picture" if photo else ", asked without its picture,"
+        self.once.take(entry.key, f"the same question{where}")
         return entry
 
     def _tidy(self, text: str | None) -> str | None:
@@ -216,7 +195,7 @@ class _Reader:
         raise BadField("no file for image")
 
 
-def _asks(row: Mapping[str, Any], prompt: str, target: str, pictures: tuple[FilePicture | None, ...]) -> list[EntryQuestion]:
+def _questions(row: Mapping[str, Any], prompt: str, target: str, pictures: tuple[FilePicture | None, ...]) -> list[EntryQuestion]:
     """The questions a record brings: new picture, unrelated text, unrelated picture, one hop further."""
     photo, rephrased, local = pictures
     out = []

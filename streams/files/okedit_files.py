@@ -1,90 +1,62 @@
-"""The OKEDIT files: where they lie, what a usable record is, and which records are never edited."""
+"""The OKEDIT files: where they lie, and what a usable record is."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from streams.base import BadStream, MissingImages, Skipped
+from streams.files.entry import EntryData, FactEntry, with_roles
+from streams.files.fields import listing, require_entries, usable
 from streams.files.pictures import FilePicture, coco_photos, list_folder, same_pixels
-from streams.files.records import BadField, clean, distinct, id_of, optional_text, plain, read_table, reasons, text_of, texts_of, votes_of
-from streams.transforms import share
-from testbed.core.events import BadPicture, content_id
+from streams.files.records import BadField, clean, distinct, id_of, optional_text, plain, read_table, text_of, texts_of, votes_of
+from testbed.core.events import content_id
 
-CONTROL_SHARE = 0.15
-"""Share of records that no stream ever edits: half are asked as controls, half go to the train pool."""
 _PREFIX, _SUFFIX = "mscoco_", "_annotations_train.json"
 _EXPECTED = (
     "mscoco_*_annotations_train.json, OpenEnded_mscoco_*_questions_train.json, *2014/COCO_*.jpg, rephrased_images/, locality_images_dalle2/"
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
-    """One usable question about one photo. `pred` is what most annotators answered, `aliases` what two or more
-    others did; `photo` is None only where it is absent and the policy asks without."""
+class Details(NamedTuple):
+    """What OKEDIT says about a record besides its `FactEntry`."""
 
-    qid: int
+    question_id: int
     image_id: int
-    category: str
-    question: str
-    pred: str
-    aliases: tuple[str, ...]
-    target: str
-    rephrased: tuple[str, ...]
-    rephrased_train: tuple[str, ...]
     locality_answer: str | None
-    photo: FilePicture | None
-    role: str = "edit"
-    """"edit", or for records that no event touches: "probe" (asked as a control) or "train" (in the train pool)."""
-
-    @property
-    def held_out(self) -> tuple[str, ...]:
-        """Paraphrases that probes ask."""
-        return distinct(self.rephrased, [self.question])
-
-    @property
-    def train(self) -> tuple[str, ...]:
-        """Paraphrases that editors may learn from: none equals one that probes ask."""
-        return distinct(self.rephrased_train, [self.question, *self.rephrased])
 
 
 @dataclass(frozen=True)
-class OkeditData:
-    """Usable records by question id, and what was left out. `split` is the part of the file names ("val2014")."""
+class OkeditFolder:
+    """The usable records by rising question id, their details by name, and the number of records, usable or not."""
 
-    root: Path
-    split: str
-    records: tuple[Record, ...]
-    skipped: tuple[Skipped, ...]
+    data: EntryData
+    details: Mapping[str, Details]
     total: int
-    digest: str
 
 
-def load(data_root: Path, missing: MissingImages) -> OkeditData:
+def load(data_root: Path, missing: MissingImages) -> OkeditFolder:
     """Read a folder of the OKEDIT layout (or its annotation file). No picture is decoded.
 
     Raises `BadStream` for a wrong layout, an unreadable file, or when no record can be used.
     """
     annotations, questions, split = find_files(Path(data_root))
     root = annotations.parent
-    top, rows, raw_a = read_table(annotations, "annotations")
-    _, asked, raw_q = read_table(questions, "questions")
-    reader = _Reader(root, missing, coco_photos(root, split), _categories(top))
-    by_id = reader.index(asked, "questions", questions.name)
-    records = [r for i, row in enumerate(rows) if (r := reader.record(i, row, by_id, annotations.name)) is not None]
-    for qid in sorted(by_id.keys() - reader.ids):
-        reader.skipped.append(Skipped(f"{questions.name} question {qid}", "no annotation has this question_id"))
-    if not records:
-        why = reasons(reader.skipped) or "the file is empty"
-        raise BadStream(f"{root}: none of {len(rows)} records can be used ({why}). Expected {_EXPECTED}.")
-    photos = [(r.photo.name, r.photo.size) for r in records if r.photo]
-    digest = content_id(hashlib.sha256(raw_a).hexdigest(), hashlib.sha256(raw_q).hexdigest(), sorted(photos))
-    ordered = assign_roles(sorted(records, key=lambda r: r.qid))
-    return OkeditData(root, split, ordered, tuple(reader.skipped), len(rows), digest)
+    top, rows, annotations_digest = read_table(annotations, "annotations")
+    _, asked, questions_digest = read_table(questions, "questions")
+    reader = _OkeditReader(root, split, missing, coco_photos(root, split), _categories(top))
+    reader.index(asked, questions.name)
+    entries = list(usable(rows, reader.entry, lambda i, row: f"{annotations.name} annotations[{i}]{_named(row)}", reader.skipped))
+    for question_id in sorted(reader.questions.keys() - reader.ids):
+        reader.skipped.append(Skipped(f"{questions.name} question {question_id}", "no annotation has this question_id"))
+    require_entries(entries, len(rows), str(root), reader.skipped, f" Expected {_EXPECTED}.")
+    photos = sorted((e.image.name, e.image.size) for e in entries if isinstance(e.image, FilePicture))
+    digest = content_id(annotations_digest, questions_digest, photos)
+    entries.sort(key=lambda e: reader.details[e.name].question_id)
+    with_role = with_roles(entries, "okedit control", lambda e: reader.details[e.name].question_id)
+    return OkeditFolder(EntryData(f"files of OKEDIT form, {split}", with_role, tuple(reader.skipped), digest), reader.details, len(rows))
 
 
 def find_files(root: Path) -> tuple[Path, Path, str]:
@@ -117,9 +89,7 @@ def _wrong_layout(root: Path) -> str:
         return f"{root} is one level too high: the OKEDIT files lie in {below[0]}. Give that folder as data root."
     if below:
         return f"{root} is one level too high. Give one of these as data root: {', '.join(map(str, below))}."
-    names = [e.name for e in list_folder(root)]
-    listing = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-    return f"{root} has not the OKEDIT layout. Expected {_EXPECTED}; found {listing or 'nothing'}. Give the folder that holds them."
+    return f"{root} has not the OKEDIT layout. Expected {_EXPECTED}; found {listing(root)}. Give the folder that holds them."
 
 
 def _categories(top: Mapping[str, Any]) -> dict[str, str]:
@@ -136,63 +106,56 @@ def _categories(top: Mapping[str, Any]) -> dict[str, str]:
     return names
 
 
-class _Reader:
-    """Turns rows into records; what cannot be used is written to `skipped`, never dropped in silence."""
+@dataclass
+class _OkeditReader:
+    """Turns rows into entries and keeps their details; what cannot be used is written to `skipped`, never dropped in silence."""
 
-    def __init__(self, root: Path, missing: MissingImages, photos: Mapping[int, str], categories: Mapping[str, str]) -> None:
-        self.root, self.missing, self.photos, self.categories = root, missing, photos, categories
-        self.skipped: list[Skipped] = []
-        self.ids: set[int] = set()
-        self._facts: dict[tuple[int | None, str], list[FilePicture | None]] = {}
+    root: Path
+    split: str
+    missing: MissingImages
+    photos: Mapping[int, str]
+    categories: Mapping[str, str]
+    questions: dict[int, Mapping[str, Any]] = field(default_factory=dict)
+    details: dict[str, Details] = field(default_factory=dict)
+    skipped: list[Skipped] = field(default_factory=list)
+    ids: set[int] = field(default_factory=set)
+    _by_question: dict[tuple[int | None, str], list[FilePicture | None]] = field(default_factory=dict)
 
-    def index(self, rows: list[Any], field: str, file: str) -> dict[int, Mapping[str, Any]]:
-        """Rows by question id; the first of a repeated id stays."""
-        out: dict[int, Mapping[str, Any]] = {}
-        for i, row in enumerate(rows):
-            try:
-                qid = id_of(_row(row), "question_id")
-                if qid in out:
-                    raise BadField("question_id stands twice")
-                out[qid] = row
-            except BadField as e:
-                self.skipped.append(Skipped(f"{file} {field}[{i}]{_named(row)}", str(e)))
-        return out
+    def index(self, rows: list[Any], file: str) -> None:
+        """Read the questions by their ids; the first of a repeated id stays."""
+        ids: set[int] = set()
+        found = usable(rows, lambda row, _: (_new_id(row, ids), row), lambda i, row: f"{file} questions[{i}]{_named(row)}", self.skipped)
+        self.questions.update(found)
 
-    def record(self, i: int, row: object, questions: Mapping[int, Mapping[str, Any]], file: str) -> Record | None:
-        """The record of one annotation; None when it was skipped."""
-        try:
-            qid = id_of(_row(row), "question_id")
-            if qid in self.ids:
-                raise BadField("question_id stands twice")
-            self.ids.add(qid)
-            if qid not in questions:
-                raise BadField("no question has this question_id")
-            return self._build(qid, _row(row), questions[qid])
-        except (BadField, BadPicture) as e:
-            self.skipped.append(Skipped(f"{file} annotations[{i}]{_named(row)}", str(e)))
-            return None
-
-    def _build(self, qid: int, a: Mapping[str, Any], q: Mapping[str, Any]) -> Record:
-        image_id = id_of(a, "image_id")
+    def entry(self, row: Any, _: str) -> FactEntry:
+        """The record of one annotation. Raises `BadField` or `BadPicture` where it cannot be used."""
+        question_id = _new_id(row, self.ids)
+        if question_id not in self.questions:
+            raise BadField("no question has this question_id")
+        q, image_id = self.questions[question_id], id_of(row, "image_id")
         if q.get("image_id") is not None and id_of(q, "image_id") != image_id:
             raise BadField("image_id differs between question and annotation")
-        question, target = text_of(q, "question"), text_of(a, "counterfact_answer")
-        pred, aliases = _answers(a, target)
-        record = Record(
-            qid=qid,
-            image_id=image_id,
-            category=self._category(a),
-            question=question,
-            pred=pred,
-            aliases=aliases,
+        question, target = text_of(q, "question"), text_of(row, "counterfact_answer")
+        previous, aliases = _answers(row, target)
+        category = self._category(row)
+        rephrased, train = texts_of(q, "rephrased_questions"), texts_of(q, "rephrased_questions_train")
+        details = Details(question_id, image_id, optional_text(row, "locality_answer"))
+        photo = self._photo(image_id)
+        self._refuse_repeated(photo, question)
+        name = f"okedit {self.split} question {question_id}"
+        self.details[name] = details
+        return FactEntry(
+            name=name,
+            prompt=question,
             target=target,
-            rephrased=texts_of(q, "rephrased_questions"),
-            rephrased_train=texts_of(q, "rephrased_questions_train"),
-            locality_answer=optional_text(a, "locality_answer"),
-            photo=self._photo(image_id),
+            previous=previous,
+            subject=f"image {image_id}, question {question_id}",
+            category=category,
+            image=photo,
+            aliases=aliases,
+            held_out=distinct(rephrased, [question]),
+            train=distinct(train, [question, *rephrased]),
         )
-        self._once(record)
-        return record
 
     def _category(self, a: Mapping[str, Any]) -> str:
         value = a.get("question_type")
@@ -211,16 +174,26 @@ class _Reader:
         why = "the photo's file is empty" if photo else f"no photo *2014/COCO_*_{'<image_id>'}.jpg"
         raise BadField(f"{why}, and OKEDIT has no captions: choose skip or text" if self.missing == "caption" else why)
 
-    def _once(self, record: Record) -> None:
-        """One question of one photo may have one answer only: a second record would edit the first one's fact.
+    def _refuse_repeated(self, photo: FilePicture | None, question: str) -> None:
+        """Raise `BadField` for a second record of one question about one photo: it would edit the first one's fact.
 
         Copies under two names are one photo; files are read only where question and size are equal.
         """
-        photo = record.photo
-        earlier = self._facts.setdefault((photo.size if photo else None, plain(record.question)), [])
+        earlier = self._by_question.setdefault((photo.size if photo else None, plain(question)), [])
         if any(photo is None or other is None or same_pixels(photo, other) for other in earlier):
             raise BadField("the same question about the same photo stands in an earlier record")
         earlier.append(photo)
+
+
+def _new_id(row: object, taken: set[int]) -> int:
+    """The row's question id, which is then taken. Raises `BadField` where it is absent, no number, or taken before."""
+    if not isinstance(row, Mapping):
+        raise BadField("expected an object")
+    question_id = id_of(row, "question_id")
+    if question_id in taken:
+        raise BadField("question_id stands twice")
+    taken.add(question_id)
+    return question_id
 
 
 def _answers(a: Mapping[str, Any], target: str) -> tuple[str, tuple[str, ...]]:
@@ -231,35 +204,6 @@ def _answers(a: Mapping[str, Any], target: str) -> tuple[str, tuple[str, ...]]:
         raise BadField("counterfact_answer equals the answer before the edit")
     others = [v for v, n in votes.items() if n >= 2 and v != pred]
     return pred, distinct(others, [pred, target]) if others else ()
-
-
-def assign_roles(records: list[Record]) -> tuple[Record, ...]:
-    """Set aside the records that are never edited, by a hash of their ids: the same ones under every seed.
-
-    Of a photo with several questions one is set aside and asked (locality: same photo, other question), and
-    the others are edited.
-    """
-    by_photo: dict[int, list[Record]] = {}
-    for r in records:
-        if r.photo:
-            by_photo.setdefault(r.image_id, []).append(r)
-    roles = {r.qid: _role(r.qid) for r in records}
-    for group in by_photo.values():
-        if len(group) > 1:
-            chosen = min(group, key=lambda r: share("sibling", r.qid))
-            roles |= {r.qid: "probe" if r is chosen else "edit" for r in group}
-    return tuple(replace(r, role=roles[r.qid]) for r in records)
-
-
-def _role(qid: int) -> str:
-    u = share("okedit control", qid)
-    return "edit" if u >= CONTROL_SHARE else ("probe" if u < CONTROL_SHARE / 2 else "train")
-
-
-def _row(row: object) -> Mapping[str, Any]:
-    if not isinstance(row, Mapping):
-        raise BadField("expected an object")
-    return row
 
 
 def _named(row: object) -> str:

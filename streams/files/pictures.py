@@ -89,7 +89,7 @@ class StoredPicture:
         return _decode(io.BytesIO(self.read()), self.where)
 
 
-Shown = FilePicture | StoredPicture
+AnyPicture = FilePicture | StoredPicture
 """A picture that a record shows."""
 
 

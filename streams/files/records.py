@@ -6,6 +6,7 @@ turns into a `Skipped` entry, so that one bad record never costs the other ten t
 
 from __future__ import annotations
 
+import hashlib
 import html
 import json
 import re
@@ -58,6 +59,11 @@ def read_bytes(path: Path) -> bytes:
         raise BadStream(f"{path} cannot be read: {e.strerror or e}. Check its permissions and the disk.") from e
 
 
+def digest_of(raw: bytes) -> str:
+    """SHA-256 of a file's bytes, in hex digits."""
+    return hashlib.sha256(raw).hexdigest()
+
+
 def parse_json(raw: bytes, path: Path) -> Any:
     """The JSON value in `raw` (UTF-8, a byte-order mark is allowed). Raises `BadStream` with line and byte."""
     try:
@@ -77,8 +83,8 @@ def parse_json(raw: bytes, path: Path) -> Any:
         raise BadStream(f"{path}: JSON that cannot be read: {e}. Expected records, not deep nesting or huge numbers.") from e
 
 
-def read_table(path: Path, field: str) -> tuple[dict[str, Any], list[Any], bytes]:
-    """A JSON object with a list under `field`: (the object, that list, the file's bytes). Raises `BadStream`."""
+def read_table(path: Path, field: str) -> tuple[dict[str, Any], list[Any], str]:
+    """A JSON object with a list under `field`: (the object, that list, the file's SHA-256). Raises `BadStream`."""
     raw = read_bytes(path)
     top = parse_json(raw, path)
     if not isinstance(top, dict):
@@ -87,7 +93,7 @@ def read_table(path: Path, field: str) -> tuple[dict[str, Any], list[Any], bytes
     if not isinstance(rows, list):
         found = f"found {kind_of(rows)}" if field in top else f"found the fields {', '.join(map(repr, list(top)[:8])) or 'none'}"
         raise BadStream(f"{path}: expected a list under {field!r}, {found}. Is this the right file?")
-    return top, rows, raw
+    return top, rows, digest_of(raw)
 
 
 def kind_of(value: object) -> str:

@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import ClassVar
 
 from streams.base import StreamConfig
-from streams.files.entry import Data, EntryQuestion
+from streams.files.entry import EntryData, EntryQuestion, QuestionCollector
 from streams.files.entry_stream import EntryStream
 from streams.files.records import plain
 from streams.files.textfacts_files import Source, load
@@ -90,7 +90,7 @@ class TextFacts(EntryStream):
 
     source: ClassVar[Source]
 
-    def read(self, config: StreamConfig) -> Data:
+    def read(self, config: StreamConfig) -> EntryData:
         return load(self.source, config)
 
     @cached_property
@@ -102,11 +102,13 @@ class TextFacts(EntryStream):
                 out.setdefault(plain(e.subject), set()).add(plain(e.previous))
         return out
 
-    def touches_edited(self, ask: EntryQuestion) -> bool:
-        """Whether a locality prompt names an edited subject and its answer is the one that the edit replaces."""
-        words, answer = plain(ask.prompt).split(), plain(ask.answer or "")
+    def is_unaffected(self, collector: QuestionCollector, question: EntryQuestion) -> bool:
+        """Besides, no prompt may name an edited subject where the answer is the one that the edit replaces."""
+        if not super().is_unaffected(collector, question):
+            return False
+        words, answer = plain(question.prompt).split(), plain(question.answer or "")
         spans = (" ".join(words[i:j]) for i in range(len(words)) for j in range(i + 1, min(i + 9, len(words) + 1)))
-        return any(answer in self._old_answers.get(span, ()) for span in spans)
+        return not any(answer in self._old_answers.get(span, ()) for span in spans)
 
 
 @STREAMS.register("counterfact-yearly")

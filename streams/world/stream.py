@@ -1,14 +1,13 @@
 """The simulated world as a stream: the same dated changes as text facts, picture questions or captions.
 
 `WorldStream` is the base of every simulated stream; a subclass picks a `QuestionForm`. The truth of every question
-at every date is known, so staleness and locality are exact. The relations, the words and the history are
-in `_world_words`, `_world_facts` and `_world_history`; docs in `cards/world-yearly.md`.
+at every date is known, so staleness and locality are exact. The words, the facts and the history are in
+`streams.world.words`, `facts` and `history`; `cards/world-yearly.md` describes the stream.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import ClassVar
 
 from streams import transforms
@@ -27,14 +26,6 @@ FORMS: dict[str, QuestionForm] = {
     "text": QuestionForm("text", pictures=False, new_photos=0),
 }
 """The forms that the world's changes come in."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Known:
-    """An event's change and the event's own id, kept to make its questions."""
-
-    change: WorldChange
-    event: EditEvent
 
 
 class WorldStream(Stream):
@@ -60,37 +51,35 @@ class WorldStream(Stream):
             self.world: World = world(config.world_seed, config.world_size)
         except ValueError as e:
             raise BadStream(f"the simulated world cannot be made: {e}") from e
-        if problems := config.problems():
-            raise BadStream("; ".join(problems))
-        self.question_maker = QuestionMaker(self.world, FORMS[name])
+        self.maker = QuestionMaker(self.world, FORMS[name])
         self._history = History(self.world, config, FORMS[name].slots)
-        self._known: dict[str, _Known] = {}
+        self._changes: dict[str, WorldChange] = {}
         self._events: list[EditEvent] = []
         self._times = transforms.calendar(config.edits_per_year, config.bursts, transforms.generator(config.seed, "world years"))
 
     @property
     def origin(self) -> str:
-        return f"simulated world {self.world.seed} ({self.world.size:,} entities), {self.question_maker.form.name} form"
+        return f"simulated world {self.world.seed} ({self.world.size:,} entities), {self.maker.form.name} form"
 
     def events(self, n: int) -> list[EditEvent]:
         """The first n changes; the world never ends. Years start at 1."""
         for change in self._history.first(n)[len(self._events) :]:
             event = self._event(change)
             self._events.append(event)
-            self._known[event.id] = _Known(change, event)
+            self._changes[event.id] = change
         return self._events[:n]
 
     def _event(self, change: WorldChange) -> EditEvent:
         cause = "" if change.cascade_of is None else f", follows from {self._events[change.cascade_of].id}"
-        prompt, image = self.question_maker.edit_prompt(change.fact)
+        prompt, image = self.maker.edit_prompt(change.fact)
         return EditEvent(
             kind=change.kind,
             time=next(self._times),
             seq=change.number,
             prompt=prompt,
-            target="" if change.kind == "retire" else self.question_maker.answer(change.fact, change.value),
+            target="" if change.kind == "retire" else self.maker.answer(change.fact, change.value),
             image=image,
-            previous=self.question_maker.answer(change.fact, change.previous),
+            previous=self.maker.answer(change.fact, change.previous),
             subject=change.fact.entity.name,
             relation=change.fact.relation.name,
             revises=None if change.revises is None else self._events[change.revises].id,
@@ -98,35 +87,32 @@ class WorldStream(Stream):
         )
 
     def _change(self, event: EditEvent) -> WorldChange:
-        known = self._known.get(event.id) or self._find(event)
-        return known.change
-
-    def _find(self, event: EditEvent) -> _Known:
-        self.events(event.seq + 1)
-        if event.id not in self._known:
+        if event.id not in self._changes:
+            self.events(event.seq + 1)
+        if event.id not in self._changes:
             raise BadStream(f"event {event.id} ({event.source}) is not of this stream ({self.origin}, seed {self.config.seed})")
-        return self._known[event.id]
+        return self._changes[event.id]
 
     def questions(self, event: EditEvent) -> tuple[Question, ...]:
         """All held-out questions about one edit. Raises `BadStream` for an event of another stream."""
-        return self.question_maker.questions(self._change(event), event.id)
+        return self.maker.questions(self._change(event), event.id)
 
     def general(self) -> tuple[Question, ...]:
-        return general_questions(self.world, self.question_maker.form.pictures)
+        return general_questions(self.world, self.maker.form.pictures)
 
     def paraphrases(self, event: EditEvent) -> tuple[str, ...]:
-        """Train wordings of the edit's prompt (16 for a question, 4 for a caption)."""
-        return self.question_maker.train_prompts(self._change(event).fact)
+        """Train paraphrases of the edit's prompt (16 for a question, 4 for a caption)."""
+        return self.maker.train_prompts(self._change(event).fact)
 
     def train_pool(self) -> TrainPool:
-        return TrainPool(pool_questions(self.world, self.question_maker.form.pictures), pool_texts(self.world))
+        return TrainPool(pool_questions(self.world, self.maker.form.pictures), pool_texts(self.world))
 
     def beliefs(self) -> Iterator[Question]:
-        """Every fact that the form may ask for, with its value at the start, in the wording of an edit."""
+        """Every fact that the form may ask for, with its value at the start, in the prompt of an edit."""
         for fact in self.world.facts():
-            if fact.slot in self.question_maker.form.slots:
-                prompt, image = self.question_maker.edit_prompt(fact)
-                yield Question("general", prompt, self.question_maker.answer(fact, fact.value), image=image, topic="belief")
+            if fact.slot in self.maker.form.slots:
+                prompt, image = self.maker.edit_prompt(fact)
+                yield Question("general", prompt, self.maker.answer(fact, fact.value), image=image, topic="belief")
 
     def data_hash(self) -> str:
         return self.world.content_hash()

@@ -142,18 +142,19 @@ def real(request: pytest.FixtureRequest, data_root: Path) -> OkeditYearly:
 
 
 def _counted(stream: OkeditYearly) -> tuple[str, dict[str, Any]]:
-    data = stream._source._data  # pyright: ignore[reportAttributeAccessIssue]
+    folder = stream._source._folder  # pyright: ignore[reportAttributeAccessIssue]
+    entries = folder.data.entries
     asked = Counter(q.split for e in stream.events(500) for q in stream.questions(e))
     counts = {
-        "records": data.total,
-        "usable": len(data.records),
-        "edited": sum(r.role == "edit" for r in data.records),
+        "records": folder.total,
+        "usable": len(entries),
+        "edited": sum(e.role == "edit" for e in entries),
         "asked as controls": len(stream.general()),
-        "in the train pool": sum(r.role == "train" for r in data.records),
+        "in the train pool": sum(e.role == "train" for e in entries),
         "most edits": len(stream.events(10**6)),
         "hard locality of 500": asked["locality_hard"],
     }
-    return data.split, counts
+    return entries[0].name.split()[1], counts
 
 
 def test_the_card_counts_what_the_files_hold(real: OkeditYearly) -> None:

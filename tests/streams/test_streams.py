@@ -166,12 +166,12 @@ def test_a_drifting_stream_is_a_stream(make: Make) -> None:
 
 
 @pytest.mark.parametrize("name", ["records", "since"])
-def test_what_a_stream_does_not_heed_it_refuses(make: Make, stream: Stream, name: str) -> None:
-    """What it heeds changes its edits; nothing is passed over in silence."""
+def test_a_stream_refuses_a_setting_that_it_does_not_support(make: Make, stream: Stream, name: str) -> None:
+    """A supported setting changes the edits; nothing is passed over in silence."""
     events = stream.events(N)
     value = 60 if name == "records" else events[-1].year
     sources = getattr(stream, "parts", [getattr(stream, "_source", stream)])
-    if all(name in s.heeds for s in sources):
+    if all(name in s.supports for s in sources):
         assert [e.id for e in make(**{name: value}).events(N)] != [e.id for e in events]
         return
     with pytest.raises(BadStream, match=f"stream.{name}"):

@@ -159,7 +159,7 @@ def test_a_sample_of_records_is_the_same_under_every_seed(tmp_path: Path) -> Non
     assert ", 20 of them drawn" in drawn[0].origin and "drawn" not in whole.origin
     assert {e.prompt for e in drawn[0].events(100)} == {e.prompt for e in drawn[1].events(100)}
     assert [e.prompt for e in drawn[0].events(100)] != [e.prompt for e in drawn[1].events(100)]
-    with pytest.raises(BadStream, match=r"records must be 0 \(all\) or more, got -1"):
+    with pytest.raises(BadStream, match="records must be 0 or more, got -1"):
         stream("counterfact-yearly", tmp_path, records=-1)
 
 

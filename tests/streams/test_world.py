@@ -34,7 +34,7 @@ def facts_of_prompts(stream: WorldStream) -> dict[tuple[str, str | None], tuple[
     """(prompt, emblem) of every canonical question, to the fact that it asks for."""
     out = {}
     for fact in stream.world.facts():
-        prompt, photo = stream.question_maker.edit_prompt(fact)
+        prompt, photo = stream.maker.edit_prompt(fact)
         out[prompt, emblem(photo)] = (fact.entity.name, fact.relation.name)
     return out
 
