@@ -8,6 +8,7 @@ how many are taken, so a longer run extends a shorter one.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,9 +168,6 @@ class Stream(ABC):
 
     def manifest(self) -> dict[str, Any]:
         """What the run's manifest says about the stream."""
-        reasons: dict[str, int] = {}
-        for s in self.skipped:
-            reasons[s.reason] = reasons.get(s.reason, 0) + 1
         return {
             "name": self.name,
             "origin": self.origin,
@@ -177,7 +175,7 @@ class Stream(ABC):
             "licence": self.licence,
             "data_hash": self.data_hash(),
             "skipped": len(self.skipped),
-            "skipped_by_reason": reasons,
+            "skipped_by_reason": dict(Counter(s.reason for s in self.skipped)),
             "skipped_records": [f"{s.where}: {s.reason}" for s in self.skipped],
             **self.counts(),
         }

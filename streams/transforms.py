@@ -26,12 +26,12 @@ MAX_CHANGES = 4
 often one fact is rewritten."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class EditableFact:
     """A fact that can be edited: what was believed (`previous`) and the first value it gets (`target`).
 
-    `source` names the record and is unique in a stream. `banned` values are never drawn as a new target
-    (other right answers to the question). `relation` is the category whose values may replace the target.
+    `source` names the record and is unique in a stream. `aliases` are as right as `previous` and never drawn as a
+    new target. `relation` is the category whose values may replace the target.
     """
 
     prompt: str
@@ -41,7 +41,7 @@ class EditableFact:
     previous: str | None = None
     subject: str | None = None
     relation: str | None = None
-    banned: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ def _repeated(life: _Life, repeats: int, values: Values, rng: np.random.Generato
 
 def _born(fact: EditableFact) -> _Life:
     values = [v for v in (fact.previous, fact.target) if v is not None]
-    return _Life(fact, values, seen={plain(v) for v in (*values, *fact.banned)})
+    return _Life(fact, values, seen={plain(v) for v in (*values, *fact.aliases)})
 
 
 def _change(kind: Kind, life: _Life, values: Values, rng: np.random.Generator) -> FactChange | None:

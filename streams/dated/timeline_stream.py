@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
+from streams import transforms
 from streams.base import BadStream, StreamConfig, TrainPool
 from streams.dated.states import DatedChange, SourceData, certain_changes
 from streams.files.entry import EntryData, EntryQuestion, FactEntry, QuestionCollector, drawn_role, question_key, rotated
@@ -57,12 +59,12 @@ class DatedStream(EntryStream):
             if late:
                 self._changes[t.name] = late
                 yield FactEntry(
-                    name=t.name,
+                    source=t.name,
                     prompt=t.prompt,
                     target=late[0].target,
                     previous=late[0].previous,
                     subject=t.subject,
-                    category=t.relation,
+                    relation=t.relation,
                     image=t.image,
                     held_out=t.held_out,
                     train=t.train,
@@ -81,28 +83,22 @@ class DatedStream(EntryStream):
         return f"{self._data.origin}, {changes:,} dated changes{self._since} of {facts:,} facts, {controls:,} of these never edited"
 
     def counts(self) -> dict[str, Any]:
-        years: dict[str, int] = {}
-        for e in self.events(len(self._dated)):
-            years[str(e.year)] = years.get(str(e.year), 0) + 1
         return {
             "records": self._total,
             "facts_without_a_certain_change": self._unchanged,
             "changes_before": self._earlier,
-            "edits_by_year": years,
+            "edits_by_year": dict(Counter(str(event.year) for event, _ in self._dated.values())),
         }
 
     @cached_property
     def _dated(self) -> dict[str, tuple[EditEvent, DatedChange]]:
         """Every event with its change, by the event's id, in order."""
-        tie = {e.name: share("tie", self.config.seed, e.name) for e in self._edited}
-        changes = [(c.time, tie[e.name], i, e, c) for e in self._edited for i, c in enumerate(self._changes[e.name])]
-        out: dict[str, tuple[EditEvent, DatedChange]] = {}
-        newest: dict[str, str] = {}
-        for seq, (_, _, _, entry, change) in enumerate(sorted(changes, key=lambda c: c[:3])):
-            event = _event(entry, change, seq, newest.get(entry.name))
-            newest[entry.name] = event.id
-            out[event.id] = event, change
-        return out
+        tie = {e.source: share("tie", self.config.seed, e.source) for e in self._edited}
+        pairs = [(e, i, c) for e in self._edited for i, c in enumerate(self._changes[e.source])]
+        pairs.sort(key=lambda p: (p[2].time, tie[p[0].source], p[1]))
+        steps = (transforms.FactChange("revise" if i else "add", e, c.target, c.previous) for e, i, c in pairs)
+        events = transforms.dated(steps, (c.time for _, _, c in pairs))
+        return {event.id: (event, c) for event, (_, _, c) in zip(events, pairs)}
 
     def events(self, n: int) -> list[EditEvent]:
         return [event for event, _ in self._dated.values()][: max(n, 0)]
@@ -118,10 +114,10 @@ class DatedStream(EntryStream):
 
     def _add_locality(self, collector: QuestionCollector, entry: FactEntry, own: list[EntryQuestion]) -> None:
         """Add one control each: the same relation of another subject; another relation; another relation of the same subject."""
-        order = rotated(self._controls, "control of", entry.name)[:400]
+        order = rotated(self._controls, "control of", entry.source)[:400]
         fits = [c for c in order if collector.tells_apart(c.previous)]
-        same = next((c for c in fits if c.category == entry.category), None)
-        other = next((c for c in fits if c.category != entry.category and c.subject != entry.subject), None)
+        same = next((c for c in fits if c.relation == entry.relation), None)
+        other = next((c for c in fits if c.relation != entry.relation and c.subject != entry.subject), None)
         sibling = next((c for c in self._by_subject.get(entry.subject, []) if collector.tells_apart(c.previous)), None)
         found: list[tuple[FactEntry | None, Split]] = [(same, "locality_hard"), (other, "locality_far"), (sibling, "locality_sibling")]
         for control, split in found:
@@ -141,19 +137,3 @@ class DatedStream(EntryStream):
 
     def train_pool(self) -> TrainPool:
         return TrainPool(tuple(e.as_belief(e.prompt, "train pool") for e in self._data.entries if e.role == "train"))
-
-
-def _event(entry: FactEntry, change: DatedChange, seq: int, revises: str | None) -> EditEvent:
-    return EditEvent(
-        kind="add" if revises is None else "revise",
-        time=change.time,
-        seq=seq,
-        prompt=entry.prompt,
-        target=change.target,
-        image=entry.image,
-        previous=change.previous,
-        subject=entry.subject,
-        relation=entry.category,
-        revises=revises,
-        source=entry.name,
-    )

@@ -45,21 +45,15 @@ class EntryQuestion:
 
 
 @dataclass(frozen=True, slots=True)
-class FactEntry:
-    """One usable record.
+class FactEntry(EditableFact):
+    """One usable record: a fact with what probes may ask about it and what editors may train on.
 
-    `name` is unique in its stream. `previous` is the right answer before any edit (None where the source does not
-    say), and `aliases` are as right as that. Probes ask the `held_out` paraphrases; editors may train on the `train` ones.
+    `previous` is the right answer before any edit (None where the source does not say). Probes ask the `held_out`
+    paraphrases; editors may train on the `train` ones.
     """
 
-    name: str
-    prompt: str
-    target: str
-    previous: str | None = None
-    subject: str | None = None
-    category: str = "other"
     image: AnyPicture | None = None
-    aliases: tuple[str, ...] = ()
+    relation: str = "other"
     held_out: tuple[str, ...] = ()
     train: tuple[str, ...] = ()
     questions: tuple[EntryQuestion, ...] = ()
@@ -68,10 +62,6 @@ class FactEntry:
     @property
     def key(self) -> QuestionKey:
         return question_key(self.image, self.prompt)
-
-    def as_fact(self) -> EditableFact:
-        """The record as a fact to schedule; its aliases are never drawn as a new target."""
-        return EditableFact(self.prompt, self.target, self.name, self.image, self.previous, self.subject, self.category, self.aliases)
 
     def as_control(self, split: Split) -> EntryQuestion:
         """The record's own question with its answer before any edit."""
@@ -97,8 +87,8 @@ def sample(data: EntryData, number: int) -> EntryData:
     """The `number` entries with the smallest hashes of their names, in the order of the files; all of them for 0."""
     if not 0 < number < len(data.entries):
         return data
-    taken = set(sorted((e.name for e in data.entries), key=lambda name: share("records", name))[:number])
-    entries = tuple(e for e in data.entries if e.name in taken)
+    taken = set(sorted((e.source for e in data.entries), key=lambda name: share("records", name))[:number])
+    entries = tuple(e for e in data.entries if e.source in taken)
     return replace(data, entries=entries, origin=f"{data.origin}, {number:,} of them drawn")
 
 
@@ -115,7 +105,7 @@ def drawn_role(purpose: str, key: object) -> Role:
 
 
 def _name(entry: FactEntry) -> object:
-    return entry.name
+    return entry.source
 
 
 def with_roles(entries: Iterable[FactEntry], purpose: str = "control", key: Callable[[FactEntry], object] = _name) -> tuple[FactEntry, ...]:
@@ -129,12 +119,12 @@ def with_roles(entries: Iterable[FactEntry], purpose: str = "control", key: Call
     for e in entries:
         if e.image is not None:
             by_picture.setdefault(e.image.name, []).append(e)
-    roles = {e.name: drawn_role(purpose, key(e)) for e in entries}
+    roles = {e.source: drawn_role(purpose, key(e)) for e in entries}
     for group in by_picture.values():
         if len(group) > 1:
             chosen = min(group, key=lambda e: share("sibling", key(e)))
-            roles |= {e.name: "probe" if e is chosen else "edit" for e in group}
-    return tuple(replace(e, role=roles[e.name]) for e in entries)
+            roles |= {e.source: "probe" if e is chosen else "edit" for e in group}
+    return tuple(replace(e, role=roles[e.source]) for e in entries)
 
 
 class QuestionCollector:

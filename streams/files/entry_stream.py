@@ -41,7 +41,7 @@ class EntryStream(Stream):
         self._data = sample(self.read(config), config.records)
         self.skipped = list(self._data.skipped)
         self._edited = tuple(e for e in self._data.entries if e.role == "edit")
-        self._by_name = {e.name: e for e in self._edited}
+        self._by_source = {e.source: e for e in self._edited}
         self._reserved = {e.key for e in self._data.entries if e.role != "probe"}
         self._controls = tuple(e for e in self._data.entries if e.role == "probe" and e.previous and e.key not in self._reserved)
         self._siblings: dict[str, list[FactEntry]] = {}
@@ -64,14 +64,13 @@ class EntryStream(Stream):
         return {"missing_images": dict(self._data.missing)} if self._data.missing else {}
 
     def events(self, n: int) -> list[EditEvent]:
-        facts = [e.as_fact() for e in self._edited]
-        return list(islice(transforms.scheduled(facts, self._values, self.config, self.purpose), max(n, 0)))
+        return list(islice(transforms.scheduled(self._edited, self._values, self.config, self.purpose), max(n, 0)))
 
     def questions(self, event: EditEvent) -> tuple[Question, ...]:
         """See `Stream.questions`. After a retire the answer is the one before any edit, where it is known."""
         entry = self._entry_of(event)
         value = event.target if event.kind != "retire" else entry.previous
-        collector, own = QuestionCollector(event, value, entry.category, self._reserved), tuple(self.own_questions(entry))
+        collector, own = QuestionCollector(event, value, entry.relation, self._reserved), tuple(self.own_questions(entry))
         if value is not None:
             aliases = self.aliases_of(entry, event, value)
             collector.add(EntryQuestion("edit", entry.prompt, value, entry.image, aliases))
@@ -124,15 +123,15 @@ class EntryStream(Stream):
 
     def _far(self, collector: QuestionCollector, entry: FactEntry) -> FactEntry | None:
         """A control of another category, else any other control, whose answer tells a leak apart."""
-        order = rotated(self._controls, "far", entry.name)
+        order = rotated(self._controls, "far", entry.source)
         fits = [c for c in order[:200] if collector.tells_apart(c.previous)]
-        return next((c for c in fits if c.category != entry.category), fits[0] if fits else None)
+        return next((c for c in fits if c.relation != entry.relation), fits[0] if fits else None)
 
     def general(self) -> tuple[Question, ...]:
         return tuple(e.as_belief(e.prompt, self._topic(e)) for e in self._controls)
 
     def _topic(self, entry: FactEntry) -> str:
-        return self.topics.get(entry.role, entry.category)
+        return self.topics.get(entry.role, entry.relation)
 
     def paraphrases(self, event: EditEvent) -> tuple[str, ...]:
         entry = self._entry_of(event)
@@ -176,11 +175,11 @@ class EntryStream(Stream):
         """What a revision may draw from: the targets of each category, sorted."""
         pool: dict[str, dict[str, str]] = {}
         for e in self._data.entries:
-            pool.setdefault(e.category, {}).setdefault(plain(e.target), e.target)
+            pool.setdefault(e.relation, {}).setdefault(plain(e.target), e.target)
         return {category: sorted(values.values()) for category, values in pool.items()}
 
     def _entry_of(self, event: EditEvent) -> FactEntry:
-        entry = self._by_name.get(event.source)
+        entry = self._by_source.get(event.source)
         if entry is None or entry.prompt != event.prompt:
             raise self.foreign(event)
         return entry

@@ -194,6 +194,12 @@ def find_parts(root: Path | None, parts: Sequence[Sequence[str]], stream: str) -
     return [p for part in parts if (p := first_file(root, part))] or find(root, [p for part in parts for p in part], stream)
 
 
+def suffixes(path: str) -> tuple[str, ...]:
+    """The name of a file, then its path from each folder above it, up to the whole path: where a user may point the data root."""
+    steps = path.split("/")
+    return tuple("/".join(steps[i:]) for i in reversed(range(len(steps))))
+
+
 def first_file(root: Path | None, names: Sequence[str]) -> Path | None:
     """The first of the names that is a file under the data root."""
     return next((Path(root) / name for name in names if (Path(root) / name).is_file()), None) if root else None

@@ -155,12 +155,12 @@ class _MMEditReader:
         stand_in = "" if photo else self._stand_in(row, src, previous)
         held_out = distinct([_unquoted(t) for t in answers(row, "rephrase")], [src])
         entry = FactEntry(
-            name=name,
+            source=name,
             prompt=stand_in + src,
             target=target,
             previous=previous,
             subject=f"picture {row['image']}, {name}",
-            category=self.layout.category(src, target),
+            relation=self.layout.category(src, target),
             image=photo,
             held_out=tuple(stand_in + p for p in held_out),
             train=tuple(stand_in + p for p in distinct(train, [src, *held_out])),

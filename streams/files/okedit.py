@@ -57,8 +57,8 @@ class OkeditFiles(EntryStream):
     def __init__(self, config: StreamConfig) -> None:
         super().__init__(config)
         self._reserved = set()
-        edited = {self._folder.details[e.name].image_id for e in self._edited}
-        self._far_pool = [e for e in self._controls if self._folder.details[e.name].image_id not in edited]
+        edited = {self._folder.details[e.source].image_id for e in self._edited}
+        self._far_pool = [e for e in self._controls if self._folder.details[e.source].image_id not in edited]
 
     def read(self, config: StreamConfig) -> EntryData:
         if config.data_root is None:
@@ -80,13 +80,13 @@ class OkeditFiles(EntryStream):
             yield EntryQuestion("image_generality", entry.prompt, image=picture)
         for picture in self._pictures("locality_images_dalle2", entry)[:1]:
             if not any(same_pixels(photo, picture) for photo in self._reserved_photos.get(plain(entry.prompt), [])):
-                yield EntryQuestion("locality_hard", entry.prompt, self._folder.details[entry.name].locality_answer, picture)
+                yield EntryQuestion("locality_hard", entry.prompt, self._folder.details[entry.source].locality_answer, picture)
 
     def _pictures(self, folder: str, entry: FactEntry) -> list[FilePicture]:
         """Pictures `folder/{question id}/{0, 1, ...}.*`; none for a record that is asked without its photo."""
         if not isinstance(entry.image, FilePicture):
             return []
-        return list(numbered(entry.image.root, f"{folder}/{self._folder.details[entry.name].question_id}"))
+        return list(numbered(entry.image.root, f"{folder}/{self._folder.details[entry.source].question_id}"))
 
     @cached_property
     def _reserved_photos(self) -> dict[str, list[FilePicture]]:
@@ -102,7 +102,7 @@ class OkeditFiles(EntryStream):
 
     def _far(self, collector: QuestionCollector, entry: FactEntry) -> FactEntry | None:
         """A control about a photo that no event touches, whose answer tells a leak apart."""
-        order = rotated(self._far_pool, "okedit far", self._folder.details[entry.name].question_id)
+        order = rotated(self._far_pool, "okedit far", self._folder.details[entry.source].question_id)
         return next((c for c in order if collector.tells_apart(c.previous)), None)
 
     def paraphrases(self, event: EditEvent) -> tuple[str, ...]:

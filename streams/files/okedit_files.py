@@ -54,8 +54,8 @@ def load(data_root: Path, missing: MissingImages) -> OkeditFolder:
     require_entries(entries, len(rows), str(root), reader.skipped, f" Expected {_EXPECTED}.")
     photos = sorted((e.image.name, e.image.size) for e in entries if isinstance(e.image, FilePicture))
     digest = content_id(annotations_digest, questions_digest, photos)
-    entries.sort(key=lambda e: reader.details[e.name].question_id)
-    with_role = with_roles(entries, "okedit control", lambda e: reader.details[e.name].question_id)
+    entries.sort(key=lambda e: reader.details[e.source].question_id)
+    with_role = with_roles(entries, "okedit control", lambda e: reader.details[e.source].question_id)
     return OkeditFolder(EntryData(f"files of OKEDIT form, {split}", with_role, tuple(reader.skipped), digest), reader.details, len(rows))
 
 
@@ -142,15 +142,15 @@ class _OkeditReader:
         details = Details(question_id, image_id, optional_text(row, "locality_answer"))
         photo = self._photo(image_id)
         self._refuse_repeated(photo, question)
-        name = f"okedit {self.split} question {question_id}"
-        self.details[name] = details
+        source = f"okedit {self.split} question {question_id}"
+        self.details[source] = details
         return FactEntry(
-            name=name,
+            source=source,
             prompt=question,
             target=target,
             previous=previous,
             subject=f"image {image_id}, question {question_id}",
-            category=category,
+            relation=category,
             image=photo,
             aliases=aliases,
             held_out=distinct(rephrased, [question]),

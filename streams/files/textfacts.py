@@ -8,6 +8,7 @@ from typing import ClassVar
 from streams.base import StreamConfig
 from streams.files.entry import EntryData, EntryQuestion, QuestionCollector
 from streams.files.entry_stream import EntryStream
+from streams.files.fields import suffixes
 from streams.files.records import plain
 from streams.files.textfacts_files import Source, load
 from testbed.core.registry import STREAMS
@@ -15,12 +16,7 @@ from testbed.core.registry import STREAMS
 _KNOWEDIT = {"prompt": "prompt", "target": "target_new", "previous": "ground_truth", "subject": "subject"}
 _NESTED = {"locality": "locality", "portability": "portability"}
 
-_KNOWEDIT_ZSRE = (
-    "ZsRE-test-all.json",
-    "ZsRE/ZsRE-test-all.json",
-    "data/ZsRE/ZsRE-test-all.json",
-    "knowedit_portability/data/ZsRE/ZsRE-test-all.json",
-)
+_KNOWEDIT_ZSRE = suffixes("knowedit_portability/data/ZsRE/ZsRE-test-all.json")
 
 COUNTERFACT = Source(
     "CounterFact",
@@ -41,18 +37,7 @@ COUNTERFACT = Source(
 )
 ZSRE = Source(
     "zsRE",
-    (
-        (
-            "edit_data.json",
-            "fullTest/edit_data.json",
-            "zsre/fullTest/edit_data.json",
-            "data/zsre/fullTest/edit_data.json",
-            "zsre/data/zsre/fullTest/edit_data.json",
-            "zsre_mend_eval.json",
-            "zsre_mend_edit.json",
-            "zsre_mend_train.json",
-        ),
-    ),
+    ((*suffixes("zsre/data/zsre/fullTest/edit_data.json"), "zsre_mend_eval.json", "zsre_mend_edit.json", "zsre_mend_train.json"),),
     {
         "postEdit": {"prompt": "requested_rewrite", "target": "target_new", "previous": "target_old"},
         "MEND": {
@@ -70,18 +55,8 @@ ZSRE = Source(
 )
 KNOWEDIT = Source(
     "KnowEdit",
-    (
-        _KNOWEDIT_ZSRE,
-        (
-            "test_cf.json",
-            "wiki_counterfact/test_cf.json",
-            "data/wiki_counterfact/test_cf.json",
-            "knowedit_portability/data/wiki_counterfact/test_cf.json",
-        ),
-    ),
-    {
-        "KnowEdit": _KNOWEDIT | _NESTED | {"rephrase": "rephrase_prompt", "rephrase_too": "rephrase"},
-    },
+    (_KNOWEDIT_ZSRE, suffixes("knowedit_portability/data/wiki_counterfact/test_cf.json")),
+    {"KnowEdit": _KNOWEDIT | _NESTED | {"rephrase": "rephrase_prompt", "rephrase_too": "rephrase"}},
 )
 
 

@@ -136,8 +136,8 @@ def _query(row: Any, position: Mapping[str, int]) -> tuple[int, str, EntryQuesti
 def _with_queries(
     e: FactEntry, held_out: Mapping[int, list[str]], own: Mapping[int, EntryQuestion], pool: Sequence[EntryQuestion]
 ) -> FactEntry:
-    at = int(e.name.rpartition(" ")[2])
-    unrelated = own.get(at) or (pool[int(share("unrelated", e.name) * len(pool))] if pool else None)
+    at = int(e.source.rpartition(" ")[2])
+    unrelated = own.get(at) or (pool[int(share("unrelated", e.source) * len(pool))] if pool else None)
     questions = (*e.questions, unrelated) if unrelated else e.questions
     return replace(e, held_out=distinct((*e.held_out, *held_out.get(at, [])), [e.prompt]), questions=questions)
 
@@ -169,12 +169,12 @@ def read_entry(row: Mapping[str, Any], form: FieldMap, name: str, guess: tuple[s
     held_out = distinct([*answers(row, form.get("rephrase")), *answers(row, form.get("rephrase_too"))], [prompt])
     train = distinct(answers(row, form.get("train")), [prompt, *held_out])
     return FactEntry(
-        name=name,
+        source=name,
         prompt=prompt,
         target=target,
         previous=previous,
         subject=subject,
-        category=_category(row, form, prompt, subject, guess),
+        relation=_relation(row, form, prompt, subject, guess),
         aliases=tuple(a for a in before[1:] if plain(a) != plain(target)),
         held_out=held_out,
         train=train,
@@ -182,7 +182,7 @@ def read_entry(row: Mapping[str, Any], form: FieldMap, name: str, guess: tuple[s
     )
 
 
-def _category(row: Mapping[str, Any], form: FieldMap, prompt: str, subject: str | None, guess: tuple[str, str] | None) -> str:
+def _relation(row: Mapping[str, Any], form: FieldMap, prompt: str, subject: str | None, guess: tuple[str, str] | None) -> str:
     """The relation where the form has one, else the prompt with "{}" for its subject."""
     named = answers(row, form.get("relation"))
     if named:

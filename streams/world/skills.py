@@ -25,27 +25,12 @@ SUM_TRAIN = ("What is {a} {op} {b}?", "{a} {op} {b} is", "Compute {a} {op} {b}."
 SUM_HELD = ("Tell me {a} {op} {b}.", "Say what {a} {op} {b} is.")
 COMPARE = ("Which is {way}, {a} or {b}?", "Of {a} and {b}, name the {way} one.", "Tell me which is {way}, {a} or {b}.")
 NOUNS = (
-    "dog",
-    "cat",
-    "bird",
-    "horse",
-    "farmer",
-    "teacher",
-    "child",
-    "girl",
-    "boy",
-    "king",
-    "sailor",
-    "singer",
-    "baker",
-    "doctor",
-    "lion",
-    "goat",
-)
+    "dog", "cat", "bird", "horse", "farmer", "teacher", "child", "girl",
+    "boy", "king", "sailor", "singer", "baker", "doctor", "lion", "goat",
+)  # fmt: skip
 PLURAL = {"child": "children"}
 VERBS = ("run", "sleep", "eat", "sing", "walk", "wait", "jump", "smile", "work", "swim", "laugh", "dream", "speak", "read", "fall", "stand")
 GRAMMAR = ("Which is right, {x} or {y}?", "Tell me which is right, {x} or {y}.", "Which is correct, {x} or {y}?")
-TOPICS = ("perception", "arithmetic", "comparison", "grammar")
 
 
 def perception_prompts(part: str, held_out: bool) -> list[str]:

@@ -154,7 +154,7 @@ def _counted(stream: OkeditYearly) -> tuple[str, dict[str, Any]]:
         "most edits": len(stream.events(10**6)),
         "hard locality of 500": asked["locality_hard"],
     }
-    return entries[0].name.split()[1], counts
+    return entries[0].source.split()[1], counts
 
 
 def test_the_card_counts_what_the_files_hold(real: OkeditYearly) -> None:
