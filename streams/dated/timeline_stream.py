@@ -118,18 +118,11 @@ class DatedStream(EntryStream):
         fits = [c for c in order if collector.tells_apart(c.previous)]
         same = next((c for c in fits if c.relation == entry.relation), None)
         other = next((c for c in fits if c.relation != entry.relation and c.subject != entry.subject), None)
-        sibling = next((c for c in self._by_subject.get(entry.subject, []) if collector.tells_apart(c.previous)), None)
+        sibling = next((c for c in self._controls if c.subject == entry.subject and collector.tells_apart(c.previous)), None)
         found: list[tuple[FactEntry | None, Split]] = [(same, "locality_hard"), (other, "locality_far"), (sibling, "locality_sibling")]
         for control, split in found:
             if control is not None:
                 collector.add_free(control.as_control(split))
-
-    @cached_property
-    def _by_subject(self) -> dict[str | None, list[FactEntry]]:
-        out: dict[str | None, list[FactEntry]] = {}
-        for c in self._controls:
-            out.setdefault(c.subject, []).append(c)
-        return out
 
     def probe_prompts(self, entry: FactEntry) -> tuple[str, ...]:
         """Also the edit's own prompt, unless it needs its picture."""

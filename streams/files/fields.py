@@ -214,17 +214,11 @@ def _shortened(names: Sequence[str], most: int) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-class Once:
-    """Which keys have been taken: the second record with a key is refused."""
-
-    def __init__(self) -> None:
-        self._taken: set[object] = set()
-
-    def take(self, key: object, what: str) -> None:
-        """Raise `BadField` where the key stands in an earlier record."""
-        if key in self._taken:
-            raise BadField(f"{what} stands in an earlier record")
-        self._taken.add(key)
+def take(key: object, taken: set[object], what: str) -> None:
+    """Add the key to those taken. Raises `BadField` where it stands in an earlier record."""
+    if key in taken:
+        raise BadField(f"{what} stands in an earlier record")
+    taken.add(key)
 
 
 def require_entries(entries: Sequence[Any], total: int, where: str, skipped: list[Skipped], hint: str = "") -> None:

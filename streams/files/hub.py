@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from streams.base import BadStream, Skipped, StreamConfig
 from streams.files.entry import EntryData, FactEntry, with_roles
 from streams.files.entry_stream import EntryStream
-from streams.files.fields import ABSENT, Once, as_object, columns, pick, read_rows, require_entries, usable
+from streams.files.fields import ABSENT, as_object, columns, pick, read_rows, require_entries, take, usable
 from streams.files.pictures import AnyPicture, FilePicture, StoredPicture
 from streams.files.records import BadField, digest_of, optional_text, reasons
 from streams.files.textfacts_files import read_entry
@@ -67,12 +67,12 @@ class MappedStream(EntryStream):
         if first is None:
             raise BadStream(f"{title}: no record is an object with fields ({reasons(skipped) or 'there are no records'}).")
         form = field_map(config.fields, first, title)
-        once = Once()
+        taken: set[object] = set()
 
         def entry(row: Any, name: str) -> FactEntry:
             made = read_entry(as_object(row), {k: v for k, v in form.items() if k != "image"}, name)
             made = replace(made, image=_picture(row, form, pictures))
-            once.take(made.key, "the same question")
+            take(made.key, taken, "the same question")
             return made
 
         entries = list(usable(rows, entry, lambda i, _: f"record {i}", skipped))

@@ -50,16 +50,16 @@ CAPTION = Layout(
 )
 
 
-class MMEditFiles(MMEditForm):
-    """The official files of one of the two sets. Raises `BadStream` where they cannot be used."""
+class EVqaFiles(MMEditForm):
+    """The official files of E-VQA."""
 
-    name = "mmedit"
-    summary = "MMEdit files"
-    licence = _LICENCE
+    name, summary, licence, layout = "mmedit", "MMEdit E-VQA files", _LICENCE, VQA
 
-    def __init__(self, config: StreamConfig, layout: Layout) -> None:
-        self.layout = layout
-        super().__init__(config)
+
+class CaptionFiles(MMEditForm):
+    """The official files of E-IC."""
+
+    name, summary, licence, layout = "mmedit", "MMEdit E-IC files", _LICENCE, CAPTION
 
 
 @STREAMS.register("mmedit-yearly")
@@ -73,7 +73,7 @@ class MMEditYearly(FilesOrWorld):
     form = "vqa"
 
     def files(self, config: StreamConfig) -> Stream:
-        return MMEditFiles(config, VQA)
+        return EVqaFiles(config)
 
 
 @STREAMS.register("mmedit-caption-yearly")
@@ -87,4 +87,4 @@ class MMEditCaptionYearly(FilesOrWorld):
     form = "caption"
 
     def files(self, config: StreamConfig) -> Stream:
-        return MMEditFiles(config, CAPTION)
+        return CaptionFiles(config)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from streams.base import MissingImages, Skipped, StreamConfig
 from streams.files.entry import EntryData, EntryQuestion, FactEntry, with_roles
 from streams.files.entry_stream import EntryStream
-from streams.files.fields import Once, answers, as_object, find_parts, must_differ, nested, read_rows, require_entries, usable
+from streams.files.fields import answers, as_object, find_parts, must_differ, nested, read_rows, require_entries, take, usable
 from streams.files.pictures import FilePicture, list_folder, stays_inside
 from streams.files.records import BadField, clean, distinct, optional_text, plain, text_of, texts_of
 from testbed.core.events import content_id
@@ -52,36 +51,27 @@ class MMEditForm(EntryStream):
     """`locality_far` is the set's own unrelated picture and nothing else."""
 
     def read(self, config: StreamConfig) -> EntryData:
-        return load(self.layout, config)
+        """Read the parts that lie under the data root. No picture is decoded."""
+        layout, files = self.layout, find_parts(config.data_root, self.layout.parts, self.layout.name)
+        above = [files[0].parent, *files[0].parent.parents[:2]]
+        reader = _MMEditReader(layout, config.missing_images, _PictureIndex([base / p for base in above for p in layout.pictures]))
+        digests, total = [], 0
+        for path in files:
+            rows, digest = read_rows(path, reader.skipped)
+            reader.more_train = _train_paraphrases(layout, path, reader.skipped)
+            digests.append((path.name, digest))
+            total += len(rows)
+            reader.entries += usable(rows, reader.entry, path.name, reader.skipped)
+        require_entries(reader.entries, total, str(files[0].parent), reader.skipped)
+        pictures = (p for e in reader.entries for p in (e.image, *(q.image for q in e.questions)))
+        used = sorted({(p.name, p.size) for p in pictures if isinstance(p, FilePicture)})
+        title = f"{layout.name} files {' and '.join(p.name for p in files)}"
+        origin = f"{title} ({len(reader.entries):,} usable of {total:,} records; pictures missing: {config.missing_images})"
+        missing, digest = {f: reader.missing[f] for f in PICTURES}, content_id(digests, used, config.missing_images)
+        return EntryData(origin, with_roles(reader.entries), tuple(reader.skipped), digest, missing)
 
     def counts(self) -> dict[str, Any]:
         return super().counts() | {"published_names": {ours: list(theirs) for ours, theirs in self.layout.names.items()}}
-
-
-def load(layout: Layout, config: StreamConfig) -> EntryData:
-    """Read the parts that lie under the data root. No picture is decoded. Raises `BadStream`."""
-    files = find_parts(config.data_root, layout.parts, layout.name)
-    reader = _MMEditReader(layout, config.missing_images, _PictureIndex(_picture_roots(layout, files[0])))
-    digests, total = [], 0
-    for path in files:
-        rows, digest = read_rows(path, reader.skipped)
-        reader.more_train = _train_paraphrases(layout, path, reader.skipped)
-        digests.append((path.name, digest))
-        total += len(rows)
-        reader.entries += usable(rows, reader.entry, path.name, reader.skipped)
-    require_entries(reader.entries, total, str(files[0].parent), reader.skipped)
-    pictures = (p for e in reader.entries for p in (e.image, *(q.image for q in e.questions)))
-    used = sorted({(p.name, p.size) for p in pictures if isinstance(p, FilePicture)})
-    names = " and ".join(p.name for p in files)
-    origin = f"{layout.name} files {names} ({len(reader.entries):,} usable of {total:,} records; pictures missing: {config.missing_images})"
-    missing = {f: reader.missing[f] for f in PICTURES}
-    digest = content_id(digests, used, config.missing_images)
-    return EntryData(origin, with_roles(reader.entries), tuple(reader.skipped), digest, missing)
-
-
-def _picture_roots(layout: Layout, file: Path) -> list[Path]:
-    above = [file.parent, *file.parent.parents[:2]]
-    return [base / p for base in above for p in layout.pictures]
 
 
 def _train_paraphrases(layout: Layout, path: Path, skipped: list[Skipped]) -> dict[tuple[str, str], tuple[str, ...]]:
@@ -100,36 +90,18 @@ def _train_paraphrases(layout: Layout, path: Path, skipped: list[Skipped]) -> di
 
 
 class _PictureIndex:
-    """Which picture files exist, by listing each folder once."""
+    """Which picture files exist under some folders, by listing each folder below them once."""
 
     def __init__(self, roots: list[Path]) -> None:
-        self._roots = roots
-        self._known: dict[tuple[Path, str], set[str]] = {}
-
-    @cached_property
-    def roots(self) -> list[Path]:
-        return [r for r in self._roots if r.is_dir()]
+        self.roots = [r for r in roots if r.is_dir()]
+        self._names = cache(lambda folder: {e.name for e in list_folder(folder) if e.is_file() and e.stat().st_size})
 
     def find(self, name: str) -> FilePicture | None:
         """The picture of that name under the first root that has it. Raises `BadField` for a name that leaves the root."""
         if not stays_inside(name):
             raise BadField("the picture's name leaves the folder: expected a relative path without '..'")
         folder, _, file = name.rpartition("/")
-        for root in self.roots:
-            if file in self._listing(root, folder):
-                return FilePicture(root, name)
-        return None
-
-    def _listing(self, root: Path, folder: str) -> set[str]:
-        known = self._known.get((root, folder))
-        if known is None:
-            known = {e.name for e in list_folder(root / folder) if _is_full(e)}
-            self._known[root, folder] = known
-        return known
-
-
-def _is_full(entry: os.DirEntry[str]) -> bool:
-    return entry.is_file() and entry.stat().st_size > 0
+        return next((FilePicture(root, name) for root in self.roots if file in self._names(root / folder)), None)
 
 
 @dataclass
@@ -143,7 +115,7 @@ class _MMEditReader:
     skipped: list[Skipped] = field(default_factory=list)
     missing: Counter[str] = field(default_factory=Counter)
     more_train: Mapping[tuple[str, str], tuple[str, ...]] = field(default_factory=dict)
-    once: Once = field(default_factory=Once)
+    taken: set[object] = field(default_factory=set)
 
     def entry(self, row: Any, name: str) -> FactEntry:
         """One row as an entry. Raises `BadField` or `BadPicture` where it cannot be used."""
@@ -167,7 +139,7 @@ class _MMEditReader:
             questions=tuple(_questions(row, stand_in + src, target, (photo, rephrased, local))),
         )
         where = " about the same picture" if photo else ", asked without its picture,"
-        self.once.take(entry.key, f"the same question{where}")
+        take(entry.key, self.taken, f"the same question{where}")
         return entry
 
     def _tidy(self, text: str | None) -> str | None:

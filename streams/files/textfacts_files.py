@@ -10,7 +10,6 @@ from streams.base import Skipped, StreamConfig
 from streams.files.entry import EntryData, EntryQuestion, FactEntry, with_roles
 from streams.files.fields import (
     FieldMap,
-    Once,
     answers,
     as_object,
     choose_form,
@@ -22,6 +21,7 @@ from streams.files.fields import (
     pick,
     read_rows,
     require_entries,
+    take,
     text_pairs,
     usable,
 )
@@ -79,7 +79,7 @@ class TextReader:
 
     entries: list[FactEntry] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
-    _once: Once = field(default_factory=Once)
+    taken: set[object] = field(default_factory=set)
 
     def read(self, file: str, form: FieldMap, rows: Sequence[Any]) -> None:
         """Append the entries of one file. Where the form has no subject, it is found from the questions around it."""
@@ -87,9 +87,9 @@ class TextReader:
 
         def entry(item: tuple[Any, tuple[str, str] | None], where: str) -> FactEntry:
             made = read_entry(as_object(item[0]), form, where, item[1])
-            self._once.take(plain(made.prompt), "the same prompt")
+            take(plain(made.prompt), self.taken, "the same prompt")
             if made.subject and made.previous:
-                self._once.take((plain(made.subject), plain(made.previous)), "the same subject with the same old answer")
+                take((plain(made.subject), plain(made.previous)), self.taken, "the same subject with the same old answer")
             return made
 
         self.entries += usable(list(zip(rows, guesses)), entry, file, self.skipped)

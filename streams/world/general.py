@@ -26,9 +26,9 @@ PER_TOPIC = 60
 def general_questions(world: World, pictures: bool, per_topic: int = PER_TOPIC) -> tuple[Question, ...]:
     """Up to `per_topic` questions a topic; picture topics only where the form has pictures."""
     rng = np.random.default_rng([world.seed, world.size, 31])
-    found = [*_skills(rng, per_topic), *_facts(world, rng, per_topic), *_hops(world, per_topic), *_texts(world, rng, per_topic)]
+    found = [*_skills(rng, per_topic), *_facts(world, rng, per_topic, "facts"), *_hops(world, per_topic), *_texts(world, rng, per_topic)]
     if pictures:
-        found += [*_perception(rng, per_topic, held_out=True), *_facts_by_picture(world, rng, per_topic)]
+        found += [*_perception(rng, per_topic, held_out=True), *_facts(world, rng, per_topic, "facts_by_picture", photo=50)]
     return tuple({q.id: q for q in found}.values())
 
 
@@ -50,23 +50,17 @@ def _perception(rng: np.random.Generator, n: int, held_out: bool) -> list[Questi
     return out
 
 
-def _facts(world: World, rng: np.random.Generator, n: int) -> list[Question]:
-    """Facts of controls by name, in held-out wordings."""
-    out = []
-    for entity, slot in _spread(probe_controls(world), rng, n):
-        prompts = phrasings(entity.relations[slot], entity.name, held_out=True)
-        out.append(_general("facts", prompts[int(rng.integers(len(prompts)))], world.value(entity, slot)))
-    return out
+def _fact(world: World, pair: tuple[Entity, int], topic: str, held_out: bool, photo: int | None, rng: np.random.Generator) -> Question:
+    """A fact of a control in one of its paraphrases, asked by photo number `photo` or, without one, by name."""
+    entity, slot = pair
+    prompts = phrasings(entity.relations[slot], entity.name if photo is None else picture_ref(entity.kind), held_out)
+    prompt, image = prompts[int(rng.integers(len(prompts)))], None if photo is None else world.photo(entity, photo)
+    return _general(topic, prompt, world.value(entity, slot), image)
 
 
-def _facts_by_picture(world: World, rng: np.random.Generator, n: int) -> list[Question]:
-    """Facts of controls by new photos, in held-out wordings."""
-    out = []
-    for entity, slot in _spread(probe_controls(world), rng, n):
-        prompts = phrasings(entity.relations[slot], picture_ref(entity.kind), held_out=True)
-        prompt, photo = prompts[int(rng.integers(len(prompts)))], world.photo(entity, 50)
-        out.append(_general("facts_by_picture", prompt, world.value(entity, slot), photo))
-    return out
+def _facts(world: World, rng: np.random.Generator, n: int, topic: str, photo: int | None = None) -> list[Question]:
+    """Facts of controls in held-out paraphrases."""
+    return [_fact(world, pair, topic, True, photo, rng) for pair in _spread(probe_controls(world), rng, n)]
 
 
 def _spread(entities: list[Entity], rng: np.random.Generator, n: int) -> list[tuple[Entity, int]]:
@@ -101,14 +95,12 @@ def _texts(world: World, rng: np.random.Generator, n: int) -> list[Question]:
 
 
 def pool_questions(world: World, pictures: bool, n: int = 400) -> tuple[Question, ...]:
-    """Questions with answers for editors to train on, in train wordings: pool controls and skills."""
+    """Questions with answers for editors to train on, in train paraphrases: pool controls and skills."""
     rng = np.random.default_rng([world.seed, world.size, 37])
     out = _skills(rng, n // 8, held_out=False)
-    for entity, slot in _spread(pool_controls(world), rng, n):
-        by_picture = pictures and bool(rng.integers(2))
-        prompts = phrasings(entity.relations[slot], picture_ref(entity.kind) if by_picture else entity.name, held_out=False)
-        photo = world.photo(entity, 100 + slot) if by_picture else None
-        out.append(_general("facts_pool", prompts[int(rng.integers(len(prompts)))], world.value(entity, slot), photo))
+    for pair in _spread(pool_controls(world), rng, n):
+        photo = 100 + pair[1] if pictures and bool(rng.integers(2)) else None
+        out.append(_fact(world, pair, "facts_pool", False, photo, rng))
     if pictures:
         out += _perception(rng, n // 8, held_out=False)
     return tuple({q.id: q for q in out}.values())

@@ -11,7 +11,7 @@ from streams.world.emblem import Photo
 from streams.world.facts import FAMILY, Entity, World, WorldFact, stable_index
 from streams.world.history import WorldChange
 from streams.world.skills import arithmetic, caption, through
-from streams.world.words import CAPTION_HELD, CAPTION_PROMPT, CAPTION_TRAIN, SLOTS, canonical, phrasings, picture_ref
+from streams.world.words import CAPTION_HELD, CAPTION_PROMPT, CAPTION_TRAIN, KINDS, SLOTS, canonical, phrasings, picture_ref
 from testbed.core.events import Question, Split
 
 POOL_EVERY = 4
@@ -48,22 +48,15 @@ def pool_controls(world: World) -> list[Entity]:
     return [e for e in world.controls() if in_pool(e)]
 
 
-def _pointing(world: World) -> dict[str, list[Entity]]:
-    """By entity: those whose fourth relation points at it for good."""
-    out: dict[str, list[Entity]] = {}
-    for entity in world.entities:
-        if SLOTS - 1 in entity.frozen:
-            out.setdefault(world.value(entity, SLOTS - 1), []).append(entity)
-    return out
-
-
 class QuestionMaker:
     """Makes prompts, answers and questions of one world in one form."""
 
     def __init__(self, world: World, form: QuestionForm) -> None:
         self.world, self.form = world, form
-        self._pointing = _pointing(world)
-        self._controls = {kind: probe_controls(world, kind) for kind in ("country", "company", "club", "university")}
+        last = SLOTS - 1
+        self._pointing = {world.value(e, last): e for e in reversed(world.entities) if last in e.frozen}
+        """By name of an entity: the first one whose fourth relation points at it for good."""
+        self._controls = {kind: probe_controls(world, kind) for kind in KINDS}
 
     def ref(self, entity: Entity) -> str:
         return picture_ref(entity.kind) if self.form.pictures else entity.name
@@ -156,5 +149,5 @@ class QuestionMaker:
             prompt, answer = through(fact.entity, middle.relations[slot]), self.world.value(middle, slot)
             if answer != self.world.value(before, slot):
                 yield Question("portability", prompt, answer, topic="hop_first")
-        for entity in self._pointing.get(fact.entity.name, ())[:1]:
+        if entity := self._pointing.get(fact.entity.name):
             yield Question("portability", through(entity, fact.relation), change.value, topic="hop_second")

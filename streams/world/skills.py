@@ -9,7 +9,7 @@ import numpy as np
 
 from streams.world.emblem import PARTS, Code
 from streams.world.facts import Entity, World, stable_index
-from streams.world.words import LED_BY, SLOTS, STRUCTURES, Relation, canonical
+from streams.world.words import LED_BY, SLOTS, Relation, canonical, paraphrases
 
 PART_NOUNS = {
     "field": ("field colour", "background colour", "main colour"),
@@ -33,19 +33,9 @@ VERBS = ("run", "sleep", "eat", "sing", "walk", "wait", "jump", "smile", "work",
 GRAMMAR = ("Which is right, {x} or {y}?", "Tell me which is right, {x} or {y}.", "Which is correct, {x} or {y}?")
 
 
-def perception_prompts(part: str, held_out: bool) -> list[str]:
-    """Train (16) or held-out (8) questions for one part of an emblem."""
-    nouns, shift = PART_NOUNS[part], PARTS.index(part)
-    return [
-        s.format(what="What", noun=noun, ref=PERCEPTION_REF)
-        for i, s in enumerate(STRUCTURES)
-        for j, noun in enumerate(nouns)
-        if ((i + j + shift) % 3 == 0) is held_out
-    ]
-
-
 def perception(code: Code, part: str, rng: np.random.Generator, held_out: bool) -> tuple[str, str]:
-    prompts = perception_prompts(part, held_out)
+    """A question for one part of an emblem."""
+    prompts = paraphrases(PART_NOUNS[part], PERCEPTION_REF, PARTS.index(part), held_out)
     return prompts[int(rng.integers(len(prompts)))], code.words()[part]
 
 
@@ -55,7 +45,7 @@ def unseen_pair(a: int, b: int) -> bool:
 
 
 def arithmetic(rng: np.random.Generator, held_out: bool, unseen: bool = False) -> tuple[str, str]:
-    """Sums and differences of 0 to 12. `held_out` asks in an unseen wording, `unseen` of an unseen pair."""
+    """Sums and differences of 0 to 12. `held_out` asks with an unseen prompt template, `unseen` for an unseen pair."""
     while True:
         a, b = (int(x) for x in rng.integers(0, LARGEST_OPERAND + 1, 2))
         if unseen_pair(a, b) is unseen:

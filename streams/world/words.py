@@ -1,6 +1,6 @@
 """Words of the simulated world: invented names, typed vocabularies, relations and the ways to ask for them.
 
-Every phrasing is a combination of a structure and a noun for the relation. The canonical question of a
+Every paraphrase is a combination of a structure and a noun for the relation. The canonical question of a
 relation is the prompt of its edits; the other combinations fall, by a fixed rule, into *train* paraphrases
 (seen by the tiny model, handed to editors) and *held-out* ones (asked by probes, seen by nobody).
 """
@@ -48,13 +48,7 @@ RELATIONS: dict[str, tuple[Relation, ...]] = {
     "company": (
         Relation("director", "company", "person", ("director", "manager", "chief executive"), "Who runs {ref}?", 0.3, cascade=2),
         Relation(
-            "headquarters",
-            "company",
-            "city",
-            ("headquarters", "main office", "head office"),
-            "In which city is {ref} based?",
-            0.08,
-            cascade=3,
+            "headquarters", "company", "city", ("headquarters", "main office", "head office"), "In which city is {ref} based?", 0.08, 3
         ),
         Relation("product", "company", "product", ("product", "main good", "best seller"), "What does {ref} make?", 0.15),
         Relation(
@@ -117,16 +111,16 @@ def canonical(relation: Relation, ref: str) -> str:
     return relation.canonical.format(ref=ref)
 
 
+def paraphrases(nouns: tuple[str, ...], ref: str, shift: int, held_out: bool, what: str = "What") -> list[str]:
+    """The train (16) or held-out (8) combinations of a structure and one of three nouns; `shift` moves the split between them."""
+    pairs = [(i, j) for i in range(len(STRUCTURES)) for j in range(len(nouns)) if ((i + j + shift) % 3 == 0) is held_out]
+    return [STRUCTURES[i].format(what=what, noun=nouns[j], ref=ref) for i, j in pairs]
+
+
 def phrasings(relation: Relation, ref: str, held_out: bool) -> tuple[str, ...]:
     """All train (16) or held-out (8) paraphrases of a relation's question; never the canonical one."""
-    what = "Who" if relation.person else "What"
-    slot = RELATIONS[relation.kind].index(relation) + KINDS.index(relation.kind)
-    out = []
-    for i, structure in enumerate(STRUCTURES):
-        for j, noun in enumerate(relation.nouns):
-            if ((i + j + slot) % 3 == 0) is held_out:
-                out.append(structure.format(what=what, noun=noun, ref=ref))
-    return tuple(out)
+    shift = RELATIONS[relation.kind].index(relation) + KINDS.index(relation.kind)
+    return tuple(paraphrases(relation.nouns, ref, shift, held_out, "Who" if relation.person else "What"))
 
 
 _ONSETS = ("b", "br", "d", "dr", "f", "g", "gr", "h", "j", "k", "kl", "l", "m", "n", "p", "pr", "r", "s", "st", "t", "tr", "v", "z")
