@@ -1,4 +1,4 @@
-"""Facts and answers for the tests of editors that keep facts beside the model."""
+"""Facts, questions and answers for the tests of the retrieval editors."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ FACTS = [fact(i) for i in range(5)]
 POOL = TrainPool(tuple(Question("general", f"What colour is thing {i} beside the lamp?", "red", topic="x") for i in range(20)))
 
 
-ELSE = [Ask("How many yellow circles?"), Ask("what colour is the ship")]
+UNRELATED = [Ask("How many yellow circles?"), Ask("what colour is the ship")]
 
 
-def same(a: list[Response], b: list[Response]) -> bool:
+def same_responses(a: list[Response], b: list[Response]) -> bool:
     return all(
         x.generated == y.generated and x.score and y.score and np.array_equal(x.score.logprobs, y.score.logprobs)
         for x, y in zip(a, b, strict=True)
     )
 
 
-def base(asks: list[Ask], kind: str = "llama") -> list[Response]:
+def base_responses(asks: list[Ask], kind: str = "llama") -> list[Response]:
     return ModelPredictor(build(kind)).respond(asks, ["green"] * len(asks), 4)
 
 
-def own(e: EditEvent, told: bool = False) -> Ask:
+def ask_about(e: EditEvent, told: bool = False) -> Ask:
     return Ask(e.prompt, e.image, e.target if told else None, e.id if told else None)

@@ -1,1 +1,1 @@
-"""Editors that keep facts beside the model and put them into prompts."""
+"""Editors that keep facts in a store beside the model and put them into prompts."""

@@ -1,8 +1,13 @@
-"""postEdit (Song et al. 2024, arXiv 2402.08631): the model is a black box; its answers are edited, not the model.
+"""postEdit (Song et al. 2024, arXiv 2402.08631): the model is a black box whose answers are edited instead of its weights.
 
-The model answers; the nearest fact is retrieved; a small editor model, trained for it, reads fact, question and
-answer, and gives the answer as it now should be, or says that it stands. Here the editor model is one that
-`python -m testbed.pretrain --course rewriting` makes.
+The three parts of the paper's framework, for a question x:
+
+1. The model gives its answer y to x without any edit.
+2. The fact nearest to x is retrieved from the edit memory, here the fact store.
+3. The post-editor, a small model trained for it, reads fact, x and y and writes the answer that agrees with the fact, or
+   "retain" where the fact does not concern x; then y stands.
+
+The post-editor is a model that `python -m testbed.pretrain --course rewriting` makes.
 """
 
 from __future__ import annotations
@@ -18,9 +23,8 @@ from testbed.core.events import Ask
 from testbed.core.registry import EDITORS
 from testbed.editors.base import BadEditor, Traits
 from testbed.editors.retrieval import prompts
-from testbed.editors.retrieval.fact_editor import MemoryConfig, MemoryEditor, ledger
-from testbed.editors.retrieval.fact_store import Version
-from testbed.editors.retrieval.retriever import Found, Retriever
+from testbed.editors.retrieval.fact_editor import FactEditor, FactEditorConfig, retrieval_log
+from testbed.editors.retrieval.retriever import Retrieved, Retriever
 from testbed.model import loading
 from testbed.model.encoding import prompt_inputs
 from testbed.model.handle import BadModel, ModelHandle
@@ -30,14 +34,14 @@ COMMAND = "python -m testbed.pretrain --stream world-yearly --course rewriting -
 
 
 @dataclass(frozen=True)
-class PostEditConfig(MemoryConfig):
+class PostEditConfig(FactEditorConfig):
     model: str = ""
-    """Folder of the editor model, as `testbed.pretrain --course rewriting` writes it."""
+    """Folder of the post-editor, as `testbed.pretrain --course rewriting` writes it."""
 
 
 @EDITORS.register("postedit")
-class PostEdit(MemoryEditor):
-    """Facts beside the model, and a second, small model that rewrites answers."""
+class PostEdit(FactEditor):
+    """Keeps facts beside the model and lets a second, small model rewrite the answers. State: as `FactEditor`."""
 
     summary = "rewrites the model's answer with a small editor model where a fact applies (postEdit)"
     traits = Traits(gated=True, undo=True, uses=frozenset({"train_pool"}), learns="context")
@@ -49,59 +53,48 @@ class PostEdit(MemoryEditor):
             raise BadEditor(f"{self.name} needs an editor model: make one with {COMMAND} and give --set {self.name}.model=DIR")
         super()._prepare(pool)
         try:
-            self.writer = loading.load(self.config.model, str(self.handle.device), str(self.handle.dtype).removeprefix("torch."))
+            self.post_editor = loading.load(self.config.model, str(self.handle.device), str(self.handle.dtype).removeprefix("torch."))
         except BadModel as e:
             raise BadEditor(f"{self.name}.model: {e}. Make one with {COMMAND}") from e
-        self.notes.append(f"answers are rewritten by {self.config.model} ({self.writer.hash}); it is asked {prompts.REWRITE!r}")
+        self.notes.append(f"answers are rewritten by {self.config.model} ({self.post_editor.hash}); it is asked {prompts.REWRITE!r}")
 
     def predictor(self) -> Predictor:
-        return PostEditPredictor(self.retriever(), self.writer)
-
-
-@dataclass(frozen=True)
-class _Draft:
-    """An answer of the model, the fact nearest to the question, and what the editor model is asked (None: nothing)."""
-
-    response: Response
-    fact: Found | None
-    ask: Ask | None
+        return PostEditPredictor(self.retriever(), self.post_editor)
 
 
 class PostEditPredictor(Predictor):
-    """The model's own answers, rewritten by the editor model where it does not say that they stand."""
+    """The model's own answers, rewritten by the post-editor where it does not reply "retain"."""
 
-    def __init__(self, retriever: Retriever, writer: ModelHandle) -> None:
-        self.retriever, self._writer_handle = retriever, writer
-        self.base, self.writer = ModelPredictor(retriever.handle), ModelPredictor(writer)
+    def __init__(self, retriever: Retriever, post_editor: ModelHandle) -> None:
+        self.retriever = retriever
+        self.base, self.post_editor = ModelPredictor(retriever.handle), ModelPredictor(post_editor)
 
     def respond(self, asks: Sequence[Ask], answers: Sequence[str | None], max_new_tokens: int = 16) -> list[Response]:
         own = self.base.respond(asks, answers, max_new_tokens)
-        found = self.retriever.nearest(asks, 1)
-        drafts = [self._draft(a, r, f, max_new_tokens) for a, r, f in zip(asks, own, found)]
-        places = [i for i, d in enumerate(drafts) if d.ask is not None]
-        written = self.writer.respond([d.ask for d in drafts if d.ask], [answers[i] for i in places], max_new_tokens)
-        new = dict(zip(places, written))
-        return [self._final(d, new.get(i)) for i, d in enumerate(drafts)]
+        retrieved = self.retriever.nearest(asks, 1)
+        requests = [self._request(a, y.generated, facts, max_new_tokens) for a, y, facts in zip(asks, own, retrieved)]
+        references = [answer for answer, request in zip(answers, requests) if request]
+        written = iter(self.post_editor.respond([r for r in requests if r], references, max_new_tokens))
+        return [self._final(y, facts, r, next(written) if r else None) for y, facts, r in zip(own, retrieved, requests)]
 
-    def _draft(self, ask: Ask, response: Response, found: list[Found], room: int) -> _Draft:
-        if not found:
-            return _Draft(response, None, None)
-        told = Ask(prompts.rewrite(_stated(found[0].fact), ask.prompt, response.generated))
-        fits = self._tokens(told) + room <= self._writer_handle.window
-        return _Draft(response, found[0], told if fits else None)
+    def _request(self, ask: Ask, answer: str, retrieved: list[Retrieved], answer_tokens: int) -> Ask | None:
+        """The request to the post-editor; None without a fact, and for a fact too long for the post-editor's window."""
+        if not retrieved:
+            return None
+        request = Ask(prompts.rewrite(retrieved[0].fact.statement, ask.prompt, answer))
+        return request if self._tokens(request) + answer_tokens <= self.post_editor.handle.window else None
 
-    def _tokens(self, ask: Ask) -> int:
-        return prompt_inputs(self._writer_handle, ask)["input_ids"].shape[1]
+    def _tokens(self, request: Ask) -> int:
+        return prompt_inputs(self.post_editor.handle, request)["input_ids"].shape[1]
 
-    def _final(self, draft: _Draft, written: Response | None) -> Response:
+    def _final(self, own: Response, retrieved: list[Retrieved], request: Ask | None, written: Response | None) -> Response:
         """The rewritten answer, or the model's own where it stands; `extras` say which."""
-        notes: dict[str, Any] = ledger([draft.fact] if draft.fact else [])
-        notes["added_tokens"] = self._tokens(draft.ask) if draft.ask else 0
-        notes["dropped"] = int(draft.fact is not None and draft.ask is None)
-        stands = written is None or written.generated.strip().rstrip(".").casefold() == prompts.RETAIN
-        if draft.fact is None or written is None or stands:
-            return replace(draft.response, extras={**notes, "used": []})
-        return replace(written, extras={**notes, "used": [draft.fact.fact.event_id], "before": draft.response.generated})
+        notes: dict[str, Any] = retrieval_log(retrieved)
+        notes["added_tokens"] = self._tokens(request) if request else 0
+        notes["dropped"] = int(bool(retrieved) and request is None)
+        if written is None or written.generated.strip().rstrip(".").casefold() == prompts.RETAIN:
+            return replace(own, extras={**notes, "used": []})
+        return replace(written, extras={**notes, "used": [retrieved[0].fact.event_id], "before": own.generated})
 
     def score(self, asks: Sequence[Ask], answers: Sequence[str]) -> list[Score]:
         return [r.score for r in self.respond(asks, answers) if r.score is not None]
@@ -110,9 +103,5 @@ class PostEditPredictor(Predictor):
         return self.base.text_logprobs(texts)
 
     def inspect(self, asks: Sequence[Ask], layers: Sequence[int] = (), top_k: int = 10, ids: Tokens = None) -> list[Inspection]:
-        """The black box itself, which no edit changes."""
+        """The hidden states of the model itself, which no edit changes."""
         return self.base.inspect(asks, layers, top_k, ids)
-
-
-def _stated(fact: Version) -> str:
-    return prompts.statement(fact.prompt, fact.target)

@@ -1,6 +1,6 @@
-"""The wording in which facts are put before a model. Data shared by the retrieval editors and `pretrain`.
+"""Prompt templates that put facts before a question. The retrieval editors and `testbed.pretraining` share them.
 
-The tiny model is trained on exactly the forms of "plain", so changing one moves numbers. The other wordings are
+The tiny model is trained on exactly the template "plain", so changing it moves numbers. The other templates are
 for models that follow instructions.
 """
 
@@ -13,49 +13,49 @@ CONTEXT = "Facts: {facts} Question: {prompt}"
 """A question with facts before it; the facts override what the model learned."""
 
 SELECT = "Facts: {facts} Which fact answers: {prompt}"
-"""Asks which of the facts bears on the question; the answer names it by its target, or is NONE."""
+"""Asks which of the facts answers the question; the reply is that fact's target, or NONE."""
 
 NONE = "none"
 
 REWRITE = "Facts: {facts} Answer: {answer} Rewrite for: {prompt}"
-"""Asks a post-editor for the answer as it is with the fact; it says RETAIN where the fact does not bear on the question."""
+"""Asks a post-editor for the answer that agrees with the fact; it replies RETAIN where the fact does not concern the question."""
 
 RETAIN = "retain"
 
 
 @dataclass(frozen=True)
-class Wording:
-    """How facts are put before a model and how it is asked which of them bears.
+class PromptTemplate:
+    """The texts that put facts before a question and that ask a model which fact answers a question.
 
-    `{facts}` and `{prompt}` mark where facts and question go; where they occur in a fact or a question they are text.
+    `{facts}` and `{prompt}` mark the places of facts and question. Inside a fact or a question these marks are plain text.
     """
 
     context: str
     """A question with facts before it."""
     select: str
-    """Asks which of the numbered facts bears on the question."""
+    """Asks which of the numbered facts answers the question."""
     none: str
-    """The answer that none does."""
+    """The reply that no fact does."""
     by_number: bool = True
-    """A fact is named by its number, else by its target."""
-    most: int = 5
-    """Facts among which the model is to tell the bearing one (He et al. 2025: 5; the tiny model was trained with up to 4)."""
+    """Whether the reply names a fact by its number; otherwise it names it by its target."""
+    max_facts: int = 5
+    """Facts that the model chooses among (5 in the released SCR code; the tiny model was trained with up to 4)."""
 
 
-WORDINGS: dict[str, Wording] = {
-    "plain": Wording(CONTEXT, SELECT, NONE, by_number=False, most=4),
-    "instructed": Wording(
+TEMPLATES: dict[str, PromptTemplate] = {
+    "plain": PromptTemplate(CONTEXT, SELECT, NONE, by_number=False, max_facts=4),
+    "instructed": PromptTemplate(
         "Treat this as true: {facts} Answer in as few words as possible. {prompt}",
         "Statements: {facts} Question: {prompt} Which statement, if any, says what the question asks for? Reply with its number, or 0.",
         "0",
     ),
-    "instructed-2": Wording(
+    "instructed-2": PromptTemplate(
         "The following has changed and now holds: {facts} Taking it into account, answer briefly: {prompt}",
         "Here are facts that changed: {facts} Give the number of the one that is needed to answer {prompt} Give 0 if none is needed.",
         "0",
     ),
 }
-"""By name. What a wording does to scores is measured by running both of a kind."""
+"""Prompt templates by name. There are two for instructed models, so that a run with each shows what the template does to scores."""
 _NUMBER = re.compile(r"(?:fact|statement|number)?\s*(\d+)(?:[).:].*)?", re.DOTALL)
 
 
@@ -65,18 +65,18 @@ def statement(prompt: str, target: str) -> str:
 
 
 def numbered(facts: list[str]) -> str:
-    """Facts as "1) ... 2) ..."."""
+    """The facts as one text, "1) ... 2) ..."."""
     return " ".join(f"{i}) {fact}" for i, fact in enumerate(facts, 1))
 
 
-def in_context(facts: list[str], prompt: str, wording: Wording = WORDINGS["plain"]) -> str:
+def in_context(facts: list[str], prompt: str, template: PromptTemplate = TEMPLATES["plain"]) -> str:
     """The question with the facts before it; the question itself when there is none."""
-    return wording.context.format(facts=numbered(facts), prompt=prompt) if facts else prompt
+    return template.context.format(facts=numbered(facts), prompt=prompt) if facts else prompt
 
 
-def which_fact(facts: list[str], prompt: str, wording: Wording = WORDINGS["plain"]) -> str:
-    """The question which of the facts bears on `prompt`."""
-    return wording.select.format(facts=numbered(facts), prompt=prompt)
+def which_fact(facts: list[str], prompt: str, template: PromptTemplate = TEMPLATES["plain"]) -> str:
+    """The request to name the fact that answers `prompt`."""
+    return template.select.format(facts=numbered(facts), prompt=prompt)
 
 
 def rewrite(fact: str, prompt: str, answer: str) -> str:
@@ -84,15 +84,15 @@ def rewrite(fact: str, prompt: str, answer: str) -> str:
     return REWRITE.format(facts=numbered([fact]), prompt=prompt, answer=answer)
 
 
-def options(targets: list[str], wording: Wording) -> list[str]:
-    """What a model may answer to `which_fact`: one option a fact, and last the one for none of them."""
-    return [*(map(str, range(1, len(targets) + 1)) if wording.by_number else targets), wording.none]
+def options(targets: list[str], template: PromptTemplate) -> list[str]:
+    """The replies to `which_fact` that are allowed: one for each fact, and last the one that no fact answers the question."""
+    return [*(map(str, range(1, len(targets) + 1)) if template.by_number else targets), template.none]
 
 
-def named(answer: str, targets: list[str]) -> int | None:
-    """Index of the fact that an answer to SELECT names: by its target, or by its number as numbered above.
+def named_fact(answer: str, targets: list[str]) -> int | None:
+    """Index of the fact that a reply to `which_fact` names by its target or by its number; None where it names no fact.
 
-    None where it names none of them. Of facts with one target the first is meant: they answer alike.
+    Of several facts with the same target it is the first, because they give the same answer.
     """
     said = answer.strip().rstrip(".").casefold()
     for i, target in enumerate(targets):

@@ -1,14 +1,19 @@
 """SCR, selective contextual reasoning (He, Song and Sun 2025, arXiv 2503.05212): no weight changes, facts in the prompt.
 
-Retrieve the facts nearest to the question; let the model itself say which of them bears on it; where one does, ask
-with that fact before the question, else ask the question untouched. The gate is a setting, so that what retrieval,
-confirmation and reading each contribute can be told apart: `oracle-context` (the right fact), `topk` (no gate),
-`threshold` (a calibrated similarity stands in for the confirmation), `model` (as published), `index` (one forward).
+The paper's three steps for a question x and a store F of facts, with the place of each in this file:
+
+1. Semantic filtering: the k facts of F that are nearest to x by the similarity of an encoder (`Retriever.nearest`).
+2. Confirmation: the same model names the one fact among them that answers x, or says that none does (`confirmed`).
+3. Contextual reasoning: the model answers x with the confirmed fact before it, or x alone (`prompts.in_context`).
+
+The setting `gate` replaces step 2, so that a run shows what each step contributes: `oracle-context` gives the right
+fact, `topk` passes every retrieved fact, `threshold` compares the similarity with a calibrated bound, `model` is the
+published confirmation by generation, and `index` compares the probabilities of the replies in one forward pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,50 +21,51 @@ import numpy as np
 
 from streams.base import TrainPool
 from testbed.core.events import Ask, EditBatch
+from testbed.core.ranges import NonNegativeInt
 from testbed.core.registry import EDITORS
 from testbed.editors.base import BadEditor, Traits
 from testbed.editors.retrieval import prompts
-from testbed.editors.retrieval.fact_editor import ContextPredictor, MemoryConfig, MemoryEditor, Reading, ledger
+from testbed.editors.retrieval.fact_editor import ContextPredictor, FactEditor, FactEditorConfig, PromptedAsk, retrieval_log
 from testbed.editors.retrieval.fact_store import FactStore, Version
-from testbed.editors.retrieval.retriever import Retriever
-from testbed.editors.retrieval.scope import GATES
+from testbed.editors.retrieval.retriever import Retrieved, Retriever
+from testbed.model.encoding import answer_ids
 from testbed.model.predictor import Predictor
 
 _POOL = 256
-"""Un-edited questions of each kind that a threshold is calibrated on."""
+"""Unedited questions of each kind, with and without a picture, that calibrate a threshold."""
+GATE_TOKENS = 16
+"""Longest reply to the confirmation request, in tokens."""
 
 
 @dataclass(frozen=True)
-class ScrConfig(MemoryConfig):
-    k: int = 0
-    """Facts retrieved; 0: as many as the wording is for, 5 as published, but 4 in the wording of the tiny model."""
+class ScrConfig(FactEditorConfig):
+    k: NonNegativeInt = 0
+    """Facts retrieved; 0: as many as the prompt template is made for, 5 as published, but 4 in the template of the tiny model."""
     gate: str = "model"
-    """Who decides that a fact bears on the question: oracle-context, topk, threshold, model (published) or index."""
+    """How a fact is accepted for a question: oracle-context, topk, threshold, model (published) or index."""
     threshold: float = 0.0
-    """Least similarity for gate=threshold; 0: calibrated on un-edited questions of the train pool."""
+    """Least similarity for gate=threshold; 0: calibrated on unedited questions of the train pool."""
     false_accept: float = 0.05
-    """Share of the un-edited questions that the calibrated threshold lets through."""
+    """Share of the unedited questions that the calibrated threshold accepts a fact for."""
 
     def problems(self) -> list[str]:
         out = super().problems()
-        if self.k < 0:
-            out.append(f"k must be 0 (the wording's own) or more, got {self.k}")
         if self.gate not in GATES:
             out.append(f"gate must be one of {', '.join(GATES)}, got {self.gate!r}")
         if not 0 < self.false_accept < 1:
-            out.append(f"false_accept must lie in (0, 1), got {self.false_accept}")
+            out.append(f"false_accept must be more than 0 and less than 1, got {self.false_accept}")
         return out
 
 
 @EDITORS.register("scr")
-class Scr(MemoryEditor):
-    """Facts beside the model; a question that one bears on is asked with it.
+class Scr(FactEditor):
+    """Keeps facts beside the model and asks a question together with the fact that the gate accepts for it.
 
-    State: as `MemoryEditor`, and the thresholds for text and for pictures with the number of facts they were set at.
+    State: as `FactEditor`, and the two thresholds (without and with a picture) with the number of facts at calibration.
     """
 
     summary = "retrieves facts, lets the model confirm which bears, and puts it into the prompt (SCR)"
-    traits = Traits(gated=True, undo=True, uses=frozenset({"train_pool"}))
+    traits = Traits(gated=True, undo=True, uses=frozenset({"train_pool"}), learns="context")
     Config = ScrConfig
     config: ScrConfig
 
@@ -70,37 +76,38 @@ class Scr(MemoryEditor):
 
     def _prepare(self, pool: TrainPool) -> None:
         if self.traits.told_truth:
-            self.notes.append("gate=oracle-context is told which edit a question is about: a bound, no rival")
+            self.notes.append("gate=oracle-context is told which edit a question is about, so its score is an upper bound")
         super()._prepare(pool)
-        pooled = [q.ask() for q in pool.questions]
-        self._unedited = [[a for a in pooled if (a.image is not None) == seen][:_POOL] for seen in (False, True)]
+        asks = [q.ask() for q in pool.questions]
+        self._unedited = [[a for a in asks if (a.image is not None) == pictured][:_POOL] for pictured in (False, True)]
         self.threshold = [self.config.threshold] * 2
         self.calibrated = 0
         if self.config.gate == "threshold":
             self.notes.append("a similarity threshold stands in for the model's confirmation (gate=threshold)")
             if not self.config.threshold and not any(self._unedited):
                 raise BadEditor("the stream has no train pool to calibrate gate=threshold on: give --set scr.threshold=0.6 or the like")
-        wording = prompts.WORDINGS[self.config.wording]
-        k = self.config.k or wording.most
-        self.notes.append(f"{k} facts retrieved; wording {self.config.wording!r}: {wording.select!r}, {wording.context!r}")
+        template = prompts.TEMPLATES[self.config.wording]
+        k = self.config.k or template.max_facts
+        self.notes.append(f"{k} facts retrieved; prompt template {self.config.wording!r}: {template.select!r}, {template.context!r}")
 
     def _edit(self, batch: EditBatch) -> dict[str, float]:
+        """Store the facts; calibrate the thresholds anew whenever the number of facts has doubled."""
         notes = super()._edit(batch)
         live = int(notes["facts"])
         if self.config.gate == "threshold" and not self.config.threshold and live >= 2 * self.calibrated:
-            self.threshold, self.calibrated = [self._highest(asks) for asks in self._unedited], live
+            self.threshold, self.calibrated = [self._calibrated_threshold(asks) for asks in self._unedited], live
         return notes
 
-    def _highest(self, asks: list[Ask]) -> float:
-        """The similarity that the share `false_accept` of these questions reaches with its nearest fact; 1 where there are none."""
-        near = [found[0].similarity if found else 0.0 for found in self.retriever().nearest(asks, 1)]
-        return float(np.quantile(near, 1 - self.config.false_accept, method="higher")) + 1e-6 if near else 1.0
+    def _calibrated_threshold(self, asks: list[Ask]) -> float:
+        """A similarity that the nearest facts of the share `false_accept` of these questions reach; 1 where there are no questions."""
+        similarities = [retrieved[0].similarity if retrieved else 0.0 for retrieved in self.retriever().nearest(asks, 1)]
+        return float(np.quantile(similarities, 1 - self.config.false_accept, method="higher")) + 1e-6 if similarities else 1.0
 
     def predictor(self) -> Predictor:
         return ScrPredictor(self.retriever(), self.config, self.store, self.threshold)
 
     def as_of(self, step: int) -> Predictor:
-        """The edited model as it was after a past step (thresholds as they are now)."""
+        """The edited model as it was after a past step, but with the thresholds of now."""
         return ScrPredictor(self.retriever(step), self.config, self.store, self.threshold)
 
     def _state(self) -> dict[str, Any]:
@@ -112,29 +119,115 @@ class Scr(MemoryEditor):
 
 
 class ScrPredictor(ContextPredictor):
-    """Retrieve, confirm, ask."""
+    """Retrieves facts for each question, lets the gate accept some of them, and asks the question with these before it."""
 
     config: ScrConfig
 
     def __init__(self, retriever: Retriever, config: ScrConfig, store: FactStore, threshold: Sequence[float]) -> None:
         super().__init__(retriever, config)
-        self._store, self.threshold = store, threshold
+        self.store, self.threshold = store, threshold
 
-    def newest(self, event_id: str) -> Version | None:
-        """What holds, at the moment of this view, of the fact that an event once stated."""
-        alive = self.retriever.alive
-        rows = [row for row in self._store.rows_with(event_id) if row < len(alive) and alive[row]]
-        return self.retriever.log[rows[-1]] if rows else None
+    def add_facts(self, asks: Sequence[Ask], answer_tokens: int) -> list[PromptedAsk]:
+        retrieved = self.retriever.nearest(asks, self.config.k or self.template.max_facts)
+        accepted = GATES[self.config.gate](self, asks, retrieved)
+        logs = [{**retrieval_log(facts), **notes} for facts, (_, notes) in zip(retrieved, accepted)]
+        return [self._prompted(a, answer_tokens, facts, log) for a, (facts, _), log in zip(asks, accepted, logs)]
 
-    def read(self, asks: Sequence[Ask], room: int) -> list[Reading]:
-        found = self.retriever.nearest(asks, self.config.k or self.wording.most)
-        decided = GATES[self.config.gate](self, asks, found)
-        return [self._reading(a, room, d.facts, {**ledger(f), **d.notes}) for a, f, d in zip(asks, found, decided)]
-
-    def _reading(self, ask: Ask, room: int, facts: list[Version], notes: dict[str, Any]) -> Reading:
-        stated = [prompts.statement(f.prompt, f.target) for f in facts]
-        now, dropped = self.fit(ask, room, len(facts), lambda n: prompts.in_context(stated[:n], ask.prompt, self.wording))
-        used = facts[: len(facts) - dropped]
-        added = self.tokens(now) - self.tokens(ask) if used else 0
+    def _prompted(self, ask: Ask, answer_tokens: int, facts: list[Version], log: dict[str, Any]) -> PromptedAsk:
+        prompted, used = self.fit_facts(ask, answer_tokens, facts, prompts.in_context)
+        added = self.tokens(prompted) - self.tokens(ask) if used else 0
         own = {"gate": self.config.gate, "used": [f.event_id for f in used], "added_tokens": added}
-        return Reading(now, {"gate_tokens": 0, **notes, **own, "dropped": notes.get("dropped", 0) + dropped})
+        return PromptedAsk(prompted, {"gate_tokens": 0, **log, **own, "dropped": log.get("dropped", 0) + len(facts) - len(used)})
+
+    def fit_facts(self, ask: Ask, answer_tokens: int, facts: list[Version], prompt: Callable[..., str]) -> tuple[Ask, list[Version]]:
+        """The question as `prompt(statements, question, template)` with as many of the facts as fit into the window, and these."""
+        stated = [f.statement for f in facts]
+        fitted, dropped = self.fit(ask, answer_tokens, len(facts), lambda n: prompt(stated[:n], ask.prompt, self.template))
+        return fitted, facts[: len(facts) - dropped]
+
+
+Accepted = tuple[list[Version], dict[str, Any]]
+"""The facts that a gate accepts for a question, and its notes for `extras`."""
+Gate = Callable[[ScrPredictor, Sequence[Ask], Sequence[list[Retrieved]]], list[Accepted]]
+"""From questions and the facts retrieved for each to the facts accepted for each."""
+
+
+def right_fact(predictor: ScrPredictor, asks: Sequence[Ask], retrieved: Sequence[list[Retrieved]]) -> list[Accepted]:
+    """The version that now holds of the fact that the question is about, from the event id that an oracle is told."""
+    alive, log = predictor.retriever.alive, predictor.retriever.log
+    versions = [[row for row in predictor.store.rows_with(a.event_id or "") if row < len(alive) and alive[row]] for a in asks]
+    return [([log[rows[-1]]] if rows else [], {}) for rows in versions]
+
+
+def every_fact(predictor: ScrPredictor, asks: Sequence[Ask], retrieved: Sequence[list[Retrieved]]) -> list[Accepted]:
+    """Every retrieved fact."""
+    return [([r.fact for r in facts], {}) for facts in retrieved]
+
+
+def near_fact(predictor: ScrPredictor, asks: Sequence[Ask], retrieved: Sequence[list[Retrieved]]) -> list[Accepted]:
+    """The nearest fact, where its similarity reaches the threshold for questions with or without a picture."""
+    out = []
+    for ask, facts in zip(asks, retrieved):
+        least = predictor.threshold[ask.image is not None]
+        accepted = [facts[0].fact] if facts and facts[0].similarity >= least else []
+        out.append((accepted, {"threshold": round(least, 4)}))
+    return out
+
+
+def confirmed(predictor: ScrPredictor, asks: Sequence[Ask], retrieved: Sequence[list[Retrieved]]) -> list[Accepted]:
+    """The fact that the model names when it is asked which one answers the question: the paper's confirmation step."""
+    requests = [confirmation(predictor, a, facts) for a, facts in zip(asks, retrieved)]
+    replies = iter(predictor.base.generate([r.ask for r in requests if r.facts], GATE_TOKENS))
+    return [r.by_reply(next(replies)) if r.facts else ([], r.notes) for r in requests]
+
+
+def likeliest(predictor: ScrPredictor, asks: Sequence[Ask], retrieved: Sequence[list[Retrieved]]) -> list[Accepted]:
+    """The fact whose reply is the likeliest, or none where "none" is: confirmation in one forward pass without a generation."""
+    requests = [confirmation(predictor, a, facts) for a, facts in zip(asks, retrieved)]
+    logprobs = iter(reply_logprobs(predictor, [r for r in requests if r.facts]))
+    return [r.by_logprobs(next(logprobs)) if r.facts else ([], r.notes) for r in requests]
+
+
+GATES: dict[str, Gate] = {"oracle-context": right_fact, "topk": every_fact, "threshold": near_fact, "model": confirmed, "index": likeliest}
+
+
+@dataclass(frozen=True)
+class Confirmation:
+    """The request to name the fact that answers a question. Facts that do not fit into the window are dropped and counted."""
+
+    ask: Ask
+    facts: list[Version]
+    notes: dict[str, Any]
+
+    def by_reply(self, reply: str) -> Accepted:
+        """The fact that a generated reply names."""
+        i = prompts.named_fact(reply, [f.target for f in self.facts])
+        return [] if i is None else [self.facts[i]], {**self.notes, "said": reply}
+
+    def by_logprobs(self, logprobs: np.ndarray) -> Accepted:
+        """The fact with the largest of the (facts + 1,) log-probabilities of the replies, the nearer one of equals; the last is "none"."""
+        i, share = int(logprobs.argmax()), np.exp(logprobs - np.logaddexp.reduce(logprobs))
+        return [self.facts[i]] if i < len(self.facts) else [], {**self.notes, "p": round(float(share[i]), 4)}
+
+
+def confirmation(predictor: ScrPredictor, ask: Ask, retrieved: list[Retrieved]) -> Confirmation:
+    request, kept = predictor.fit_facts(ask, GATE_TOKENS, [r.fact for r in retrieved], prompts.which_fact)
+    tokens = predictor.tokens(request) if kept else 0
+    return Confirmation(request, kept, {"dropped": len(retrieved) - len(kept), "gate_tokens": tokens})
+
+
+def reply_logprobs(predictor: ScrPredictor, requests: Sequence[Confirmation]) -> list[np.ndarray]:
+    """(facts + 1,) log-probabilities of the replies to each request.
+
+    Where the first tokens of the replies differ, theirs are read from one forward pass of the prompt; otherwise every
+    reply is scored as a whole.
+    """
+    replies = [prompts.options([f.target for f in r.facts], predictor.template) for r in requests]
+    ids = [[answer_ids(predictor.handle, r.ask, reply) for reply in own] for r, own in zip(requests, replies)]
+    apart = [len({tuple(x) for x in own}) == len({x[0] for x in own}) for own in ids]
+    read = [i for i, yes in enumerate(apart) if yes]
+    inspected = iter(predictor.base.inspect([requests[i].ask for i in read], ids=[np.array([x[0] for x in ids[i]]) for i in read]))
+    whole = [(i, reply) for i, yes in enumerate(apart) if not yes for reply in replies[i]]
+    scores = iter(predictor.base.score([requests[i].ask for i, _ in whole], [reply for _, reply in whole]))
+    sums = (np.array([float(next(scores).logprobs.sum()) for _ in own]) for own, yes in zip(replies, apart) if not yes)
+    return [next(inspected).logprobs if yes else next(sums) for yes in apart]

@@ -1,4 +1,4 @@
-"""The wording in which facts are put before a model."""
+"""Prompt templates: which fact a reply names."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ TARGETS = ["Turin", "7", "St. Ives"]
     ],
 )
 def test_an_answer_names_a_fact_by_its_target_before_its_number(answer, index):
-    assert prompts.named(answer, TARGETS) == index
+    assert prompts.named_fact(answer, TARGETS) == index
 
 
 @given(st.lists(st.text("abc xyz", min_size=1).filter(str.strip), min_size=1, unique_by=lambda t: t.strip()), st.data())
 def test_every_target_names_its_own_fact(targets, data):
     i = data.draw(st.integers(0, len(targets) - 1))
-    assert prompts.named(targets[i], targets) == i
-    assert prompts.named(prompts.NONE, targets) is None
+    assert prompts.named_fact(targets[i], targets) == i
+    assert prompts.named_fact(prompts.NONE, targets) is None

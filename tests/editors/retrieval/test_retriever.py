@@ -1,4 +1,4 @@
-"""Encoders, indexes and the retriever: against plain references, in any batching, without a look into the future."""
+"""Encoders, text indexes and the retriever, against plain reference implementations and in any batching."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from testbed.editors.base import BadEditor
-from testbed.editors.retrieval import encoders as _encoders
-from testbed.editors.retrieval import text_index as _text_index
-from testbed.editors.retrieval.encoders import SentenceEncoder, load_encoder, look
-from testbed.editors.retrieval.text_index import Rows, VectorIndex, WordIndex, best, words
+from testbed.editors.retrieval import encoders, retriever
+from testbed.editors.retrieval.encoders import SentenceEncoder, image_embedding, load_encoder
+from testbed.editors.retrieval.retriever import GrowingArray, VectorIndex, WordIndex, most_similar, words
 from testbed.model.loading import load
 from tests.helpers.models import Noise, build
 
@@ -46,7 +45,7 @@ class Letters:
         return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
-def test_a_vector_is_the_same_in_any_company(encoder):
+def test_a_vector_does_not_depend_on_the_texts_beside_it(encoder):
     texts = sentences(24)
     together = SentenceEncoder(encoder.model, "together").encode(texts)
     apart = SentenceEncoder(encoder.model, "apart")
@@ -70,11 +69,12 @@ def test_a_text_is_encoded_once():
 
 
 def test_the_kept_vectors_are_bounded(monkeypatch):
-    monkeypatch.setattr(_encoders, "_CACHED", 3)
+    monkeypatch.setattr(encoders, "_CACHED_TEXTS", 3)
     encoder = SentenceEncoder(Letters(), "letters")
     texts = [f"text {c}" for c in "abcdef"]
     first = encoder.encode(texts)
     assert np.array_equal(first, encoder.encode(texts))
+    assert encoder._vector.cache_info().currsize == 3
     assert encoder.encode([]).shape == (0, 26)
 
 
@@ -82,17 +82,18 @@ def test_the_kept_vectors_are_bounded(monkeypatch):
 def test_the_best_are_those_of_a_plain_sort_and_the_newer_wins(values, k, data):
     alive = np.array(data.draw(st.lists(st.booleans(), min_size=len(values), max_size=len(values))))
     want = sorted((i for i in range(len(values)) if alive[i]), key=lambda i: (-values[i], -i))[:k]
-    found = best(np.array(values, np.float32) / 8, alive, k)
+    found = most_similar(np.array(values, np.float32) / 8, alive, k)
     assert [i for i, _ in found] == want
     assert [s for _, s in found] == [values[i] / 8 for i in want]
 
 
 def test_rows_handed_out_are_never_written_again():
-    rows = Rows(2, np.ones((3, 2), np.float32))
+    given = np.ones((3, 2), np.float32)
+    rows = GrowingArray(given)
     view = rows.first(3)
     for i in range(200):
         rows.add(np.full((1, 2), i, np.float32))
-    assert np.array_equal(view, np.ones((3, 2)))
+    assert np.array_equal(view, np.ones((3, 2))) and np.array_equal(given, view)
     assert np.array_equal(rows.first(203)[3:, 0], np.arange(200))
 
 
@@ -156,7 +157,7 @@ def test_beyond_the_exact_size_a_graph_finds_the_same(monkeypatch):
     index.add(texts)
     alive = np.arange(len(texts)) % 4 != 0
     exact = index.nearest(queries, alive, 3)
-    monkeypatch.setattr(_text_index, "EXACT", 10)
+    monkeypatch.setattr(retriever, "EXACT", 10)
     found = index.nearest(queries, alive, 3)
     assert all(alive[row] for hits in found for row, _ in hits)
     best_of = [abs(a[0][1] - b[0][1]) < 1e-4 for a, b in zip(exact, found)]
@@ -168,7 +169,7 @@ def test_a_missing_encoder_is_named_with_what_to_do(monkeypatch):
     handle = load_fresh()
     with pytest.raises(BadEditor, match="cannot be loaded"):
         load_encoder("/no/such/folder", handle)
-    monkeypatch.setattr(_encoders, "find_spec", lambda name: None)
+    monkeypatch.setattr(encoders, "find_spec", lambda name: None)
     with pytest.raises(BadEditor, match=r"\[retrieval\]"):
         load_encoder("some/encoder", handle)
     assert load_encoder("auto", handle) is None
@@ -181,11 +182,11 @@ def load_fresh():
     return load(str(folder("llama")), device="cpu")
 
 
-def test_a_look_is_what_enters_the_decoder_and_is_taken_once():
+def test_an_image_embedding_is_the_mean_of_the_decoder_input_and_is_computed_once():
     handle = build("llava")
-    one, two = look(handle, Noise(1)), look(handle, Noise(2))
+    one, two = image_embedding(handle, Noise(1)), image_embedding(handle, Noise(2))
     assert one.shape == (handle.width,)
     assert np.isclose(np.linalg.norm(one), 1, atol=1e-5)
     assert not np.allclose(one, two)
-    assert look(handle, Noise(1)) is one
+    assert image_embedding(handle, Noise(1)) is one
     assert not handle.layers[0]._forward_pre_hooks
