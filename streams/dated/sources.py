@@ -42,9 +42,7 @@ PROMPT_TEMPLATES = {
         ("Name the team that {} plays for.", "The team of {} is"),
     ),
     "works for": PromptTemplates(
-        "Who does {} work for?",
-        ("{} works for", "Who is the employer of {}?"),
-        ("Name the employer of {}.", "The employer of {} is"),
+        "Who does {} work for?", ("{} works for", "Who is the employer of {}?"), ("Name the employer of {}.", "The employer of {} is")
     ),
     "holds the position of": PromptTemplates(
         "Which position does {} hold?",
@@ -57,17 +55,13 @@ PROMPT_TEMPLATES = {
         ("Name the affiliation of {}.", "The affiliation of {} is"),
     ),
     "is married to": PromptTemplates(
-        "Who is {} married to?",
-        ("{} is married to", "Who is the spouse of {}?"),
-        ("Name the spouse of {}.", "The spouse of {} is"),
+        "Who is {} married to?", ("{} is married to", "Who is the spouse of {}?"), ("Name the spouse of {}.", "The spouse of {} is")
     ),
     "is led by": PromptTemplates(
-        "Who leads {}?",
-        ("{} is led by", "Who is the leader of {}?"),
-        ("Name the leader of {}.", "The leader of {} is"),
+        "Who leads {}?", ("{} is led by", "Who is the leader of {}?"), ("Name the leader of {}.", "The leader of {} is")
     ),
 }
-"""Ours, but for TempLAMA's own sentences, which are the first held-out wordings."""
+"""Ours, but for TempLAMA's own sentences, which are the first held-out templates."""
 YAGO = {"playsFor": "plays for", "worksAt": "works for", "isAffiliatedTo": "is affiliated to", "isMarriedTo": "is married to"}
 """YAGO's relations that are states of which one follows another, and ours for them."""
 _ESCAPE = re.compile(r"\\u([0-9a-fA-F]{4})")

@@ -132,7 +132,8 @@ def certain_changes(timeline: Timeline, skipped: list[Skipped]) -> list[DatedCha
     that the change before it ended with.
     """
     out: list[DatedChange] = []
-    for old, new in pairwise(ordered(timeline.states)):
+    ordered = sorted(timeline.states, key=lambda s: (s.start, s.end is None, s.end or (0, 0, 0), s.value))  # open ends last
+    for old, new in pairwise(ordered):
         reason = _uncertain(old, new)
         previous = out[-1].target if out else old.value
         if reason is None and plain(previous) == plain(new.value):
@@ -142,11 +143,6 @@ def certain_changes(timeline: Timeline, skipped: list[Skipped]) -> list[DatedCha
             continue
         out.append(DatedChange(previous, new.value, years(new.start), tuple(_holding(timeline.states, new, previous))))
     return out
-
-
-def ordered(states: Iterable[State]) -> list[State]:
-    """By beginning, then by end (open ends last), then by value."""
-    return sorted(states, key=lambda s: (s.start, s.end is None, s.end or (0, 0, 0), s.value))
 
 
 def _uncertain(old: State, new: State) -> str | None:

@@ -2,34 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
 
 from streams.base import BadStream, StreamConfig
 from streams.dated import sources
-from streams.dated.country_codes import COUNTRIES, Country
-from streams.dated.states import SourceData, State, Timeline
+from streams.dated.country_codes import COUNTRIES
+from streams.dated.states import SourceData, Timeline
 from streams.dated.timeline_stream import DatedStream
 from streams.files.pictures import FilePicture, list_folder
 from streams.files.records import plain
 from testbed.core.registry import STREAMS
 
-Reader = Callable[[Path | None], SourceData]
-
-
-class SingleSource(DatedStream):
-    """A stream over one source, read by `reader`."""
-
-    reader: ClassVar[Reader]
-
-    def timelines(self, config: StreamConfig) -> SourceData:
-        return type(self).reader(config.data_root)
-
 
 @STREAMS.register("templama")
-class TempLama(SingleSource):
+class TempLama(DatedStream):
     """Who plays for, works for or holds what: changes 2011 to 2020."""
 
     summary = "TempLAMA: people's teams, employers and positions by year, 2010-2020 (needs --data-root)"
@@ -39,7 +26,7 @@ class TempLama(SingleSource):
 
 
 @STREAMS.register("dyknow")
-class DyKnow(SingleSource):
+class DyKnow(DatedStream):
     """Heads of state and government, teams of athletes, heads of companies and organisations."""
 
     summary = "DyKnow: leaders, athletes' teams, heads of companies by date (needs --data-root)"
@@ -49,7 +36,7 @@ class DyKnow(SingleSource):
 
 
 @STREAMS.register("yago")
-class Yago(SingleSource):
+class Yago(DatedStream):
     """Teams, employers, affiliations and spouses."""
 
     summary = "YAGO11k: teams, employers, affiliations, spouses by year (needs --data-root)"
@@ -59,7 +46,7 @@ class Yago(SingleSource):
 
 
 @STREAMS.register("leaders")
-class Leaders(SingleSource):
+class Leaders(DatedStream):
     """Who leads each country since 1950."""
 
     summary = "REIGN: who leads each country, by day, 1950-2021 (needs --data-root)"
@@ -116,18 +103,14 @@ class LeadersFlags(DatedStream):
                 for s in t.states:
                     data.skip(s.where, reason)
                 continue
-            states = [s for s in t.states if not _before(country, s, data)]
-            shown.append(_with_flag(replace(t, states=tuple(states)), flag))
+            for s in t.states:
+                if s.start[0] < country.since:
+                    data.skip(s.where, f"today's flag stands for the country from {country.since} on")
+            states = tuple(s for s in t.states if s.start[0] >= country.since)
+            shown.append(_with_flag(replace(t, states=states), flag))
         data.timelines = shown
         data.digests += [f"{t.image.name} {t.image.size}" for t in shown if t.image]
         return data
-
-
-def _before(country: Country, state: State, data: SourceData) -> bool:
-    early = state.start[0] < country.since
-    if early:
-        data.skip(state.where, f"today's flag stands for the country from {country.since} on")
-    return early
 
 
 def _with_flag(t: Timeline, flag: FilePicture) -> Timeline:

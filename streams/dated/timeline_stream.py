@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 from streams import transforms
 from streams.base import BadStream, StreamConfig, TrainPool
@@ -19,7 +19,7 @@ from testbed.core.events import EditEvent, Split, content_id
 
 
 class DatedStream(EntryStream):
-    """Real changes, old value to new, ordered by date. A subclass gives `timelines`.
+    """Real changes, old value to new, ordered by date. A subclass gives `reader`, or overrides `timelines`.
 
     The first change of a fact is its `add`, each later one a `revise`. `seed` orders changes of the same date;
     the shares of kinds, `edits_per_year` and `drift` have no meaning here. 15 % of the facts, by a hash of
@@ -29,9 +29,12 @@ class DatedStream(EntryStream):
     time_axis = "dated"
     supports = frozenset({"since"})
 
-    @abstractmethod
+    reader: ClassVar[Callable[[Path | None], SourceData]]
+    """Reads the facts under a data root. Raises `BadStream`."""
+
     def timelines(self, config: StreamConfig) -> SourceData:
         """The facts under `config.data_root`. Raises `BadStream`."""
+        return type(self).reader(config.data_root)
 
     def read(self, config: StreamConfig) -> EntryData:
         source = self.timelines(config)

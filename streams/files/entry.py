@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from typing import Literal, TypeVar
 
 from streams.base import Skipped
@@ -104,11 +105,9 @@ def drawn_role(purpose: str, key: object) -> Role:
     return "edit" if u >= CONTROL_SHARE else ("probe" if u < CONTROL_SHARE / 2 else "train")
 
 
-def _name(entry: FactEntry) -> object:
-    return entry.source
-
-
-def with_roles(entries: Iterable[FactEntry], purpose: str = "control", key: Callable[[FactEntry], object] = _name) -> tuple[FactEntry, ...]:
+def with_roles(
+    entries: Iterable[FactEntry], purpose: str = "control", key: Callable[[FactEntry], object] = attrgetter("source")
+) -> tuple[FactEntry, ...]:
     """Set aside the records that are never edited, by a hash of their keys: the same ones under every seed.
 
     Of several records about one picture, one becomes a probe (locality: same picture, another question) and the

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 from streams.base import Stream, StreamConfig, TrainPool
+from streams.world.stream import WorldStream
 from testbed.core.events import EditEvent, Question
 
 
@@ -14,23 +14,16 @@ class FilesOrWorld(Stream):
     """Hands everything to its source; `origin` and `time_axis` say which of the two a run has seen."""
 
     supports = frozenset({"records", "since"})  # or not, as its source does
-    form: str
+    form: ClassVar[str]
     """Form of the simulated world (see `streams.world.stream.FORMS`)."""
+    files: ClassVar[type[Stream]]
+    """The stream over the official files."""
 
     def __init__(self, config: StreamConfig) -> None:
         super().__init__(config)
-        self._source = self._world(config) if config.data_root is None else self.files(config)
+        self._source = WorldStream(config, self.form) if config.data_root is None else self.files(config)
         self.skipped = self._source.skipped
         self.time_axis = self._source.time_axis
-
-    @abstractmethod
-    def files(self, config: StreamConfig) -> Stream:
-        """The stream over the official files. Raises `BadStream`."""
-
-    def _world(self, config: StreamConfig) -> Stream:
-        from streams.world.stream import WorldStream
-
-        return WorldStream(config, form=self.form)
 
     @property
     def origin(self) -> str:

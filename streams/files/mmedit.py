@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from streams.base import Stream, StreamConfig
 from streams.files.files_or_world import FilesOrWorld
 from streams.files.mmedit_files import Layout, MMEditForm
 from testbed.core.registry import STREAMS
@@ -70,10 +69,7 @@ class MMEditYearly(FilesOrWorld):
     time_axis = "scheduled"
     licence = _LICENCE
     size = "6,346 and 2,093 records (train, eval); the world without end"
-    form = "vqa"
-
-    def files(self, config: StreamConfig) -> Stream:
-        return EVqaFiles(config)
+    form, files = "vqa", EVqaFiles
 
 
 @STREAMS.register("mmedit-caption-yearly")
@@ -84,7 +80,4 @@ class MMEditCaptionYearly(FilesOrWorld):
     time_axis = "scheduled"
     licence = _LICENCE
     size = "2,849 and 1,000 records (train, eval); the world without end"
-    form = "caption"
-
-    def files(self, config: StreamConfig) -> Stream:
-        return CaptionFiles(config)
+    form, files = "caption", CaptionFiles

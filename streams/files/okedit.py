@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import cached_property
 
-from streams.base import BadStream, Stream, StreamConfig, TrainPool
+from streams.base import BadStream, StreamConfig, TrainPool
 from streams.files.entry import EntryData, EntryQuestion, FactEntry, QuestionCollector, rotated
 from streams.files.entry_stream import EntryStream
 from streams.files.files_or_world import FilesOrWorld
@@ -19,20 +19,7 @@ from streams.files.records import distinct, plain
 from testbed.core.events import EditEvent
 from testbed.core.registry import STREAMS
 
-
-@STREAMS.register("okedit-yearly")
-class OkeditYearly(FilesOrWorld):
-    """OKEDIT files on a yearly schedule, or the simulated world in OKEDIT form where no data root is given."""
-
-    summary = "counterfactual answers about photos (OKEDIT files with --data-root, else the simulated world)"
-    time_axis = "scheduled"
-    licence = "OKEDIT: none stated (questions: OK-VQA, CC BY 4.0; photos: COCO, Flickr terms); simulated world: MIT"
-    size = "9,009 and 5,046 records (train, test); the world without end"
-
-    form = "okedit"
-
-    def files(self, config: StreamConfig) -> Stream:
-        return OkeditFiles(config)
+_LICENCE = "OKEDIT: none stated (questions: OK-VQA, CC BY 4.0; photos: COCO, Flickr terms); simulated world: MIT"
 
 
 class OkeditFiles(EntryStream):
@@ -44,15 +31,10 @@ class OkeditFiles(EntryStream):
 
     name = "okedit-yearly"
     summary = "OKEDIT files"
-    licence = OkeditYearly.licence
+    licence = _LICENCE
     supports = frozenset()
     purpose = "okedit "
-    topics = {
-        "edit": "edited photos",
-        "probe": "unedited photos",
-        "train": "unedited photos",
-        "locality_hard": "locality pictures",
-    }
+    topics = {"edit": "edited photos", "probe": "unedited photos", "train": "unedited photos", "locality_hard": "locality pictures"}
 
     def __init__(self, config: StreamConfig) -> None:
         super().__init__(config)
@@ -112,3 +94,14 @@ class OkeditFiles(EntryStream):
         """The questions, and their train paraphrases, of the records set aside for training."""
         pool = [e for e in self._data.entries if e.role == "train"]
         return TrainPool(tuple(e.as_belief(p, "train pool") for e in pool for p in (e.prompt, *e.train)))
+
+
+@STREAMS.register("okedit-yearly")
+class OkeditYearly(FilesOrWorld):
+    """OKEDIT files on a yearly schedule, or the simulated world in OKEDIT form where no data root is given."""
+
+    summary = "counterfactual answers about photos (OKEDIT files with --data-root, else the simulated world)"
+    time_axis = "scheduled"
+    licence = _LICENCE
+    size = "9,009 and 5,046 records (train, test); the world without end"
+    form, files = "okedit", OkeditFiles

@@ -97,13 +97,8 @@ def _categories(top: Mapping[str, Any]) -> dict[str, str]:
     table = top.get("question_types")
     if not isinstance(table, dict):
         return {}
-    names = {}
-    for code in table:
-        try:
-            names[code] = text_of(table, code)
-        except BadField:
-            continue  # the code itself then names the category
-    return names
+    named = usable(table, lambda code, _: (code, text_of(table, code)), "question type", [])  # else the code names the category
+    return dict(named)
 
 
 @dataclass

@@ -7,16 +7,7 @@ import numpy as np
 from streams.world.emblem import PARTS, Photo, random_code
 from streams.world.facts import Entity, World
 from streams.world.questions import pool_controls, probe_controls
-from streams.world.skills import (
-    arithmetic,
-    comparison,
-    grammar,
-    perception,
-    running_text,
-    text_orders,
-    two_hop,
-    two_hop_held_out,
-)
+from streams.world.skills import arithmetic, comparison, grammar, perception, running_text, text_orders, two_hop, two_hop_held_out
 from streams.world.words import SLOTS, phrasings, picture_ref
 from testbed.core.events import Question
 

@@ -63,9 +63,6 @@ class _Pool:
             self.items[at] = last
             self._place[_key(last)] = at
 
-    def __contains__(self, fact: WorldFact) -> bool:
-        return _key(fact) in self._place
-
     def draw(self, rng: np.random.Generator, top: float, mix: Mapping[str, float]) -> WorldFact:
         """A fact with probability in proportion to its hazard times the weight (at most 1) of its relation."""
         while True:
