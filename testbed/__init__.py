@@ -1,6 +1,6 @@
-"""The lifelong-editing testbed: streams of dated fact changes, sequential editors, and what becomes of the model.
+"""The lifelong-editing testbed: streams of dated fact changes, sequential editors, and measurements of the edited model.
 
-`study` and `RunConfig` are loaded when they are asked for: `import testbed` loads no torch.
+`study` and `RunConfig` are imported at their first use, so `import testbed` loads no torch.
 """
 
 from __future__ import annotations

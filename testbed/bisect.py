@@ -1,9 +1,8 @@
 """Which edit broke the model: `python -m testbed.bisect OUT --editor NAME --after STEP --upto STEP`.
 
-Between two checkpoints, one whole and one broken, the editor is made again and the signal is looked at after the
-step in the middle, until two neighbouring steps are left: one before the crossing, one behind it. With `--alone N`
-edits are made one at a time, each on the clean model, to find those that break it by themselves ("hard" edits,
-Yang et al. 2024).
+Between two checkpoints, one intact and one broken, the editor is rebuilt and the signal measured after the step in the
+middle, until two neighbouring steps are left, one before the crossing and one after it. With `--alone N` each edit is
+made alone on the clean model, to find the edits that break the model by themselves ("hard" edits, Yang et al. 2024).
 """
 
 from __future__ import annotations
@@ -16,18 +15,21 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from rich.console import Console
 
 from testbed.core.schema import folder_name
 from testbed.editors.base import Editor
+from testbed.experiment.answering import answer_questions, text_answers
+from testbed.experiment.command import run_command
 from testbed.experiment.config import BadConfig
-from testbed.experiment.loop import Context, apply_step, ask_model, text_answers
-from testbed.experiment.rebuild import Stored, rebuild
-from testbed.experiment.schedule import Step
-from testbed.probes.base import Applied, draw, smallest
+from testbed.experiment.loop import Context, apply_step
+from testbed.experiment.rebuild import StoredRun, rebuild
+from testbed.probes.base import draw, smallest
 from testbed.storage.files import write_json
 
 DEFAULTS = {"perplexity": math.log(2), "unrelated": 0.5}
-"""Where each signal counts as crossed, unless told otherwise: perplexity doubled, half of what no edit is about changed."""
+"""Default bounds: the perplexity doubled, half of the unrelated answers changed."""
+_UNRELATED = "fixed_unrelated"
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class BisectConfig:
 
 
 def find(config: BisectConfig) -> dict[str, Any]:
-    """The crossing, or with `alone` the value of each edit; also written to OUT/EDITOR/bisect-SIGNAL.json (alone-SIGNAL.json).
+    """The crossing, or with `alone` the signal after each edit; also written to OUT/EDITOR/bisect-SIGNAL.json (alone-SIGNAL.json).
 
     Raises `BadConfig` for an interval without a crossing, an unknown signal or editor, and what `rebuild` raises.
     """
@@ -62,70 +64,67 @@ def find(config: BisectConfig) -> dict[str, Any]:
         raise BadConfig(f"--signal {config.signal} needs --above, the value from which on it counts as crossed")
     above = DEFAULTS[config.signal] if config.above is None else config.above
     stored = rebuild(config.out, {"device": config.device})
-    upto = stored.steps if config.upto is None else config.upto
-    if not 0 <= config.after < upto <= stored.steps:
-        raise BadConfig(f"--after {config.after} and --upto {upto} must be steps of the run in this order, from 0 to {stored.steps}")
-    look = _signal(stored.context(), config.signal)
-    work = _alone if config.alone else _crossing
-    found = {"signal": config.signal, "above": above, **work(stored, replace(config, above=above, upto=upto), look)}
-    kind = "alone" if config.alone else "bisect"
+    upto = stored.n_steps if config.upto is None else config.upto
+    if not 0 <= config.after < upto <= stored.n_steps:
+        raise BadConfig(f"--after {config.after} and --upto {upto} must be steps of the run in this order, from 0 to {stored.n_steps}")
+    signal = _signal(stored.context(), config.signal)
+    work, kind = (_alone, "alone") if config.alone else (_crossing, "bisect")
+    found = {"signal": config.signal, "above": above, **work(stored, replace(config, above=above, upto=upto), signal)}
     write_json(config.out / folder_name(config.editor) / f"{kind}-{folder_name(config.signal)}.json", found)
     return found
 
 
-Look = Callable[[Editor], float]
+Signal = Callable[[Editor], float]
 
 
-def _crossing(stored: Stored, config: BisectConfig, look: Look) -> dict[str, Any]:
-    """Halve the interval; what was applied up to its lower end is kept as a state and not made again."""
+def _crossing(stored: StoredRun, config: BisectConfig, signal: Signal) -> dict[str, Any]:
+    """Halve the interval; the state at its lower end is kept, so no edit before it is made twice."""
     low, high, above = config.after, config.upto or 0, config.above or 0.0
     editor = stored.at(config.editor, low)
-    seen = {low: look(editor)}
+    seen = {low: signal(editor)}
     if _crossed(seen[low], above):
         raise BadConfig(f"{config.signal} is {seen[low]:.4g} after step {low} already, above {above:.4g}: choose an earlier --after")
     state = editor.state_dict()
     while high not in seen or high - low > 1:
-        at = (low + high) // 2 if high in seen else high
+        middle = (low + high) // 2 if high in seen else high
         editor.load_state_dict(state)
-        stored.go(editor, low, at)
-        seen[at] = look(editor)
-        if _crossed(seen[at], above):
-            high = at
-        elif at == high:
-            raise BadConfig(f"{config.signal} is {seen[at]:.4g} after step {at}, not above {above:.4g}: there is no crossing in between")
+        stored.advance(editor, low, middle)
+        seen[middle] = signal(editor)
+        if _crossed(seen[middle], above):
+            high = middle
+        elif middle == high:
+            raise BadConfig(
+                f"{config.signal} is {seen[high]:.4g} after step {high}, not above {above:.4g}: there is no crossing in between"
+            )
         else:
-            low, state = at, editor.state_dict()
-    edits = [a.event.id for a in stored.plan.schedule.steps[high - 1].edits]
-    looked = {str(k): v for k, v in sorted(seen.items())}
-    return {"step": high, "edits": edits, "before": seen[low], "value": seen[high], "looked_at": looked}
+            low, state = middle, editor.state_dict()
+    edits = [a.event.id for a in stored.run.schedule.steps[high - 1].edits]
+    looked_at = {str(k): v for k, v in sorted(seen.items())}
+    return {"step": high, "edits": edits, "before": seen[low], "value": seen[high], "looked_at": looked_at}
 
 
-def _alone(stored: Stored, config: BisectConfig, look: Look) -> dict[str, Any]:
-    """Every edit from the same clean state."""
-    steps = stored.plan.schedule.steps[config.after : config.upto]
+def _alone(stored: StoredRun, config: BisectConfig, signal: Signal) -> dict[str, Any]:
+    """The signal after each of a sample of edits, made alone on the clean model."""
+    steps = stored.run.schedule.steps[config.after : config.upto]
     pool = [(s, a) for s in steps for a in s.edits if a.event.kind != "retire"]
-    chosen = smallest(pool, config.alone, lambda x: draw(stored.plan.config.seed, "alone", x[1].event.id))
+    chosen = smallest(pool, config.alone, lambda x: draw(stored.run.config.seed, "alone", x[1].event.id))
     editor, context = stored.fresh(config.editor), stored.context()
     clean = editor.state_dict()
     values: dict[str, float] = {}
     for step, applied in chosen:
         editor.load_state_dict(clean)
-        apply_step(context, editor, _only(step, applied))
-        values[applied.event.id] = look(editor)
+        apply_step(context, editor, replace(step, edits=(applied,), questions=()))
+        values[applied.event.id] = signal(editor)
     return {"values": values, "hard": [i for i, v in values.items() if _crossed(v, config.above or 0.0)]}
 
 
-def _only(step: Step, applied: Applied) -> Step:
-    return replace(step, edits=(applied,), asked=())
-
-
 def _crossed(value: float, above: float) -> bool:
-    """A signal that is not a number has crossed every bound."""
+    """True above the bound, and for NaN."""
     return math.isnan(value) or value > above
 
 
-def _signal(context: Context, name: str) -> Look:
-    """The function that measures a signal on an edited model. Raises `BadConfig` where the run has nothing to measure it on."""
+def _signal(context: Context, name: str) -> Signal:
+    """The function that measures a signal on an edited model. Raises `BadConfig` where the run has no questions for it."""
     if name == "perplexity":
         return _perplexity(context)
     if name == "unrelated":
@@ -135,32 +134,32 @@ def _signal(context: Context, name: str) -> Look:
     return lambda editor: _monitor(context, editor, name)
 
 
-def _perplexity(context: Context) -> Look:
-    """NLL a token now minus unedited, pooled over the run's texts."""
+def _perplexity(context: Context) -> Signal:
+    """Rise of the negative log-likelihood (nats per token) over the unedited model, pooled over the texts of the run."""
     texts = [q for q in context.schedule.unique_questions.values() if q.split == "text"]
     if not texts:
         raise BadConfig("the run asks no running text, so there is no perplexity; choose another --signal")
     base = [context.base[q.id] for q in texts]
     before = -sum(b.logprob or 0.0 for b in base) / sum(b.n_tokens or 0 for b in base)
 
-    def look(editor: Editor) -> float:
+    def signal(editor: Editor) -> float:
         now = text_answers(editor.predictor(), texts)
         return -sum(a.logprob or 0.0 for a in now) / sum(a.n_tokens or 0 for a in now) - before
 
-    return look
+    return signal
 
 
-def _unrelated(context: Context) -> Look:
-    """Share of the fixed unrelated panel that no longer agrees with the unedited model."""
-    panel = {a.plan.question.id: a.plan.question for s in context.schedule.steps for a in s.asked if a.plan.panel == "fixed_unrelated"}
+def _unrelated(context: Context) -> Signal:
+    """Share of the fixed panel of unrelated questions whose answers differ from those of the unedited model."""
+    panel = {a.plan.question.id: a.plan.question for s in context.schedule.steps for a in s.questions if a.plan.panel == _UNRELATED}
     if not panel:
         raise BadConfig("the run has no panel of unrelated questions; choose another --signal")
 
-    def look(editor: Editor) -> float:
-        answers = ask_model(context, editor.predictor(), list(panel.values()), [None] * len(panel))
+    def signal(editor: Editor) -> float:
+        answers = answer_questions(context, editor.predictor(), list(panel.values()), [None] * len(panel))
         return 1 - sum(bool(a.exact) for a in answers) / len(panel)
 
-    return look
+    return signal
 
 
 def _monitor(context: Context, editor: Editor, name: str) -> float:
@@ -171,11 +170,7 @@ def _monitor(context: Context, editor: Editor, name: str) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 2 for a mistake of the user's, said in plain words."""
-    from rich.console import Console
-
-    from testbed.experiment.command import run_command
-
+    """Exit code: 0 done, 2 for a mistake of the user, printed as a plain line."""
     config = tyro.cli(BisectConfig, args=argv, prog="python -m testbed.bisect")
     code, found = run_command(lambda: find(config))
     out = Console()

@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import tyro
 import yaml
 from rich.console import Console
 from rich.table import Table
@@ -15,13 +16,13 @@ from rich.table import Table
 from testbed.core import variants
 from testbed.core.registry import EDITORS, MONITORS, PROBES, STREAMS, WRAPPERS
 from testbed.experiment.command import run_command
-from testbed.experiment.config import BadConfig, RunConfig, set_fields
-from testbed.experiment.interrupt import Stop
+from testbed.experiment.config import BadConfig, RunConfig, set_fields, stored_config
+from testbed.experiment.interrupt import StopRequest
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 2 for a mistake of the user's (said in plain words), 130 when interrupted, 143 when stopped by SIGTERM
-    (after the batch in hand, everything saved)."""
+    """Exit code: 0 done, 2 for a mistake of the user (printed as a plain line), 130 interrupted, 143 stopped by SIGTERM (after
+    the step in hand, with everything saved)."""
     console = Console(stderr=True)
     code, _ = run_command(lambda: _main(list(sys.argv[1:] if argv is None else argv), console))
     return code
@@ -32,54 +33,39 @@ def _main(argv: list[str], console: Console) -> None:
     if config.list:
         list_plugins(Console())
         return
-    from testbed.experiment import runner
+    # torch, transformers and pandas are imported from here on, so that --help is fast
+    from transformers.utils import logging
 
-    runner.check(config)
-    _no_foreign_bars()
+    from analysis.reporting.tables import terminal_table
+    from testbed.experiment import estimate, runner
+
+    logging.disable_progress_bar()  # the loading bars of transformers
     if config.dry_run:
-        from testbed.experiment.estimate import print_estimate
-
-        print_estimate(config, Console())
+        estimate.print_estimate(config.resolve(), Console())
         return
 
     def say(line: str) -> None:
         console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
-    stop = Stop()
-    with stop.on():
+    stop = StopRequest()
+    with stop.on_signal():
         summary = runner.study(config, say, stop)
-    _show(summary)
-
-
-def _no_foreign_bars() -> None:
-    """Loading bars of transformers: ours says what takes time, and nothing does where output is no terminal."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-
-
-def _show(summary: dict[str, Any]) -> None:
-    from analysis.reporting.tables import terminal_table
-
     out = Console()
     out.print(terminal_table(summary))
-    where = Path(summary["run"]["folder"]) if "folder" in summary["run"] else None
-    if where:
-        out.print(f"report: {where / 'report.html'}", markup=False, highlight=False, soft_wrap=True)
+    out.print(f"report: {Path(summary['run']['folder']) / 'report.html'}", markup=False, highlight=False, soft_wrap=True)
 
 
 def parse(argv: list[str]) -> RunConfig:
-    """Command line, over --config FILE or the stored configuration of --resume, over the defaults. Raises `BadConfig`."""
-    import tyro
+    """The command line overrides --config FILE or the stored configuration of --resume, and these override the defaults.
 
-    from testbed.experiment.runner import resumed
-
+    Raises `BadConfig`, also for a --resume with another configuration.
+    """
     default = RunConfig()
     config_file, resume = _value_of(argv, "--config"), _value_of(argv, "--resume")
     if config_file:
         default = set_fields(default, read_yaml(Path(config_file)))
     if resume:
-        default = resumed(Path(resume))
+        default = stored_config(Path(resume))
     config = tyro.cli(RunConfig, args=_split_lists(argv), default=default, prog="python -m testbed.run")
     if resume and config.identity() != default.identity():
         changed = [k for k, v in config.identity().items() if v != default.identity()[k]]
@@ -88,6 +74,7 @@ def parse(argv: list[str]) -> RunConfig:
 
 
 def _value_of(argv: list[str], option: str) -> str | None:
+    """The value of an option, before the whole command line is parsed."""
     for i, a in enumerate(argv):
         if a == option and i + 1 < len(argv):
             return argv[i + 1]
@@ -97,7 +84,7 @@ def _value_of(argv: list[str], option: str) -> str | None:
 
 
 def _split_lists(argv: list[str]) -> list[str]:
-    """`--editor a,b` as `--editor a b`; several `--set` gathered behind the first."""
+    """Write `--editor a,b` as `--editor a b`, and collect the values of all `--set`, because tyro takes each option once."""
     out: list[str] = []
     sets: list[str] = []
     rest = [part for a in argv for part in (a.split("=", 1) if a.startswith(("--editor=", "--benchmarks=", "--set=")) else [a])]
@@ -114,7 +101,10 @@ def _split_lists(argv: list[str]) -> list[str]:
 
 
 def read_yaml(path: Path, what: str = "") -> dict[str, Any]:
-    """Fields of a run from a YAML file. Raises `BadConfig`, which calls it `what`, for one that is absent, broken or not a mapping."""
+    """Fields of a run from a YAML file; `what` is its name in messages.
+
+    Raises `BadConfig` for a file that is absent, broken or no mapping.
+    """
     what = what or f"--config {path}"
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -127,7 +117,7 @@ def read_yaml(path: Path, what: str = "") -> dict[str, Any]:
 
 
 def list_plugins(console: Console) -> None:
-    """Every plug-in with one line each."""
+    """Print every plug-in with one line each."""
     for registry in (EDITORS, WRAPPERS, STREAMS, PROBES, MONITORS):
         table = Table(title=f"{registry.kind}s", title_justify="left", box=None, show_header=False, pad_edge=False)
         for name, cls in registry.items():

@@ -1,4 +1,4 @@
-"""How a command line ends: what is a user's to mend is told in plain words, and the exit code says which way it went."""
+"""The end of every command line: a mistake of the user is a plain line instead of a traceback, and the exit code gives the reason."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TypeVar
 from rich.console import Console
 
 from streams.base import BadStream
+from testbed.benchmarks.files import BadBenchmark
 from testbed.core.events import BadEvent, BadPicture
 from testbed.core.registry import UnknownName
 from testbed.experiment.config import BadConfig
@@ -16,13 +17,14 @@ from testbed.storage.files import StoreError
 
 T = TypeVar("T")
 TERMINATED = 143
-"""Exit code of a run that SIGTERM ended: 128 and the signal's number, as a shell has it."""
+"""Exit code of a run that SIGTERM ended: 128 and the number of the signal, as in a shell."""
 
 
-def run_command(work: Callable[[], T], go_on: str = "--resume and the run folder") -> tuple[int, T | None]:
-    """An exit code (as `main`'s; a mistake of the user's, and memory that runs out, is said in plain words), and the result.
+def run_command(work: Callable[[], T], resume_with: str = "--resume and the run folder") -> tuple[int, T | None]:
+    """Do the work of a command line; return the exit code, and the result where it is 0.
 
-    go_on: with what work that was interrupted goes on.
+    Exit code 2 is a mistake of the user or lack of memory, 130 an interrupt, 143 a stop by SIGTERM.
+    resume_with: how the user continues interrupted work, for the message.
     """
     console = Console(stderr=True)
     try:
@@ -35,18 +37,17 @@ def run_command(work: Callable[[], T], go_on: str = "--resume and the run folder
         console.print(str(e), markup=False, highlight=False, soft_wrap=True)
         return TERMINATED, None
     except KeyboardInterrupt:
-        console.print(f"interrupted; what was saved is kept. Go on with {go_on}.", markup=False)
+        console.print(f"interrupted; what was saved is kept. Go on with {resume_with}.", markup=False)
         return 130, None
 
 
 def user_errors() -> tuple[type[Exception], ...]:
-    """What is a user's to mend, and so is told in one line and not as a traceback."""
-    from analysis.reading.records import BadRun
-    from testbed.benchmarks.files import BadBenchmark
+    """Errors that the user can mend."""
+    from analysis.reading.records import BadRun  # imported here: these modules load torch and pandas, and --help needs neither
     from testbed.editors.base import BadEditor
     from testbed.model.families import UnknownLayout
     from testbed.model.handle import BadModel
     from testbed.model.out_of_memory import MEMORY_ERRORS
 
-    streams = (BadStream, BadEvent, BadPicture, BadBenchmark)
-    return (BadConfig, *streams, BadEditor, BadRun, BadModel, *MEMORY_ERRORS, UnknownLayout, UnknownName, StoreError)
+    own = (BadConfig, BadStream, BadEvent, BadPicture, BadBenchmark, BadEditor, BadRun, BadModel)
+    return (*own, *MEMORY_ERRORS, UnknownLayout, UnknownName, StoreError)

@@ -1,28 +1,36 @@
-"""One dataclass for a run. It is checked as a whole before anything is loaded, all mistakes at once."""
+"""The configuration of a run: one dataclass, checked as a whole, with every mistake reported at once, before a model loads."""
 
 from __future__ import annotations
 
 import dataclasses
 import types
 import typing
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_type_hints
 
-from streams.base import MissingImages, StreamConfig
+from streams.base import MissingImages, Stream, StreamConfig
 from testbed.benchmarks import files as benchmarks
 from testbed.benchmarks.files import BadBenchmark, BenchmarkConfig
 from testbed.core import variants
+from testbed.core.ranges import PositiveInt, out_of_range
 from testbed.core.registry import EDITORS, STREAMS, UnknownName
 from testbed.core.schema import folder_name
 from testbed.experiment.track import missing
+from testbed.storage.files import StoreError
+from testbed.storage.run_folder import RunFolder
+
+if TYPE_CHECKING:  # an editor's module loads torch, and a configuration is read without it
+    from testbed.editors.base import Editor, EditorConfig
 
 D = TypeVar("D")
+T = TypeVar("T")
 Tracker = Literal["tensorboard", "wandb", "mlflow"]
 
 
 class BadConfig(ValueError):
-    """Everything that is wrong with a configuration, one line each."""
+    """A configuration is wrong; the message has one line per mistake."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +45,9 @@ class RunConfig:
     """`tiny`, a folder written by save_pretrained, or a hub id."""
     data_root: Path | None = None
     """Folder of the stream's official files; without it the simulated world stands in, where it can."""
-    edits: int = 500
+    edits: PositiveInt = 500
     """Number of edits."""
-    batch: int = 1
+    batch: PositiveInt = 1
     """Edits per step."""
     seed: int = 0
     """Seed of the order of the stream, the panels and the editors."""
@@ -57,13 +65,13 @@ class RunConfig:
     """editor.field=value or stream.field=value; may be given many times."""
     missing_images: MissingImages = "skip"
     """Records without their picture: skip them, ask without a picture, or put the caption in its place."""
-    probe_budget: int = 8000
+    probe_budget: PositiveInt = 8000
     """Questions per editor and 500 edits; panels shrink to fit."""
     benchmarks: tuple[Path, ...] = ()
     """Files or folders of benchmarks to ask besides, separated by commas (docs/benchmarks.md; settings: --set benchmarks.field=value)."""
-    max_new_tokens: int = 16
+    max_new_tokens: PositiveInt = 16
     """Longest free generation, in tokens."""
-    save_every: int = 50
+    save_every: PositiveInt = 50
     """Edits between saved states, rounded up to whole steps; a stopped run goes on from the newest one."""
     save_model: Path | None = None
     """Write the edited model of every editor that changes weights to this folder with save_pretrained."""
@@ -80,39 +88,66 @@ class RunConfig:
     list: bool = False
     """Print every editor, stream and probe with one line each, and stop."""
 
-    def overrides(self, name: str) -> dict[str, str]:
-        """Fields set for one editor (or for `stream`), as text."""
-        out: dict[str, str] = {}
-        for item in self.set:
-            left, _, value = item.partition("=")
-            owner, _, key = left.partition(".")
-            if owner == name:
-                out[key] = value
-        return out
-
-    def stream_config(self) -> StreamConfig:
-        """The stream's own configuration with `--set stream.*` applied. Raises `BadConfig`."""
-        base = StreamConfig(data_root=self.data_root, seed=self.seed, missing_images=self.missing_images)
-        return set_fields(base, self.overrides("stream"))
-
-    def benchmark_config(self) -> BenchmarkConfig:
-        """How benchmarks are asked, with `--set benchmarks.*` applied. Raises `BadConfig`."""
-        return set_fields(BenchmarkConfig(), self.overrides("benchmarks"))
-
-    def editor_class(self, name: str) -> Any:
-        """The class of one editor, a variant's under its whole name. Raises `BadConfig` or `UnknownName`."""
-        base, _ = _split(name)
-        cls = EDITORS.get(base)
-        return cls if base == name else type(cls.__name__, (cls,), {"name": name, "__doc__": cls.__doc__})
-
-    def editor_config(self, name: str) -> Any:
-        """The configuration of one editor: `--set`, then what stands in its brackets. Raises `BadConfig` or `UnknownName`."""
-        base, settings = _split(name)
-        return set_fields(EDITORS.get(base).Config(), self.overrides(base) | settings)
+    def resolve(self) -> ResolvedRun:
+        """Look up the stream and the editors and read the benchmarks. Raises `BadConfig` with every mistake at once."""
+        problems = self._field_problems()
+        stream = _attempt(problems, self.resolve_stream)
+        loaded = _attempt(problems, self._load_benchmarks)
+        problems += missing(self.track) if self.track else []
+        editors = {name: e for name in self.editor if (e := _attempt(problems, lambda name=name: self.resolve_editor(name))) is not None}
+        problems += self._set_problems()
+        if problems or stream is None or loaded is None:
+            raise BadConfig("\n".join(problems))
+        return ResolvedRun(self, stream, editors, loaded)
 
     def problems(self) -> list[str]:
-        """Every mistake, as sentences; empty when the run can start."""
-        out = [f"--{name.replace('_', '-')} must be 1 or more, got {getattr(self, name)}" for name in _POSITIVE if getattr(self, name) < 1]
+        """Every mistake as a sentence; empty when the run can start."""
+        problems: list[str] = []
+        _attempt(problems, self.resolve)
+        return problems
+
+    def resolve_stream(self) -> ResolvedStream:
+        """The class of the stream and its configuration with `--set stream.*`. Raises `BadConfig`."""
+        problems: list[str] = []
+        cls: Any = _attempt(problems, lambda: STREAMS.get(self.stream))
+        base = StreamConfig(data_root=self.data_root, seed=self.seed, missing_images=self.missing_images)
+        config = _attempt(problems, lambda: set_fields(base, self._settings("stream")))
+        problems += config.problems() if config is not None else []
+        if problems or config is None:
+            raise BadConfig("\n".join(problems))
+        return ResolvedStream(cls, config)
+
+    def resolve_editor(self, name: str) -> ResolvedEditor:
+        """The class of an editor and its configuration: `--set`, then its brackets. Raises `BadConfig` or `UnknownName`."""
+        try:
+            base, settings = variants.split(name)
+        except ValueError as e:
+            raise BadConfig(f"--editor {e}") from e
+        cls = EDITORS.get(base)
+        config = set_fields(cls.Config(), self._settings(base) | settings)
+        problems = [f"{name}: {problem}" for problem in config.problems()]
+        limit = cls.traits.max_batch
+        if limit is not None and self.batch > limit:
+            problems.append(f"{name} takes at most {limit} edits at once, got --batch {self.batch}")
+        if problems:
+            raise BadConfig("\n".join(problems))
+        named = cls if base == name else type(cls.__name__, (cls,), {"name": name, "__doc__": cls.__doc__})
+        return ResolvedEditor(named, config, self.seed)
+
+    def _load_benchmarks(self) -> benchmarks.LoadedBenchmarks:
+        config = set_fields(BenchmarkConfig(), self._settings("benchmarks"))
+        if problems := config.problems():
+            raise BadConfig("\n".join(f"benchmarks: {p}" for p in problems))
+        return benchmarks.load(self.benchmarks, config)
+
+    def _settings(self, owner: str) -> dict[str, str]:
+        """The `--set` fields of one editor, of `stream` or of `benchmarks`, as text."""
+        items = [item.partition("=") for item in self.set]
+        return {left.partition(".")[2]: value for left, _, value in items if left.partition(".")[0] == owner}
+
+    def _field_problems(self) -> list[str]:
+        """Mistakes that the fields alone show."""
+        out = [f"--{name.replace('_', '-')} {rest}" for name, rest in (p.split(" ", 1) for p in out_of_range(self))]
         if not self.editor:
             out.append("--editor names no editor; see --list")
         if len(set(self.editor)) < len(self.editor):
@@ -121,32 +156,11 @@ class RunConfig:
             out.append(f"--editor names two editors that would share a folder: {', '.join(self.editor)}")
         if self.data_root is not None and not self.data_root.is_dir():
             out.append(f"--data-root {self.data_root} is not a folder")
-        out += _tried(lambda: STREAMS.get(self.stream))
-        out += _tried(lambda: self.stream_config().problems())
-        out += _tried(self._benchmark_problems)
-        out += missing(self.track) if self.track else []
-        for name in self.editor:
-            out += _tried(lambda name=name: self._editor_problems(name))
-        out += self._set_problems()
-        return out
-
-    def _benchmark_problems(self) -> list[str]:
-        config = self.benchmark_config()
-        problems = [f"benchmarks: {p}" for p in config.problems()]
-        if not problems:
-            benchmarks.load(self.benchmarks, config)
-        return problems
-
-    def _editor_problems(self, name: str) -> list[str]:
-        out = [f"{name}: {problem}" for problem in self.editor_config(name).problems()]
-        limit = self.editor_class(name).traits.max_batch
-        if limit is not None and self.batch > limit:
-            out.append(f"{name} takes at most {limit} edits at once, got --batch {self.batch}")
         return out
 
     def _set_problems(self) -> list[str]:
         owners = {"stream", "benchmarks", *(name.partition("[")[0] for name in self.editor)}
-        out = []
+        out: list[str] = []
         for item in self.set:
             owner = item.partition("=")[0].partition(".")[0]
             if "=" not in item or "." not in item.partition("=")[0]:
@@ -156,38 +170,75 @@ class RunConfig:
         return out
 
     def stored(self) -> dict[str, Any]:
-        """What a manifest keeps: everything but output places, logs and switches of the command line."""
+        """The fields that a manifest keeps: all but output folders, logs and switches of the command line."""
         skip = {"out", "resume", "config", "log", "dry_run", "list", "save_model", "save_every", "cache", "track"}
         return {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name not in skip}
 
     def identity(self) -> dict[str, Any]:
-        """What makes two runs the same run. Data and model may have moved: their hashes stand for them."""
-        return {k: v for k, v in self.stored().items() if k not in PLACES}
+        """The stored fields that identify the run: all but those in `LOCATIONS`."""
+        return {k: v for k, v in self.stored().items() if k not in LOCATIONS}
 
 
-PLACES = ("data_root", "model", "benchmarks")
-"""Fields that say where something lies; its content is hashed."""
-_POSITIVE = ("edits", "batch", "probe_budget", "max_new_tokens", "save_every")
+LOCATIONS = ("data_root", "model", "benchmarks")
+"""Fields that say where data or a model lie. They may move between two processes of a run; hashes identify their content."""
 
 
-def _split(name: str) -> tuple[str, dict[str, str]]:
+@dataclass(frozen=True)
+class ResolvedStream:
+    """The class of a stream and its checked configuration."""
+
+    cls: type[Stream]
+    config: StreamConfig
+
+    def open(self) -> Stream:
+        """Read the stream. Raises `BadStream`."""
+        return self.cls(self.config)
+
+
+@dataclass(frozen=True)
+class ResolvedEditor:
+    """The class of an editor (a variant has its whole name), its checked configuration, and the seed of the run."""
+
+    cls: type[Editor]
+    config: EditorConfig
+    seed: int
+
+    def create(self) -> Editor:
+        """A new editor, not yet bound to a model."""
+        return self.cls(self.config, self.seed)
+
+
+@dataclass(frozen=True)
+class ResolvedRun:
+    """A checked configuration with the plug-ins and files that its fields name."""
+
+    config: RunConfig
+    stream: ResolvedStream
+    editors: dict[str, ResolvedEditor]
+    """By name, in the order of the configuration."""
+    benchmarks: benchmarks.LoadedBenchmarks
+
+
+def _attempt(problems: list[str], check: Callable[[], T]) -> T | None:
+    """The result of a check; None, and its message among the problems, where it raises."""
     try:
-        return variants.split(name)
-    except ValueError as e:
-        raise BadConfig(f"--editor {e}") from e
-
-
-def _tried(check: Any) -> list[str]:
-    """Problems that a check returns or raises."""
-    try:
-        result = check()
+        return check()
     except (UnknownName, BadConfig, BadBenchmark) as e:
-        return str(e).splitlines()
-    return result if isinstance(result, list) else []
+        problems += str(e).splitlines()
+        return None
+
+
+def stored_config(out: Path) -> RunConfig:
+    """The configuration of a run folder, set to resume it. Raises `StoreError`."""
+    stored = RunFolder(out).manifest().get("config")
+    if not isinstance(stored, dict):
+        raise StoreError(f"{out / 'manifest.json'} holds no configuration: it is not the manifest of a run")
+    known = {f.name for f in dataclasses.fields(RunConfig)}
+    return replace(set_fields(RunConfig(), {k: v for k, v in stored.items() if k in known}), resume=out)
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON holds it."""
+    """The value in JSON types."""
     if isinstance(value, Path):
         return str(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -199,8 +250,8 @@ def plain(value: Any) -> Any:
     return value
 
 
-def set_fields(config: D, values: typing.Mapping[str, Any]) -> D:
-    """A dataclass with fields set from text. Raises `BadConfig` naming every unknown field and wrong value."""
+def set_fields(config: D, values: Mapping[str, Any]) -> D:
+    """A dataclass with fields set from text. Raises `BadConfig` that names every unknown field and every wrong value."""
     hints = get_type_hints(type(config))
     out, wrong = {}, []
     for name, text in values.items():
@@ -213,11 +264,11 @@ def set_fields(config: D, values: typing.Mapping[str, Any]) -> D:
             wrong.append(f"{name}={text!r}: {e}")
     if wrong:
         raise BadConfig("\n".join(wrong))
-    return dataclasses.replace(config, **out)  # type: ignore[type-var]
+    return replace(config, **out)  # type: ignore[type-var]
 
 
 def parse_value(text: Any, hint: Any) -> Any:
-    """Text (or a YAML value) as the type of a field. Raises ValueError that says what was expected."""
+    """Text (or a YAML value) as the type of a field. Raises ValueError with the expected form."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if str(text).lower() in ("none", "null", ""):
@@ -239,7 +290,7 @@ def parse_value(text: Any, hint: Any) -> Any:
 
 
 def _parts(text: Any) -> list[Any]:
-    """The items of a list, or of text separated by commas."""
+    """The items of a list or of comma-separated text."""
     if isinstance(text, str):
         return variants.names(text)
     if not isinstance(text, (list, tuple, frozenset)):
@@ -248,7 +299,7 @@ def _parts(text: Any) -> list[Any]:
 
 
 def _number(text: Any, hint: type) -> int | float:
-    """A number as it was written: a fraction is no whole number, and "nan" is none at all."""
+    """Text as a number: a fraction is no whole number, and "nan" is no number."""
     wanted = "a whole number" if hint is int else "a number"
     if isinstance(text, bool) or (hint is int and isinstance(text, float) and not text.is_integer()):
         raise ValueError(f"expected {wanted}")

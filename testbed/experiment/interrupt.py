@@ -1,37 +1,42 @@
-"""A run that is asked to end does so between two batches, with everything saved that was finished."""
+"""Requested stops: a run ends after the step in hand, with everything saved."""
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
 
 class Stopped(RuntimeError):
-    """A run ended where it was asked to; the message says how to go on."""
+    """A run ended after a requested stop; the message says how to resume."""
 
 
-class Stop:
-    """Whether the run was asked to end. It looks after each batch, and ends where it stands saved."""
+class StopRequest:
+    """A flag that a run checks after each step; once it is set, the run saves and raises `Stopped`."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.requested = False
 
-    def ask(self, *_: Any) -> None:
-        """Ask the run to end after the batch it is at."""
-        self.asked = True
+    def request(self) -> None:
+        """Set the flag."""
+        self.requested = True
+
+    def check(self, where: str) -> None:
+        """Raise `Stopped` with the message `where` when the flag is set."""
+        if self.requested:
+            raise Stopped(where)
 
     @contextmanager
-    def on(self, number: int = signal.SIGTERM) -> Iterator[None]:
-        """Inside, the signal asks; a second one ends the process at once, as it does outside. For a main thread."""
+    def on_signal(self, number: int = signal.SIGTERM) -> Generator[None]:
+        """Set the flag at the first signal inside the block; a second one has its former effect. For the main thread."""
 
         def first(*_: Any) -> None:
-            self.ask()
-            signal.signal(number, before)
+            self.request()
+            signal.signal(number, former)
 
-        before = signal.signal(number, first)
+        former = signal.signal(number, first)
         try:
             yield
         finally:
-            signal.signal(number, before)
+            signal.signal(number, former)

@@ -1,5 +1,5 @@
-"""Everything that a run would stumble over hours later, looked at before the first edit: every picture of the
-schedule is decoded once, every target and answer is spelled once, and every prompt is short enough for the model."""
+"""Checks before the first edit, for mistakes that would otherwise end a run hours later: every picture of the schedule is
+decoded once, every target and answer is tokenized once, and every prompt must fit into the window of the model."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ _SHOWN = 10
 
 
 def check(schedule: Schedule, handle: ModelHandle) -> None:
-    """Raises `BadPicture` or `BadModel` that names all (the first ten of) what cannot be used."""
+    """Raise `BadPicture` or `BadModel` with every problem (the first ten of them)."""
     events = [a.event for s in schedule.steps for a in s.edits]
     questions = schedule.unique_questions.values()
     pictures = {x.image.key: x.image for x in (*events, *questions) if x.image is not None}
     if pictures and not handle.reads_pictures:
         raise BadModel(f"{handle.name} reads no pictures and {len(pictures)} are asked about: use an image-text model, or a text stream")
     _raise(BadPicture, filter(None, (_picture_problem(handle, found) for found in decoded(pictures.values()))))
-    spelled = [(Ask(e.prompt), e.target) for e in events if e.target]
-    spelled += [(Ask(q.prompt), a) for q in questions for a in q.choices or filter(None, [q.answer])]
-    _raise(BadModel, filter(None, (_spelling_problem(handle, ask, answer) for ask, answer in spelled)))
+    answers = [(Ask(e.prompt), e.target) for e in events if e.target]
+    answers += [(Ask(q.prompt), a) for q in questions for a in q.choices or filter(None, [q.answer])]
+    _raise(BadModel, filter(None, (_answer_problem(handle, ask, answer) for ask, answer in answers)))
     _raise(BadModel, filter(None, (_length_problem(handle, q) for q in questions)))
 
 
@@ -36,14 +36,15 @@ def _raise(error: type[Exception], problems: Iterable[str]) -> None:
 
 
 def _picture_problem(handle: ModelHandle, picture: Decoded | BadPicture) -> str | None:
-    """Why a picture cannot be decoded; one that can stays in the handle's cache as tensors."""
+    """Why a picture cannot be decoded; the tensors of a decoded one stay in the cache of the handle."""
     if isinstance(picture, BadPicture):
         return str(picture)
     prompt_inputs(handle, Ask("", picture))
     return None
 
 
-def _spelling_problem(handle: ModelHandle, ask: Ask, answer: str) -> str | None:
+def _answer_problem(handle: ModelHandle, ask: Ask, answer: str) -> str | None:
+    """Why an answer cannot be tokenized after its prompt."""
     try:
         answer_ids(handle, ask, answer)
     except BadModel as e:
@@ -52,7 +53,7 @@ def _spelling_problem(handle: ModelHandle, ask: Ask, answer: str) -> str | None:
 
 
 def _length_problem(handle: ModelHandle, question: Question) -> str | None:
-    """Running text is cut to the model's window; a prompt that does not fit with its answer cannot be asked."""
+    """Why a prompt with its answer does not fit into the window; running text always fits, because it is cut to the window."""
     if question.split == "text" or question.scoring == "text":
         return None
     ask = question.ask()

@@ -1,4 +1,4 @@
-"""An edited model out of a run folder: the same configuration, data and model, the editor after any of its steps."""
+"""Editors rebuilt from a run folder: the stored configuration, data and model, and the editor after any of its steps."""
 
 from __future__ import annotations
 
@@ -9,81 +9,75 @@ from typing import Any
 
 from testbed.editors.base import Editor
 from testbed.experiment import runner
-from testbed.experiment.config import PLACES, BadConfig, RunConfig
+from testbed.experiment.config import LOCATIONS, BadConfig, stored_config
 from testbed.experiment.loop import Context, apply_step
-from testbed.experiment.runner import Plan
+from testbed.experiment.runner import PreparedRun
 from testbed.storage.files import StoreError
 from testbed.storage.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredRun:
     """A run folder with its stream, schedule and model loaded again."""
 
-    plan: Plan
+    run: PreparedRun
     folder: RunFolder
 
     @property
-    def steps(self) -> int:
-        return len(self.plan.schedule.steps)
+    def n_steps(self) -> int:
+        return len(self.run.schedule.steps)
+
+    def names(self, wanted: Sequence[str] = ()) -> tuple[str, ...]:
+        """The wanted editors; all of the run for an empty list. Raises `BadConfig` for an editor that the run lacks."""
+        missing = [n for n in wanted if n not in self.run.config.editor]
+        if missing:
+            raise BadConfig(f"{self.folder.path} has no editor {', '.join(map(repr, missing))}; it has {', '.join(self.run.config.editor)}")
+        return tuple(wanted) or self.run.config.editor
 
     def context(self) -> Context:
-        """What `apply_step` and `ask_step` need. Raises `StoreError` where the unedited model's answers are gone."""
+        """The context for `apply_step` and `ask_step`. Raises `StoreError` without the answers of the unedited model."""
         base = self.folder.base_answers()
         if not base:
             raise StoreError(f"{self.folder.path / 'base'} holds no readable answers: go on with --resume {self.folder.path}")
-        plan = self.plan
-        shared = (plan.manifest["run"], plan.config.seed, plan.handle, plan.stream, plan.schedule)
-        return Context(*shared, base, plan.config.max_new_tokens)
+        return self.run.context(base)
 
     def fresh(self, name: str) -> Editor:
-        """The editor before its first edit. Raises `BadConfig` for one that the run does not have."""
-        if name not in self.plan.config.editor:
-            raise BadConfig(f"{self.folder.path} has no editor {name!r}; it has {', '.join(self.plan.config.editor)}")
-        editor = runner.make_editor(self.plan.config, name)
-        editor.prepare(self.plan.handle, self.plan.stream.train_pool())
-        return editor
+        """The editor before its first edit. Raises `BadConfig` for an editor that the run lacks."""
+        return self.run.editor(self.names([name])[0])
 
     def newest(self, name: str) -> tuple[int, Editor]:
-        """The editor as it was saved last, and after which step that was. Raises `StoreError` where nothing was saved."""
+        """The newest saved step and the editor after it. Raises `StoreError` where nothing was saved."""
         editor = self.fresh(name)
         step, state = self.folder.editor(name).newest()
         editor.load_state_dict(state)
         return step, editor
 
     def at(self, name: str, step: int) -> Editor:
-        """The editor after a step, made again from its newest state up to there, or from the start."""
+        """The editor after a step: from its newest state if that is not later, else from the first edit on."""
         editor = self.fresh(name)
         saved, state = self.folder.editor(name).newest()
         if saved <= step:
             editor.load_state_dict(state)
-        self.go(editor, saved if saved <= step else 0, step)
+        self.advance(editor, saved if saved <= step else 0, step)
         return editor
 
-    def go(self, editor: Editor, after: int, upto: int) -> None:
-        """Apply steps after+1 to upto, as the run did."""
+    def advance(self, editor: Editor, after: int, upto: int) -> None:
+        """Apply the steps after + 1 to upto, as the run did."""
         context = self.context()
-        for step in self.plan.schedule.steps[after:upto]:
+        for step in self.run.schedule.steps[after:upto]:
             apply_step(context, editor, step)
 
 
-def rebuild(out: Path, places: dict[str, Any] | None = None) -> Stored:
-    """A run folder, ready to rebuild its editors.
+def rebuild(out: Path, changed: dict[str, Any] | None = None) -> StoredRun:
+    """Load a run folder again.
 
     Args:
-        places: where data or model lie now, if they have moved (`data_root`, `model`, `benchmarks`), and `device`.
+        changed: fields of the configuration with the new location of data or model (`data_root`, `model`, `benchmarks`), and
+            `device`.
 
-    Raises `StoreError` where the folder is no run, or data or model are not those it was made with.
+    Raises `StoreError` where the folder is no run, or data or model differ from those of the run.
     """
-    config: RunConfig = replace(runner.resumed(out), **(places or {}))
-    plan, folder = runner.prepare(config), RunFolder(out)
-    folder.check_same(plan.manifest, runner.SAME, [f"config.{name}" for name in (*PLACES, "device")])
-    return Stored(plan, folder)
-
-
-def names(stored: Stored, wanted: Sequence[str]) -> tuple[str, ...]:
-    """The editors that were asked for, or all of the run. Raises `BadConfig` for one it does not have."""
-    missing = [n for n in wanted if n not in stored.plan.config.editor]
-    if missing:
-        raise BadConfig(f"{stored.folder.path} has no editor {', '.join(missing)}; it has {', '.join(stored.plan.config.editor)}")
-    return tuple(wanted) or stored.plan.config.editor
+    config = replace(stored_config(out), **(changed or {}))
+    run, folder = runner.prepare(config.resolve()), RunFolder(out)
+    folder.check_same(run.manifest, runner.SAME, [f"config.{name}" for name in (*LOCATIONS, "device")])
+    return StoredRun(run, folder)

@@ -86,7 +86,7 @@ def prepare(resolved: ResolvedRun) -> PreparedRun:
     if not events:
         raise BadConfig(f"{config.stream} ({stream.origin}) yields no edit; skipped records: {len(stream.skipped)}")
     handle = load(config.model, config.device, config.dtype, config.device_map)
-    handle.shelf = config.cache
+    handle.cache_folder = config.cache
     events = arrange(stream, events, lambda adds: losses(handle, adds))
     options = schedule.ScheduleConfig(config.batch, config.seed, config.probe_budget, resolved.benchmarks.every)
     planned = schedule.build(stream, events, options)

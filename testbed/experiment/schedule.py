@@ -1,12 +1,12 @@
-"""The explicit list of what will happen: every edit and every question of a run, fixed and hashed beforehand.
+"""The schedule: every edit and every question of a run, fixed and hashed before the run starts.
 
-A step is one `apply` call. Probes come right after every step and, for the larger panels, after 1, 2, 4, 8,
-... steps, at every 500 edits, at each year's end and at the end of the stream.
+A step is one `apply` call. Probes ask after every step and, for the larger panels, after 1, 2, 4, 8, ... steps, every
+500 edits, at the end of each year and at the end of the stream.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -14,14 +14,15 @@ from streams.base import Stream
 from testbed.core.events import EditEvent, Question, check_order, content_id
 from testbed.core.registry import PROBES
 from testbed.core.schema import EventRow, QuestionRow, ScheduleRow
-from testbed.probes.base import Applied, Benchmark, Moment, Past, Planned, Probe
+from testbed.probes.base import Applied, Benchmark, Checkpoint, EditHistory, Planned, Probe
 
 GRID = 500
+"""Edits between the regular checkpoints at which every panel is asked."""
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A planned question and the probe that asks it."""
+class ScheduledQuestion:
+    """A question of the schedule, and the name and version of the probe that asks it."""
 
     plan: Planned
     probe: str
@@ -32,21 +33,22 @@ class Asked:
 class Step:
     """One `apply` call and the questions after it."""
 
-    moment: Moment
+    checkpoint: Checkpoint
     edits: tuple[Applied, ...]
-    asked: tuple[Asked, ...]
+    questions: tuple[ScheduledQuestion, ...]
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """All steps of a run, and how far panels were shrunk to fit the budget (1.0: not at all)."""
+    """All steps of a run, and the factor by which panels were shrunk to fit the budget (1.0: not at all)."""
 
     steps: tuple[Step, ...]
     scale: float = 1.0
 
     @property
     def n_questions(self) -> int:
-        return sum(len(s.asked) for s in self.steps)
+        """Questions of one editor; a question that several checkpoints or panels ask counts each time."""
+        return sum(len(s.questions) for s in self.steps)
 
     @cached_property
     def superseded(self) -> dict[str, int]:
@@ -55,25 +57,26 @@ class Schedule:
 
     @cached_property
     def unique_questions(self) -> dict[str, Question]:
-        """Every question that is asked at least once, by id, in order of first use."""
-        return {a.plan.question.id: a.plan.question for s in self.steps for a in s.asked}
+        """The questions by id, in the order of their first use."""
+        return {q.plan.question.id: q.plan.question for s in self.steps for q in s.questions}
 
     @cached_property
     def hash(self) -> str:
+        """Hash of all rows of schedule.parquet (16 hex digits)."""
         return content_id([[r.step, r.action, r.edit_id, r.question_id, r.probe, r.panel, round(r.incl_prob, 9)] for r in self.rows()])
 
     def rows(self) -> Iterator[ScheduleRow]:
-        """schedule.parquet."""
+        """The rows of schedule.parquet."""
         for s in self.steps:
             for a in s.edits:
-                yield ScheduleRow(s.moment.step, "edit", a.event.id, None, "", "", 1.0, "edit")
-            for q in s.asked:
+                yield ScheduleRow(s.checkpoint.step, "edit", a.event.id, None, "", "", 1.0, "edit")
+            for q in s.questions:
                 edit = q.plan.edit.event.id if q.plan.edit else None
-                why = "right_after" if q.plan.panel == "immediate" else s.moment.why
-                yield ScheduleRow(s.moment.step, "probe", edit, q.plan.question.id, q.probe, q.plan.panel, q.plan.incl_prob, why)
+                why = "right_after" if q.plan.panel == "immediate" else s.checkpoint.why
+                yield ScheduleRow(s.checkpoint.step, "probe", edit, q.plan.question.id, q.probe, q.plan.panel, q.plan.incl_prob, why)
 
     def event_rows(self) -> Iterator[EventRow]:
-        """events.parquet."""
+        """The rows of events.parquet."""
         for s in self.steps:
             for a in s.edits:
                 e = a.event
@@ -82,94 +85,80 @@ class Schedule:
                 yield EventRow(e.id, e.kind, a.step, e.time, e.seq, *names, self.superseded.get(e.id), e.source)
 
     def question_rows(self) -> Iterator[QuestionRow]:
-        """questions.parquet."""
+        """The rows of questions.parquet."""
         for q in self.unique_questions.values():
             image = q.image.key if q.image is not None else None
             yield QuestionRow(q.id, q.event_id, q.split, q.prompt, image, q.answer, list(q.aliases), q.topic, list(q.choices), q.scoring)
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a schedule depends on besides the events: edits a step, panel seed, questions allowed per 500 edits, benchmarks."""
+class ScheduleConfig:
+    """Everything but the events that a schedule depends on."""
 
     batch: int = 1
+    """Edits per step."""
     seed: int = 0
+    """Seed of the panels."""
     budget: int = 8000
+    """Questions of one editor per 500 edits."""
     benchmarks: tuple[Benchmark, ...] = ()
 
 
-def build(stream: Stream, events: Sequence[EditEvent], plan: Plan, probes: dict[str, Probe] | None = None) -> Schedule:
-    """The schedule of a run; panels are shrunk until at most `plan.budget` questions are asked per 500 edits.
+def build(stream: Stream, events: Sequence[EditEvent], config: ScheduleConfig, probes: dict[str, Probe] | None = None) -> Schedule:
+    """The schedule of a run; panels shrink until the questions fit `config.budget`.
 
-    The questions asked right after each edit are never thinned, and a panel never falls under eight edits,
-    so a very small budget is overrun; `Schedule.scale` and the dry run tell.
-    Raises `BadEvent` when the events are out of order.
+    The questions right after each edit are never thinned, and no panel falls below eight edits, so a run overruns a very
+    small budget; `Schedule.scale` and the dry run show it. Raises `BadEvent` when the events are out of order.
     """
     check_order(list(events))
     probes = probes if probes is not None else {name: cls() for name, cls in PROBES.items()}
-    past = Past((), (), _remember(stream), stream.general(), plan.seed, benchmarks=plan.benchmarks)
-    allowed = plan.budget * max(1.0, len(events) / GRID)
+    questions = {e.id: stream.questions(e) for e in events}
+    past = EditHistory((), (), lambda e: questions[e.id], stream.general(), config.seed, benchmarks=config.benchmarks)
+    allowed = config.budget * max(1.0, len(events) / GRID)
     scale = 1.0
     for _ in range(6):
-        schedule = _build(replace(past, scale=scale), events, plan.batch, probes)
+        schedule = _build(replace(past, scale=scale), events, config.batch, probes)
         if schedule.n_questions <= allowed or scale < 0.02:
             break
-        fixed = sum(a.plan.panel == "immediate" for s in schedule.steps for a in s.asked)
+        fixed = sum(q.plan.panel == "immediate" for s in schedule.steps for q in s.questions)
         panels = schedule.n_questions - fixed
         scale *= min(0.95, max(0.05, (allowed - fixed) / max(1, panels)))
     return schedule
 
 
-def _remember(stream: Stream) -> Callable[[EditEvent], Sequence[Question]]:
-    """The stream's questions of an event, made once."""
-    made: dict[str, tuple[Question, ...]] = {}
-
-    def questions(event: EditEvent) -> tuple[Question, ...]:
-        if event.id not in made:
-            made[event.id] = stream.questions(event)
-        return made[event.id]
-
-    return questions
-
-
-def _build(past: Past, events: Sequence[EditEvent], batch: int, probes: dict[str, Probe]) -> Schedule:
-    steps = []
+def _build(past: EditHistory, events: Sequence[EditEvent], batch: int, probes: dict[str, Probe]) -> Schedule:
+    steps: list[Step] = []
     live: dict[str, Applied] = {}
-    planned = list(moments(events, batch))
+    planned = list(checkpoints(events, batch))
     every = tuple(a for _, edits in planned for a in edits)
-    for moment, edits in planned:
+    for checkpoint, edits in planned:
         for a in edits:
             if a.event.revises:
                 live.pop(a.event.revises, None)
             live[a.event.id] = a
         alive = tuple(a for a in edits if a.event.id in live)
-        now = replace(past, new=alive, live=tuple(live.values()), coming=every[moment.edits :])
-        asked = [Asked(plan, name, p.version) for name, p in sorted(probes.items()) for plan in p.ask(now, moment)]
-        steps.append(Step(moment, edits, tuple(asked)))
+        now = replace(past, new=alive, live=tuple(live.values()), coming=every[checkpoint.edits :])
+        questions = [ScheduledQuestion(plan, name, p.version) for name, p in sorted(probes.items()) for plan in p.ask(now, checkpoint)]
+        steps.append(Step(checkpoint, edits, tuple(questions)))
     return Schedule(tuple(steps), past.scale)
 
 
-def moments(events: Sequence[EditEvent], batch: int) -> Iterator[tuple[Moment, tuple[Applied, ...]]]:
-    """Steps of `batch` edits (fewer at a year's end, so that no step spans two years), with the reasons to probe."""
-    step, at = 0, 0
-    while at < len(events):
-        end = at + 1
-        while end < len(events) and end - at < batch and events[end].year == events[at].year:
+def checkpoints(events: Sequence[EditEvent], batch: int) -> Iterator[tuple[Checkpoint, tuple[Applied, ...]]]:
+    """The checkpoint after each step, with the edits of the step: `batch` of them, fewer at the end of a year, because no
+    step spans two years."""
+    step, start = 0, 0
+    while start < len(events):
+        end = start + 1
+        while end < len(events) and end - start < batch and events[end].year == events[start].year:
             end += 1
         step += 1
-        edits = tuple(Applied(e, step, at + i + 1) for i, e in enumerate(events[at:end]))
-        yield Moment(step, end, events[end - 1].time, _reasons(events, step, at, end), at), edits
-        at = end
+        edits = tuple(Applied(e, step, start + i + 1) for i, e in enumerate(events[start:end]))
+        yield Checkpoint(step, end, events[end - 1].time, _reasons(events, step, start, end), start), edits
+        start = end
 
 
-def _reasons(events: Sequence[EditEvent], step: int, at: int, end: int) -> frozenset[str]:
-    reasons = {"right_after"}
-    if step & (step - 1) == 0:
-        reasons.add("power")
-    if end // GRID > at // GRID:
-        reasons.add("grid")
-    if end == len(events):
-        reasons |= {"end", "year"}
-    elif events[end].year != events[at].year:
-        reasons.add("year")
-    return frozenset(reasons)
+def _reasons(events: Sequence[EditEvent], step: int, start: int, end: int) -> frozenset[str]:
+    """The reasons to ask after the step that makes the edits from `start` up to `end`."""
+    last_of_year = end == len(events) or events[end].year != events[start].year
+    found = {"power": step & (step - 1) == 0, "grid": end // GRID > start // GRID, "end": end == len(events), "year": last_of_year}
+    return frozenset({"right_after", *(reason for reason, holds in found.items() if holds)})

@@ -1,7 +1,7 @@
-"""Trackers: the numbers of a run shown to tensorboard, wandb or mlflow as the run goes (`--track`, extra [track]).
+"""Trackers: tensorboard, wandb or mlflow show the numbers of a run as it goes (`--track`, extra [track]).
 
-A tracker gets what was just saved, so it never shows a number that the run folder does not hold; nothing is read back
-from it. Each editor is a run of its own there. wandb stays offline (`wandb sync` sends it), mlflow writes one file.
+A tracker receives what was just saved, so it never shows a number that the run folder lacks; nothing is read back from
+it. Each editor is a run of its own there. Nothing leaves the machine: wandb stays offline, mlflow writes one file.
 """
 
 from __future__ import annotations
@@ -9,84 +9,85 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from testbed.core.events import content_id
 from testbed.core.schema import EditReport, Record, folder_name
-
-if TYPE_CHECKING:
-    from testbed.storage.run_folder import Found
+from testbed.storage.run_folder import StepResults
 
 NEEDS = {"tensorboard": ("tensorboard",), "wandb": ("wandb",), "mlflow": ("mlflow", "sqlalchemy", "alembic")}
-"""Packages that must be importable for each tracker."""
-Log = Callable[[int, Mapping[str, float]], None]
-"""Called with a step and its numbers by name."""
-_BATCH = 1000
-"""Most metrics that mlflow takes at once."""
+"""Packages that each tracker needs besides accelerate."""
 
 
 @dataclass(frozen=True)
-class About:
-    """What a tracker is told of a run of one editor."""
+class TrackedRun:
+    """One editor of a run, for a tracker."""
 
     out: Path
-    """Run folder; trackers write beside the editors' folders."""
+    """Run folder; trackers write beside the folders of the editors."""
     run: str
     editor: str
     config: Mapping[str, Any]
-    """Fields and values, as JSON holds them."""
+    """The stored configuration in JSON types."""
 
     @property
     def id(self) -> str:
-        """The same when the run is gone on with."""
+        """The id of the tracker's run; a resumed run has the same."""
         return content_id("track", self.run, self.editor)
 
 
 def missing(name: str) -> list[str]:
-    """A sentence where packages of a tracker are not installed."""
-    absent = [p for p in NEEDS[name] if importlib.util.find_spec(p) is None]
+    """A sentence about the packages of a tracker that are not installed; empty when all are."""
+    absent = [p for p in (*NEEDS[name], "accelerate") if importlib.util.find_spec(p) is None]
     return [f"--track {name} needs {', '.join(absent)}: pip install 'lifelong-editing-testbed[track]'"] if absent else []
 
 
 @contextmanager
-def tracking(name: str | None, about: About) -> Iterator[Callable[[Found], None]]:
-    """What to call with everything that was just saved; without a name it does nothing."""
+def tracking(name: str | None, run: TrackedRun) -> Generator[Callable[[StepResults], None]]:
+    """A callback for the results that were just saved; without a name it does nothing."""
     if name is None:
-        yield lambda found: None
+        yield lambda results: None
         return
-    with _OPEN[name](about) as log:
-        yield lambda found: _show(found, log)
+    from accelerate import PartialState  # imported here: an optional package
+
+    PartialState(cpu=True)  # accelerate's trackers need it for their own log messages
+    tracker = _TRACKERS[name](run)
+    tracker.start()
+    tracker.store_init_configuration({k: json.dumps(v) for k, v in run.config.items()})
+    try:
+        yield lambda results: _show(results, tracker)
+    finally:
+        tracker.finish()
 
 
-def _show(found: Found, log: Log) -> None:
-    for step, values in sorted(numbers(found).items()):
-        log(step, values)
+def _show(results: StepResults, tracker: Any) -> None:
+    for step, values in sorted(numbers(results).items()):
+        tracker.log(values, step=step)
 
 
-def numbers(found: Found) -> dict[int, dict[str, float]]:
+def numbers(results: StepResults) -> dict[int, dict[str, float]]:
     """Step to numbers by name.
 
     `PANEL/SPLIT/generated`: share of right free generations; `PANEL/SPLIT/tokens`: mean share of answer tokens that are
     the argmax under teacher forcing; `PANEL/SPLIT/all_tokens`: share of answers of which all are; `PANEL/text/nll`: nats
-    a token of running text. Answers count with 1 over the probability with which their panel drew them. `cost/...`
-    (seconds and bytes), `change/...`, `edits/...` and the editor's own `notes/...` come from its report of the step,
+    per token of running text. An answer weighs 1 over the probability with which its panel included it. `cost/...`
+    (seconds and bytes), `change/...`, `edits/...` and the `notes/...` of the editor come from its report of the step,
     `monitor/...` from the monitors.
     """
     out: dict[int, dict[str, float]] = defaultdict(dict)
-    for report in found.reports:
+    for report in results.reports:
         out[report.step] |= _of_report(report)
     panels: dict[tuple[int, str], list[Record]] = defaultdict(list)
-    for r in found.records:
+    for r in results.records:
         panels[r.probe_step, f"{r.panel}/{r.split}"].append(r)
-    for (step, place), records in panels.items():
-        out[step] |= {f"{place}/{reading}": value for reading, value in _of_panel(records).items()}
-    for m in found.monitors:
+    for (step, panel), records in panels.items():
+        out[step] |= {f"{panel}/{mode}": value for mode, value in _of_panel(records).items()}
+    for m in results.monitors:
         out[m.step][f"monitor/{m.name}"] = m.value
     return dict(out)
 
@@ -99,88 +100,48 @@ def _of_report(report: EditReport) -> dict[str, float]:
 
 
 def _of_panel(records: list[Record]) -> dict[str, float]:
-    """Weighted means of what was measured; a reading that was not is absent."""
-    weights = [1 / r.incl_prob for r in records]
-    exact = [None if r.exact is None else float(r.exact) for r in records]
-    tokens = [None if r.token_hits is None or not r.n_tokens else r.token_hits / r.n_tokens for r in records]
-    whole = [None if t is None else float(t == 1) for t in tokens]
-    out = {"generated": _mean(exact, weights), "tokens": _mean(tokens, weights), "all_tokens": _mean(whole, weights)}
-    texts = [(w * (r.logprob or 0.0), w * r.n_tokens) for w, r in zip(weights, records) if r.split == "text" and r.n_tokens]
-    out |= {"nll": -sum(p for p, _ in texts) / sum(n for _, n in texts)} if texts else {}
-    return {k: v for k, v in out.items() if v is not None}
+    """Weighted means by scoring mode; a mode that measured nothing is absent."""
+    pairs: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for r in records:
+        weight = 1 / r.incl_prob
+        if r.exact is not None:
+            pairs["generated"].append((float(r.exact), weight))
+        if r.token_hits is not None and r.n_tokens:
+            pairs["tokens"].append((r.token_hits / r.n_tokens, weight))
+            pairs["all_tokens"].append((float(r.token_hits == r.n_tokens), weight))
+        if r.split == "text" and r.n_tokens:
+            pairs["nll"].append((-(r.logprob or 0.0) / r.n_tokens, weight * r.n_tokens))
+    return {mode: sum(v * w for v, w in known) / sum(w for _, w in known) for mode, known in pairs.items()}
 
 
-def _mean(values: list[float | None], weights: list[float]) -> float | None:
-    known = [(v, w) for v, w in zip(values, weights) if v is not None]
-    return sum(v * w for v, w in known) / sum(w for _, w in known) if known else None
-
-
-@contextmanager
-def _tensorboard(about: About) -> Iterator[Log]:
+def _tensorboard(run: TrackedRun) -> Any:
     """OUT/tensorboard/EDITOR; `tensorboard --logdir OUT/tensorboard` shows it."""
-    from torch.utils.tensorboard import SummaryWriter
+    from accelerate.tracking import TensorBoardTracker
 
-    writer = SummaryWriter(about.out / "tensorboard" / folder_name(about.editor))
-    writer.add_text("config", f"```\n{json.dumps(about.config, indent=1, sort_keys=True)}\n```")
-
-    def log(step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            writer.add_scalar(name, value, step)
-        writer.flush()
-
-    try:
-        yield log
-    finally:
-        writer.close()
+    return TensorBoardTracker(folder_name(run.editor), run.out / "tensorboard")
 
 
-@contextmanager
-def _wandb(about: About) -> Iterator[Log]:
+def _wandb(run: TrackedRun) -> Any:
     """OUT/wandb; `wandb sync OUT/wandb/offline-run-*` sends it."""
     import wandb
+    from accelerate.tracking import WandBTracker
 
     quiet = wandb.Settings(silent=True, console="off")
-    names: dict[str, Any] = {"project": "lifelong-editing-testbed", "name": about.editor, "group": about.run, "id": about.id}
-    run: Any = wandb.init(**names, dir=str(about.out), mode="offline", config=dict(about.config), settings=quiet, reinit="finish_previous")
-    try:
-        yield lambda step, values: run.log(dict(values), step=step)
-    finally:
-        run.finish()
+    names: dict[str, Any] = {"name": run.editor, "group": run.run, "id": run.id, "dir": str(run.out)}
+    return WandBTracker("lifelong-editing-testbed", **names, mode="offline", settings=quiet, reinit="finish_previous")
 
 
-@contextmanager
-def _mlflow(about: About) -> Iterator[Log]:
-    """OUT/mlflow.db; `mlflow ui --backend-store-uri sqlite:///OUT/mlflow.db` shows it."""
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # offline is offline; read when mlflow is imported
-    from mlflow import MlflowClient
-    from mlflow.entities import Metric, Param
+def _mlflow(run: TrackedRun) -> Any:
+    """OUT/mlflow.db; `mlflow ui --backend-store-uri sqlite:///OUT/mlflow.db` shows it. A resumed run continues its run there."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # mlflow reads it when it is imported
+    import mlflow
+    from accelerate.tracking import MLflowTracker
 
-    client = MlflowClient(f"sqlite:///{(about.out / 'mlflow.db').absolute()}")
-    run = _mlflow_run(client, about)
-    params = [Param(k, json.dumps(v)[:500]) for k, v in about.config.items()]
-
-    def log(step: int, values: Mapping[str, float]) -> None:
-        now = int(time.time() * 1000)
-        metrics = [Metric(name, value, now, step) for name, value in values.items()]
-        for at in range(0, len(metrics), _BATCH):
-            client.log_batch(run, metrics[at : at + _BATCH])
-
-    client.log_batch(run, params=params)
-    try:
-        yield log
-    finally:
-        client.set_terminated(run)
+    mlflow.set_tracking_uri(f"sqlite:///{(run.out / 'mlflow.db').absolute()}")
+    earlier: Any = mlflow.search_runs(search_all_experiments=True, filter_string=f"tags.testbed = '{run.id}'", output_format="list")
+    known = earlier[0].info.run_id if earlier else None
+    artifacts = (run.out / "mlflow").absolute().as_uri()
+    return MLflowTracker(run.run, artifacts, known, {"testbed": run.id}, run_name=run.editor)
 
 
-def _mlflow_run(client: Any, about: About) -> str:
-    """The run's id there: the one from before where the run is gone on with."""
-    known = client.get_experiment_by_name(about.run)
-    place = (about.out / "mlflow").absolute().as_uri()
-    experiment = known.experiment_id if known else client.create_experiment(about.run, artifact_location=place)
-    earlier = client.search_runs([experiment], f"tags.testbed = '{about.id}'")
-    if earlier:
-        return earlier[0].info.run_id
-    return client.create_run(experiment, run_name=about.editor, tags={"testbed": about.id}).info.run_id
-
-
-_OPEN = {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow}
+_TRACKERS: dict[str, Callable[[TrackedRun], Any]] = {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow}

@@ -20,7 +20,7 @@ import tyro
 from testbed.core import variants
 from testbed.core.events import Ask
 from testbed.experiment.config import BadConfig
-from testbed.experiment.rebuild import Stored, names, rebuild
+from testbed.experiment.rebuild import StoredRun, rebuild
 from testbed.model.handle import ModelHandle
 from testbed.model.predictor import ModelPredictor, Predictor
 from testbed.probes.base import draw
@@ -64,15 +64,15 @@ def harness(config: HarnessConfig) -> dict[str, Any]:
     stored = rebuild(config.out, {"device": config.device})
     samples = _samples(lm_eval.tasks.get_task_dict(tasks, manager), config.items)
     results: dict[str, Any] = {}
-    for name in (UNEDITED, *names(stored, list(filter(None, variants.names(config.editor))))):
-        predictor = ModelPredictor(stored.plan.handle) if name == UNEDITED else stored.newest(name)[1].predictor()
-        results[name] = evaluate(model(predictor, stored.plan.handle), tasks, manager, samples, config.shots)
-    found = {"harness": importlib.metadata.version("lm_eval"), "run": stored.plan.manifest["run"], "samples": samples, "results": results}
+    for name in (UNEDITED, *stored.names(list(filter(None, variants.names(config.editor))))):
+        predictor = ModelPredictor(stored.run.handle) if name == UNEDITED else stored.newest(name)[1].predictor()
+        results[name] = evaluate(model(predictor, stored.run.handle), tasks, manager, samples, config.shots)
+    found = {"harness": importlib.metadata.version("lm_eval"), "run": stored.run.manifest["run"], "samples": samples, "results": results}
     write_json(config.out / "lm_eval.json", {**found, "steps": _steps(stored, [n for n in results if n != UNEDITED])})
     return found
 
 
-def _steps(stored: Stored, editors: Sequence[str]) -> dict[str, int]:
+def _steps(stored: StoredRun, editors: Sequence[str]) -> dict[str, int]:
     """After which step each editor's state was saved."""
     return {n: stored.folder.editor(n).newest()[0] for n in editors}
 

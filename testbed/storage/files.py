@@ -1,38 +1,39 @@
-"""Files that are there whole or not at all: rows, JSON and states, written under a temporary name, flushed and renamed."""
+"""Atomic files: rows, JSON and states are written under a temporary name, flushed and renamed, so no reader sees half a file."""
 
 from __future__ import annotations
 
 import errno
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from testbed.core.schema import columns
 
 _ARROW = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_(), list: pa.list_(pa.string())}
 Phase = Callable[[str, int], None]
-"""Called with what begins (write, rename, ...) and the step."""
+"""Callback for the start of a phase (write, rename, ...) and its step."""
 
 
 class StoreError(RuntimeError):
-    """A folder that cannot be used or written: which, why, what to do."""
+    """A folder cannot be used or written; the message gives the folder, the reason and the remedy."""
 
 
 def arrow_schema(row: type) -> pa.Schema:
     """The arrow schema of a row dataclass."""
-    return pa.schema([pa.field(n, _ARROW[t], nullable=absent) for n, (t, absent) in columns(row).items()])
+    return pa.schema([pa.field(n, _ARROW[t], nullable=optional) for n, (t, optional) in columns(row).items()])
 
 
 @contextmanager
-def replacing(path: Path, phase: Phase | None = None, step: int = 0) -> Iterator[Path]:
-    """A temporary path that becomes `path` when the block ends well. Raises `StoreError` on a full disk."""
+def replacing(path: Path, phase: Phase | None = None, step: int = 0) -> Generator[Path]:
+    """A temporary path that replaces `path` when the block ends without an error. Raises `StoreError`, also for a full disk."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,28 +55,49 @@ def replacing(path: Path, phase: Phase | None = None, step: int = 0) -> Iterator
 
 
 def _flush_folder(path: Path) -> None:
-    """The names in a folder on disk, so that a later file never outlives an earlier one in a power cut."""
-    at = os.open(path, os.O_RDONLY)
+    """Flush the names in a folder to disk, so that a later file never outlives an earlier one in a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(at)
+        os.fsync(descriptor)
     finally:
-        os.close(at)
+        os.close(descriptor)
+
+
+@contextmanager
+def locked(lock: Path, option: str, wait: bool = True) -> Generator[None]:
+    """Hold a lock file inside the block; the death of the process releases it.
+
+    Args:
+        lock: the lock file; its folder is created.
+        option: the command line option that chooses the folder, for messages.
+        wait: wait for another process that holds the lock, or else raise.
+
+    Raises `StoreError` where the folder cannot be written, or, without `wait`, where another process holds the lock.
+    """
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        file_lock = FileLock(lock, timeout=-1 if wait else 0)
+        file_lock.acquire()
+    except Timeout as e:
+        raise StoreError(f"{lock.parent} is being written by another process: wait for it, stop it, or choose another {option}") from e
+    except OSError as e:
+        raise StoreError(f"{lock.parent} cannot be written: {e}; choose another {option}") from e
+    try:
+        yield
+    finally:
+        file_lock.release()
 
 
 def write_rows(path: Path, row: type, rows: Iterable[Any], phase: Phase | None = None, step: int = 0) -> None:
-    """A parquet file of row dataclasses, atomically."""
-    listed = [r if isinstance(r, dict) else _as_dict(r) for r in rows]
+    """Write row dataclasses (or dicts of their fields) as a parquet file. Raises `StoreError`."""
+    listed = [r if isinstance(r, dict) else {name: getattr(r, name) for name in r.__slots__} for r in rows]
     table = pa.Table.from_pylist(listed, schema=arrow_schema(row))
     with replacing(path, phase, step) as temporary:
         pq.write_table(table, temporary, compression="zstd")
 
 
-def _as_dict(row: Any) -> dict[str, Any]:
-    return {name: getattr(row, name) for name in row.__slots__}
-
-
-def whole(path: Path) -> bool:
-    """True for a parquet file that is there and was not cut: its footer stands last."""
+def is_complete(path: Path) -> bool:
+    """True for a parquet file that exists and was not truncated: its footer comes last."""
     try:
         return pq.ParquetFile(path).metadata is not None
     except (OSError, pa.ArrowException):
@@ -83,12 +105,13 @@ def whole(path: Path) -> bool:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Write JSON with sorted keys. Raises `StoreError`."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> Any:
-    """Raises `StoreError` for a file that is absent or broken."""
+    """Read JSON. Raises `StoreError` for a file that is absent or broken."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as e:
@@ -98,12 +121,13 @@ def read_json(path: Path) -> Any:
 
 
 def step_of(path: Path) -> int:
+    """The step in a file name of the form step-000050.parquet."""
     return int(path.name.split(".")[0].removeprefix("step-"))
 
 
 def write_state(path: Path, state: dict[str, Any], phase: Phase | None = None) -> None:
-    """Tensors as safetensors, everything else as JSON in its header (nothing is pickled)."""
-    import torch
+    """Write tensors as safetensors and everything else as JSON in the header; nothing is pickled. Raises `StoreError`."""
+    import torch  # imported here: reading rows needs no torch
     from safetensors.torch import save_file
 
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in state.items() if isinstance(v, torch.Tensor)}
@@ -113,7 +137,7 @@ def write_state(path: Path, state: dict[str, Any], phase: Phase | None = None) -
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """The reverse. Raises `StoreError` for a file that is absent, cut or not a state."""
+    """Read what `write_state` wrote. Raises `StoreError` for a file that is absent, truncated or no state."""
     from safetensors import safe_open
 
     try:

@@ -1,7 +1,7 @@
 """The grid of a sweep: every field of a run may have several values, and each combination is one cell.
 
-A cell runs one editor, and its folder is an ordinary run folder. Its id is a hash of what it runs, so it does not
-depend on the order in which a file names fields and values, and a grid that grows keeps the cells it had.
+A cell runs one editor, and its folder is an ordinary run folder. Its id is a hash of its configuration, so it does not
+depend on the order of fields and values in the file, and a grid that grows keeps its cells.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import socket
 import traceback
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -25,11 +25,11 @@ from testbed.experiment.config import BadConfig, RunConfig, plain, set_fields
 from testbed.storage.files import step_of
 
 RESERVED = frozenset({"out", "resume", "config", "log", "dry_run", "list", "save_model", "cache"})
-"""Fields of a run that a sweep sets itself, or that make no sense for many runs."""
+"""Fields of a run that a sweep sets itself, or that have no meaning for many runs."""
 _WITHIN = ("editor", "seed")
-"""What may differ inside one comparison: editors stand side by side, orders of a stream are pooled."""
+"""Fields that differ inside one comparison: editors are compared, seeds are pooled as orders of one stream."""
 _COMMON = ("stream", "benchmarks")
-"""Owners of settings that every cell has."""
+"""Owners of settings that apply to every cell."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Cell:
     id: str
     config: RunConfig
     folder: Path
-    """Its run folder, which is `config.out`."""
+    """The run folder, which is `config.out`."""
 
     @property
     def editor(self) -> str:
@@ -47,44 +47,46 @@ class Cell:
 
     @property
     def done(self) -> bool:
-        """True when the folder holds a finished run: its report is written last."""
+        """True for a finished run: the report is the last file that a run writes."""
         return (self.folder / "report.html").is_file()
 
     @property
     def begun(self) -> bool:
-        """True when there is something to go on with."""
+        """True for a run that can be resumed."""
         return (self.folder / "manifest.json").is_file()
 
     @property
     def log(self) -> Path:
-        """What its runs said: where each began or went on, stand-ins, skipped records."""
+        """The log of its runs: start and resumption with the host, stand-ins, skipped records."""
         return self.folder.with_name(f"{self.folder.name}.log")
 
     @property
     def step(self) -> int:
-        """The newest saved step; 0 when there is none."""
+        """The newest saved step; 0 without one."""
         return max((step_of(p) for p in self.folder.glob("*/state/step-*.safetensors")), default=0)
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Cells by id in the order in which they are started, and for each comparison what sets it apart and its cells' ids."""
+    """All cells and comparisons of a sweep."""
 
     cells: dict[str, Cell]
+    """By id, in the order of their start."""
     comparisons: dict[str, list[str]]
+    """Ids of the cells by the label of the comparison."""
 
 
 def expand(values: Mapping[str, Any], out: Path, device: str = "auto") -> Grid:
     """The grid of a sweep.
 
     Args:
-        values: fields of `RunConfig`. A list gives several values to a field of one value; a field that is itself a
-            list (`set`, `benchmarks`) gets several from a list of lists; each editor is a value.
+        values: fields of `RunConfig`. A list gives several values to a field of one value; a list of lists does so to a
+            field that is itself a list (`set`, `benchmarks`); each editor is one value.
         out: folder of the sweep.
-        device: what `device` is where the values do not say.
+        device: the default of the field `device`.
 
-    Editors are the slowest axis, so that cells which share what the unedited model says are not all started at once.
-    A setting of an editor (`set: [finetune.lr=1e-3]`) goes to the cells of that editor. Raises `BadConfig` with every
+    Editors are the slowest axis, so that cells with the same answers of the unedited model do not start all at once.
+    A setting of an editor (`set: [finetune.lr=1e-3]`) applies to the cells of that editor. Raises `BadConfig` with every
     mistake at once.
     """
     _check_names(values)
@@ -100,7 +102,8 @@ def expand(values: Mapping[str, Any], out: Path, device: str = "auto") -> Grid:
         cells.setdefault(cell.id, cell)
         members = comparisons.setdefault(_label(chosen, axes), [])
         members += [cell.id] if cell.id not in members else []
-    _check(cells.values())
+    if problems := dict.fromkeys(p for cell in cells.values() for p in cell.config.problems()):
+        raise BadConfig("\n".join(problems))
     return Grid(cells, comparisons)
 
 
@@ -119,7 +122,7 @@ def _check_names(values: Mapping[str, Any]) -> None:
 
 
 def _choices(name: str, value: Any) -> list[Any]:
-    """The values of one field. Raises `BadConfig` for an empty list, and editors that are no names."""
+    """The values of one field. Raises `BadConfig` for an empty list and for editors that are no names."""
     if name == "editor":
         names = variants.names(value) if isinstance(value, str) else value
         if not isinstance(names, (list, tuple)) or not all(isinstance(e, str) for e in names):
@@ -139,21 +142,21 @@ def _cell(chosen: Mapping[str, Any], out: Path) -> Cell:
     config = set_fields(RunConfig(), chosen)
     owners = {*_COMMON, config.editor[0].partition("[")[0]}
     kept = tuple(s for s in config.set if _owner(s) in (*owners, ""))
-    config = replace(config, set=kept, model=_anywhere(config.model), benchmarks=tuple(p.absolute() for p in config.benchmarks))
-    if config.data_root is not None:
-        config = replace(config, data_root=config.data_root.absolute())
+    data_root = config.data_root.absolute() if config.data_root is not None else None
+    paths = {"data_root": data_root, "model": _absolute(config.model), "benchmarks": tuple(p.absolute() for p in config.benchmarks)}
+    config = replace(config, set=kept, **paths)
     name = content_id("cell", config.stored())[:12]
     folder = out.absolute() / "cells" / f"{folder_name(config.editor[0])}-{config.seed}-{name}"
     return Cell(name, replace(config, out=folder, cache=out.absolute() / "shared"), folder)
 
 
-def _anywhere(model: str) -> str:
-    """A model's folder as an absolute path: a worker stands elsewhere. Other names as they are."""
+def _absolute(model: str) -> str:
+    """The absolute path of a model's folder, because a worker has another working directory; other names unchanged."""
     return str(Path(model).absolute()) if Path(model).is_dir() else model
 
 
 def _owner(setting: str) -> str:
-    """Whose setting it is; "" for text that is none, which the check of the run refuses."""
+    """The owner of a setting; "" for text that is no setting, which the check of the run reports."""
     left, _, _ = setting.partition("=")
     return left.partition(".")[0] if "=" in setting and "." in left else ""
 
@@ -166,36 +169,26 @@ def _check_owners(settings: Any, editors: set[str]) -> None:
 
 
 def _label(chosen: Mapping[str, Any], axes: Mapping[str, Sequence[Any]]) -> str:
-    """What sets a comparison apart from the others: its value of every axis that has several; "" where there is one."""
+    """The label of a comparison: its value on every axis with several values; "" where there is one comparison only."""
     apart = {n: plain(v) for n, v in chosen.items() if n not in _WITHIN and len(axes[n]) > 1}
     return ", ".join(f"{n}={' '.join(map(str, v)) if isinstance(v, list) else v}" for n, v in apart.items())
 
 
-def _check(cells: Iterable[Cell]) -> None:
-    """Raise `BadConfig` with every mistake of every cell, each once."""
-    problems = dict.fromkeys(p for cell in cells for p in cell.config.problems())
-    if problems:
-        raise BadConfig("\n".join(problems))
-
-
 def run_cell(cell: Cell, cpus: int) -> str | None:
-    """Make one cell, or go on with it; for a process of its own.
+    """Run a cell or resume it, in a process of its own with `cpus` threads.
 
-    Args:
-        cpus: threads to use.
-
-    Returns None when its folder holds a finished run, else what went wrong: a sentence for a mistake of the user's,
-    a traceback for anything else. One process at a time has a cell, so that a worker which is cut off from the others
-    and goes on cannot meet its successor.
+    Returns None for a finished run, else the error: a sentence for a mistake of the user, a traceback for any other error.
+    A lock keeps a cell for one process at a time, because a worker that lost its connection may still run when its
+    successor starts.
     """
-    import torch
+    import torch  # imported here, as the modules below that import it: --help of a sweep is faster without it
 
     from testbed.experiment import runner
     from testbed.experiment.command import user_errors
-    from testbed.storage.shared_cache import alone
+    from testbed.storage.shared_cache import exclusive
 
     torch.set_num_threads(cpus)
-    with alone(cell.folder):
+    with exclusive(cell.folder):
         if cell.done:
             return None
         config = replace(cell.config, out=None, resume=cell.folder) if cell.begun else cell.config

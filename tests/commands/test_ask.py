@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -10,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from testbed.ask import Answered, AskConfig, Fired, answer, ask, lines, main
+from testbed.ask import AskConfig, AskResult, Fired, answer, ask, lines, main
 from testbed.core.events import Ask
+from testbed.core.registry import EDITORS
 from testbed.experiment.config import BadConfig, RunConfig
 from testbed.experiment.rebuild import rebuild
 from tests.helpers.models import folder
@@ -21,7 +23,7 @@ NEW = 2
 """New tokens of the small run's answers."""
 
 
-def asked(editor: str, question: str, **given: object) -> Answered:
+def asked(editor: str, question: str, **given: object) -> AskResult:
     return ask(AskConfig(small_run(), question, editor=editor, max_new_tokens=NEW, device="cpu", **given))  # type: ignore[arg-type]
 
 
@@ -57,7 +59,7 @@ def test_before_the_first_edit_the_answer_is_the_unedited_models() -> None:
 def test_a_gated_editor_names_the_edit_that_fired_with_its_step() -> None:
     stored = rebuild(small_run(), {"device": "cpu"})
     editor = stored.at("balancedit", EDITS)
-    newest = {a.event.prompt: (a.event, s.moment.step) for s in stored.plan.schedule.steps for a in s.edits}
+    newest = {a.event.prompt: (a.event, s.checkpoint.step) for s in stored.run.schedule.steps for a in s.edits}
     assert len(newest) < EDITS
     for prompt, (event, step) in newest.items():
         found = answer(stored, editor, EDITS, Ask(prompt), NEW)
@@ -71,7 +73,7 @@ def test_without_an_edit_that_fires_it_says_so() -> None:
     assert shown["fired"] == "no edit: the question was left to the unedited model"
     assert shown["edited"] == shown["unedited"]
     assert dict(lines(asked("finetune", "Who owns the ship 3?")))["fired"].startswith("no single edit")
-    part = Answered("e", 1, "x", "y", (Fired("memory 1"),), {})
+    part = AskResult("e", 1, "x", "y", (Fired("memory 1"),), {})
     assert lines(part)[-1] == ("fired", "memory 1")
 
 
@@ -103,9 +105,8 @@ def test_mistakes_are_told(given: dict, message: str) -> None:
 
 
 def test_an_editor_that_is_told_the_truth_cannot_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    stored = rebuild(small_run(), {"device": "cpu"})
-    told = stored.plan.config.editor_class("oracle")
-    monkeypatch.setattr(RunConfig, "editor_class", lambda self, name: told)
+    noop = EDITORS.get("noop")
+    monkeypatch.setattr(noop, "traits", replace(noop.traits, told_truth=True))
     with pytest.raises(BadConfig, match="is told the right answers of the run's own questions"):
         asked("noop", "Who?")
 

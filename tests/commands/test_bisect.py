@@ -23,9 +23,9 @@ def norms() -> list[float]:
     editor, out = stored.fresh("finetune"), []
     for step in range(EDITS + 1):
         if step:
-            stored.go(editor, step - 1, step)
+            stored.advance(editor, step - 1, step)
         (name,), (w,) = editor.edited_weights().keys(), editor.edited_weights().values()
-        base = stored.plan.handle.parameter(name).detach().double()
+        base = stored.run.handle.parameter(name).detach().double()
         out.append(float((w.double() - base).norm() / base.norm()))
     return out
 
@@ -43,7 +43,7 @@ def test_the_step_is_found_that_looking_everywhere_finds(step: int) -> None:
     assert found["step"] == step
     assert found["before"] == pytest.approx(known[step - 1])
     assert found["value"] == pytest.approx(known[step])
-    assert found["edits"] == [a.event.id for a in rebuild(small_run()).plan.schedule.steps[step - 1].edits]
+    assert found["edits"] == [a.event.id for a in rebuild(small_run()).run.schedule.steps[step - 1].edits]
     assert len(found["looked_at"]) <= 2 + math.ceil(math.log2(EDITS))
     for at, value in found["looked_at"].items():
         assert value == pytest.approx(known[int(at)])

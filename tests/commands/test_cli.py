@@ -8,11 +8,13 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from testbed.core.registry import EDITORS, PROBES, STREAMS
@@ -169,7 +171,9 @@ def test_a_dry_run_tells_what_and_how_much_and_writes_nothing(tmp_path: Path) ->
     _, out = finished()
     manifest = json.loads((out / "manifest.json").read_text())
     assert re.search(rf"questions +{manifest['questions']:,} of each editor", done.out)
-    assert re.search(r"edits +12 \(", done.out)
+    kinds = Counter(e["kind"] for e in pq.read_table(out / "events.parquet").to_pylist())
+    counts = ", ".join(f"{n} {k}" for k, n in sorted(kinds.items()))
+    assert re.search(rf"edits +12 \({counts}\), year 1 to 1\b", done.out)
     for words in ("okedit-yearly", "simulated world 0", "right_after", "noop", "finetune", "report", "peak memory about", "disk about"):
         assert words in done.out, words
 

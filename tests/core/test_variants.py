@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from testbed.core import variants
 from testbed.core.schema import folder_name
 from testbed.experiment.config import RunConfig
-from testbed.experiment.runner import make_editor
 from testbed.run import parse
 from tests.helpers.models import folder
 from tests.helpers.warm_process import command
@@ -68,13 +67,13 @@ def test_brackets_win_over_set_and_set_holds_for_all_variants() -> None:
     names = ("memit", "memit[lam=2]", "memit+blue[layers=0,1]")
     config = RunConfig(editor=names, set=("memit.lam=3", "memit.steps=7"))
     assert config.problems() == []
-    plain, own, wrapped = (config.editor_config(n) for n in names)
+    plain, own, wrapped = (config.resolve_editor(n).config for n in names)
     assert (plain.lam, plain.steps) == (3, 7)
     assert (own.lam, own.steps) == (2, 7)
     assert (wrapped.lam, wrapped.layers) == (None, (0, 1))
-    made = make_editor(config, names[1])
+    made = config.resolve_editor(names[1]).create()
     assert made.name == names[1]
-    assert type(made).__mro__[1] is config.editor_class("memit")
+    assert type(made).__mro__[1] is config.resolve_editor("memit").cls
 
 
 def test_command_lines_keep_brackets_together() -> None:

@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from testbed.experiment import runner
 from testbed.experiment.config import BadConfig, RunConfig, parse_value, plain, set_fields
 from testbed.run import parse, read_yaml
 
@@ -109,7 +108,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"set": ("finetune.steps=x",)}, "steps='x': expected a whole number"),
     ({"set": ("finetune.lr=-1",)}, "finetune: lr must be positive"),
     ({"set": ("finetune.lr=nan",)}, "lr='nan': expected a number"),
-    ({"set": ("stream.revise=2",)}, "stream.revise must lie in [0, 1), got 2.0"),
+    ({"set": ("stream.revise=2",)}, "stream.revise must be between 0 and 1, got 2.0"),
     ({"set": ("stream.year=2",)}, "StreamConfig has no field 'year'"),
 ]
 
@@ -128,7 +127,7 @@ def test_all_mistakes_are_told_at_once() -> None:
     changes = {k: v for c, _ in MISTAKES[:5] for k, v in c.items()}
     config = RunConfig(**changes, editor=("finetun", "finetune"), stream="okedit", set=("finetune.steps=x", "wise.a=1"))
     with pytest.raises(BadConfig) as caught:
-        runner.check(config)
+        config.resolve()
     assert len(str(caught.value).splitlines()) == 5 + 4
 
 

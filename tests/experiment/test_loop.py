@@ -18,7 +18,7 @@ from testbed.core.events import LOCALITY_SPLITS, EditBatch
 from testbed.core.registry import EDITORS
 from testbed.core.schema import BaseAnswer, Record
 from testbed.editors.base import BadEditor
-from testbed.experiment.interrupt import Stop, Stopped
+from testbed.experiment.interrupt import Stopped, StopRequest
 from testbed.experiment.loop import run_editor
 from testbed.model.predictor import ModelPredictor
 from testbed.storage.run_folder import EditorFolder
@@ -47,7 +47,7 @@ def test_records_follow_the_schedule_row_by_row(tmp_path: Path) -> None:
     records = run(where, EDITORS.get("noop")(), tmp_path)
     planned = [(r.step, r.question_id, r.edit_id, r.probe, r.panel, r.incl_prob) for r in where.schedule.rows() if r.action == "probe"]
     assert [(r.probe_step, r.question_id, r.edit_id, r.probe, r.panel, r.incl_prob) for r in records] == planned
-    times = {s.moment.step: s.moment.time for s in where.schedule.steps}
+    times = {s.checkpoint.step: s.checkpoint.time for s in where.schedule.steps}
     assert all(r.probe_time == times[r.probe_step] for r in records)
     assert all((r.edit_id is None) == (r.edit_step is None) == (r.edit_time is None) == (r.target is None) for r in records)
 
@@ -92,7 +92,7 @@ def test_the_oracle_is_right_about_every_edit_and_leaves_the_rest_alone(tmp_path
 def test_a_revised_fact_is_judged_by_its_newest_answer(tmp_path: Path) -> None:
     where = shared()
     newest = {a.event.prompt: a.event for s in where.schedule.steps for a in s.edits}
-    last = where.schedule.steps[-1].moment.step
+    last = where.schedule.steps[-1].checkpoint.step
     end = [r for r in of_split(run(where, EDITORS.get("oracle")(), tmp_path), "edit") if r.probe_step == last]
     revised = [e for e in newest.values() if e.revises]
     assert revised
@@ -194,10 +194,10 @@ def test_memory_that_runs_out_is_said_and_the_run_goes_on_in_smaller_parts(tmp_p
 def test_a_run_that_is_asked_to_stop_ends_after_the_step_and_is_saved(tmp_path: Path) -> None:
     where = shared()
     whole = run(where, Nudge(), tmp_path / "whole")
-    stop = Stop()
+    stop = StopRequest()
     folder = EditorFolder(tmp_path / "cut")
     with pytest.raises(Stopped, match="nudge: stopped after step 3 of 7"):
-        run_editor(replace(where, stop=stop), Nudge(), folder, lambda name, step: stop.ask() if (name, step) == ("apply", 3) else None)
+        run_editor(replace(where, stop=stop), Nudge(), folder, lambda name, step: stop.request() if (name, step) == ("apply", 3) else None)
     assert folder.newest()[0] == 3
     assert [_untimed(r) for r in run(where, Nudge(), tmp_path / "cut")] == [_untimed(r) for r in whole]
 
@@ -206,10 +206,10 @@ def test_a_second_signal_ends_the_process_as_it_would_have() -> None:
     seen: list[int] = []
     before = signal.signal(signal.SIGUSR1, lambda number, frame: seen.append(number))
     try:
-        stop = Stop()
-        with stop.on(signal.SIGUSR1):
+        stop = StopRequest()
+        with stop.on_signal(signal.SIGUSR1):
             os.kill(os.getpid(), signal.SIGUSR1)
-            assert stop.asked and not seen
+            assert stop.requested and not seen
             os.kill(os.getpid(), signal.SIGUSR1)
             assert seen == [signal.SIGUSR1]
     finally:
@@ -245,7 +245,7 @@ def test_reports_say_what_an_edit_costs(tmp_path: Path) -> None:
     where = shared()
     run(where, Nudge(), tmp_path)
     told = reports(tmp_path)
-    assert [r["step"] for r in told] == [s.moment.step for s in where.schedule.steps]
+    assert [r["step"] for r in told] == [s.checkpoint.step for s in where.schedule.steps]
     assert [r["event_ids"] for r in told] == [[a.event.id for a in s.edits] for s in where.schedule.steps]
     assert all(r["seconds"] > 0 and r["peak_bytes"] > 10**7 for r in told)
     assert {r["state_bytes"] for r in told} == {where.handle.parameter(where.handle.down_weight(-1)).numel() * 4}

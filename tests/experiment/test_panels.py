@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from testbed.core.events import Question
 from testbed.core.registry import PROBES
-from testbed.experiment.schedule import Asked, Plan, Schedule, build, moments
-from testbed.probes.base import Past, draw
+from testbed.experiment.schedule import Schedule, ScheduleConfig, ScheduledQuestion, build, checkpoints
+from testbed.probes.base import EditHistory, draw
 from testbed.probes.coming import SHARE as COMING
 from testbed.probes.ladder import SHARE
 from tests.helpers.plain_stream import Line, PlainStream, plain
@@ -23,11 +23,11 @@ WAITS = settings(max_examples=15, deadline=None)
 
 
 def schedule(stream: PlainStream, batch: int = 1, seed: int = 0, budget: int = 10**6) -> Schedule:
-    return build(stream, stream.all, Plan(batch, seed, budget))
+    return build(stream, stream.all, ScheduleConfig(batch, seed, budget))
 
 
-def of_panel(planned: Schedule, panel: str) -> list[tuple[int, Asked]]:
-    return [(s.moment.step, a) for s in planned.steps for a in s.asked if a.plan.panel == panel]
+def of_panel(planned: Schedule, panel: str) -> list[tuple[int, ScheduledQuestion]]:
+    return [(s.checkpoint.step, a) for s in planned.steps for a in s.questions if a.plan.panel == panel]
 
 
 def flat(n: int) -> PlainStream:
@@ -57,7 +57,7 @@ def test_a_batch_is_asked_once_for_all_the_ages_it_passes(batch: int, n: int) ->
     stream = flat(n)
     planned = schedule(stream, batch)
     asked = {(step, a.plan.edit.event.id) for step, a in of_panel(planned, "cohort_ladder") if a.plan.edit}
-    ends = {m.step: m.edits for m, _ in moments(stream.all, batch)}
+    ends = {m.step: m.edits for m, _ in checkpoints(stream.all, batch)}
     due = set()
     for i, e in enumerate(stream.all, 1):
         if draw(0, "ladder", e.id) < SHARE:
@@ -97,7 +97,7 @@ def test_over_many_ids_a_tenth_belongs() -> None:
 def test_a_longer_stream_extends_a_panel(panel: str, batch: int) -> None:
     """What both streams ask at a step is the same; only the shorter one's end is a moment of its own."""
     short, long = schedule(plain(45), batch), schedule(plain(135), batch)
-    end = short.steps[-1].moment.step
+    end = short.steps[-1].checkpoint.step
     first = [x for x in of_panel(short, panel) if x[0] < end]
     assert first
     assert first == [x for x in of_panel(long, panel) if x[0] < end]
@@ -108,10 +108,10 @@ def test_panels_of_unrelated_questions_weigh_back_to_the_pool(panel: str) -> Non
     stream = plain(40)
     pool = {(q.prompt, q.topic) for q in stream.general() if q.split == "general"}
     planned = schedule(stream)
-    by_step: dict[int, list[Asked]] = defaultdict(list)
+    by_step: dict[int, list[ScheduledQuestion]] = defaultdict(list)
     for step, a in of_panel(planned, panel):
         by_step[step].append(a)
-    assert sorted(by_step) == [s.moment.step for s in planned.steps if s.moment.full]
+    assert sorted(by_step) == [s.checkpoint.step for s in planned.steps if s.checkpoint.full]
     for asked in by_step.values():
         assert sum(1 / a.plan.incl_prob for a in asked) == pytest.approx(len(pool))
         assert len({a.plan.question.id for a in asked}) == len(asked) == min(len(pool), 64 if panel == "rotating_fresh" else 48)
@@ -157,8 +157,8 @@ def test_where_a_stream_has_no_general_questions_the_far_ones_of_live_edits_stan
 
 
 def test_a_stream_without_anything_unrelated_asks_nothing() -> None:
-    past = Past((), (), lambda e: (), (), 0)
-    full, _ = list(moments(flat(3).all, 1))[-1]
+    past = EditHistory((), (), lambda e: (), (), 0)
+    full, _ = list(checkpoints(flat(3).all, 1))[-1]
     for name in ("fresh", "unrelated", "ladder"):
         assert PROBES.get(name)().ask(past, full) == []
     assert PROBES.get("fresh")().ask(past, replace(full, reasons=frozenset({"power"}))) == []
@@ -171,7 +171,7 @@ def test_before_a_year_begins_its_first_edits_are_asked_by_their_draw(batch: int
     stream = PlainStream([Line(1 + i * 4 / n, *((i - 1, "revise") if i % 3 == 2 else ())) for i in range(n)])
     planned = schedule(stream, batch, seed)
     asked = {(step, a.plan.edit.event.id) for step, a in of_panel(planned, "coming_year") if a.plan.edit}
-    ends = {s.edits[-1].event.year: s.moment.step for s in planned.steps}
+    ends = {s.edits[-1].event.year: s.checkpoint.step for s in planned.steps}
     years = sorted(ends)
     due = set()
     for before, year in pairwise(years):

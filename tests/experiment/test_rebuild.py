@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from testbed.experiment.config import BadConfig
-from testbed.experiment.rebuild import names, rebuild
+from testbed.experiment.rebuild import rebuild
 from testbed.storage.files import StoreError
 from tests.helpers.models import folder
 from tests.helpers.small_run import EDITS, small_run
@@ -18,7 +18,7 @@ from tests.helpers.small_run import EDITS, small_run
 
 def test_an_editor_comes_back_and_any_step_is_made_again() -> None:
     stored = rebuild(small_run())
-    assert stored.steps == EDITS
+    assert stored.n_steps == EDITS
     step, saved = stored.newest("finetune")
     assert step == EDITS
     (name,) = saved.edited_weights()
@@ -26,15 +26,15 @@ def test_an_editor_comes_back_and_any_step_is_made_again() -> None:
     assert torch.equal(again.edited_weights()[name], saved.edited_weights()[name])
     early = stored.at("finetune", 2)
     assert not torch.equal(early.edited_weights()[name], saved.edited_weights()[name])
-    stored.go(early, 2, EDITS)
+    stored.advance(early, 2, EDITS)
     assert torch.equal(early.edited_weights()[name], saved.edited_weights()[name])
 
 
 def test_what_a_run_does_not_have_is_told() -> None:
     stored = rebuild(small_run())
-    assert names(stored, ()) == ("noop", "finetune", "balancedit")
-    with pytest.raises(BadConfig, match="has no editor memit; it has noop, finetune, balancedit"):
-        names(stored, ("noop", "memit"))
+    assert stored.names() == ("noop", "finetune", "balancedit")
+    with pytest.raises(BadConfig, match="has no editor 'memit'; it has noop, finetune, balancedit"):
+        stored.names(("noop", "memit"))
     with pytest.raises(BadConfig, match="has no editor 'memit'"):
         stored.newest("memit")
 
@@ -43,7 +43,7 @@ def test_another_model_or_data_is_refused_and_moved_ones_are_not(tmp_path: Path)
     moved = tmp_path / "data"
     moved.mkdir()
     shutil.copy(small_run().parent / "facts.jsonl", moved)
-    assert rebuild(small_run(), {"data_root": moved}).steps == EDITS
+    assert rebuild(small_run(), {"data_root": moved}).n_steps == EDITS
     with pytest.raises(StoreError, match="model_hash: stored"):
         rebuild(small_run(), {"model": str(folder("gpt2", 1))})
     with pytest.raises(StoreError, match="is not a run folder"):

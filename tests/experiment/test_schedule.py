@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from testbed.core.events import BadEvent, EditEvent, Question
 from testbed.core.registry import PROBES
-from testbed.experiment.schedule import GRID, Plan, Schedule, build, moments
-from testbed.probes.base import FIRST_STRATUM, Past, Planned, Probe, by_age, draw
+from testbed.experiment.schedule import GRID, Schedule, ScheduleConfig, build, checkpoints
+from testbed.probes.base import FIRST_STRATUM, EditHistory, Planned, Probe, by_age, draw
 from tests.helpers.plain_stream import Line, PlainStream, lines, plain
 
 some = settings(max_examples=15, deadline=None)
@@ -34,7 +34,7 @@ def streams(draw_from: st.DrawFn) -> PlainStream:
 
 
 def schedule(stream: PlainStream, batch: int = 1, seed: int = 0, budget: int = 8000) -> Schedule:
-    return build(stream, stream.all, Plan(batch, seed, budget))
+    return build(stream, stream.all, ScheduleConfig(batch, seed, budget))
 
 
 @some
@@ -42,13 +42,13 @@ def schedule(stream: PlainStream, batch: int = 1, seed: int = 0, budget: int = 8
 def test_each_event_is_edited_once_in_order_and_no_step_spans_two_years(stream: PlainStream, batch: int) -> None:
     planned = schedule(stream, batch)
     assert [a.event.id for s in planned.steps for a in s.edits] == [e.id for e in stream.all]
-    assert [s.moment.step for s in planned.steps] == list(range(1, len(planned.steps) + 1))
+    assert [s.checkpoint.step for s in planned.steps] == list(range(1, len(planned.steps) + 1))
     for s in planned.steps:
         assert 1 <= len(s.edits) <= batch
         assert len({a.event.year for a in s.edits}) == 1
-        assert all(a.step == s.moment.step for a in s.edits)
-        assert s.moment.edits == s.edits[-1].position
-        assert s.moment.before == s.edits[0].position - 1
+        assert all(a.step == s.checkpoint.step for a in s.edits)
+        assert s.checkpoint.edits == s.edits[-1].position
+        assert s.checkpoint.before == s.edits[0].position - 1
 
 
 @some
@@ -57,15 +57,15 @@ def test_nothing_is_asked_before_it_exists_or_after_it_was_replaced(stream: Plai
     planned = schedule(stream, batch)
     made = {e.edit_id: e for e in planned.event_rows()}
     for s in planned.steps:
-        for a in s.asked:
+        for a in s.questions:
             if a.plan.edit is None:
                 assert a.plan.question.event_id is None
                 continue
             row = made[a.plan.edit.event.id]
             assert a.plan.question.event_id == row.edit_id
             assert row.step == a.plan.edit.step
-            assert (row.step <= s.moment.step) == (a.plan.panel != "coming_year")
-            assert row.superseded_step is None or row.superseded_step > s.moment.step
+            assert (row.step <= s.checkpoint.step) == (a.plan.panel != "coming_year")
+            assert row.superseded_step is None or row.superseded_step > s.checkpoint.step
 
 
 @some
@@ -73,7 +73,7 @@ def test_nothing_is_asked_before_it_exists_or_after_it_was_replaced(stream: Plai
 def test_every_new_edit_that_still_stands_is_asked_right_after_its_step(stream: PlainStream, batch: int) -> None:
     for s in schedule(stream, batch).steps:
         replaced = {a.event.revises for a in s.edits}
-        now = {a.plan.edit.event.id for a in s.asked if a.plan.edit and a.plan.panel == "immediate" and a.plan.question.split == "edit"}
+        now = {a.plan.edit.event.id for a in s.questions if a.plan.edit and a.plan.panel == "immediate" and a.plan.question.split == "edit"}
         assert now == {a.event.id for a in s.edits} - replaced
 
 
@@ -113,12 +113,12 @@ def test_inclusion_probabilities_weigh_every_stratum_back_to_its_live_edits(stre
             live.pop(a.event.revises or "", None)
             live[a.event.id] = a.position
         by_panel: dict[tuple[str, str], list[tuple[int, float]]] = defaultdict(list)
-        for a in s.asked:
+        for a in s.questions:
             assert 0 < a.plan.incl_prob <= 1
             if a.plan.edit is not None and a.plan.panel == "age_mixed" and a.plan.question.split == "edit":
-                by_panel[a.probe, a.plan.question.split].append((s.moment.edits - a.plan.edit.position, a.plan.incl_prob))
+                by_panel[a.probe, a.plan.question.split].append((s.checkpoint.edits - a.plan.edit.position, a.plan.incl_prob))
         for panel in by_panel.values():
-            assert _weights(panel) == pytest.approx(Counter(_stratum(s.moment.edits - p) for p in live.values()))
+            assert _weights(panel) == pytest.approx(Counter(_stratum(s.checkpoint.edits - p) for p in live.values()))
 
 
 def _weights(panel: list[tuple[int, float]]) -> dict[int, float]:
@@ -135,7 +135,7 @@ def _stratum(age: int) -> int:
 
 def test_panels_of_a_long_stream_are_drawn_from_every_stratum() -> None:
     planned = schedule(plain(700, per_year=350))
-    asked = [a.plan for a in planned.steps[-1].asked if a.probe == "retention"]
+    asked = [a.plan for a in planned.steps[-1].questions if a.probe == "retention"]
     ages = Counter(_stratum(700 - p.edit.position) for p in asked if p.edit)
     assert set(ages) == {0, 1, 2, 3, 4}
     assert min(ages.values()) >= 12
@@ -147,8 +147,8 @@ def test_a_panel_grows_without_dropping_anyone() -> None:
     planned = schedule(plain(300, per_year=300))
     last = planned.steps[-1]
     live = tuple(a for s in planned.steps for a in s.edits if a.event.id not in planned.superseded)
-    past = Past((), live, lambda e: (Question("edit", "asked?", "yes", e.id),), (), 0)
-    small, large = ({a.event.id for a, _ in by_age(past, last.moment, n, "edit")} for n in (60, 120))
+    past = EditHistory((), live, lambda e: (Question("edit", "asked?", "yes", e.id),), (), 0)
+    small, large = ({a.event.id for a, _ in by_age(past, last.checkpoint, n, "edit")} for n in (60, 120))
     assert small < large
 
 
@@ -162,28 +162,28 @@ def test_a_split_of_few_edits_is_asked_of_those_that_have_it() -> None:
         edit = Question("edit", "asked?", "yes", e.id)
         return (edit, Question("portability", "so?", "so", e.id)) if e.id in rare else (edit,)
 
-    drawn = by_age(Past((), live, questions, (), 0), every.steps[-1].moment, 48, "portability")
+    drawn = by_age(EditHistory((), live, questions, (), 0), every.steps[-1].checkpoint, 48, "portability")
     assert {a.event.id for a, _ in drawn} == rare
     assert {p for _, p in drawn} == {1.0}
-    assert not by_age(Past((), live, questions, (), 0), every.steps[-1].moment, 48, "stale")
+    assert not by_age(EditHistory((), live, questions, (), 0), every.steps[-1].checkpoint, 48, "stale")
 
 
 def test_a_longer_stream_asks_the_same_questions_on_the_way() -> None:
     short, long = schedule(plain(45)), schedule(plain(95))
     for a, b in zip(short.steps[:-1], long.steps):
-        assert a == replace(b, moment=a.moment)
-        assert a.moment == b.moment
+        assert a == replace(b, checkpoint=a.checkpoint)
+        assert a.checkpoint == b.checkpoint
 
 
 def test_the_schedule_is_made_before_any_editor_and_knows_none() -> None:
     """Nothing of an editor can reach it: its arguments are a stream, events and a plan."""
-    assert set(Plan.__dataclass_fields__) == {"batch", "seed", "budget", "benchmarks"}
+    assert set(ScheduleConfig.__dataclass_fields__) == {"batch", "seed", "budget", "benchmarks"}
 
 
 def test_moments_and_reasons_by_hand() -> None:
     """Seven edits in two years (4 + 3), by twos: no step spans the boundary."""
     times = [1.0, 1.2, 1.5, 1.9, 2.0, 2.1, 2.9]
-    found = [(m, [a.position for a in edits]) for m, edits in moments(PlainStream([Line(t) for t in times]).all, 2)]
+    found = [(m, [a.position for a in edits]) for m, edits in checkpoints(PlainStream([Line(t) for t in times]).all, 2)]
     assert [positions for _, positions in found] == [[1, 2], [3, 4], [5, 6], [7]]
     assert [sorted(m.reasons - {"right_after"}) for m, _ in found] == [["power"], ["power", "year"], [], ["end", "power", "year"]]
     assert [m.why for m, _ in found] == ["power", "year", "right_after", "end"]
@@ -192,30 +192,32 @@ def test_moments_and_reasons_by_hand() -> None:
 
 
 def test_a_year_without_edits_and_an_odd_batch_at_a_years_end() -> None:
-    found = [(m.edits, "year" in m.reasons) for m, _ in moments(PlainStream([Line(t) for t in (1.0, 1.1, 1.2, 9.0)]).all, 2)]
+    found = [(m.edits, "year" in m.reasons) for m, _ in checkpoints(PlainStream([Line(t) for t in (1.0, 1.1, 1.2, 9.0)]).all, 2)]
     assert found == [(2, False), (3, True), (4, True)]
 
 
 @pytest.mark.parametrize("batch", [1, 7, 250])
 def test_every_500_edits_there_is_one_grid_moment(batch: int) -> None:
     stream = PlainStream([Line(1 + i / 10_000) for i in range(1203)])
-    at = [m.edits for m, _ in moments(stream.all, batch) if "grid" in m.reasons]
+    at = [m.edits for m, _ in checkpoints(stream.all, batch) if "grid" in m.reasons]
     assert len(at) == 2
     assert all(0 <= edits - want < batch for edits, want in zip(at, (GRID, 2 * GRID)))
 
 
 def test_full_panels_are_asked_at_full_moments_only() -> None:
     for s in schedule(plain(35)).steps:
-        probes = {a.probe for a in s.asked}
-        if s.moment.full:
+        probes = {a.probe for a in s.questions}
+        if s.checkpoint.full:
             assert probes | {"ladder", "benchmarks", "coming"} == set(PROBES.names())
         else:
-            assert probes - {"ladder"} == {"right_after"} | ({"retention"} if "power" in s.moment.reasons else set())
+            assert probes - {"ladder"} == {"right_after"} | ({"retention"} if "power" in s.checkpoint.reasons else set())
 
 
 def test_the_fixed_panel_is_the_same_every_time() -> None:
     planned = schedule(plain(35))
-    panels = [[(a.plan.question.id, a.plan.incl_prob) for a in s.asked if a.probe == "general"] for s in planned.steps if s.moment.full]
+    panels = [
+        [(a.plan.question.id, a.plan.incl_prob) for a in s.questions if a.probe == "general"] for s in planned.steps if s.checkpoint.full
+    ]
     assert len(panels) == 4
     assert all(panel == panels[0] for panel in panels)
     assert Counter(round(p, 3) for _, p in panels[0]) == {round(10 / 14, 3): 30, 24 / 30: 24}
@@ -227,13 +229,13 @@ def test_the_budget_is_kept_by_shrinking_panels(budget: int) -> None:
     free, tight = schedule(stream), schedule(stream, budget=budget)
     assert free.n_questions > budget >= tight.n_questions
     assert tight.scale < free.scale <= 1
-    now = [sum(a.plan.panel == "immediate" for s in x.steps for a in s.asked) for x in (free, tight)]
+    now = [sum(a.plan.panel == "immediate" for s in x.steps for a in s.questions) for x in (free, tight)]
     assert now[0] == now[1]
 
 
 def test_a_budget_that_cannot_be_kept_leaves_small_panels() -> None:
     planned = schedule(plain(40), budget=1)
-    asked = [a for a in planned.steps[-1].asked if a.probe == "retention"]
+    asked = [a for a in planned.steps[-1].questions if a.probe == "retention"]
     assert planned.scale < 0.02
     assert len(asked) >= 8
 
@@ -241,7 +243,7 @@ def test_a_budget_that_cannot_be_kept_leaves_small_panels() -> None:
 def test_events_out_of_order_are_refused() -> None:
     stream = plain(5)
     with pytest.raises(BadEvent, match="seq must be its position"):
-        build(stream, stream.all[1:], Plan())
+        build(stream, stream.all[1:], ScheduleConfig())
 
 
 def test_rows_say_what_happens_and_why() -> None:
@@ -268,14 +270,14 @@ class Loud(Probe):
 
     name, summary, version = "loud", "one question", 3
 
-    def ask(self, past: Past, moment: object) -> list[Planned]:
+    def ask(self, past: EditHistory, moment: object) -> list[Planned]:
         return [Planned(past.general[0], "loud")]
 
 
 def test_probes_can_be_given_and_their_version_is_kept() -> None:
     stream = plain(6)
-    planned = build(stream, stream.all, Plan(), {"loud": Loud()})
-    assert [[(a.probe, a.version) for a in s.asked] for s in planned.steps] == [[("loud", 3)]] * 6
+    planned = build(stream, stream.all, ScheduleConfig(), {"loud": Loud()})
+    assert [[(a.probe, a.version) for a in s.questions] for s in planned.steps] == [[("loud", 3)]] * 6
     assert len(planned.unique_questions) == 1
 
 

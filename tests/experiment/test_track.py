@@ -19,17 +19,17 @@ import pytest
 from testbed.core.schema import EditReport, MonitorRow, Record
 from testbed.experiment import runner, track
 from testbed.experiment.config import BadConfig, RunConfig
-from testbed.experiment.track import NEEDS, About, missing, numbers, tracking
-from testbed.storage.run_folder import Found
+from testbed.experiment.track import NEEDS, TrackedRun, missing, numbers, tracking
+from testbed.storage.run_folder import StepResults
 from tests.helpers.fake_run import record
 from tests.helpers.models import folder
 
 STEPS = 4
 
 
-def found(*rows: dict[str, Any], reports: list[EditReport] | None = None) -> Found:
+def found(*rows: dict[str, Any], reports: list[EditReport] | None = None) -> StepResults:
     blank = dict.fromkeys(f for f in Record.__slots__)
-    return Found([Record(**{**blank, **record(**r)}) for r in rows], [MonitorRow(2, "entropy", 0.5)], reports or [])
+    return StepResults([Record(**{**blank, **record(**r)}) for r in rows], [MonitorRow(2, "entropy", 0.5)], reports or [])
 
 
 def test_readings_are_kept_apart_and_weighted_by_inclusion() -> None:
@@ -76,10 +76,10 @@ def run(out: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> dict[str, dict
     kept: dict[str, dict[int, dict[str, float]]] = {"noop": {}, "finetune": {}}
     plain = track._show
 
-    def show(seen: Found, log: Any) -> None:
+    def show(seen: StepResults, tracker: Any) -> None:
         for step, values in numbers(seen).items():
             kept[seen.records[0].editor][step] = values
-        plain(seen, log)
+        plain(seen, tracker)
 
     with monkeypatch.context() as patch:
         patch.setattr(track, "_show", show)
@@ -164,9 +164,9 @@ def test_mlflow_holds_every_number_and_goes_on_with_its_run(tmp_path: Path, monk
         assert set(runs[editor].data.metrics) == {name for values in steps.values() for name in values}
         for name in runs[editor].data.metrics:
             same({m.step: m.value for m in client.get_metric_history(runs[editor].info.run_id, name)}, steps, name)
-    about = About(tmp_path / "run", experiment.name, "noop", {})
+    about = TrackedRun(tmp_path / "run", experiment.name, "noop", {})
     with tracking("mlflow", about) as saved:
-        saved(Found(reports=[EditReport(STEPS + 1, ("a",), 1.0)]))
+        saved(StepResults(reports=[EditReport(STEPS + 1, ("a",), 1.0)]))
     assert len(client.search_runs([experiment.experiment_id])) == len(kept)
 
 
@@ -215,5 +215,5 @@ def test_numbers_that_are_not_finite_are_shown_as_they_are() -> None:
 
 
 def test_without_a_tracker_nothing_is_called() -> None:
-    with tracking(None, About(Path("none"), "r", "e", {})) as saved:
-        assert saved(Found()) is None
+    with tracking(None, TrackedRun(Path("none"), "r", "e", {})) as saved:
+        assert saved(StepResults()) is None

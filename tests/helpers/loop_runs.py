@@ -14,7 +14,8 @@ from testbed.core.events import EditBatch
 from testbed.core.schema import Record
 from testbed.editors.base import EditFailed, Editor, EditorConfig, Traits
 from testbed.experiment import schedule
-from testbed.experiment.loop import Context, answer_base, run_editor
+from testbed.experiment.answering import answer_base
+from testbed.experiment.loop import Context, run_editor
 from testbed.model.predictor import ModelPredictor, Predictor
 from testbed.storage.run_folder import EditorFolder
 from tests.helpers.models import build as model
@@ -62,7 +63,7 @@ def context(stream: PlainStream, batch: int = 1, save_every: int = 4) -> Context
     handle = model("llama")
     planned = schedule.build(stream, stream.all, schedule.ScheduleConfig(batch=batch, budget=200))
     base = answer_base(handle, list(planned.unique_questions.values()), 3)
-    return Context("run", 0, handle, stream, planned, {a.question_id: a for a in base}, 3, save_every)
+    return Context("run", 0, {a.question_id: a for a in base}, 3, handle, stream, planned, save_every)
 
 
 @cache

@@ -22,7 +22,7 @@ from testbed.core.registry import EDITORS
 from testbed.editors.base import BadEditor
 from testbed.editors.continual.rows import IGNORE, collate_rows
 from testbed.integrations.avalanche.api import EditBenchmark, EditorStrategy, answer_metrics, answer_strategy
-from testbed.storage.run_folder import StoreError
+from testbed.storage.files import StoreError
 
 
 def evaluator() -> Any:

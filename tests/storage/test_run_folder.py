@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from testbed.core.schema import BaseAnswer, EditReport, EventRow, MonitorRow, QuestionRow, Record, ScheduleRow, columns
 from testbed.storage import files
 from testbed.storage.files import StoreError, read_json, read_state, write_json, write_rows, write_state
-from testbed.storage.run_folder import EditorFolder, Expected, Found, RunFolder
+from testbed.storage.run_folder import EditorFolder, ExpectedContents, RunFolder, StepResults
 
 few = settings(max_examples=12, deadline=None)
 words = st.text(st.characters(exclude_categories=["Cs"]))
@@ -48,22 +48,22 @@ def save(folder: EditorFolder, last: int, every: int = 2) -> None:
         folder.save(at, found(steps), {"weight": torch.full((3, 2), float(at)), "step": at})
 
 
-def found(steps: Iterable[int]) -> Found:
+def found(steps: Iterable[int]) -> StepResults:
     """What these steps bring: three answers and a report each, and monitors after even steps."""
     monitors = [MonitorRow(s, name, s / 3) for s in steps if s % 2 == 0 for name in ("entropy", "weight_norm")]
-    return Found([record(s, n) for s in steps for n in range(3)], monitors, [report(s) for s in steps])
+    return StepResults([record(s, n) for s in steps for n in range(3)], monitors, [report(s) for s in steps])
 
 
-def whole(last: int) -> Expected:
+def whole(last: int) -> ExpectedContents:
     """What a folder holds after `last` steps of `found`."""
-    return Expected([3] * last, frozenset(range(2, last + 1, 2)))
+    return ExpectedContents([3] * last, frozenset(range(2, last + 1, 2)))
 
 
 def content(folder: EditorFolder) -> tuple[list[dict[str, Any]], list[Any], float]:
     parts = sorted(p for name in ("records", "monitors") for p in (folder.path / name).glob("*"))
     rows = [r for p in parts for r in pq.read_table(p).to_pylist()]
     lines = [json.loads(x) for x in (folder.path / "edits.jsonl").read_text().splitlines()]
-    return rows, lines, float(folder.newest_state()["weight"][0, 0])
+    return rows, lines, float(folder.newest()[1]["weight"][0, 0])
 
 
 @pytest.mark.parametrize("cls", [Record, MonitorRow, BaseAnswer, QuestionRow, EventRow, ScheduleRow])
@@ -123,7 +123,7 @@ def asdict_row(row: Any) -> dict[str, Any]:
 def test_an_empty_folder_starts_at_the_beginning(tmp_path: Path) -> None:
     assert EditorFolder(tmp_path / "new").resume() == (0, None)
     with pytest.raises(StoreError, match="holds no saved state: the run stopped before its first save"):
-        EditorFolder(tmp_path / "new").newest_state()
+        EditorFolder(tmp_path / "new").newest()[1]
 
 
 @few
@@ -275,9 +275,9 @@ def test_another_configuration_data_or_model_is_named(tmp_path: Path) -> None:
 
 def test_two_processes_do_not_write_one_folder(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "new")
-    with folder.held(), pytest.raises(StoreError, match="is being written by another process: wait for it, stop it, or"), folder.held():
+    with folder.locked(), pytest.raises(StoreError, match="is being written by another process: wait for it, stop it, or"), folder.locked():
         raise AssertionError("held twice")
-    with folder.held():
+    with folder.locked():
         folder.create({"run": "x"})
 
 

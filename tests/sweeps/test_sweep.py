@@ -120,9 +120,9 @@ def written(root: Path, text: str) -> Path:
 def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
     file = written(tmp_path, "cpus: 2\nretries: 1\neditor: [noop]\nprobe-budget: 50\nout: elsewhere\n")
     config, values = parse([str(file), "--retries", "5"])
-    assert (config.cpus, config.retries, config.place) == (2, 5, Path("elsewhere"))
+    assert (config.cpus, config.retries, config.folder) == (2, 5, Path("elsewhere"))
     assert values == {"editor": ["noop"], "probe_budget": 50}
-    assert parse([str(written(tmp_path, "edits: 3"))])[0].place == Path("runs/sweep")
+    assert parse([str(written(tmp_path, "edits: 3"))])[0].folder == Path("runs/sweep")
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_the_table_tells_cells_apart_and_how_far_they_are(tmp_path: Path) -> Non
     first.log.write_text("begun\n")
     (first.folder / "balancedit-w_pos=0.25" / "state").mkdir(parents=True)
     (first.folder / "balancedit-w_pos=0.25" / "state" / "step-000050.safetensors").touch()
-    board.look()
+    board.update()
     screen = Console(width=120, record=True, file=io.StringIO())
     screen.print(board.table())
     lines = [line.split() for line in screen.export_text().splitlines()]
@@ -215,7 +215,7 @@ class FakeRay:
 
 def test_without_an_address_this_machine_is_used_and_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ray = FakeRay({"CPU": 2.0})
-    monkeypatch.setattr(sweeps, "_library", lambda: ray)
+    monkeypatch.setattr(sweeps, "_import_ray", lambda: ray)
     monkeypatch.setattr(sweeps, "_outcomes", lambda ray, config, cells, live: [(c, None) for c in cells])
     board = sweep(SweepConfig(tmp_path / "x.yaml", out=tmp_path / "out"), {"editor": "noop"}, Console())
     assert ray.started["address"] == "local"
@@ -226,11 +226,11 @@ def test_without_an_address_this_machine_is_used_and_given_back(tmp_path: Path, 
 
 def test_a_cluster_that_is_not_there_or_too_small_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = SweepConfig(tmp_path / "x.yaml", out=tmp_path / "out", address="nowhere:1", gpus=2)
-    monkeypatch.setattr(sweeps, "_library", lambda: FakeRay(error=ConnectionError("no one answers")))
+    monkeypatch.setattr(sweeps, "_import_ray", lambda: FakeRay(error=ConnectionError("no one answers")))
     with pytest.raises(BadConfig, match="Ray cannot be reached at --address nowhere:1: no one answers"):
         sweep(config, {"editor": "noop"}, Console())
     small = FakeRay({"CPU": 8.0, "GPU": 1.0}, {"CPU": 4.0})
-    monkeypatch.setattr(sweeps, "_library", lambda: small)
+    monkeypatch.setattr(sweeps, "_import_ray", lambda: small)
     with pytest.raises(BadConfig, match=r"no node has 1 CPUs and 2 GPUs for a run \(nodes: 8 CPUs, 1 GPUs; 4 CPUs, 0 GPUs\)"):
         sweep(config, {"editor": "noop"}, Console())
     assert small.ended
@@ -240,14 +240,14 @@ def done_sweep(root: Path, fail: tuple[str, int] | None = None) -> tuple[SweepCo
     """A sweep of two editors and two seeds whose cells hold made-up runs; one of them failed."""
     values = {"editor": ["noop", "finetune"], "seed": [0, 1], "edits": 40}
     config = SweepConfig(root / "s.yaml", out=root / "out")
-    grid = expand(values, config.place, "cpu")
+    grid = expand(values, config.folder, "cpu")
     for cell in grid.cells.values():
         if (cell.editor, cell.config.seed) != fail:
             seed = cell.config.seed
             plan = Plan(edits=40, years=3, editors=(cell.editor,), seed=seed, panel=16)
             fake_run(cell.folder, plan, seed=seed, schedule_hash=f"s{seed}")
             (cell.folder / "report.html").write_text("a report")
-    board = Board(config.place, grid)
+    board = Board(config.folder, grid)
     for cell in grid.cells.values():
         if board.state[cell.id] == "waiting":
             board.set(cell, "Traceback\n  somewhere\nValueError: <b>broken</b>")
@@ -269,17 +269,17 @@ def test_finished_cells_are_not_run_again(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.usefixtures("no_figures")
 def test_one_report_pools_seeds_and_compares_editors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config, _, _ = done_sweep(tmp_path)
-    (summary,) = write_sweep(config.place).values()
+    (summary,) = write_sweep(config.folder).values()
     assert set(summary["editors"]) == {"noop", "finetune"}
     assert summary["run"]["seeds"] == [0, 1]
-    page = (config.place / "report.html").read_text()
+    page = (config.folder / "report.html").read_text()
     assert "4 of 4 cells are done" in page
     assert 'href="comparison/report.html"' in page
-    assert (config.place / "comparison" / "report.html").is_file()
-    lines = (config.place / "cells.csv").read_text().splitlines()
+    assert (config.folder / "comparison" / "report.html").is_file()
+    lines = (config.folder / "cells.csv").read_text().splitlines()
     assert len(lines) == 5
     assert lines[0].startswith("editor,seed,stream,model,batch,edits,set,state,folder")
-    assert show([str(config.place)]) == 0
+    assert show([str(config.folder)]) == 0
     assert show([str(tmp_path)]) == 2
     assert "sweep.json is missing" in capsys.readouterr().err
 
@@ -287,9 +287,9 @@ def test_one_report_pools_seeds_and_compares_editors(tmp_path: Path, capsys: pyt
 @pytest.mark.usefixtures("no_figures")
 def test_a_failed_cell_is_named_and_its_editor_left_out(tmp_path: Path) -> None:
     config, _, board = done_sweep(tmp_path, fail=("finetune", 1))
-    (summary,) = write_sweep(config.place).values()
+    (summary,) = write_sweep(config.folder).values()
     assert set(summary["editors"]) == {"noop"}
-    page = (config.place / "report.html").read_text()
+    page = (config.folder / "report.html").read_text()
     assert "3 of 4 cells are done" in page
     assert "left out: finetune, seed 1: failed" in page
     assert "left out: finetune, seed 0: done, but this editor is not done in every seed" in page
@@ -303,13 +303,13 @@ def test_a_failed_cell_is_named_and_its_editor_left_out(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("no_figures")
 def test_where_nothing_is_done_the_page_says_so(tmp_path: Path) -> None:
     config, _, _ = done_sweep(tmp_path)
-    path = config.place / "sweep.json"
+    path = config.folder / "sweep.json"
     stored = json.loads(path.read_text())
     for cell in stored["cells"].values():
         cell["state"] = "failed"
     path.write_text(json.dumps(stored))
-    assert write_sweep(config.place) == {}
-    assert "nothing can be compared" in (config.place / "report.html").read_text()
+    assert write_sweep(config.folder) == {}
+    assert "nothing can be compared" in (config.folder / "report.html").read_text()
 
 
 @pytest.mark.usefixtures("no_figures")
