@@ -12,7 +12,7 @@ from streams.base import Stream
 from testbed.bench.paths import clock_of, run_steps
 from testbed.core.events import Ask, EditBatch, EditEvent
 from testbed.core.schema import EditReport
-from testbed.core.timing import NOTE
+from testbed.core.timing import NOTE_PREFIX
 from testbed.editors.base import Editor
 from testbed.experiment.loop import peak_bytes
 from testbed.model.handle import ModelHandle
@@ -96,7 +96,7 @@ def _plainly(handle: ModelHandle, stream: Stream, make: Callable[[], Editor], ev
 
 def stages_of(report: EditReport) -> dict[str, float]:
     """Seconds of a batch by stage."""
-    return {k.removeprefix(NOTE): v for k, v in report.notes.items() if k.startswith(NOTE)}
+    return {k.removeprefix(NOTE_PREFIX): v for k, v in report.notes.items() if k.startswith(NOTE_PREFIX)}
 
 
 def asked(handle: ModelHandle, stream: Stream, events: Sequence[EditEvent], n: int) -> tuple[list[Ask], list[str | None]]:

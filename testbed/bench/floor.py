@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
-from testbed.core.timing import running
+from testbed.core.timing import running_section
 
 _TRIES, _READ = 5, 2**28
 """Measurements of a rate, of which the best counts; numbers of a vector that is read."""
@@ -119,7 +119,7 @@ class Products(TorchDispatchMode):
     def _note(self, operations: float, operands: list[Tensor]) -> None:
         """operands: results first."""
         fetched = sum(map(self._fetch, {x.data_ptr(): x for x in operands}.values()))
-        work = self.stages[running() or ""]
+        work = self.stages[running_section() or ""]
         work.operations += operations
         work.bytes += fetched
         work.seconds += max(operations / self.machine.rate(operands[0].dtype), fetched / self.machine.bandwidth)

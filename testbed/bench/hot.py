@@ -12,7 +12,7 @@ from streams.base import Stream
 from testbed.bench.editors import Amount, asked, stages_of
 from testbed.bench.floor import Machine, Work, products
 from testbed.core.events import EditBatch, EditEvent
-from testbed.core.timing import collected
+from testbed.core.timing import collect_seconds
 from testbed.editors.base import Editor
 from testbed.model.handle import ModelHandle
 
@@ -80,7 +80,7 @@ def _made(editor: Editor, stream: Stream, events: Sequence[EditEvent], step: int
 
 def _heard(work: Callable[[], object]) -> Mapping[str, float]:
     start = time.perf_counter()
-    with collected() as seconds:
+    with collect_seconds() as seconds:
         work()
     return {"": time.perf_counter() - start, **seconds}
 

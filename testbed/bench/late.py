@@ -11,10 +11,9 @@ from statistics import median
 from testbed.bench.editors import seconds_of, stages_of
 from testbed.core.events import EditBatch
 from testbed.core.schema import EditReport
-from testbed.core.timing import collected
+from testbed.core.timing import collect_seconds
 from testbed.editors.base import Editor
-from testbed.experiment.loop import to_ask
-from testbed.experiment.rebuild import Stored, rebuild
+from testbed.experiment.rebuild import StoredRun, rebuild
 from testbed.storage.files import StoreError
 
 _TURNS = 3
@@ -55,11 +54,11 @@ def lates(run: Path, first: int, edits: int, questions: int) -> Iterator[Late]:
     Raises `StoreError` where the folder is no run, holds no state, or has no more than `first` edits.
     """
     stored = rebuild(run)
-    made = list(accumulate(len(s.edits) for s in stored.plan.schedule.steps))
+    made = list(accumulate(len(s.edits) for s in stored.run.schedule.steps))
     step = next((n for n, m in enumerate(made, 1) if m >= first), len(made))
     if step == len(made):
         raise StoreError(f"{run} has {made[-1] if made else 0} edits, not more than {first}: choose a smaller --at, or a longer run")
-    for name in stored.plan.config.editor:
+    for name in stored.run.config.editor:
         pair = stored.at(name, step), stored.newest(name)[1]
         costs = _edit(stored, pair, edits)
         asked = _ask(stored, pair, made[step - 1], questions)
@@ -70,16 +69,16 @@ Costs = list[tuple[float, dict[str, float]]]
 """Of each step or turn, seconds of one edit or question, in all and by stage."""
 
 
-def _edit(stored: Stored, pair: tuple[Editor, Editor], edits: int) -> tuple[Costs, Costs]:
+def _edit(stored: StoredRun, pair: tuple[Editor, Editor], edits: int) -> tuple[Costs, Costs]:
     """The next edits of the stream, made by both in turn, and which of them goes first in turn too."""
-    plan = stored.plan
+    plan = stored.run
     out: tuple[Costs, Costs] = [], []
     size, events = plan.config.batch, plan.stream.events(plan.config.edits + edits)[plan.config.edits :]
     if not events:
         raise StoreError(f"the stream has no edits beyond the {plan.config.edits} of the run: measure on a shorter one")
     for n, at in enumerate(range(0, len(events), size)):
         part = tuple(e for e in events[at : at + size] if e.kind != "retire")
-        batch = EditBatch(part, stored.steps + n + 1, {e.id: plan.stream.paraphrases(e) for e in part})
+        batch = EditBatch(part, stored.n_steps + n + 1, {e.id: plan.stream.paraphrases(e) for e in part})
         for i in (0, 1) if n % 2 else (1, 0):
             reports: list[EditReport] = []
             spent = seconds_of(plan.handle, lambda i=i, b=batch, got=reports: got.append(pair[i].apply(b)))
@@ -87,17 +86,17 @@ def _edit(stored: Stored, pair: tuple[Editor, Editor], edits: int) -> tuple[Cost
     return out
 
 
-def _ask(stored: Stored, pair: tuple[Editor, Editor], upto: int, questions: int) -> tuple[Costs, Costs]:
+def _ask(stored: StoredRun, pair: tuple[Editor, Editor], upto: int, questions: int) -> tuple[Costs, Costs]:
     """Questions about the edits that both have made, asked once before for what is found out once."""
-    plan = stored.plan
+    plan = stored.run
     events = plan.stream.events(plan.config.edits)[max(0, upto - questions) : upto]
     found = [q for e in events for q in plan.stream.questions(e) if q.image is None or plan.handle.reads_pictures][:questions]
-    asks, answers = [to_ask(q) for q in found], [q.answer for q in found]
+    asks, answers = [q.ask() for q in found], [q.answer for q in found]
     out: tuple[Costs, Costs] = [], []
     for turn in range(_TURNS + 1 if found else 0):
         for editor, costs in zip(pair, out):
             predictor = editor.predictor()
-            with collected() as stages:
+            with collect_seconds() as stages:
                 spent = seconds_of(plan.handle, lambda p=predictor: p.respond(asks, answers, plan.config.max_new_tokens))
             costs.extend([_each(spent, stages, len(asks))] if turn else [])
     return out

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow.dataset as ds
 
 from testbed.core.schema import folder_name
-from testbed.core.timing import NOTE
+from testbed.core.timing import NOTE_PREFIX
 from testbed.storage.files import StoreError, read_json
 
 HELD = ("entries", "facts", "past_keys", "memory")
@@ -89,8 +89,8 @@ def _whole(folder: Path, name: str) -> Iterator[Whole]:
 
 
 def _stages(near: Sequence[dict[str, Any]]) -> str:
-    names = dict.fromkeys(k for x in near for k in x["notes"] if k.startswith(NOTE))
-    found = _median(near, {k.removeprefix(NOTE): [x["notes"].get(k, 0.0) for x in near] for k in names})
+    names = dict.fromkeys(k for x in near for k in x["notes"] if k.startswith(NOTE_PREFIX))
+    found = _median(near, {k.removeprefix(NOTE_PREFIX): [x["notes"].get(k, 0.0) for x in near] for k in names})
     return ", ".join(f"{k} {found[k]:.1f}" for k in sorted(found, key=found.__getitem__, reverse=True))
 
 
