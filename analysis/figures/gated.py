@@ -17,11 +17,11 @@ from matplotlib.ticker import FuncFormatter
 from analysis.figures import style
 from analysis.figures.context import Scene
 from analysis.metrics import curves
+from analysis.metrics.answers import Metrics, asked, pooled
 from analysis.metrics.bootstrap import Draws, Resampler
 from analysis.metrics.catalogue import SUFFIXES, human_bytes
 from analysis.metrics.deferral import decisions
 from analysis.metrics.summary import harmonic_mean
-from analysis.reading.answers import Metrics, asked, pooled
 from analysis.reading.load import READINGS, EditorRun, Run
 
 _SCORED = {"text_generality": "Text generality", "image_generality": "Image generality", "locality_hard": "Locality: other picture"}

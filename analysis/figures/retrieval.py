@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter
 
 from analysis.figures import style
 from analysis.figures.context import Scene
-from analysis.reading.answers import LEAST_IN_BIN
+from analysis.metrics.answers import LEAST_IN_BIN
 
 PANELS = {
     "hit_rate": "Bearing fact found",

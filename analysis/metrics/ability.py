@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 import pandas as pd
 
+from analysis.metrics.answers import SIGNED, Metrics, at_end, means, plain_means, pooled, unedited
 from analysis.metrics.bootstrap import Draws, Resampler, combine
 from analysis.metrics.catalogue import SUFFIXES
-from analysis.reading.answers import SIGNED, Metrics, at_end, means, plain_means, pooled, unedited
 from analysis.reading.load import READINGS, EditorRun, Run
 from analysis.reading.records import BENCH, FRESH, SAFETY, UNRELATED
 

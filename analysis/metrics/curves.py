@@ -11,11 +11,11 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import pandas as pd
 
+from analysis.metrics import orders
 from analysis.metrics.ability import log_perplexities
+from analysis.metrics.answers import age_bins, asked, immediate, pooled, right_after, unedited, year_ends
 from analysis.metrics.bootstrap import Draws, Resampler, combine
 from analysis.metrics.forgetting import aged
-from analysis.reading import orders
-from analysis.reading.answers import age_bins, asked, immediate, pooled, right_after, unedited, year_ends
 from analysis.reading.load import READINGS, EditorRun, Run
 from analysis.reading.records import LADDER, PREFIXES
 
@@ -145,7 +145,7 @@ def average(curves: Sequence[pd.DataFrame]) -> pd.DataFrame:
     """The mean of the curves of several orders where all are known, read off between points by straight lines.
 
     Half the band is the larger of the mean's own half-interval and, from three orders on, Student's t times the standard
-    deviation between orders over the root of their number (`analysis.reading.orders.spread`).
+    deviation between orders over the root of their number (`analysis.metrics.orders.spread`).
     """
     if len(curves) == 1:
         return curves[0]

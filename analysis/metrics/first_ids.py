@@ -16,8 +16,8 @@ import pandas as pd
 import pyarrow.compute
 import pyarrow.parquet as pq
 
+from analysis.metrics.answers import Metrics, at_end, means
 from analysis.metrics.bootstrap import Resampler
-from analysis.reading.answers import Metrics, at_end, means
 from analysis.reading.extras import answers_with, rows_with
 from analysis.reading.load import EditorRun, Run
 

@@ -8,9 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from analysis.metrics.bootstrap import Draws, Resampler, combine
-from analysis.metrics.catalogue import SUFFIXES
-from analysis.reading.answers import (
+from analysis.metrics.answers import (
     SIGNED,
     Metrics,
     age_bins,
@@ -24,6 +22,8 @@ from analysis.reading.answers import (
     unedited,
     year_ends,
 )
+from analysis.metrics.bootstrap import Draws, Resampler, combine
+from analysis.metrics.catalogue import SUFFIXES
 from analysis.reading.load import READINGS, EditorRun, Run
 from analysis.reading.records import AFTER, LADDER
 

@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from analysis.metrics import orders
 from analysis.metrics.ability import of_everything_else
 from analysis.metrics.alarm import alarm_step
+from analysis.metrics.answers import SIGNED, Metrics, at_end, in_common, means, plain_means, right_after, unedited
 from analysis.metrics.bootstrap import REPLICATES, Interval, Resampler, combine
 from analysis.metrics.catalogue import SUFFIXES, split_name
 from analysis.metrics.collapse import collapse
@@ -22,12 +24,10 @@ from analysis.metrics.deferral import decisions, deferral
 from analysis.metrics.first_ids import of_first_ids
 from analysis.metrics.forgetting import of_edits
 from analysis.metrics.hard import hard_edits
+from analysis.metrics.run_description import cost, describe
 from analysis.metrics.truth import truthfulness
-from analysis.reading import orders
-from analysis.reading.answers import SIGNED, Metrics, at_end, in_common, means, plain_means, right_after, unedited
 from analysis.reading.load import READINGS, EditorRun, Run
 from analysis.reading.records import AFTER
-from analysis.reporting.about import cost, describe
 
 AT_END = {
     "edit_success": "edit",

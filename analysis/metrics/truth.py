@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from analysis.metrics.answers import Metrics, means
 from analysis.metrics.bootstrap import Resampler
-from analysis.reading.answers import Metrics, means
 from analysis.reading.extras import answers_with
 from analysis.reading.load import EditorRun, Run
 from analysis.reading.records import SAFETY

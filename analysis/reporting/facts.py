@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from analysis.metrics.answers import at_end, right_after
 from analysis.metrics.catalogue import READING_TITLES, show
-from analysis.reading.answers import at_end, right_after
 from analysis.reading.load import EditorRun, Run, texts
 
 MOST = 10

@@ -12,9 +12,9 @@ from analysis.figures import catalogue as plots
 from analysis.figures.context import Scene, scene
 from analysis.metrics import hard
 from analysis.metrics.bootstrap import REPLICATES
+from analysis.metrics.orders import gather
 from analysis.metrics.summary import summarise
 from analysis.reading.load import BadRun
-from analysis.reading.orders import gather
 from analysis.reporting import tables_more
 from analysis.reporting.page import html
 from analysis.reporting.tables import files

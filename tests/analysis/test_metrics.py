@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from analysis.metrics.ability import guessing
 from analysis.metrics.bootstrap import Resampler
 from analysis.metrics.catalogue import METRICS, metric_names
+from analysis.metrics.run_description import gathered
 from analysis.metrics.summary import in_common, measure, summarise
 from analysis.reading.load import Run, load_run
-from analysis.reporting.about import gathered
 from tests.helpers.fake_run import EDITORS, Plan, event, fake_run, question, record, write_run
 
 FEW = 200

@@ -9,10 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.metrics import curves
+from analysis.metrics import curves, orders
 from analysis.metrics.bootstrap import Draws
 from analysis.metrics.summary import summarise
-from analysis.reading import orders
 from analysis.reading.load import BadRun
 from analysis.reporting.report import write_all
 from tests.helpers.fake_run import Plan, event, fake_run, question, record, write_run

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from analysis.metrics import orders
 from analysis.metrics.alarm import EVIDENCE, watch
 from analysis.metrics.bootstrap import Draws, Interval, Resampler
-from analysis.reading import orders
 from analysis.reading.load import EditorRun, Run
 
 PRECISION = ("edit_success", "text_generality", "locality_hard", "portability", "general_score")
