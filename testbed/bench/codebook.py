@@ -20,11 +20,11 @@ from torch import Tensor
 
 from streams.base import Stream
 from testbed.editors.codebook.codebook import Codebook, Entry
-from testbed.editors.codebook.entry_weights import LowRank
+from testbed.editors.codebook.entry_weights import LowRankWeights
 from testbed.editors.codebook.nearest import Keys, Nearest
 from testbed.model.encoding import collate
 from testbed.model.handle import ModelHandle
-from testbed.storage.run_folder import write_state
+from testbed.storage.files import write_state
 
 WIDTH_7B, INNER_7B, LAYERS_7B = 4096, 11008, 32
 RANK = 4
@@ -148,7 +148,7 @@ def weight(entries: int = 10_000, width: int = WIDTH_7B, inner: int = INNER_7B) 
     """Rank-4 values of one down-projection with keys as wide as what enters it: allocated, searched once, and saved."""
     with torch.device("meta"):
         module = torch.nn.Linear(inner, width, bias=False)
-    family = LowRank(module, module.weight, RANK)
+    family = LowRankWeights(module, module.weight, RANK)
     keys = Keys(torch.zeros(0, inner))
     for start in range(0, entries, 500):
         keys.add(torch.full((min(500, entries - start), inner), float(start)))

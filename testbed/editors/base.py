@@ -13,7 +13,7 @@ A `Wrapper` changes part of another method and is named behind it with a plus (`
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -298,6 +298,31 @@ def require_finite_loss(loss: Tensor, lr: float) -> None:
     """Raise `EditFailed` where a loss, of any shape, is not finite."""
     if not torch.isfinite(loss).all():
         raise EditFailed(f"the loss became {loss.tolist()} at lr {lr}; try a smaller one")  # pyright: ignore[reportUnknownMemberType]
+
+
+def minimise(
+    tensors: Sequence[Tensor],
+    losses: Callable[[], Tensor],
+    lr: float,
+    steps: int,
+    fused: bool | None = None,
+    after_step: Callable[[], object] | None = None,
+) -> Tensor:
+    """Take steps of a new Adam on the sum of losses, and return the losses before the last step.
+
+    The leaf tensors are changed in place. Raises `EditFailed` where a loss is not finite.
+    """
+    adam, last = torch.optim.Adam(tensors, lr=lr, fused=fused), torch.full((), torch.nan)
+    for _ in range(steps):
+        adam.zero_grad()
+        last = losses()
+        require_finite_loss(last, lr)
+        last.sum().backward()  # pyright: ignore[reportUnknownMemberType]
+        with torch.no_grad():
+            adam.step()  # pyright: ignore[reportUnknownMemberType]
+            if after_step is not None:
+                after_step()
+    return last.detach()
 
 
 def require_same(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:

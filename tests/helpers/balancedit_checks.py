@@ -13,7 +13,7 @@ from streams.base import TrainPool
 from testbed.core.events import Ask, EditBatch, EditEvent, Question
 from testbed.editors.codebook.balancedit import BalancEdit, BalancEditConfig
 from testbed.editors.codebook.gate import Gate
-from testbed.editors.codebook.keys import read
+from testbed.editors.codebook.keys import read_keys
 from testbed.model.encoding import collate
 from testbed.model.handle import weights_hash
 from testbed.model.prefix_cache import ImagePrefixes
@@ -130,7 +130,8 @@ def check_25_padding_changes_no_key(cls: type[BalancEdit], **config: Any) -> Non
                 editor.handle.model(**one.inputs)
             key = editor._key(kept[0].reshape(*one.prompt.shape, -1), one)[0]
             torch.testing.assert_close(key, together[i], atol=1e-4, rtol=1e-4)
-            torch.testing.assert_close(read(ImagePrefixes(editor.handle, editor.module), [a], editor._key)[0], together[i], atol=1e-4, rtol=1e-4)
+            alone = read_keys(ImagePrefixes(editor.handle, editor.module), [a], editor._key)[0]
+            torch.testing.assert_close(alone, together[i], atol=1e-4, rtol=1e-4)
 
 
 def check_29_nothing_global_is_touched(cls: type[BalancEdit], out: Callable[[], str]) -> None:

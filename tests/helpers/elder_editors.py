@@ -9,8 +9,8 @@ import torch
 from streams.base import TrainPool
 from testbed.core.events import Ask, EditBatch, EditEvent
 from testbed.editors.adapters.elder import Elder, ElderConfig
-from testbed.editors.adapters.elder_mixture import CodeBook, MixtureGate
-from testbed.editors.codebook import keys as _sites
+from testbed.editors.adapters.elder_routing import CodeRouter, MixtureGate
+from testbed.editors.codebook.keys import last_position
 from testbed.model.encoding import collate
 from testbed.model.handle import ModelHandle
 from tests.helpers.facts import fact
@@ -38,8 +38,8 @@ def asks(events: list[EditEvent]) -> list[Ask]:
     return [e.ask() for e in events]
 
 
-def gate_of(editor: Elder, within: int | None) -> MixtureGate:
-    return MixtureGate(editor.handle, editor.targets, editor.mixture, CodeBook(editor.book, within))
+def gate_of(editor: Elder, eps: int | None) -> MixtureGate:
+    return MixtureGate(editor.handle, editor.targets, editor.mixture, CodeRouter(editor.codes, eps))
 
 
 def logits(handle: ModelHandle, gate: MixtureGate | None, what: list[Ask], side: Any = "left", **answers: Any) -> torch.Tensor:
@@ -56,7 +56,7 @@ def scores_of(editor: Elder, what: list[Ask], side: Any, answers: list[list[int]
     kept: list[torch.Tensor] = []
     with torch.no_grad(), editor.handle.hooked(editor.targets[0].module, lambda m, args: kept.append(args[0]), pre=True):
         editor.handle.model(**batch.inputs, use_cache=False)
-    return editor.mixture.log_scores(_sites.last(kept[0].reshape(*batch.prompt.shape, -1), batch))
+    return editor.mixture.log_scores(last_position(kept[0].reshape(*batch.prompt.shape, -1), batch))
 
 
 def scores_x(editor: Elder, e: EditEvent) -> torch.Tensor:
@@ -64,4 +64,4 @@ def scores_x(editor: Elder, e: EditEvent) -> torch.Tensor:
     kept: list[torch.Tensor] = []
     with torch.no_grad(), editor.handle.hooked(editor.targets[0].module, lambda m, args: kept.append(args[0]), pre=True):
         editor.handle.model(**batch.inputs, use_cache=False)
-    return _sites.last(kept[0], batch)
+    return last_position(kept[0], batch)

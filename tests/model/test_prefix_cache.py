@@ -17,7 +17,7 @@ from testbed.model.encoding import Batch
 from testbed.model.handle import ModelHandle, project
 from testbed.model.loading import load
 from testbed.model.prefix_cache import ImagePrefixes
-from testbed.model.suffix import suffix_from_down_projection
+from testbed.model.suffix import mean_over_prompt, suffix_from_down_projection
 from tests.helpers.models import IMAGE, TEXT, Noise, build
 from tests.helpers.positions_run import places
 
@@ -63,10 +63,10 @@ def test_half_precision_takes_image_prefixes(dtype: str) -> None:
 @pytest.mark.parametrize("kind", IMAGE)
 def test_a_prompt_has_the_same_key_alone_and_among_others(kind: str) -> None:
     own = prefixes_of(build(kind))
-    for key in (keys.mean, keys.last, keys.over_picture):
-        together = keys.read(own, ASKS, key)
+    for key in (mean_over_prompt, keys.last_position, keys.mean_over_image):
+        together = keys.read_keys(own, ASKS, key)
         for i, ask in enumerate(ASKS):
-            alone = keys.read(prefixes_of(own.handle), [ask], key)[0]
+            alone = keys.read_keys(prefixes_of(own.handle), [ask], key)[0]
             torch.testing.assert_close(together[i], alone, rtol=1e-4, atol=1e-4)
 
 
@@ -105,20 +105,20 @@ def test_a_picture_is_run_once_and_its_words_alone_after_that() -> None:
 def test_prefixes_that_do_not_fit_are_made_again(kept: int) -> None:
     handle = build("llava")
     free = prefixes_of(handle)
-    want = keys.read(free, ASKS, keys.mean)
+    want = keys.read_keys(free, ASKS, mean_over_prompt)
     one = next(iter(free.kept.values())).bytes
     tight = prefixes_of(handle, limit=kept * one)
-    torch.testing.assert_close(keys.read(tight, ASKS, keys.mean), want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(keys.read_keys(tight, ASKS, mean_over_prompt), want, rtol=1e-5, atol=1e-5)
     assert len(tight.kept) == kept
     assert kept == 0 or next(iter(tight.kept))[0] == ASKS[-1].image.key  # pyright: ignore[reportOptionalMemberAccess]
 
 
 def test_the_longest_unused_leaves_first() -> None:
     own = prefixes_of(build("llava"))
-    keys.read(own, ASKS[:3], keys.mean)
+    keys.read_keys(own, ASKS[:3], mean_over_prompt)
     own.limit = 2 * next(iter(own.kept.values())).bytes
     for ask in (ASKS[0], ASKS[3]):
-        keys.read(own, [ask, ask], keys.mean)
+        keys.read_keys(own, [ask, ask], mean_over_prompt)
     assert [name[0] for name in own.kept] == [a.image.key for a in (ASKS[0], ASKS[3]) if a.image]
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from testbed.bench.reference import WholeModelDownProjection, whole_model
-from testbed.editors.codebook.entry_weights import FullCopies, LowRank, Values, train
+from testbed.editors.codebook.entry_weights import EntryWeights, FullCopyWeights, LowRankWeights, train
 from testbed.model.encoding import answer_ids, collate
 from testbed.model.handle import ModelHandle, project
 from testbed.model.suffix import DownProjectionSuffix, suffix_from_down_projection, suffix_from_layer
@@ -66,15 +66,15 @@ def hooks(handle: ModelHandle) -> int:
 def test_training_has_the_same_losses_at_every_step_alone_and_in_a_batch(layer: int, family: str) -> None:
     handle = build("llava")
     module, weight = handle.down(layer), handle.parameter(handle.down_weight(layer)).detach()
-    values: Values = FullCopies(module, weight) if family == "full" else LowRank(module, weight, 2)
-    fresh = [values.fresh(torch.Generator().manual_seed(i)) for i in range(4)]
+    form: EntryWeights = FullCopyWeights(module, weight) if family == "full" else LowRankWeights(module, weight, 2)
+    fresh = [form.fresh(torch.Generator().manual_seed(i)) for i in range(4)]
     for steps in (1, 5, 20):
-        together = train(values, suffix_from_down_projection(handle, ASKS, list(TARGETS), layer), fresh, 0.01, steps)
-        for i, one in enumerate(together.losses):
+        _, together = train(form, suffix_from_down_projection(handle, ASKS, list(TARGETS), layer), fresh, 0.01, steps)
+        for i, one in enumerate(together):
             with whole_model(handle):
                 suffix = suffix_from_down_projection(handle, ASKS[i : i + 1], [TARGETS[i]], layer)
-            alone = train(values, suffix, fresh[i : i + 1], 0.01, steps)
-            assert one == pytest.approx(alone.losses[0], abs=1e-4)
+            _, alone = train(form, suffix, fresh[i : i + 1], 0.01, steps)
+            assert one == pytest.approx(alone[0], abs=1e-4)
             assert steps == 20 or one > 1e-3  # far from zero: agreement means something
 
 
@@ -84,5 +84,5 @@ def test_an_editor_needs_to_know_nothing_of_the_reference() -> None:
     with whole_model(slow.handle):
         second: Any = slow.apply(batch(EDITS))
     assert first.notes["loss"] == pytest.approx(second.notes["loss"], abs=1e-4)
-    for i, v in fast.values.items():
-        torch.testing.assert_close(v, slow.values[i], atol=1e-3, rtol=1e-3)
+    for i, v in fast.tensors.items():
+        torch.testing.assert_close(v, slow.tensors[i], atol=1e-3, rtol=1e-3)

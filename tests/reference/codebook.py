@@ -11,7 +11,7 @@ import torch
 from hypothesis import strategies as st
 
 from testbed.editors.codebook.codebook import _SHARE, Codebook, Entry
-from testbed.editors.codebook.nearest import Metric, Rule
+from testbed.editors.codebook.nearest import Metric, Nearest, Rule, to_all
 
 Point = tuple[float, ...]
 
@@ -28,7 +28,7 @@ class Row:
 
 
 @dataclass
-class Plain:
+class ReferenceCodebook:
     """Alive rows in order of insertion."""
 
     rule: Rule = "nearest-then-check"
@@ -88,6 +88,17 @@ def hits(c: Codebook, xs: list[Point]) -> list[str | None]:
 
 def radii(c: Codebook) -> dict[str, float]:
     return {e.event_id: r for e, r, alive in zip(c.entries, c.radii.tolist(), c.alive.tolist()) if alive}
+
+
+def nearest_by_brute_force(search: Nearest, query: torch.Tensor) -> tuple[int, float]:
+    """The row that answers, or -1, and the decisive distance, from the distances of a query (f,) to all keys, one key at a time."""
+    d, radii = to_all(search.keys.all, query, search.keys.metric).tolist(), search.radii.tolist()
+    counts = [r >= 0 and (search.rule == "nearest-then-check" or x <= r) for x, r in zip(d, radii)]
+    rows = [i for i, counted in enumerate(counts) if counted]
+    if not rows:
+        return -1, math.inf
+    row = min(rows, key=lambda i: (d[i], -i if search.newest else i))
+    return row if d[row] <= radii[row] else -1, d[row]
 
 
 EXAMPLES = int(os.environ.get("TESTBED_EXAMPLES", "100"))

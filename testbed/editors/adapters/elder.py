@@ -1,13 +1,13 @@
 """ELDER (AAAI 2025, arXiv 2408.11869): a mixture of LoRA, with a map from prompts to adapters that is learned edit by edit.
 
-Each edit draws a code, k adapters at every site; training pulls the routers' scores of the edit and its paraphrases
-towards it (the guided loss) while the adapters that the routers choose learn the answer. A prompt whose own
-choice is far from every stored code is deferred to the untouched model.
+Each edit draws a code: k of the N adapters at every target module. Training pulls the routers' scores of the edit and
+of its paraphrases towards the code (the guided loss), while the adapters that the routers choose learn the answer.
+A prompt whose own choice is far from every stored code is deferred to the untouched model.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,38 +16,84 @@ from torch import Tensor
 
 from streams.base import TrainPool
 from testbed.core.events import Ask, EditBatch
+from testbed.core.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from testbed.core.registry import EDITORS
 from testbed.core.timing import timed
 from testbed.editors.adapters import lowrank
-from testbed.editors.adapters.elder_hyper import hyper_of, overlaid
-from testbed.editors.adapters.elder_mixture import CodeBook, Mixture, MixtureGate
-from testbed.editors.adapters.elder_routing import Codes, Shape, experts_for
-from testbed.editors.base import BadEditor, EditFailed, Editor, EditorConfig, Traits, need
-from testbed.editors.codebook import keys as _sites
+from testbed.editors.adapters.elder_routing import AllocationCodes, CodeRouter, Mixture, MixtureGate, MixtureShape, experts_for
+from testbed.editors.base import BadEditor, Editor, EditorConfig, Traits, need, require_finite_loss, require_same
+from testbed.editors.codebook.keys import last_position
+from testbed.editors.hyperparameters import ModelKey, hyperparameters_for, overlay
+from testbed.model.handle import ModelHandle
 from testbed.model.predictor import ModelPredictor, Predictor
 
 
 @dataclass(frozen=True)
+class ElderHyperparameters:
+    """What ELDER is tuned by for a model. Symbols are those of the paper."""
+
+    modules: str
+    """Regular expression over the names of the decoder's linear maps: the mixture layers."""
+    rank: int = 8
+    """r: rank of one adapter."""
+    experts: int = 4
+    """N: adapters at each target module, more where the planned edits need more codes."""
+    active: int = 2
+    """k: adapters that a prompt is given at each target module."""
+    eps: int | None = None
+    """Hamming distance to the nearest stored code under which a prompt counts as edited; None is L k (the paper's 12)."""
+    guide: float = 0.01
+    """lambda: weight of the guided loss."""
+    lr: float = 1e-4
+    """Adam's step size."""
+    steps: int = 50
+    """Optimiser steps a batch of edits."""
+
+
+PUBLISHED: dict[ModelKey, ElderHyperparameters] = {
+    ("gpt2", 48): ElderHyperparameters(r"\.h\.(35|36|37|38|39|40)\.mlp\.c_fc$"),  # GPT2-XL: the paper
+    ("llama", 32): ElderHyperparameters(r"\.layers\.(21|22|23|24|25|26)\.mlp\.down_proj$"),  # Llama-2-7B: the paper
+}
+"""By type and number of layers of the language model."""
+
+
+def derived(handle: ModelHandle) -> tuple[ElderHyperparameters, str]:
+    """Values for a model without published ones: down-projections of up to six layers that end at four fifths of the depth.
+
+    A shallow model is given those of its upper half, with larger steps (chosen on a development stream of the committed model).
+    """
+    depth = handle.n_layers
+    stop = depth if depth < 8 else round(0.82 * depth)
+    layers = range(max(0, stop - min(6, max(1, depth // 2))), stop)
+    names = [handle.down_weight(i).removesuffix(".weight").replace(".", r"\.") for i in layers]
+    found = ElderHyperparameters(f"^({'|'.join(names)})$")
+    found = replace(found, lr=2e-3, guide=1.0, steps=30) if depth < 8 else found
+    return found, f"adapters at the down-projections of layers {layers[0]} to {layers[-1]}"
+
+
+@dataclass(frozen=True)
 class ElderConfig(EditorConfig):
+    """Fields that are None come from the hyper-parameters of the model."""
+
     modules: str | None = None
-    """Regular expression over the names of the decoder's linear maps: the mixture layers; none is the table's (paper: six of one kind)."""
-    rank: int | None = None
+    """Regular expression over the names of the decoder's linear maps: the mixture layers (paper: six of one kind)."""
+    rank: PositiveInt | None = None
     """r (paper: 8)."""
-    experts: int | None = None
-    """N; none is the table's (paper: 4), or more where `planned_edits` need more codes."""
-    active: int | None = None
+    experts: PositiveInt | None = None
+    """N; by default the model's (paper: 4), or more where `planned_edits` need more codes."""
+    active: PositiveInt | None = None
     """k (paper: 2)."""
     eps: int | None = None
     """Hamming distance under which a prompt counts as edited (paper: 12, which is L k)."""
-    guide: float | None = None
+    guide: NonNegativeFloat | None = None
     """lambda, weight of the guided loss (paper: 0.01); 0 is the ablation without it."""
-    lr: float | None = None
+    lr: PositiveFloat | None = None
     """Adam's step size (paper: 1e-4)."""
-    steps: int | None = None
+    steps: PositiveInt | None = None
     """Optimiser steps a batch (paper: 50)."""
-    paraphrases: int = 1
+    paraphrases: NonNegativeInt = 1
     """Train-pool paraphrases that are trained beside each edit under its code."""
-    planned_edits: int = 5_000
+    planned_edits: PositiveInt = 5_000
     """Edits for which N is chosen: at least a hundred codes for each."""
     defer: bool = True
     """Answer prompts far from every stored code with the untouched model; false is the ablation."""
@@ -57,22 +103,13 @@ class ElderConfig(EditorConfig):
     """Make the scores of the chosen adapters sum to one (paper: not)."""
 
     def problems(self) -> list[str]:
-        given = {n: getattr(self, n) for n in ("rank", "experts", "active", "steps", "planned_edits")}
-        out = [f"{n} must be 1 or more, got {v}" for n, v in given.items() if v is not None and v < 1]
-        if self.experts is not None and self.active is not None and self.active > self.experts:
-            out.append(f"active must be at most experts ({self.experts}), got {self.active}")
-        if self.lr is not None and not self.lr > 0:
-            out.append(f"lr must be positive, got {self.lr}")
-        if self.guide is not None and not self.guide >= 0:
-            out.append(f"guide must be 0 or more, got {self.guide}")
-        if self.paraphrases < 0:
-            out.append(f"paraphrases must be 0 or more, got {self.paraphrases}")
-        return out
+        too_many = self.experts is not None and self.active is not None and self.active > self.experts
+        return super().problems() + ([f"active must be at most experts ({self.experts}), got {self.active}"] if too_many else [])
 
 
 @dataclass(frozen=True)
-class Lesson:
-    """What one batch teaches. x: (R, f) of all rows, edits first. codes: (R, L, N) bool, the code that each row should choose."""
+class TrainingRows:
+    """The rows that one batch trains, edits first. x: (R, f) input of the routers. codes: (R, L, N) bool, the code of each row's edit."""
 
     suffix: lowrank.AdaptedSuffix
     x: Tensor
@@ -81,136 +118,132 @@ class Lesson:
 
 @EDITORS.register("elder")
 class Elder(Editor):
-    """L sites with N adapters each, L routers over one reading of the prompt, and the codes of the edits so far."""
+    """L target modules with N adapters each, L routers that read one activation of the prompt, and the codes of the edits so far."""
 
     summary = "mixture of LoRA, routed by the prompt, deferring to the base far from every edit (ELDER)"
     traits = Traits(gated=True, uses=frozenset({"paraphrase"}))
     Config = ElderConfig
 
     def _prepare(self, pool: TrainPool) -> None:
-        found, note = hyper_of(self.handle)
-        self.hyper = h = overlaid(found, self.config)
+        found, note = hyperparameters_for(self.handle, PUBLISHED, derived)
+        self.hyper = h = overlay(found, self.config)
         self.targets = lowrank.find_target_modules(self.handle, h.modules)
         n = self.config.experts or experts_for(len(self.targets), h.active, self.config.planned_edits, h.experts)
         if h.active > n:
             raise BadEditor(f"k = {h.active} adapters of N = {n} cannot be chosen: set active to {n} or less")
         lowrank.check_rank(self.targets, h.rank)
-        self.shape = Shape(len(self.targets), n, h.active)
-        self.within = h.eps if h.eps is not None else len(self.targets) * h.active
+        self.shape = MixtureShape(len(self.targets), n, h.active)
+        self.eps = h.eps if h.eps is not None else len(self.targets) * h.active
         self.notes = [note] if note else []
         self.notes.append(
-            f"{len(self.targets)} sites, N = {n}, k = {h.active}, r = {h.rank}, deferral under distance {self.within}, "
+            f"{len(self.targets)} target modules, N = {n}, k = {h.active}, r = {h.rank}, deferral under distance {self.eps}, "
             f"{self.shape.capacity:,} codes for {self.config.planned_edits:,} planned edits"
         )
-        self.book = Codes(self.shape, self._place)
+        self.codes = AllocationCodes(self.shape, self._device)
         self.mixture = self._fresh()
 
     @property
-    def _place(self) -> torch.device:
-        """Where the first site lies: what enters it chooses the adapters of all."""
+    def _device(self) -> torch.device:
+        """The device of the first target module, whose input chooses the adapters of all."""
         return self.handle.parameter(self.targets[0].weight).device
 
     def _fresh(self) -> Mixture:
-        """Routers uniform in +-1/sqrt(f), adapters that change nothing."""
+        """Routers uniform in +-1/sqrt(f), and adapters that change nothing."""
         g, s = self.generator(0), self.shape
-        router = (2 * torch.rand(s.sites, s.experts, self.targets[0].f, generator=g) - 1) / self.targets[0].f ** 0.5
-        pairs = [[lowrank.fresh(site, self.hyper.rank, g) for _ in range(s.experts)] for site in self.targets]
-        u, v = (tuple(torch.stack([p[i] for p in site]) for site in pairs) for i in (0, 1))
-        return Mixture(s, router.to(self._place), u, v, self.config.renormalise)
+        router = (2 * torch.rand(s.targets, s.experts, self.targets[0].f, generator=g) - 1) / self.targets[0].f ** 0.5
+        pairs = [[lowrank.fresh(target, self.hyper.rank, g) for _ in range(s.experts)] for target in self.targets]
+        u, v = (tuple(torch.stack([p[i] for p in target]) for target in pairs) for i in (0, 1))
+        return Mixture(s, router.to(self._device), u, v, self.config.renormalise)
 
     def _edit(self, batch: EditBatch) -> dict[str, float]:
         n = len(batch.events)
         codes, shared = self._allocate(batch)
-        lesson = self._lesson(batch, codes)
-        inside = self._inside(lesson.x[:n])
-        mixture, loss, guided = self._train(lesson)
-        self.mixture = mixture
-        learned = mixture.chosen(mixture.log_scores(lesson.x[:n]))
-        apart = 2 * (self.shape.sites * self.shape.active - (learned & lesson.codes[:n]).sum((1, 2)))
-        self.book = self.book.plus([e.id for e in batch.events], learned if self.config.codes == "learned" else codes, shared)
+        rows = self._training_rows(batch, codes)
+        hits = self._deferral_hits(rows.x[:n])
+        self.mixture, loss, guided = self._train(rows)
+        learned = self.mixture.chosen(self.mixture.log_scores(rows.x[:n]))
+        distance = 2 * (self.shape.targets * self.shape.active - (learned & rows.codes[:n]).sum((1, 2)))
+        self.codes = self.codes.plus([e.id for e in batch.events], learned if self.config.codes == "learned" else codes, shared)
         return {
             "loss": loss,
             "guided_loss": guided,
-            "deferral_hits": float(inside),
-            "code_distance": float(apart.float().mean()),
-            "entries": float(len(self.book)),
-            "codes": float(self.book.distinct),
-            "collisions": float(self.book.collisions),
+            "deferral_hits": float(hits),
+            "code_distance": float(distance.float().mean()),
+            "entries": float(len(self.codes)),
+            "codes": float(self.codes.distinct),
+            "collisions": float(self.codes.collisions),
         }
 
     def _allocate(self, batch: EditBatch) -> tuple[Tensor, int]:
         """(n, L, N) bool codes of the edits, and how many had to take a code in use. A fact that is changed again keeps its code."""
         generator, codes, shared = self.generator(batch.step), {}, 0
         for e in batch.events:
-            code = codes.get(e.revises) if e.revises in codes else self.book.of(e.revises)
+            code = codes.get(e.revises) if e.revises in codes else self.codes.of(e.revises)
             if code is None:
-                code, new = self.book.draw(generator, list(codes.values()))
+                code, new = self.codes.draw(generator, list(codes.values()))
                 shared += not new
             codes[e.id] = code
         return torch.stack(list(codes.values())), shared
 
-    def _lesson(self, batch: EditBatch, codes: Tensor) -> Lesson:
+    def _training_rows(self, batch: EditBatch, codes: Tensor) -> TrainingRows:
         """The edits, then their paraphrases under the same codes."""
         rows = [(i, e.ask()) for i, e in enumerate(batch.events)]
         for i, e in enumerate(batch.events):
             rows += [(i, Ask(p, e.image)) for p in batch.paraphrases.get(e.id, ())[: self.config.paraphrases]]
         suffix = lowrank.AdaptedSuffix(self.handle, self.targets, [a for _, a in rows], [batch.events[i].target for i, _ in rows])
-        x = _sites.last(suffix.act, suffix.batch.on(suffix.act.device))
-        return Lesson(suffix, x, codes[[i for i, _ in rows]].to(x.device))
+        x = last_position(suffix.act, suffix.batch.on(suffix.act.device))
+        return TrainingRows(suffix, x, codes[[i for i, _ in rows]].to(x.device))
 
-    def _inside(self, x: Tensor) -> int:
-        """How many of these prompts would be answered by adapters now."""
-        row, _ = CodeBook(self.book, self.within).retrieve(self.mixture.chosen(self.mixture.log_scores(x)).flatten(1))
+    def _deferral_hits(self, x: Tensor) -> int:
+        """How many of these prompts the adapters would answer before the batch is trained."""
+        row, _ = CodeRouter(self.codes, self.eps).retrieve(self.mixture.chosen(self.mixture.log_scores(x)).flatten(1))
         return int((row >= 0).sum())
 
     @timed("train")
-    def _train(self, lesson: Lesson) -> tuple[Mixture, float, float]:
+    def _train(self, rows: TrainingRows) -> tuple[Mixture, float, float]:
         """The mixture after one batch, and the last losses (answer, guided). Raises `EditFailed` when one is not finite."""
         tensors = [t.clone().requires_grad_(True) for t in self.mixture.tensors()]
         mixture, adam = self.mixture.like(tensors), torch.optim.Adam(tensors, lr=self.hyper.lr)
         loss = guided = float("nan")
         for _ in range(self.hyper.steps):
             adam.zero_grad()
-            log_scores = mixture.log_scores(lesson.x)
-            answer = lesson.suffix.losses(mixture.adds(log_scores)).mean()
-            guide = -(log_scores * lesson.codes).sum((1, 2)).mean()
+            log_scores = mixture.log_scores(rows.x)
+            answer = rows.suffix.losses(mixture.adds(log_scores)).mean()
+            guide = -(log_scores * rows.codes).sum((1, 2)).mean()
             loss, guided = float(answer.detach()), float(guide.detach())
             total = answer + self.hyper.guide * guide.to(answer.device)
-            if not torch.isfinite(total):
-                raise EditFailed(f"the loss became {float(total.detach())} at lr {self.hyper.lr}; try a smaller one")
+            require_finite_loss(total, self.hyper.lr)
             total.backward()
             adam.step()
         return self.mixture.like([t.detach() for t in tensors]), loss, guided
 
     def predictor(self) -> Predictor:
-        book = CodeBook(self.book, self.within if self.config.defer else None)
-        gate = MixtureGate(self.handle, self.targets, self.mixture, book)
+        router = CodeRouter(self.codes, self.eps if self.config.defer else None)
+        gate = MixtureGate(self.handle, self.targets, self.mixture, router)
         return ModelPredictor(self.handle, gate.around, gate.explain)
 
     def save_adapters(self, folder: Path) -> list[Path]:
-        """Write each of the N adapters as a folder that PEFT loads; the routers and codes stay in the state."""
+        """Write each of the N adapters as a folder that PEFT loads. Routers and codes are not part of it; they stay in the state."""
         out = []
         for i in range(self.shape.experts):
             pairs = zip(self.targets, self.mixture.u, self.mixture.v)
-            adapters = {s.name: lowrank.Adapter(u[i], v[i]) for s, u, v in pairs}
+            adapters = {t.name: lowrank.Adapter(u[i], v[i]) for t, u, v in pairs}
             out.append(folder / f"expert-{i:02d}")
             lowrank.save_peft(out[-1], self.handle, adapters)
         return out
 
-    def _where(self) -> dict[str, Any]:
-        return {"model": self.handle.hash, "modules": [s.name for s in self.targets], "active": self.shape.active}
+    def _own(self) -> dict[str, Any]:
+        return {"model": self.handle.hash, "modules": [t.name for t in self.targets], "active": self.shape.active}
 
     def _state(self) -> dict[str, Any]:
         pairs = {f"{k}.{i}": t for k, ts in (("u", self.mixture.u), ("v", self.mixture.v)) for i, t in enumerate(ts)}
-        codes = {"codes": self.book.packed, "entries": self.book.ids, "collisions": self.book.collisions}
-        return {"router": self.mixture.router, **pairs, **codes, **self._where()}
+        codes = {"codes": self.codes.packed, "entries": self.codes.ids, "collisions": self.codes.collisions}
+        return {"router": self.mixture.router, **pairs, **codes, **self._own()}
 
     def _load(self, state: dict[str, Any]) -> None:
-        for name, value in self._where().items():
-            if state.get(name) != value:
-                raise BadEditor(f"the state was made with {name} {state.get(name)}, this editor has {value}")
+        require_same(state, self._own())
         mine = [("router", self.mixture.router), *((f"{k}.{i}", t) for k in "uv" for i, t in enumerate(getattr(self.mixture, k)))]
         tensors = [need(state, name, tuple(t.shape)).to(t.device) for name, t in mine]
         packed = need(state, "codes", (len(state["entries"]), self.shape.bytes))
         self.mixture = self.mixture.like(tensors)
-        self.book = Codes(self.shape, self._place, packed.cpu(), state["entries"], state["collisions"])
+        self.codes = AllocationCodes(self.shape, self._device, packed.cpu(), state["entries"], state["collisions"])

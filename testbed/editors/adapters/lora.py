@@ -7,6 +7,7 @@ added to the weights; the model answers with that share, in the year itself too.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,50 +17,42 @@ from torch import Tensor
 
 from streams.base import TrainPool
 from testbed.core.events import EditBatch
+from testbed.core.ranges import PositiveFloat, PositiveFraction, PositiveInt
 from testbed.core.registry import EDITORS
 from testbed.core.timing import timed
-from testbed.editors.adapters import lowrank
-from testbed.editors.adapters.elder_hyper import hyper_of
-from testbed.editors.base import BadEditor, EditFailed, Editor, EditorConfig, Traits, need
-from testbed.model.predictor import ModelPredictor, Predictor
+from testbed.editors.adapters import elder, lowrank
+from testbed.editors.base import EditorConfig, WeightEditor, minimise, need, require_same
+from testbed.editors.hyperparameters import hyperparameters_for, overlay
 
 
 @dataclass(frozen=True)
 class LoraConfig(EditorConfig):
     modules: str | None = None
-    """Regular expression over the names of the decoder's linear maps; none is where ELDER puts its adapters, so that the two compare."""
-    rank: int = 8
+    """Regular expression over the names of the decoder's linear maps; by default those that ELDER adapts, so that the two compare."""
+    rank: PositiveInt = 8
     """r (ELDER's baseline: 8; WikiBigEdit: 4)."""
-    scale: float = 1.0
-    """alpha / r, what the product of the two matrices is multiplied by (WikiBigEdit: 2)."""
-    lr: float | None = None
-    """Adam's step size; none is ELDER's for the model."""
-    steps: int | None = None
-    """Optimiser steps a batch; none is ELDER's for the model. The optimiser starts afresh for each batch."""
-
-    def problems(self) -> list[str]:
-        given = {n: getattr(self, n) for n in ("rank", "steps")}
-        out = [f"{n} must be 1 or more, got {v}" for n, v in given.items() if v is not None and v < 1]
-        given = {n: getattr(self, n) for n in ("scale", "lr")}
-        return out + [f"{n} must be positive, got {v}" for n, v in given.items() if v is not None and not v > 0]
+    scale: PositiveFloat = 1.0
+    """alpha / r, the factor on the product of the two matrices (WikiBigEdit: 2)."""
+    lr: PositiveFloat | None = None
+    """Adam's step size; by default ELDER's for the model."""
+    steps: PositiveInt | None = None
+    """Optimiser steps a batch; by default ELDER's for the model. The optimiser starts afresh for each batch."""
 
 
 @EDITORS.register("lora")
-class Lora(Editor):
-    """Two thin matrices at each site, trained on, batch after batch."""
+class Lora(WeightEditor):
+    """Two thin matrices at each target module, trained further on every batch."""
 
     summary = "one LoRA adapter, trained edit after edit"
-    traits = Traits(weights=True)
     Config = LoraConfig
     share = 1.0
-    """How much of the adapter counts in the answers."""
+    """The share of the adapter that the answers are given with."""
 
     def _prepare(self, pool: TrainPool) -> None:
-        found, note = hyper_of(self.handle)
+        found, note = hyperparameters_for(self.handle, elder.PUBLISHED, elder.derived)
         self.notes = [note] if note and None in (self.config.modules, self.config.lr, self.config.steps) else []
-        self.lr = self.config.lr if self.config.lr is not None else found.lr
-        self.steps = self.config.steps if self.config.steps is not None else found.steps
-        self.targets = lowrank.find_target_modules(self.handle, self.config.modules or found.modules)
+        self.hyper = overlay(found, self.config)
+        self.targets = lowrank.find_target_modules(self.handle, self.hyper.modules)
         lowrank.check_rank(self.targets, self.config.rank)
         self.pairs = self._fresh(0)
 
@@ -76,51 +69,45 @@ class Lora(Editor):
         return {"loss": loss}
 
     def _below(self) -> dict[str, Tensor]:
-        """The weights that the adapter is trained on top of, where they are not the base's."""
+        """The weights on which the adapter is trained, where they are not the base's."""
         return {}
 
     @timed("train")
     def _train(self, suffix: lowrank.AdaptedSuffix) -> tuple[tuple[tuple[Tensor, Tensor], ...], float]:
         """The adapter after one batch and the last loss (nats a token). Raises `EditFailed` when the loss is not finite."""
         pairs = [(u.clone().requires_grad_(True), v.clone().requires_grad_(True)) for u, v in self.pairs]
-        adam = torch.optim.Adam([t for pair in pairs for t in pair], lr=self.lr)
         adds = [lowrank.Adapter(u, v, self.config.scale) for u, v in pairs]
-        value = float("nan")
-        for _ in range(self.steps):
-            adam.zero_grad()
-            loss = suffix.losses(adds).mean()
-            value = float(loss.detach())
-            if not torch.isfinite(loss):
-                raise EditFailed(f"the loss became {value} at lr {self.lr}; try a smaller one")
-            loss.backward()
-            adam.step()
-        return tuple((u.detach(), v.detach()) for u, v in pairs), value
+        tensors = [t for pair in pairs for t in pair]
+        loss = minimise(tensors, lambda: suffix.losses(adds).mean(), self.hyper.lr, self.hyper.steps)
+        return tuple((u.detach(), v.detach()) for u, v in pairs), float(loss)
 
     def _changes(self) -> list[Tensor]:
-        """The change of each site's weight, float32."""
-        return [lowrank.delta(s, lowrank.Adapter(u, v, self.share * self.config.scale)) for s, (u, v) in zip(self.targets, self.pairs)]
+        """The change of each target module's weight, float32."""
+        return [lowrank.delta(target, adapter) for target, adapter in zip(self.targets, self._adapters())]
+
+    def _adapters(self) -> list[lowrank.Adapter]:
+        return [lowrank.Adapter(u, v, self.share * self.config.scale) for u, v in self.pairs]
 
     def edited_weights(self) -> dict[str, Tensor]:
-        changed = zip(self.targets, self._changes())
-        return {s.weight: self.handle.parameter(s.weight).detach().float() + change for s, change in changed}
+        return self._changed_by(self._changes())
 
-    def predictor(self) -> Predictor:
-        weights = self.edited_weights()
-        return ModelPredictor(self.handle, around=lambda batch: self.handle.swapped(weights))
+    def _changed_by(self, changes: Sequence[Tensor]) -> dict[str, Tensor]:
+        """The base weights plus changes of the target modules, float32."""
+        return {t.weight: self.handle.parameter(t.weight).detach().float() + change for t, change in zip(self.targets, changes)}
 
     def save_adapter(self, folder: Path) -> None:
         """Write the adapter as PEFT loads it: on the base for `lora`, on what was merged before for a yearly one."""
-        adapters = {s.name: lowrank.Adapter(u, v, self.share * self.config.scale) for s, (u, v) in zip(self.targets, self.pairs)}
-        lowrank.save_peft(folder, self.handle, adapters)
+        lowrank.save_peft(folder, self.handle, {t.name: a for t, a in zip(self.targets, self._adapters())})
 
     def _state(self) -> dict[str, Any]:
         tensors = {f"{k}.{i}": t for i, pair in enumerate(self.pairs) for k, t in zip("uv", pair)}
-        return {**tensors, "model": self.handle.hash, "modules": [s.name for s in self.targets]}
+        return {**tensors, **self._own()}
+
+    def _own(self) -> dict[str, Any]:
+        return {"model": self.handle.hash, "modules": [t.name for t in self.targets]}
 
     def _load(self, state: dict[str, Any]) -> None:
-        for name, value in {"model": self.handle.hash, "modules": [s.name for s in self.targets]}.items():
-            if state.get(name) != value:
-                raise BadEditor(f"the state was made with {name} {state.get(name)}, this editor has {value}")
+        require_same(state, self._own())
         self.pairs = tuple((_like(state, f"u.{i}", u), _like(state, f"v.{i}", v)) for i, (u, v) in enumerate(self.pairs))
 
 
@@ -130,13 +117,10 @@ def _like(state: dict[str, Any], name: str, mine: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class YearlyConfig(LoraConfig):
-    rank: int = 4
-    scale: float = 2.0
-    share: float = 0.25
-    """How much of a year's adapter is added to the weights (WikiBigEdit's code: merge_alpha 0.25)."""
-
-    def problems(self) -> list[str]:
-        return super().problems() + ([] if 0 < self.share <= 1 else [f"share must lie in (0, 1], got {self.share}"])
+    rank: PositiveInt = 4
+    scale: PositiveFloat = 2.0
+    share: PositiveFraction = 0.25
+    """The share of a year's adapter that is added to the weights (WikiBigEdit's code: merge_alpha 0.25)."""
 
 
 @EDITORS.register("lora-yearly")
@@ -161,7 +145,7 @@ class YearlyLora(Lora):
         return super()._edit(batch)
 
     def _below(self) -> dict[str, Tensor]:
-        return {s.weight: self.handle.parameter(s.weight).detach().float() + m for s, m in zip(self.targets, self.merged)}
+        return self._changed_by(self.merged)
 
     def _changes(self) -> list[Tensor]:
         return [m + c for m, c in zip(self.merged, super()._changes())]

@@ -1,68 +1,110 @@
 """WISE (Wang et al., NeurIPS 2024, arXiv 2405.14768): edits in a side memory, a copy of one down-projection, with routing.
 
-Routing signal: D(x) = mean over prompt positions of ||a(x) (W' - W)||, how differently side memory and main memory
-answer. Training adds to the edits' cross-entropy
-    relu(D(irrelevant) - alpha) + relu(beta - D(edit)) + relu(gamma - (D(edit) - D(irrelevant)));
-a prompt is answered by the side memory with the largest D among those over their threshold, the smallest D seen in
-editing times a ratio. A shard of edits trains a random part of the matrix; shards are merged with TIES.
+The routing signal is D(x) = mean over prompt positions of ||a(x) (W' - W)||: how differently the side memory W' and
+the main memory W answer. Training adds to the edits' cross-entropy
+    relu(D(irrelevant) - alpha) + relu(beta - D(edit)) + relu(gamma - (D(edit) - D(irrelevant))).
+A prompt is answered by the side memory with the largest D among those whose D reaches their threshold, which is the
+smallest D seen in editing times a ratio. A shard of edits trains a random part of the matrix; TIES merges the shards.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from streams.base import TrainPool
 from testbed.core.events import Ask, EditBatch
+from testbed.core.ranges import PositiveFloat, PositiveFraction, PositiveInt
 from testbed.core.registry import EDITORS
 from testbed.core.timing import timed
-from testbed.editors.adapters.ties_merging import ties
-from testbed.editors.adapters.wise_hyper import Hyper, hyper_of, overlaid
-from testbed.editors.base import BadEditor, EditFailed, Editor, EditorConfig, Traits, need
-from testbed.editors.codebook.gate import Gate, Hits
+from testbed.editors.base import Editor, EditorConfig, Traits, need, require_finite_loss, require_same
+from testbed.editors.codebook.gate import Answer, Gate
+from testbed.editors.hyperparameters import ModelKey, hyperparameters_for, overlay
 from testbed.model.encoding import Batch, collate
-from testbed.model.handle import project
+from testbed.model.handle import ModelHandle, project
 from testbed.model.predictor import ModelPredictor, Predictor
 from testbed.model.suffix import DownProjectionSuffix, mean_by_row, suffix_from_down_projection
 
 _SAMPLE = 32
 """Prompts over which the unit of the margins is measured."""
-_STILL = 1e-4
+_SETTLED = 1e-4
 """Change of the loss under which a batch counts as settled (released code)."""
-_HELD = 4
-"""Edited matrices that are held while questions are asked; others are added up when they are called for."""
+_CACHED = 4
+"""Edited matrices that a predictor keeps; others are added up again when a prompt needs them."""
+
+
+@dataclass(frozen=True)
+class WiseHyperparameters:
+    """What WISE is tuned by for a model. Symbols are those of the paper; margins in units of a layer's output, or relative to it."""
+
+    layer: int
+    """Decoder layer whose down-projection is copied."""
+    lr: float = 1.0
+    """Step size of plain gradient descent."""
+    steps: int = 70
+    """Optimiser steps a batch, at most."""
+    clamp: float = 1.0
+    """Largest change of any entry of the matrix."""
+    alpha: float = 5.0
+    """D of irrelevant prompts is pushed under it."""
+    beta: float = 20.0
+    """D of edits is pushed over it."""
+    gamma: float = 10.0
+    """The amount by which D of an edit must exceed that of an irrelevant prompt."""
+    relative: bool = False
+    """alpha, beta and gamma are multiples of the mean norm of the layer's output over irrelevant prompts."""
+
+
+PUBLISHED: dict[ModelKey, WiseHyperparameters] = {
+    ("llama", 32): WiseHyperparameters(27),  # Llama-2-7B: the paper (Llama-3-8B has the same type and depth)
+    ("mistral", 32): WiseHyperparameters(27),  # Mistral-7B: the paper
+    ("gptj", 28): WiseHyperparameters(21),  # GPT-J-6B: the paper
+}
+"""By type and number of layers of the language model."""
+
+
+def derived(handle: ModelHandle) -> tuple[WiseHyperparameters, str]:
+    """Values for a model without published ones: the layer at 27/32 of the depth, and margins relative to the layer's output.
+
+    They were chosen on a development stream of the committed model.
+    """
+    layer = min(handle.n_layers - 1, round(handle.n_layers * 27 / 32))
+    found = WiseHyperparameters(layer, lr=0.3, alpha=0.25, beta=1.0, gamma=0.5, relative=True)
+    return found, f"side memory at layer {layer}, margins relative"
 
 
 @dataclass(frozen=True)
 class WiseConfig(EditorConfig):
+    """Fields that are None come from the hyper-parameters of the model."""
+
     layer: int | None = None
     """Decoder layer whose down-projection is copied; negative counts from the last (paper: 27 of Llama-2-7B)."""
-    lr: float | None = None
+    lr: PositiveFloat | None = None
     """Step size of plain gradient descent (paper: 1.0)."""
-    steps: int | None = None
+    steps: PositiveInt | None = None
     """Optimiser steps a batch, at most (paper: 70)."""
-    clamp: float | None = None
+    clamp: PositiveFloat | None = None
     """Largest change of any entry of the matrix (paper: 1.0)."""
-    alpha: float | None = None
+    alpha: PositiveFloat | None = None
     """alpha: D of irrelevant prompts is pushed under it (paper: 5)."""
-    beta: float | None = None
+    beta: PositiveFloat | None = None
     """beta: D of edits is pushed over it (paper: 20)."""
-    gamma: float | None = None
-    """gamma: by how much D of an edit must exceed that of an irrelevant prompt (paper: 10)."""
-    ratio: float = 0.88
+    gamma: PositiveFloat | None = None
+    """gamma: the amount by which D of an edit must exceed that of an irrelevant prompt (paper: 10)."""
+    ratio: PositiveFraction = 0.88
     """Share of the smallest D seen in editing that a prompt must reach (act_ratio; paper: 0.88)."""
-    density: float = 0.2
+    density: PositiveFraction = 0.2
     """rho: share of the matrix that one shard of edits may change (mask_ratio; paper: 0.2)."""
-    shard: int = 500
+    shard: PositiveInt = 500
     """Edits that share one random part of the matrix (save_freq; paper: 500)."""
-    merge: int = 1_000
+    merge: PositiveInt = 1_000
     """Edits after which shards are merged; a multiple of `shard` (merge_freq; paper: 1,000)."""
-    keep: float = 0.53
+    keep: PositiveFraction = 0.53
     """Share of a shard's entries that TIES keeps (densities; paper: 0.53)."""
     retrieve: bool = True
     """Keep merged memories side by side and take the one with the largest D (WISE-Retrieve); false merges all into one (WISE-Merge)."""
@@ -70,16 +112,12 @@ class WiseConfig(EditorConfig):
     """Loss under which a batch counts as learned (released code: 0.02)."""
 
     def problems(self) -> list[str]:
-        out = [f"{n} must be 1 or more, got {getattr(self, n)}" for n in ("shard", "merge") if getattr(self, n) < 1]
-        if not out and self.merge % self.shard:
-            out.append(f"merge must be a multiple of shard ({self.shard}), got {self.merge}")
-        out += [f"{n} must lie in (0, 1], got {getattr(self, n)}" for n in ("ratio", "density", "keep") if not 0 < getattr(self, n) <= 1]
-        given = {n: getattr(self, n) for n in ("lr", "steps", "clamp", "alpha", "beta", "gamma")}
-        return out + [f"{n} must be positive, got {v}" for n, v in given.items() if v is not None and not v > 0]
+        uneven = self.shard >= 1 and self.merge % self.shard
+        return super().problems() + ([f"merge must be a multiple of shard ({self.shard}), got {self.merge}"] if uneven else [])
 
 
 @dataclass(frozen=True)
-class Memory:
+class SideMemory:
     """One side memory. change: W' - W, float32, as the model stores W. least: the smallest D seen in editing it."""
 
     change: Tensor
@@ -87,8 +125,8 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Prompts:
-    """What enters the layer at the prompt positions of n prompts: act (P, f) float32, row (P,) the prompt of each."""
+class PromptActivations:
+    """Inputs of the layer at the prompt positions of n prompts: act (P, f) float32, row (P,) the prompt of each."""
 
     act: Tensor
     row: Tensor
@@ -97,7 +135,7 @@ class Prompts:
 
 @EDITORS.register("wise")
 class Wise(Editor):
-    """The shard that is being trained, and the memories of earlier ones."""
+    """The side memory of the shard that is being trained, and those of earlier shards."""
 
     summary = "side memory beside one down-projection, routed by how differently it answers, sharded and merged (WISE)"
     traits = Traits(gated=True, uses=frozenset({"train_pool"}))
@@ -105,39 +143,39 @@ class Wise(Editor):
 
     def _prepare(self, pool: TrainPool) -> None:
         self.irrelevant = [q.ask() for q in pool.questions if self.handle.reads_pictures or q.image is None]
-        found, note = hyper_of(self.handle)
+        found, note = hyperparameters_for(self.handle, PUBLISHED, derived)
         self.notes = [note] if note else []
         if not self.irrelevant:
             self.notes.append("the stream has no train pool: D of edits is pushed up, and no irrelevant prompt's is pushed down")
-        self.hyper: Hyper = overlaid(found, self.config)
+        self.hyper = overlay(found, self.config)
         self.module, self.weight_name = self.handle.down(self.hyper.layer), self.handle.down_weight(self.hyper.layer)
         self.weight = self.handle.parameter(self.weight_name).detach().float()
         self.unit = self._unit() if self.hyper.relative else 1.0
         self._remember(self.weight.new_zeros(0, *self.weight.shape), [])
-        self.made = 0
+        self.edits_made = 0
         self._start_shard(0)
 
     @torch.no_grad()
     def _unit(self) -> float:
-        """Mean norm of what the down-projection adds at a prompt position, over some prompts of the train pool."""
+        """Mean norm of the down-projection's output at a prompt position, without bias, over some prompts of the train pool."""
         prompts = self._read(self.irrelevant[:_SAMPLE] or [Ask("What is this?")])
-        return float(_through(self.module, prompts.act, self.weight).norm(dim=-1).mean())
+        return float(project(self.module, prompts.act, self.weight, bias=False).norm(dim=-1).mean())
 
     def _remember(self, changes: Tensor, least: Sequence[float]) -> None:
-        """Closed shards, their changes (S, *shape) in one tensor, which a state hands out as it is."""
+        """Take over closed shards, with their changes (S, *shape) in one tensor that a state holds without a copy."""
         self._changes = changes
-        self.memories = tuple(Memory(c, x) for c, x in zip(changes, least, strict=True))
+        self.memories = tuple(SideMemory(c, x) for c, x in zip(changes, least, strict=True))
 
     def _start_shard(self, step: int) -> None:
-        """A side memory equal to the main one, and the random part of it that this shard may change."""
-        self.began = step
-        self.working = Memory(torch.zeros_like(self.weight), float("inf"))
+        """Begin with a side memory equal to the main one, and draw the random part of it that this shard may change."""
+        self.shard_step = step
+        self.working = SideMemory(torch.zeros_like(self.weight), float("inf"))
         draw = torch.rand(self.weight.shape, generator=self.generator(step))
         self.mask = (draw < self.config.density).to(self.weight.device)
 
     @timed("keys")
-    def _read(self, asks: Sequence[Ask]) -> Prompts:
-        """One forward over prompts without answers."""
+    def _read(self, asks: Sequence[Ask]) -> PromptActivations:
+        """Inputs of the layer on prompts without answers, from one forward."""
         batch = collate(self.handle, asks)
         kept: list[Tensor] = []
         with torch.no_grad(), self.handle.hooked(self.module, lambda m, args: kept.append(args[0]), pre=True):
@@ -147,28 +185,30 @@ class Wise(Editor):
     def _edit(self, batch: EditBatch) -> dict[str, float]:
         asks = [e.ask() for e in batch.events]
         suffix = suffix_from_down_projection(self.handle, asks, [e.target for e in batch.events], self.hyper.layer)
-        edits, others = self._read(asks), self._drawn(batch)
+        edits, others = self._read(asks), self._draw_irrelevant(batch)
         self.working, loss, steps = self._train(suffix, edits, others)
-        self.made += len(batch.events)
+        self.edits_made += len(batch.events)
         notes = {"loss": loss, "steps": float(steps), "threshold": self.working.least * self.config.ratio}
         with torch.no_grad():
             notes["signal_irrelevant"] = float(self._signal(others, self.working.change).mean()) if others else 0.0
-        self._shard(batch.step, self.made - len(batch.events))
+        self._shard(batch.step, self.edits_made - len(batch.events))
         return {**notes, "entries": float(len(self._live()))}
 
-    def _drawn(self, batch: EditBatch) -> Prompts | None:
+    def _draw_irrelevant(self, batch: EditBatch) -> PromptActivations | None:
         """As many irrelevant prompts as there are edits, drawn from the train pool."""
         if not self.irrelevant:
             return None
         at = torch.randint(len(self.irrelevant), (len(batch.events),), generator=self.generator(batch.step))
         return self._read([self.irrelevant[i] for i in at.tolist()])
 
-    def _signal(self, prompts: Prompts, change: Tensor) -> Tensor:
+    def _signal(self, prompts: PromptActivations, change: Tensor) -> Tensor:
         """(n,) D of each prompt."""
-        return mean_by_row(_norm(_through(self.module, prompts.act, change)), prompts.row, prompts.n)
+        return mean_by_row(_norm(project(self.module, prompts.act, change, bias=False)), prompts.row, prompts.n)
 
     @timed("train")
-    def _train(self, suffix: DownProjectionSuffix, edits: Prompts, others: Prompts | None) -> tuple[Memory, float, int]:
+    def _train(
+        self, suffix: DownProjectionSuffix, edits: PromptActivations, others: PromptActivations | None
+    ) -> tuple[SideMemory, float, int]:
         """The shard after one batch, the last loss and the steps taken. Raises `EditFailed` when a loss is not finite."""
         change, h = self.working.change, self.hyper
         before, value, step = float("inf"), float("nan"), 0
@@ -176,20 +216,19 @@ class Wise(Editor):
             change = change.detach().requires_grad_(True)
             margins = self._margins(edits, others, change)
             loss = suffix.losses(partial(project, self.module, weight=self.weight + change)).mean().to(margins.device) + margins
+            require_finite_loss(loss, h.lr)
             value = float(loss.detach())
-            if not torch.isfinite(loss):
-                raise EditFailed(f"the loss became {value} at lr {h.lr}; try a smaller one")
-            if step == h.steps or value <= self.config.stop or abs(before - value) <= _STILL:
+            if step == h.steps or value <= self.config.stop or abs(before - value) <= _SETTLED:
                 break
             before = value
             (grad,) = torch.autograd.grad(loss, change)
             change = (change - h.lr * self.mask * grad).clamp(-h.clamp, h.clamp)
         change = change.detach()
         least = min(self.working.least, float(self._signal(edits, change).min()))
-        return Memory(change, least), value, step
+        return SideMemory(change, least), value, step
 
-    def _margins(self, edits: Prompts, others: Prompts | None, change: Tensor) -> Tensor:
-        """The three hinges on D, batch means."""
+    def _margins(self, edits: PromptActivations, others: PromptActivations | None, change: Tensor) -> Tensor:
+        """The three hinge losses on D, each a mean over the batch."""
         h, near = self.hyper, self._signal(edits, change)
         loss = torch.relu(h.beta * self.unit - near).mean()
         if others is not None:
@@ -198,59 +237,60 @@ class Wise(Editor):
         return loss
 
     def _shard(self, step: int, before: int) -> None:
-        """Close the shard after every so many edits, and merge shards after every so many more; a batch is not split."""
+        """Close the shard after `shard` edits, and merge shards after `merge` edits. A batch is never split between shards."""
         shard, merge = self.config.shard, self.config.merge
-        if before // shard == self.made // shard:
+        if before // shard == self.edits_made // shard:
             return
         closed = (*self.memories, self.working)
         self._start_shard(step)
-        if before // merge != self.made // merge:
+        if before // merge != self.edits_made // merge:
             n = merge // shard if self.config.retrieve else len(closed)
             first, last = closed[:-n], closed[-n:]
             change = ties([m.change for m in last], [1.0] * len(last), self.config.keep)
-            closed = (*first, Memory(change, min(m.least for m in last)))
+            closed = (*first, SideMemory(change, min(m.least for m in last)))
         self._remember(torch.stack([m.change for m in closed]), [m.least for m in closed])
 
-    def _live(self) -> tuple[Memory, ...]:
+    def _live(self) -> tuple[SideMemory, ...]:
         """The memories that hold an edit."""
         return tuple(m for m in (*self.memories, self.working) if m.least < float("inf"))
 
     def predictor(self) -> Predictor:
         live = self._live()
-        book = Router([m.least * self.config.ratio for m in live])
-        gate = Gate(self.handle, self.module, book, lambda act, batch: self._signals(act, batch, live), self._answering(live))
+        router = MemoryRouter([m.least * self.config.ratio for m in live])
+        gate = Gate(self.handle, [(self.module, self._answer(live))], router, lambda act, batch: self._signals(act, batch, live))
         return ModelPredictor(self.handle, gate.around, gate.explain)
 
-    def _signals(self, act: Tensor, batch: Batch, live: Sequence[Memory]) -> Tensor:
+    def _signals(self, act: Tensor, batch: Batch, live: Sequence[SideMemory]) -> Tensor:
         """(B, S) D of each prompt under each memory."""
         prompts = _prompts(act, batch)
         return torch.stack([self._signal(prompts, m.change) for m in live], 1)
 
-    def _answering(self, live: Sequence[Memory]) -> Callable[[Hits], Tensor]:
-        edited = lru_cache(_HELD)(lambda i: self.weight + live[i].change)
+    def _answer(self, live: Sequence[SideMemory]) -> Answer:
+        edited = lru_cache(_CACHED)(lambda i: self.weight + live[i].change)
         return lambda hits: torch.stack([project(self.module, x, edited(i)) for x, i in zip(hits.act, hits.rows)])
 
     def _state(self) -> dict[str, Any]:
         every = (*self.memories, self.working)
         least = torch.tensor([m.least for m in every], dtype=torch.float64)
-        facts = {"made": self.made, "began": self.began, "model": self.handle.hash, "weight": self.weight_name}
-        return {"change": self.working.change, "memories": self._changes, "least": least, **facts}
+        counts = {"made": self.edits_made, "began": self.shard_step}
+        return {"change": self.working.change, "memories": self._changes, "least": least, **counts, **self._own()}
+
+    def _own(self) -> dict[str, Any]:
+        return {"model": self.handle.hash, "weight": self.weight_name}
 
     def _load(self, state: dict[str, Any]) -> None:
-        for name, value in {"model": self.handle.hash, "weight": self.weight_name}.items():
-            if state.get(name) != value:
-                raise BadEditor(f"the state was made with {name} {state.get(name)}, this editor has {value}")
+        require_same(state, self._own())
         change = need(state, "change", tuple(self.weight.shape)).to(self.weight.device)
         saved = need(state, "memories", (None, *self.weight.shape)).to(self.weight.device)
         least = need(state, "least", (len(saved) + 1,)).tolist()
-        self.made = state["made"]
+        self.edits_made = state["made"]
         self._start_shard(state["began"])
-        self.working = Memory(change, least[-1])
+        self.working = SideMemory(change, least[-1])
         self._remember(saved, least[:-1])
 
 
-class Router:
-    """Memories by their thresholds, as a gate's book: of those whose D reaches its threshold, the one with the largest D."""
+class MemoryRouter:
+    """Routes a prompt to the side memory with the largest D among those whose D reaches their threshold."""
 
     def __init__(self, thresholds: Sequence[float]) -> None:
         self.thresholds = list(thresholds)
@@ -259,7 +299,7 @@ class Router:
         return len(self.thresholds)
 
     def retrieve(self, queries: Tensor) -> tuple[Tensor, Tensor]:
-        """D (B, S) to (B,) the memory, or -1, and (B,) the largest D."""
+        """D (B, S) of each prompt under each memory to (B,) the memory that answers, or -1, and (B,) the largest D."""
         over = queries >= torch.tensor(self.thresholds, device=queries.device)
         largest = torch.where(over, queries, -torch.inf).max(1)
         return torch.where(over.any(1), largest.indices, -1), queries.max(1).values
@@ -268,18 +308,36 @@ class Router:
         return f"memory {row}"
 
 
-def _prompts(act: Tensor, batch: Batch) -> Prompts:
-    """The prompt positions of activations (B, T, f)."""
+def _prompts(act: Tensor, batch: Batch) -> PromptActivations:
+    """The rows of activations (B, T, f) at prompt positions."""
     batch, act = batch.on(act.device), act.reshape(*batch.prompt.shape, -1)
-    return Prompts(act[batch.prompt].float(), batch.prompt.nonzero()[:, 0], len(act))
-
-
-def _through(module: nn.Module, act: Tensor, matrix: Tensor) -> Tensor:
-    """(P, d) activations through a matrix of the layer's shape, without its bias."""
-    return project(module, act, matrix, bias=False)
+    return PromptActivations(act[batch.prompt].float(), batch.prompt.nonzero()[:, 0], len(act))
 
 
 def _norm(x: Tensor) -> Tensor:
-    """Euclidean norm along the last axis, with gradient zero where it is zero."""
+    """Euclidean norm along the last axis; its gradient is zero where the norm is."""
     square = x.square().sum(-1)
     return torch.where(square > 0, square, 1.0).sqrt() * (square > 0)
+
+
+def ties(changes: Sequence[Tensor], weights: Sequence[float], density: float) -> Tensor:
+    """TIES merging (Yadav et al., NeurIPS 2023, arXiv 2306.01708): changes of one shape, each with a positive weight, to one change.
+
+    Of each change the share `density` of its entries with the largest magnitude is kept; the sign of every entry is
+    that of the weighted sum; entries of the other sign are left out, and those that stay are averaged by weight.
+    """
+    kept = torch.stack([trimmed(c, density) for c in changes])
+    weight = torch.tensor(list(weights), dtype=kept.dtype, device=kept.device).reshape(-1, *[1] * (kept.ndim - 1))
+    sign = (weight * kept).sum(0).sign()
+    agree = (kept.sign() == sign) & (kept != 0)
+    total = (weight * kept * agree).sum(0)
+    return total / (weight * agree).sum(0).clamp(min=torch.finfo(kept.dtype).tiny)
+
+
+def trimmed(change: Tensor, density: float) -> Tensor:
+    """A change with its largest entries by magnitude, at least one, and zeros elsewhere."""
+    n = max(1, round(density * change.numel()))
+    if n == change.numel():
+        return change
+    at = change.abs().flatten().topk(n).indices
+    return torch.zeros_like(change.flatten()).index_copy(0, at, change.flatten()[at]).reshape(change.shape)

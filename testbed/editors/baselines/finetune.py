@@ -17,7 +17,7 @@ from testbed.core.events import EditBatch
 from testbed.core.ranges import NonNegativeFloat, PositiveFloat, PositiveInt
 from testbed.core.registry import EDITORS
 from testbed.core.timing import timed
-from testbed.editors.base import EditorConfig, WeightEditor, need, require_finite_loss
+from testbed.editors.base import EditorConfig, WeightEditor, minimise, need
 from testbed.model.handle import project
 from testbed.model.suffix import DownProjectionSuffix, suffix_from_down_projection
 
@@ -60,21 +60,16 @@ class Finetune(WeightEditor):
     @timed("train")
     def _train(self, suffix: DownProjectionSuffix) -> tuple[torch.Tensor, float]:
         """The new weight and the last loss (nats a token). Raises `EditFailed` when the loss is not finite."""
-        start, module = self.weight, self.handle.down(self.config.layer)
+        start, module, epsilon = self.weight, self.handle.down(self.config.layer), self.config.epsilon
         weight = start.clone().requires_grad_(True)
-        adam = torch.optim.Adam([weight], lr=self.config.lr)
-        value = float("nan")
-        for _ in range(self.config.steps):
-            adam.zero_grad()
-            loss = suffix.losses(lambda act: project(module, act, weight)).mean()
-            require_finite_loss(loss, self.config.lr)
-            value = float(loss.detach())
-            loss.backward()
-            adam.step()
-            if self.config.epsilon:
-                with torch.no_grad():
-                    weight.copy_(torch.clamp(weight, start - self.config.epsilon, start + self.config.epsilon))
-        return weight.detach(), value
+        loss = minimise(
+            [weight],
+            lambda: suffix.losses(lambda act: project(module, act, weight)).mean(),
+            self.config.lr,
+            self.config.steps,
+            after_step=(lambda: weight.clamp_(start - epsilon, start + epsilon)) if epsilon else None,
+        )
+        return weight.detach(), float(loss)
 
     def edited_weights(self) -> dict[str, torch.Tensor]:
         return {self.weight_name: self.weight}

@@ -1,19 +1,24 @@
 """BalancEdit (Guo et al., ICML 2025, arXiv 2505.01343): a codebook of tuned copies of one layer.
 
-Key: the mean activation entering one down-projection over all prompt positions, the picture's included and
-the answer's excluded. Value: that layer's weights, tuned on the one edit. Radius: between the distance of a
-paraphrase (positive anchor) and that of a black picture with the same question (negative anchor),
-eps = w_pos * d(pos) + (1 - w_pos) * d(neg). The paper prints the formula both ways round; this is the
-orientation of its Appendix D, its ablation and its Table 10 (w_pos = alpha).
+The paper's parts, and the code for them:
 
-`balancedit-plus` is not published: keys that see the question and the picture apart, more anchors, null
-entries and low-rank values, each a field that can be set on either name.
+* key h(x): the mean input of one down-projection over all prompt positions, the picture's included and the answer's
+  excluded (`keys.read_keys`);
+* entry weights: that layer's weights, tuned on the cross-entropy of the one edit (`entry_weights.train`);
+* anchors: a paraphrase with the same picture (positive), a black picture with the same question (negative);
+* radius: eps = alpha * d(h, h_pos) + (1 - alpha) * d(h, h_neg) (`radius`). The paper prints the formula both ways round;
+  this is the orientation of its Appendix D, its ablation and its Table 10. alpha is called `w_pos` here;
+* retrieval: the entry of the nearest key answers if the query lies within its radius, else the untouched layer
+  (`nearest.Nearest`), decided once at prefill (`gate.Gate`);
+* insertion: an edit is new, continues an entry with the same answer, or replaces one with another (`codebook.Codebook`).
+
+`balancedit-plus` is not published. Its keys see the question and the picture apart, it has more anchors, null entries
+and low-rank entry weights; each of these is a field that can be set on either name.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,31 +27,33 @@ from torch import Tensor
 
 from streams.base import TrainPool
 from testbed.core.events import Ask, EditBatch, EditEvent
+from testbed.core.ranges import Fraction, NonNegativeInt, PositiveFloat, PositiveInt
 from testbed.core.registry import EDITORS
 from testbed.core.timing import timed
-from testbed.editors.base import BadEditor, EditFailed, Editor, EditorConfig, Traits, need
-from testbed.editors.codebook import keys as _sites
+from testbed.editors.base import EditFailed, EditorConfig, Traits, need, require_same
 from testbed.editors.codebook.codebook import Codebook, Entry
-from testbed.editors.codebook.entry_weights import FullCopies, LowRank, Values, train
-from testbed.editors.codebook.gate import Gate, Hits
+from testbed.editors.codebook.editor import CodebookEditor
+from testbed.editors.codebook.entry_weights import EntryWeights, FullCopyWeights, LowRankWeights, train
+from testbed.editors.codebook.gate import Hits
+from testbed.editors.codebook.keys import DimmedImage, TextAndImageKey, UniformImage, read_keys, reading_error, spread_of
 from testbed.editors.codebook.nearest import Metric, Rule, direct
 from testbed.model.encoding import answer_ids
-from testbed.model.predictor import ModelPredictor, Predictor
-from testbed.model.prefix_cache import ImagePrefixes
-from testbed.model.suffix import suffix_from_down_projection
+from testbed.model.predictor import Predictor
+from testbed.model.suffix import mean_over_prompt, suffix_from_down_projection
 
 _TEXT_NEGATIVES = 32
+"""Questions of the train pool that serve as negative anchors of an edit without a picture."""
 
 
 @dataclass(frozen=True)
 class BalancEditConfig(EditorConfig):
     layer: int = -1
     """Decoder layer whose down-projection is wrapped (paper: the last)."""
-    w_pos: float = 0.2
-    """alpha: weight of the positive anchor's distance in the radius, in [0, 1] (paper: 0.2 on MiniGPT-4)."""
-    lr: float = 5e-3
+    w_pos: Fraction = 0.2
+    """alpha: weight of the positive anchor's distance in the radius (paper: 0.2 on MiniGPT-4)."""
+    lr: PositiveFloat = 5e-3
     """Adam's step size (paper: 1e-4 at widths of 11,008; a narrow layer needs larger steps)."""
-    steps: int = 50
+    steps: PositiveInt = 50
     """Optimiser steps an edit (paper: 50)."""
     metric: Metric = "euclidean"
     """Distance between keys (paper: Euclidean; cosine ablated)."""
@@ -55,39 +62,29 @@ class BalancEditConfig(EditorConfig):
     overlap: Literal["continue", "fresh"] = "continue"
     """Where an edit falls into the scope of an entry with the same answer, tune on from that entry's weights (paper) or from the base's."""
     revision: Literal["zone", "key"] = "zone"
-    """Which earlier edit with another answer an edit replaces: one within reach of either's paraphrases, or only one with its own key."""
+    """Which earlier edit with another answer an edit replaces: one whose key lies in the positive radius of either (the distance of its
+    paraphrase), or only one with its own key."""
     negative: Literal["black", "white", "random"] = "black"
     """The negative anchor's picture (paper: black; white and a random one ablated)."""
     key: Literal["mean", "blocks"] = "mean"
     """h: mean over all prompt positions (paper), or last prompt token beside the picture's mean, each divided by its spread."""
-    positives: int = 1
+    positives: PositiveInt = 1
     """Paraphrases used as positive anchors; the farthest counts (paper: 1)."""
     jitter: bool = False
     """Use the picture at nine tenths of its brightness as a positive anchor too."""
-    others: int = 0
+    others: NonNegativeInt = 0
     """Pictures of the train pool, with the edit's question, used as negative anchors; the nearest counts."""
-    siblings: int = 0
+    siblings: NonNegativeInt = 0
     """Questions of the train pool, with the edit's picture, used as negative anchors; the nearest counts."""
-    nulls: int = 0
-    """Un-edited questions of the train pool that silence an edit which is not nearer than they are."""
-    rank: int = 0
+    nulls: NonNegativeInt = 0
+    """Number of un-edited questions of the train pool that silence an edit which is not nearer to a prompt than they are."""
+    rank: NonNegativeInt = 0
     """r: rank of an entry's addition to the layer; 0 is a full copy (paper)."""
-
-    def problems(self) -> list[str]:
-        out = []
-        if not 0 <= self.w_pos <= 1:
-            out.append(f"w_pos must lie in [0, 1], got {self.w_pos}")
-        if self.lr <= 0 or self.steps < 1:
-            out.append(f"lr must be positive and steps 1 or more, got {self.lr} and {self.steps}")
-        if self.positives < 1:
-            out.append(f"positives must be 1 or more, got {self.positives}")
-        out += [f"{n} must be 0 or more, got {getattr(self, n)}" for n in ("others", "siblings", "nulls", "rank") if getattr(self, n) < 0]
-        return out
 
 
 @dataclass(frozen=True)
 class Scope:
-    """Where an edit will answer: its key (f,), the radius, and what the codebook notes of it."""
+    """Where an edit will answer: its key (f,), its radius, and its row of the codebook."""
 
     key: Tensor
     radius: float
@@ -95,53 +92,49 @@ class Scope:
 
 
 @EDITORS.register("balancedit")
-class BalancEdit(Editor):
-    """One row of the codebook an edit; the nearest key fires within its radius, decided once at prefill."""
+class BalancEdit(CodebookEditor):
+    """Each edit is a row of the codebook with entry weights; the nearest row answers a prompt within its radius."""
 
     summary = "codebook of tuned copies of one layer, radius between a paraphrase and a black picture (BalancEdit)"
     traits = Traits(gated=True, undo=True, uses=frozenset({"paraphrase", "train_pool"}))
     Config = BalancEditConfig
 
     def _prepare(self, pool: TrainPool) -> None:
-        self.module = self.handle.down(self.config.layer)
-        self._prefixes = ImagePrefixes(self.handle, self.module)
-        self.weight = self.handle.parameter(self.handle.down_weight(self.config.layer)).detach().float()
-        self.family: Values = (
-            LowRank(self.module, self.weight, self.config.rank) if self.config.rank else FullCopies(self.module, self.weight)
-        )
-        self.values: dict[str, Tensor] = {}
+        self._prepare_layer()
+        rank = self.config.rank
+        self.form: EntryWeights = LowRankWeights(self.module, self.weight, rank) if rank else FullCopyWeights(self.module, self.weight)
         seen = [q for q in pool.questions if self.handle.reads_pictures or q.image is None]
-        self._words = list(dict.fromkeys(q.prompt for q in seen))
+        self._questions = list(dict.fromkeys(q.prompt for q in seen))
         self._pictures = list({q.image.key: q.image for q in seen if q.image is not None}.values())
         self._prepare_keys([q.ask() for q in seen])
-        self._text = self._read([Ask(w) for w in self._words[:_TEXT_NEGATIVES] or ["What is this?"]])
+        self._text = self._read([Ask(q) for q in self._questions[:_TEXT_NEGATIVES] or ["What is this?"]])
 
     def _prepare_keys(self, bank: list[Ask]) -> None:
         width = self.weight.numel() // self.handle.width
-        self._key = _sites.mean
+        self._key = mean_over_prompt
         nulls = None
         if self.config.key == "blocks":
             width *= 2
-            sample = _sites.read(self._prefixes, _spaced(bank, 256), _sites.Blocks(torch.ones(2))) if bank else torch.zeros(0, width)
-            self._key = _sites.Blocks(_sites.spread_of(sample))
+            sample = read_keys(self._prefixes, _spaced(bank, 256), TextAndImageKey(torch.ones(2))) if bank else torch.zeros(0, width)
+            self._key = TextAndImageKey(spread_of(sample))
         if self.config.nulls and bank:
             nulls = self._read(_spaced(bank, self.config.nulls))
         self.book = Codebook(width, self.config.metric, self.config.rule, nulls)
 
     def _read(self, asks: Sequence[Ask]) -> Tensor:
-        return _sites.read(self._prefixes, asks, self._key)
+        return read_keys(self._prefixes, asks, self._key)
 
     def _edit(self, batch: EditBatch) -> dict[str, float]:
         scopes = self._scopes(batch)
         near = [self.book.overlapping(s.key, s.radius, s.entry.label) if self.config.overlap == "continue" else None for s in scopes]
-        starts = [self.values[i] if i is not None else self._fresh(e) for i, e in zip(near, batch.events)]
+        starts = [self.tensors[i] if i is not None else self._fresh(e) for i, e in zip(near, batch.events)]
         asks, targets = [e.ask() for e in batch.events], [e.target for e in batch.events]
         suffix = suffix_from_down_projection(self.handle, asks, targets, self.config.layer, prefixes=self._prefixes)
-        trained = train(self.family, suffix, starts, self.config.lr, self.config.steps)
+        trained, losses = train(self.form, suffix, starts, self.config.lr, self.config.steps)
         superseded = [self._insert(scope) for scope in scopes]
-        self.values = {**self.values, **{s.entry.event_id: v for s, v in zip(scopes, trained.values)}}
+        self._add_tensors(batch, trained)
         return {
-            "loss": sum(trained.losses) / len(scopes),
+            "loss": sum(losses) / len(scopes),
             "radius": sum(s.radius for s in scopes) / len(scopes),
             "continued": float(sum(i is not None for i in near)),
             "superseded": float(sum(map(len, superseded))),
@@ -150,8 +143,8 @@ class BalancEdit(Editor):
         }
 
     def _fresh(self, event: EditEvent) -> Tensor:
-        """A value that changes nothing yet, the same whatever batch the edit stands in."""
-        return self.family.fresh(self.generator(int(event.id, 16)))
+        """Weights that change nothing yet. They depend on the edit alone, not on the batch it stands in."""
+        return self.form.fresh(self.generator(int(event.id, 16)))
 
     @timed("insert")
     def _insert(self, scope: Scope) -> list[str]:
@@ -162,7 +155,7 @@ class BalancEdit(Editor):
 
     @timed("keys")
     def _scopes(self, batch: EditBatch) -> list[Scope]:
-        """Keys and radii of a batch's edits, all prompts read together. Raises `EditFailed` where a key is not finite."""
+        """Keys and radii of a batch's edits, from one reading of all prompts. Raises `EditFailed` where a key is not finite."""
         positive = [self._positive(e, batch.paraphrases.get(e.id, ())) for e in batch.events]
         negative = [self._negative(e) for e in batch.events]
         keys = self._read([a for e, p, n in zip(batch.events, positive, negative) for a in (e.ask(), *p, *n)])
@@ -173,107 +166,81 @@ class BalancEdit(Editor):
 
     def _scope(self, event: EditEvent, key: Tensor, positive: Tensor, negative: Tensor) -> Scope:
         if not len(negative):
-            others = [i for i, w in enumerate(self._words[:_TEXT_NEGATIVES]) if w != event.prompt]
+            others = [i for i, q in enumerate(self._questions[:_TEXT_NEGATIVES]) if q != event.prompt]
             negative = self._text[others] if others else self._text
         metric = self.config.metric
-        least = _sites.slack(key, metric)
+        least = reading_error(key, metric)
         d_pos, d_neg = float(direct(positive, key, metric).max()), float(direct(negative, key, metric).min())
         label = tuple(answer_ids(self.handle, event.ask(), event.target))
-        zone = max(d_pos, least) if self.config.revision == "zone" else least
-        entry = Entry(event.id, label, d_pos < d_neg, zone)
+        positive_radius = max(d_pos, least) if self.config.revision == "zone" else least
+        entry = Entry(event.id, label, d_pos < d_neg, positive_radius)
         return Scope(key, max(radius(self.config.w_pos, d_pos, d_neg), least), entry)
 
     def _positive(self, event: EditEvent, paraphrases: tuple[str, ...]) -> list[Ask]:
         out = [Ask(p, event.image) for p in paraphrases[: self.config.positives]] or [event.ask()]
         if self.config.jitter and event.image is not None:
-            out.append(Ask(event.prompt, _sites.Dimmed(event.image.key, event.image.load())))
+            out.append(Ask(event.prompt, DimmedImage(event.image.key, event.image.load())))
         return out
 
     def _negative(self, event: EditEvent) -> list[Ask]:
-        """Prompts that the entry must not answer; none of its own for an edit without a picture (see `_scope`)."""
+        """Prompts that the entry must not answer. An edit without a picture has none here; `_scope` takes questions of the train pool."""
         if event.image is None:
             return []
-        first, second = self.config.others, self.config.siblings
         pictures = [p for p in self._pictures if p.key != event.image.key]
-        plain = _sites.Plain(event.image.load().shape, 255 if self.config.negative == "white" else 0)
-        drawn = pictures[int(event.id, 16) % len(pictures)] if self.config.negative == "random" and pictures else plain
-        words = [w for w in self._words if w != event.prompt]
+        questions = [q for q in self._questions if q != event.prompt]
+        if self.config.negative == "random" and pictures:
+            anchor = pictures[int(event.id, 16) % len(pictures)]
+        else:
+            anchor = UniformImage(event.image.load().shape, 255 if self.config.negative == "white" else 0)
         return [
-            Ask(event.prompt, drawn),
-            *(Ask(event.prompt, p) for p in pictures[:first]),
-            *(Ask(w, event.image) for w in words[:second]),
+            Ask(event.prompt, anchor),
+            *(Ask(event.prompt, p) for p in pictures[: self.config.others]),
+            *(Ask(q, event.image) for q in questions[: self.config.siblings]),
         ]
 
-    def predictor(self) -> Predictor:
-        return self._through(self.book)
-
     def as_of(self, operation: int) -> Predictor:
-        """The edited model as it was after the first so many operations of the log (insertions and removals)."""
-        return self._through(self.book.as_of(operation))
-
-    def gate(self, book: Codebook) -> Gate:
-        """A codebook laid around the layer, with the values that its entries have."""
-        return Gate(self.handle, self.module, book, self._key, lambda hits: self._answer(hits, book))
+        """The edited model as it was after the first `operation` insertions and removals of the codebook's log."""
+        return self._predictor_with(self.book.as_of(operation))
 
     def _answer(self, hits: Hits, book: Codebook) -> Tensor:
-        return self.family.answer(hits, [self.values[book.entries[i].event_id] for i in hits.rows])
-
-    def _through(self, book: Codebook) -> Predictor:
-        gate = self.gate(book)
-        return ModelPredictor(self.handle, gate.around, gate.explain)
-
-    def revert(self, event_ids: Iterable[str]) -> None:
-        """Take entries out; those they superseded come back. Raises `BadEditor` for an unknown id."""
-        try:
-            self.book.remove(event_ids)
-        except KeyError as e:
-            raise BadEditor(f"cannot undo: {e.args[0]}") from e
-
-    def _state(self) -> dict[str, Any]:
-        where = {"model": self.handle.hash, "layer": self.handle.down_weight(self.config.layer)}
-        return {**self.book.state(), **where, **self.values}
-
-    def state_bytes(self) -> int:
-        """Bytes of the tensors in the state: the codebook's, and one value an edit."""
-        return self.book.nbytes + self.weight.element_size() * math.prod(self.family.shape) * len(self.values)
+        return self.form.answer(hits, [self.tensors[book.entries[i].event_id] for i in hits.rows])
 
     def _load(self, state: dict[str, Any]) -> None:
         need(state, "keys", (None, self.book.width))
         need(state, "nulls", (None, self.book.width))
-        mine = {"model": self.handle.hash, "layer": self.handle.down_weight(self.config.layer)}
-        for name, value in {**mine, "metric": self.config.metric, "rule": self.config.rule}.items():
-            if state[name] != value:
-                raise BadEditor(f"the state was made with {name} {state[name]}, this editor has {value}")
+        require_same(state, {**self._own, "metric": self.config.metric, "rule": self.config.rule})
         self.book.load(state)
-        self.values = {e.event_id: need(state, e.event_id, self.family.shape).to(self.weight.device) for e in self.book.entries}
-        self._prefixes.kept.clear()  # of pictures that this state may never have met
+        self._load_tensors(state, [e.event_id for e in self.book.entries], self.form.shape)
 
 
 @dataclass(frozen=True)
 class BalancEditPlusConfig(BalancEditConfig):
     key: Literal["mean", "blocks"] = "blocks"
-    positives: int = 4
+    positives: PositiveInt = 4
     jitter: bool = True
-    others: int = 4
-    siblings: int = 4
-    nulls: int = 256
-    rank: int = 4
+    others: NonNegativeInt = 4
+    siblings: NonNegativeInt = 4
+    nulls: NonNegativeInt = 256
+    rank: NonNegativeInt = 4
 
 
 @EDITORS.register("balancedit-plus")
 class BalancEditPlus(BalancEdit):
-    """The same machinery with the unpublished fields on."""
+    """BalancEdit with the unpublished fields on."""
 
     summary = "BalancEdit with keys by modality, several anchors, null entries and low-rank values (ours)"
     Config = BalancEditPlusConfig
 
 
 def radius(w_pos: float, d_pos: float, d_neg: float) -> float:
-    """eps = w_pos * d_pos + (1 - w_pos) * d_neg; under d_neg whatever the anchors, so that the negative one misses."""
+    """eps = alpha * d_pos + (1 - alpha) * d_neg, with alpha = w_pos.
+
+    Where the anchors cannot be separated (d_pos >= d_neg) it is just under d_neg, so that the negative anchor still misses.
+    """
     eps = w_pos * d_pos + (1 - w_pos) * d_neg
     return min(eps, d_neg * (1 - 1e-6)) if d_pos >= d_neg else eps
 
 
 def _spaced(asks: list[Ask], n: int) -> list[Ask]:
-    """At most n of them, evenly spaced."""
+    """At most n of the prompts, evenly spaced."""
     return [asks[i * len(asks) // n] for i in range(n)] if len(asks) > n else asks

@@ -1,40 +1,92 @@
-"""A codebook: keys with radii, the one core of the editors that answer near what they were taught.
+"""A codebook: keys with radii, the core of the editors that answer for prompts near an edit's.
 
-Every edit is a row: a key, a raw radius, the answer's tokens (its label). Nothing is overwritten. A log of
-insertions and removals says which rows are alive, and all else is a function of the alive rows in their
-order, so that taking rows out leaves what would be there had they never been put in:
+Every edit is a row: a key, a raw radius, and the answer's tokens (its label). Nothing is overwritten. A log of
+insertions and removals says which rows are alive, and everything else is a function of the alive rows in their
+order, so that a removal leaves what would be there if the rows had never been inserted:
 
-* a later row with another label, where one lies in the other's positive zone, supersedes the earlier row;
-* where the balls of two active rows with different labels meet, each is capped in proportion to its raw
-  radius: no two overlap, whatever the order of insertion;
+* a later row supersedes an earlier one with another label if one of the two keys lies in the other's positive radius;
+* where the balls of two active rows (alive and not superseded) with different labels meet, each is capped in
+  proportion to its raw radius, so that no two overlap, whatever the order of insertion;
 * null keys (inputs that no edit is about) silence an edit that is not nearer than they are, unless they lie in
-  the positive zone of an active row.
+  the positive radius of an active row.
 
 Retrieval is nearest-then-check (GRACE, BalancEdit): the nearest key, the lowest row on a tie, hits when its
-distance is at most its radius. Containing-nearest, the nearest of the balls that hold the query, is the other
-rule; under the first a small ball punches a hole into a larger one.
+distance is at most its radius. The other rule is containing-nearest: the nearest of the balls that hold the query.
+Under the first rule a small ball punches a hole into a larger one.
+
+What an insertion needs to know of a new ball (which row is nearest, which are superseded, whose cap becomes tighter,
+which of its own caps binds) depends on few distances, and `distance_bounds` tells which. Where all balls meet, as they
+do at BalancEdit's published settings, an insertion among 20,000 rows 512 wide takes 7 ms with it and 100 ms without.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from testbed.editors.codebook.entry import Entry
 from testbed.editors.codebook.nearest import Keys, Metric, Nearest, Rule, to_all
-from testbed.editors.codebook.reach import Met, reach
 
 NONE = -1
 _SHARE = 1 - 1e-12
+"""What two balls that meet keep of the distance of their keys: less than all, so that rounding never makes them overlap."""
+_MARGIN = 1 + 1e-9
+"""More than float64 loses in a quotient."""
 _TENSORS = ("raw", "caps", "alive", "superseded", "capped_by", "silenced")
 
 
+@dataclass(frozen=True)
+class Entry:
+    """What a codebook knows of an edit's row besides its key and radius."""
+
+    event_id: str
+    label: tuple[int, ...]
+    """The answer's tokens."""
+    separable: bool = True
+    """The positive anchor is nearer to the key than the negative one."""
+    positive: float = 0.0
+    """Positive radius: the distance of the farthest positive anchor, within which the entry must answer."""
+    member_of: str | None = None
+    """The older entry with the same label whose scope it fell into when it was inserted."""
+
+    def json(self) -> list[Any]:
+        """The fields in their order, as JSON holds them."""
+        return [list(x) if isinstance(x, tuple) else x for x in astuple(self)]
+
+    @staticmethod
+    def of(json: list[Any]) -> Entry:
+        """The entry that `json` was made from."""
+        event_id, label, *rest = json
+        return Entry(event_id, tuple(label), *rest)
+
+
+def distance_bounds(active: Tensor, rival: Tensor, positive: Tensor, both: Tensor, cap: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """(n,) float64 distances beyond which rows do not matter to a ball; negative for rows that never matter.
+
+    active: (n,) bool. rival: (n,) bool, active with another label. positive: (n,) the distance within which the row or the ball
+    supersedes the other. both: (n,) the sum of their raw radii, within which they meet. cap: (n,) the row's cap as a share of its
+    raw radius, inf for none. low, high: (n,) between which the distances lie.
+
+    A row beyond its bound is superseded by none and supersedes none, is not the nearest one that is met, keeps its cap, and is
+    not the one whose cap binds the ball, even when those that the ball supersedes are gone.
+    """
+    stays = rival & (low > positive) & (high < both)
+    least = _least(high / both, stays)
+    capped = both * torch.maximum(cap.nan_to_num(torch.inf, torch.inf), least).clamp_max(1.0) * _MARGIN
+    first = torch.minimum(_least(high, active & (high < both)), both)
+    return torch.where(rival, torch.maximum(torch.maximum(positive, capped), first), torch.where(active, first, -1.0))
+
+
+def _least(x: Tensor, among: Tensor) -> Tensor:
+    """The least of some numbers (n,); inf where there is none."""
+    return torch.cat([x[among], x.new_tensor([torch.inf])]).min()
+
+
 class Codebook:
-    """Rows in insertion order, n of them alive or not. All changes make new tensors; old ones stay as they were.
+    """n rows in the order of insertion, alive or not. Every change makes new tensors; old ones stay as they were.
 
     keys: (n, width) float32. raw, caps: (n,) float64 radii. alive: (n,) bool.
     superseded: (n,) the row that took this one's place, or -1. capped_by: (n,) the row of the binding cap, or -1.
@@ -62,7 +114,7 @@ class Codebook:
         self._find: dict[torch.device, tuple[Nearest, Nearest]] = {}
 
     def __len__(self) -> int:
-        """Alive rows, superseded ones included."""
+        """The number of alive rows, superseded ones included."""
         return len(self._row)
 
     keys = property(lambda self: self._keys.all)
@@ -79,27 +131,31 @@ class Codebook:
         return torch.where(self.active, torch.minimum(self.raw, self.caps), -1.0)
 
     def insert(self, key: Tensor, radius: float, entry: Entry) -> list[str]:
-        """Add a row, as a member of the entry whose scope it falls into; the edits it supersedes. Raises ValueError for what cannot be."""
+        """Add a row, as a member of the entry whose scope it falls into, and return the edits that it supersedes.
+
+        Raises ValueError for a key or a radius that is not finite, and for an edit that is in the codebook already.
+        """
         key = self._checked(key, radius, entry)
         d = self._distances(key, radius, entry.positive, self._labels.get(entry.label, NONE))
         near = self._scope(d, radius, entry.label)
         head = self.entry_of(near) if near is not None else None
         self.log = [*self.log, ["insert", len(self.entries)]]
         self._append(key, radius, replace(entry, member_of=head))
-        return [self.entries[i].event_id for i in self._enter(len(self.entries) - 1, d)]
+        return [self.entries[i].event_id for i in self._activate(len(self.entries) - 1, d)]
 
     def remove(self, event_ids: Iterable[str]) -> None:
-        """Take rows out, at once; a superseded row too. Raises KeyError for an id that is unknown or out already, and changes nothing."""
+        """Take rows out together, superseded ones too. Raises KeyError for an id that is unknown or out already, and changes nothing."""
         ids = sorted(set(event_ids))
         missing = [i for i in ids if i not in self._row]
         if missing:
             raise KeyError(f"no entry of {', '.join(missing)}")
         self.log = [*self.log, ["remove", ids]]
-        self._leave([self._row.pop(i) for i in ids])
+        self._deactivate([self._row.pop(i) for i in ids])
 
     def overlapping(self, key: Tensor, radius: float, label: tuple[int, ...]) -> str | None:
         """The edit whose scope a new key falls into: the nearest active row whose ball meets the new one, if it has this label."""
-        row = self._scope(self._distances(key.detach().float().cpu(), radius, 0.0, self._labels.get(label, NONE)), radius, label)
+        d = self._distances(key.detach().float().cpu(), radius, 0.0, self._labels.get(label, NONE))
+        row = self._scope(d, radius, label)
         return None if row is None else self.entries[row].event_id
 
     def _scope(self, d: Tensor, radius: float, label: tuple[int, ...]) -> int | None:
@@ -113,11 +169,11 @@ class Codebook:
         """Queries (B, width) to (B,) the row that fires, or -1, and (B,) the distance that was decisive, on their device."""
         q = queries.detach().float()
         book, nulls = self._search(q.device)
-        found = book(q)
-        return torch.where(found.distance < nulls(q).distance, found.row, NONE), found.distance
+        row, distance = book(q)
+        return torch.where(distance < nulls(q)[1], row, NONE), distance
 
     def entry_of(self, row: int) -> str:
-        """The id that a row answers under: of the entry that absorbed it while that one is active, else its own."""
+        """The id that a row answers under: that of the entry which absorbed it while that entry is active, else its own."""
         e = self.entries[row]
         head = self._row.get(e.member_of or "")
         return e.event_id if head is None or self.superseded[head] != NONE else self.entries[head].event_id
@@ -156,115 +212,111 @@ class Codebook:
         return key
 
     def _distances(self, key: Tensor, radius: float, positive: float, label: int) -> Tensor:
-        """(n,) distances of a key to those of the active rows for which they matter; to the others inf."""
+        """(n,) distances of a key to those of the active rows for which they matter; inf to the others."""
         low, high = self._keys.bounds(key)
-        rival, zone = self.active & (self._label != label), self._positive.clamp_min(positive)
-        reached = reach(Met(self.active, rival, zone, self.raw + radius, self.caps / self.raw), low, high)
-        return self._keys.exact(key, low <= reached)
+        rival, positive_radii = self.active & (self._label != label), self._positive.clamp_min(positive)
+        bounds = distance_bounds(self.active, rival, positive_radii, self.raw + radius, self.caps / self.raw, low, high)
+        return self._keys.exact(key, low <= bounds)
 
-    def _from(self, row: int) -> Tensor:
+    def _distances_from(self, row: int) -> Tensor:
         return self._distances(self.keys[row], float(self.raw[row]), float(self._positive[row]), int(self._label[row]))
 
-    def _from_all(self, row: int) -> Tensor:
-        """(n,) distances of a row to the alive ones whose balls or positive zones it may meet; to the others inf."""
-        meets = torch.maximum(self.raw + self.raw[row], self._positive.clamp_min(float(self._positive[row])))
-        return self._keys.within(self.keys[row], torch.where(self.alive, meets, -1.0))
-
     def _append(self, key: Tensor, radius: float, entry: Entry) -> None:
-        """A row that is not yet alive."""
+        """Append a row that is not yet alive."""
         self._keys.add(key[None])
         self.raw = torch.cat([self.raw, torch.tensor([radius], dtype=torch.float64)])
         self.caps = torch.cat([self.caps, torch.tensor([torch.inf], dtype=torch.float64)])
-        self._note(entry)
+        self._append_entries(entry)
         none = torch.tensor([NONE])
         self.superseded, self.capped_by = torch.cat([self.superseded, none]), torch.cat([self.capped_by, none])
         self.alive = torch.cat([self.alive, torch.tensor([False])])
 
-    def _note(self, *entries: Entry) -> None:
+    def _append_entries(self, *entries: Entry) -> None:
         self.entries = [*self.entries, *entries]
         self._json = [*self._json, *(e.json() for e in entries)]
         labels = [self._labels.setdefault(e.label, len(self._labels)) for e in entries]
         self._label = torch.cat([self._label, torch.tensor(labels, dtype=torch.long)])
         self._positive = torch.cat([self._positive, torch.tensor([e.positive for e in entries], dtype=torch.float64)])
 
-    def _enter(self, row: int, d: Tensor) -> list[int]:
-        """Make the newest row alive; d: (row,) distances to those before it. Returns the rows it supersedes."""
+    def _activate(self, row: int, d: Tensor) -> list[int]:
+        """Make the newest row alive and return the rows that it supersedes. d: (row,) distances to those before it."""
         self._row[self.entries[row].event_id] = row
         self.alive = _set(self.alive, [row], True)
         d = torch.cat([d, torch.zeros(1, dtype=torch.float64)])
-        stale = (self.active & self._rivals(row, d)).nonzero()[:, 0].tolist()
+        stale = (self.active & self._conflicting(row, d)).nonzero()[:, 0].tolist()
         self.superseded = _set(self.superseded, stale, row)
         self._release(stale)
-        self._silence(stale, -1)
-        self._settle(row, d)
-        self._seek()
+        self._silence_nulls(stale, -1)
+        self._fit(row, d)
+        self._refresh_search()
         return stale
 
-    def _leave(self, rows: list[int]) -> None:
-        """Take rows out of the living; what they superseded comes back or passes to the next that supersedes it."""
-        self._silence([r for r in rows if bool(self.active[r])], -1)
+    def _deactivate(self, rows: list[int]) -> None:
+        """Make rows dead. A row that one of them superseded comes back, or is superseded by the next later rival."""
+        self._silence_nulls([r for r in rows if bool(self.active[r])], -1)
         gone = torch.tensor(rows)
         self.alive = _set(self.alive, rows, False)
         back = (self.alive & torch.isin(self.superseded, gone)).nonzero()[:, 0].tolist()
         self.superseded = _set(self.superseded, rows, NONE)
         self._release(rows)
-        distances = {i: self._from_all(i) for i in back}
+        distances = {i: self._keys.exact(self.keys[i], self.alive) for i in back}
         for i, d in distances.items():
-            later = (self.alive & self._rivals(i, d))[i:].nonzero()[:, 0]
+            later = (self.alive & self._conflicting(i, d))[i:].nonzero()[:, 0]
             self.superseded = _set(self.superseded, [i], i + int(later[0]) if len(later) else NONE)
         for i, d in distances.items():
             if self.superseded[i] == NONE:
-                self._settle(i, d)
-        self._seek()
+                self._fit(i, d)
+        self._refresh_search()
 
-    def _seek(self) -> None:
-        """Searches from here on go over the active rows, and few others."""
+    def _refresh_search(self) -> None:
+        """Let later searches go over the active rows, and few others."""
         self._keys.search_among(self.active)
         self._find = {}
 
-    def _rivals(self, row: int, d: Tensor) -> Tensor:
-        """(n,) bool: rows with another label of which one lies in the other's positive zone."""
+    def _conflicting(self, row: int, d: Tensor) -> Tensor:
+        """(n,) bool: rows with another label whose key lies in this row's positive radius, or this row's key in theirs."""
         return (self._label != self._label[row]) & (d <= self._positive.clamp_min(float(self._positive[row])))
 
     def _shares(self, row: int, d: Tensor) -> Tensor:
-        """(n,) the part of their raw radii that a row and each active rival may keep where their balls meet; inf where not."""
+        """(n,) the share of their raw radii that a row and each active rival may keep where their balls meet; inf elsewhere."""
         both = self.raw + self.raw[row]
         meets = self.active & (self._label != self._label[row]) & (both > d)
         return torch.where(meets, d / both.clamp_min(torch.finfo(torch.float64).tiny) * _SHARE, torch.inf)
 
     def _cap(self, row: int, share: Tensor) -> None:
+        """Cap a row by the rival that leaves it least."""
         by = int(share.argmin())
         bound = bool(share[by].isfinite())
         self.caps = _set(self.caps, [row], float(share[by] * self.raw[row]) if bound else torch.inf)
         self.capped_by = _set(self.capped_by, [row], by if bound else NONE)
 
-    def _settle(self, row: int, d: Tensor) -> None:
-        """Caps between a row that became active and all others; the nulls that it silences."""
+    def _fit(self, row: int, d: Tensor) -> None:
+        """Cap a row that became active and its rivals, and silence the nulls in its positive radius."""
         share = self._shares(row, d)
         tighter = share.isfinite() & (share * self.raw < self.caps)
         self.caps = torch.where(tighter, share * self.raw, self.caps)
         self.capped_by = torch.where(tighter, row, self.capped_by)
         self._cap(row, share)
-        self._silence([row], 1)
+        self._silence_nulls([row], 1)
 
     def _release(self, gone: list[int]) -> None:
-        """Rows that no longer take space: those whose binding cap came from them find their next one."""
+        """Drop the caps that rows caused and no longer do, and find the next binding cap of the rows that they bound."""
         freed = (self.active & torch.isin(self.capped_by, torch.tensor(gone, dtype=torch.long))).nonzero()[:, 0].tolist()
         self.caps, self.capped_by = _set(self.caps, gone, torch.inf), _set(self.capped_by, gone, NONE)
         for i in freed:
-            self._cap(i, self._shares(i, self._from(i)))
+            self._cap(i, self._shares(i, self._distances_from(i)))
 
-    def _silence(self, rows: list[int], sign: int) -> None:
-        """Count the nulls in the positive zones of rows in or out: a counted null does not speak."""
+    def _silence_nulls(self, rows: list[int], sign: int) -> None:
+        """Count (sign 1) or no longer count (-1) the nulls in the positive radii of rows. A null that is counted silences no edit."""
         for i in rows if len(self.nulls) else []:
             self.silenced = self.silenced + sign * (to_all(self.nulls, self.keys[i], self.metric) <= self._positive[i])
 
     def _search(self, device: torch.device) -> tuple[Nearest, Nearest]:
-        """The active rows, and the nulls that speak, ready for search."""
+        """Searches among the active rows, and among the nulls that are in no positive radius."""
         if device not in self._find:
             book = Nearest(self._keys.on(device), self.radii.to(device), self.rule)
-            speaks = torch.where(self.silenced == 0, torch.inf, -1.0).double()
-            self._find[device] = book, Nearest(self._nulls.on(device), speaks.to(device))
+            free = torch.where(self.silenced == 0, torch.inf, -1.0).double()
+            self._find[device] = book, Nearest(self._nulls.on(device), free.to(device))
         return self._find[device]
 
     @property
@@ -276,18 +328,18 @@ class Codebook:
         return {"keys": self.keys, "nulls": self.nulls, **{name: getattr(self, name) for name in _TENSORS}}
 
     def state(self) -> dict[str, Any]:
-        """Tensors and JSON values that make the codebook again."""
+        """Tensors and JSON values, for `load`."""
         return {**self._tensors(), "entries": list(self._json), "log": self.log, "metric": self.metric, "rule": self.rule}
 
     def load(self, state: dict[str, Any]) -> None:
-        """The reverse of `state`; the caller has checked that it fits."""
+        """Take over what `state` returned. The caller has checked that it fits."""
         self._clear(state["nulls"], state["keys"])
         for name in _TENSORS:
             setattr(self, name, state[name])
-        self._note(*map(Entry.of, state["entries"]))
+        self._append_entries(*map(Entry.of, state["entries"]))
         self._row = {self.entries[i].event_id: i for i in self.alive.nonzero()[:, 0].tolist()}
         self.log = [list(op) for op in state["log"]]
-        self._seek()
+        self._refresh_search()
 
 
 def _set(t: Tensor, rows: list[int], value: Any) -> Tensor:

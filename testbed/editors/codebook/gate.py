@@ -1,16 +1,16 @@
-"""A gate around one layer: which entry answers a prompt is decided once, at prefill, and kept for the sequence.
+"""A gate around one or several layers: which entry answers a prompt is decided once, at prefill, and kept for the sequence.
 
-The first call of the layer in a batch is the prefill: it sees whole prompts, so keys can be read there. Every
-later call (one token at a time with a cache, ever longer rows without one) uses the decision. Beam search
-gives a prompt several rows that lie together and are reordered among themselves only, so a decision that
-belongs to the prompt follows them.
+The first call of the first layer in a batch is the prefill. It sees whole prompts, so that keys can be read there.
+Every later call (one token at a time with a cache, ever longer rows without one) uses the decision. Beam search
+gives a prompt several rows that lie together and are reordered among themselves only, so that a decision that
+belongs to the prompt holds for all of them.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -21,33 +21,43 @@ from testbed.model.encoding import Batch
 from testbed.model.handle import ModelHandle
 
 
-class Book(Protocol):
-    """What a gate needs of a codebook."""
+class EntryRouter(Protocol):
+    """Decides which entry answers a prompt."""
 
     def __len__(self) -> int: ...
 
-    def retrieve(self, queries: Tensor) -> tuple[Tensor, Tensor]: ...
+    def retrieve(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries (B, width) to (B,) the row of the entry that answers, or -1, and (B,) the number that was decisive."""
+        ...
 
-    def entry_of(self, row: int) -> str: ...
+    def entry_of(self, row: int) -> str:
+        """The id that a row answers under."""
+        ...
 
 
 @dataclass(frozen=True)
 class Hits:
-    """The rows of one call of the layer that an entry answers.
+    """The rows of one call of a layer that an entry answers.
 
-    rows: for each, the codebook's row. act: (h, T, f) what entered the layer. out: (h, T, d) what left it.
+    rows: for each, the router's row. sources: (h,) for each, the index of its prompt in the batch.
+    act: (h, T, f) input of the layer. out: (h, T, d) its output.
     prompt: (h, T) bool prompt positions at prefill (and whenever the whole sequence is run again), None at later steps with a cache.
     """
 
     rows: list[int]
+    sources: Tensor
     act: Tensor
     out: Tensor
     prompt: Tensor | None
 
 
+Answer = Callable[[Hits], Tensor]
+"""The new output (h, T, d) of a layer for the rows that hit."""
+
+
 @dataclass
-class Ledger:
-    """Queries so far, and how many each entry answered: hits and misses add up to the queries."""
+class HitCounts:
+    """The number of queries so far, and how many each entry answered. Hits and misses add up to the queries."""
 
     queries: int = 0
     hits: Counter[str] = field(default_factory=Counter)
@@ -58,33 +68,38 @@ class Ledger:
 
 
 class Gate:
-    """Lays a codebook around one layer. A row that misses keeps the very numbers of the base.
+    """Puts entries' answers in place of the outputs of layers. A row that misses keeps the very numbers of the base model.
 
-    key: (B, T, f) entering activations and their batch to (B, width) queries.
-    answer: the layer's new output (h, T, d) for the rows that hit.
+    answers: layers in the order in which they run, each with what gives its new output. The keys are read at the first.
+    key: its input (B, T, f) and the batch to (B, width) queries.
     """
 
     enabled = True
 
     def __init__(
-        self, handle: ModelHandle, module: nn.Module, book: Book, key: Callable[[Tensor, Batch], Tensor], answer: Callable[[Hits], Tensor]
+        self,
+        handle: ModelHandle,
+        answers: Sequence[tuple[nn.Module, Answer]],
+        router: EntryRouter,
+        key: Callable[[Tensor, Batch], Tensor],
     ) -> None:
-        self.handle, self.module, self.book, self.key, self.answer = handle, module, book, key, answer
-        self.ledger = Ledger()
+        self.handle, self.answers, self.router, self.key = handle, answers, router, key
+        self.hit_counts = HitCounts()
         self.row = self.distance = torch.zeros(0)
         self.beams = 0
+        """Rows of each prompt; 0 as long as nothing is decided."""
 
     @contextmanager
     def around(self, batch: Batch) -> Iterator[None]:
-        """For the length of one batch."""
+        """Keep the gate in place for the length of one batch."""
         self.beams = 0
-        if not self.enabled or not len(self.book):
-            yield
-            return
-        with self.handle.hooked(self.module, lambda module, args, output: self._call(args[0], output, batch)):
+        with ExitStack() as hooks:
+            for module, answer in self.answers if self.enabled and len(self.router) else ():
+                hook = self.handle.hooked(module, lambda m, args, out, answer=answer: self._call(args[0], out, batch, answer))
+                hooks.enter_context(hook)
             yield
 
-    def _call(self, act: Tensor, output: Tensor, batch: Batch) -> Tensor | None:
+    def _call(self, act: Tensor, output: Tensor, batch: Batch, answer: Answer) -> Tensor | None:
         batch = batch.on(act.device)
         if not self.beams:
             self.decide(act, batch)
@@ -92,9 +107,9 @@ class Gate:
         at = (hit >= 0).nonzero()[:, 0]
         if not len(at):
             return None  # the very tensor that the base produced
-        n = len(hit)
+        n, rows, sources, at = len(hit), hit[at].tolist(), at // self.beams, at.to(act.device)
         x, out = act.reshape(n, -1, act.shape[-1]), output.clone().reshape(n, -1, output.shape[-1])
-        new = self.answer(Hits(hit[at].tolist(), x[at], out[at], self._prompt(batch, x.shape[1], at)))
+        new = answer(Hits(rows, sources, x[at], out[at], self._prompt(batch, x.shape[1], at)))
         out[at] = new.to(out.dtype)
         return out.reshape(output.shape)
 
@@ -103,12 +118,12 @@ class Gate:
         b, t = batch.prompt.shape
         self.beams = max(1, act[..., 0].numel() // (b * t))
         queries = self.key(act.reshape(b * self.beams, t, -1)[:: self.beams], batch)
-        self.row, self.distance = self.book.retrieve(queries)
-        self.ledger.queries += b
-        self.ledger.hits.update(self.book.entry_of(i) for i in self.row.tolist() if i >= 0)
+        self.row, self.distance = self.router.retrieve(queries)
+        self.hit_counts.queries += b
+        self.hit_counts.hits.update(self.router.entry_of(i) for i in self.row.tolist() if i >= 0)
 
     def _prompt(self, batch: Batch, length: int, at: Tensor) -> Tensor | None:
-        """The prompt's positions in a call of this length: all of it, grown on the right without a cache; None for single tokens."""
+        """The prompt's positions in a call of this length. Without a cache the rows have grown on the right; None for single tokens."""
         t = batch.prompt.shape[1]
         if length < t or (length == 1 and t > 1):
             return None
@@ -116,10 +131,10 @@ class Gate:
         return torch.cat([batch.prompt, more], 1).repeat_interleave(self.beams, 0)[at]
 
     def explain(self, batch: Batch) -> list[dict[str, Any]]:
-        """The entry that answered, or null, and the distance that was decisive."""
+        """For each prompt the entry that answered, or null, and the number that was decisive."""
         if not self.beams:
             return [{} for _ in batch.asks]
         return [
-            {"entry": self.book.entry_of(i) if i >= 0 else None, "distance": round(d, 6) if d < float("inf") else None}
+            {"entry": self.router.entry_of(i) if i >= 0 else None, "distance": round(d, 6) if d < float("inf") else None}
             for i, d in zip(self.row.tolist(), self.distance.tolist())
         ]

@@ -1,6 +1,6 @@
-"""Where keys are read: what enters one down-projection, over prompt positions only, padding and answer excluded.
+"""Keys: inputs of one down-projection at prompt positions, padding and answer excluded.
 
-A key must not depend on the batch it was made in, beyond float rounding; `slack` is the room that rounding takes.
+The key of a prompt does not depend on the batch in which it is read, beyond the float rounding that `reading_error` bounds.
 """
 
 from __future__ import annotations
@@ -17,34 +17,33 @@ from testbed.core.timing import timed
 from testbed.editors.codebook.nearest import Metric
 from testbed.model.encoding import Batch
 from testbed.model.prefix_cache import ImagePrefixes
-from testbed.model.suffix import mean_over_prompt
 
 _ROWS = 32
 
 
-def last(act: Tensor, batch: Batch) -> Tensor:
+def last_position(act: Tensor, batch: Batch) -> Tensor:
     """(B, f) float32 activation at the last prompt position."""
     return act[torch.arange(len(act), device=act.device), batch.last_prompt].float()
 
 
-def over_picture(act: Tensor, batch: Batch) -> Tensor:
+def mean_over_image(act: Tensor, batch: Batch) -> Tensor:
     """(B, f) float32 mean over the picture's positions; zeros for a row without a picture."""
     mask = batch.picture.unsqueeze(-1)
     return (act.float() * mask).sum(1) / mask.sum(1).clamp(min=1)
 
 
 @dataclass
-class Blocks:
-    """Last prompt token beside the picture's mean, each divided by its spread over a bank: (B, 2 f).
+class TextAndImageKey:
+    """The last prompt token's activation beside the mean over the picture, each divided by its spread over a bank of prompts: (B, 2 f).
 
-    spread: (2,) float32 root mean squared distance of the bank's blocks from their mean.
+    spread: (2,) float32 root mean squared distance of the bank's halves from their mean.
     """
 
     spread: Tensor
 
     def __call__(self, act: Tensor, batch: Batch) -> Tensor:
-        blocks = (last(act, batch), over_picture(act, batch))
-        return torch.cat([x / s for x, s in zip(blocks, self.spread.to(act.device))], 1)
+        halves = (last_position(act, batch), mean_over_image(act, batch))
+        return torch.cat([x / s for x, s in zip(halves, self.spread.to(act.device))], 1)
 
 
 def spread_of(bank: Tensor) -> Tensor:
@@ -54,15 +53,10 @@ def spread_of(bank: Tensor) -> Tensor:
     return torch.where(spread > 0, spread, 1.0).float()
 
 
-def mean(act: Tensor, batch: Batch) -> Tensor:
-    """(B, f) float32 mean over all prompt positions, the picture's included."""
-    return mean_over_prompt(act, batch)
-
-
 @timed("keys")
 @torch.no_grad()
-def read(prefixes: ImagePrefixes, asks: Sequence[Ask], key: Callable[[Tensor, Batch], Tensor]) -> Tensor:
-    """(n, width) float32 keys of prompts on the CPU, many a forward; none of them holds an answer."""
+def read_keys(prefixes: ImagePrefixes, asks: Sequence[Ask], key: Callable[[Tensor, Batch], Tensor]) -> Tensor:
+    """(n, width) float32 keys of prompts without answers, on the CPU. One forward reads many of them."""
     out: dict[int, Tensor] = {}
     for chunk in _chunks(asks):
         batch = prefixes.collate([asks[i] for i in chunk])
@@ -72,18 +66,18 @@ def read(prefixes: ImagePrefixes, asks: Sequence[Ask], key: Callable[[Tensor, Ba
 
 
 def _chunks(asks: Sequence[Ask]) -> list[list[int]]:
-    """Indices in batches, pictures apart from text."""
+    """Indices of prompts in batches, those with pictures apart from those without."""
     parts = [[i for i, a in enumerate(asks) if (a.image is None) == text] for text in (True, False)]
     return [part[at : at + _ROWS] for part in parts for at in range(0, len(part), _ROWS)]
 
 
-def slack(key: Tensor, metric: Metric) -> float:
-    """How far apart two readings of one prompt may lie: a radius is never smaller."""
+def reading_error(key: Tensor, metric: Metric) -> float:
+    """The distance by which rounding may part two readings of one prompt's key. No radius is smaller, so that an entry hits its own key."""
     return 1e-4 * float(key.norm()) if metric == "euclidean" else 1e-6
 
 
-class Plain:
-    """A picture of one colour, of the size of another."""
+class UniformImage:
+    """A picture of one colour, with the shape (height, width, 3) of another picture."""
 
     def __init__(self, shape: tuple[int, ...], value: int) -> None:
         self.shape, self.value = shape, value
@@ -93,8 +87,8 @@ class Plain:
         return np.full(self.shape, self.value, dtype=np.uint8)
 
 
-class Dimmed:
-    """Another picture at nine tenths of its brightness."""
+class DimmedImage:
+    """A picture at nine tenths of its brightness."""
 
     def __init__(self, key: str, pixels: np.ndarray) -> None:
         self.key, self._pixels = f"dimmed-{key}", pixels

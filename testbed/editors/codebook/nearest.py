@@ -1,30 +1,26 @@
-"""Distances and nearest keys: one fp32 matrix product chooses candidates, exact differences judge them.
+"""Distances and nearest keys: one fp32 matrix product bounds all distances, and exact float64 differences decide.
 
-The product is never trusted beyond its rounding: where more keys than were measured exactly could still be
-the nearest, the row is measured against all that could be. So the answer is the brute-force one, whatever the
-batch, the chunk or the device, and a key's distance to itself is exactly zero.
+Every key that could be the nearest by these bounds is measured exactly. So the answer is the one of a brute-force
+search, whatever the batch, the chunk or the device, and a key's distance to itself is exactly zero.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from testbed.editors.codebook.growing import appended
-
 Metric = Literal["euclidean", "cosine"]
 Rule = Literal["nearest-then-check", "containing-nearest"]
-_CANDIDATES = 4
 _ROUNDING = 2.0**-23
 _CHUNK = 2**18
 """Numbers of one exact comparison held at once: few enough to stay in a processor's cache."""
+_GROWTH = 1.25
 
 
 def direct(a: Tensor, b: Tensor, metric: Metric) -> Tensor:
-    """(...,) float64 distances by direct differences along the last axis. Cosine of a zero vector counts as distance 1."""
+    """(...,) float64 distances by direct differences along the last axis. The cosine distance of a zero vector counts as 1."""
     a, b = a.double(), b.double()
     if metric == "euclidean":
         return torch.sub(a, b).square_().sum(-1).sqrt_()
@@ -36,21 +32,32 @@ def direct(a: Tensor, b: Tensor, metric: Metric) -> Tensor:
 
 def to_all(keys: Tensor, key: Tensor, metric: Metric) -> Tensor:
     """(n,) float64 distances of one key (f,) to keys (n, f), a chunk at a time."""
-    if not len(keys):
-        return torch.zeros(0, dtype=torch.float64, device=keys.device)
-    rows = max(1, _CHUNK // keys.shape[1])
-    return torch.cat([direct(part, key, metric) for part in keys.split(rows)])
+    return torch.cat([direct(part, key, metric) for part in keys.split(max(1, _CHUNK // max(1, keys.shape[1])))])
 
 
 def unit(x: Tensor) -> Tensor:
     return x / x.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
 
 
+def appended(buffer: Tensor, at: int, new: Tensor) -> Tensor:
+    """A buffer that holds `new` from row `at` on: the same one where it is long enough, else a larger one with rows to spare.
+
+    Rows before `at` stay as they are, so that views of them never change.
+    """
+    if at + len(new) > len(buffer):
+        larger = buffer.new_zeros(max(16, int(_GROWTH * at), at + len(new)), *buffer.shape[1:])
+        larger[:at] = buffer[:at]
+        buffer = larger
+    buffer[at : at + len(new)] = new
+    return buffer
+
+
 class Keys:
     """Keys (n, f) float32 that only grow, with what a search needs of them, here and on other devices.
 
-    They lie in buffers with room to spare, written only past every view that was handed out: a view never changes.
-    A search goes over the points of m rows, rising: of all, until `search_among` leaves some out.
+    They lie in buffers with rows to spare, which are written only past every view that was handed out: a view never changes.
+    A search goes over the points of m rows in rising order: of all rows, until `search_among` leaves some out. It does, because
+    nine in ten edits of the committed streams change a fact again, and their keys would be searched for nothing.
     """
 
     def __init__(self, keys: Tensor, metric: Metric = "euclidean") -> None:
@@ -59,9 +66,9 @@ class Keys:
         self._norms = self._all.sum(1)
         self._rows = torch.zeros(0, dtype=torch.long, device=keys.device)
         self._centre = self._all.sum(0)
-        self._size = self._kept = 0
-        self._twins: dict[torch.device, Keys] = {}
-        self.longest = 0.0
+        self._size = self._searched = 0
+        self._copies: dict[torch.device, Keys] = {}
+        self._longest = 0.0
         self.add(keys)
 
     def __len__(self) -> int:
@@ -73,18 +80,18 @@ class Keys:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held here, spare room included."""
+        """Bytes held on this device, spare rows included."""
         return self._all.nbytes + self._points.nbytes + self._norms.nbytes + self._rows.nbytes
 
     @property
     def rows(self) -> Tensor:
         """(m,) the rows that are searched."""
-        return self._rows[: self._kept]
+        return self._rows[: self._searched]
 
     @property
     def norms(self) -> Tensor:
         """(m,) squared norms of their points."""
-        return self._norms[: self._kept]
+        return self._norms[: self._searched]
 
     def add(self, keys: Tensor) -> None:
         """Append keys (m, f)."""
@@ -95,154 +102,124 @@ class Keys:
             self._centre = keys[0].clone()  # any point among the keys spares digits
         self._all = appended(self._all, self._size, keys)
         self._size += len(keys)
-        self._keep(torch.arange(self._size - len(keys), self._size, device=keys.device))
+        self._search_also(torch.arange(self._size - len(keys), self._size, device=keys.device))
 
-    def _keep(self, rows: Tensor) -> None:
-        """Search these rows besides."""
-        points, at = self.point(self._all[rows]), self._kept
+    def _search_also(self, rows: Tensor) -> None:
+        points, at = self.point(self._all[rows]), self._searched
         norms = points.square().sum(1)
         self._points, self._norms, self._rows = (
-            appended(room, at, new) for room, new in zip((self._points, self._norms, self._rows), (points, norms, rows))
+            appended(buffer, at, new) for buffer, new in zip((self._points, self._norms, self._rows), (points, norms, rows))
         )
-        self._kept += len(rows)
-        self.longest = max(self.longest, float(norms.max().sqrt()))
+        self._searched += len(rows)
+        self._longest = max(self._longest, float(norms.max().sqrt()))
 
     def search_among(self, wanted: Tensor) -> None:
-        """Leave rows out of the search that are not wanted (n,) bool, once they are the greater part; bring wanted ones back."""
+        """Search the wanted rows, (n,) bool. Others are left out only once they are the greater part, because that copies the points."""
         missing = int(wanted.sum()) - int(wanted[self.rows].sum())
-        if missing or self._kept > 2 * int(wanted.sum()):
-            self._only(wanted.nonzero()[:, 0])
+        if missing or self._searched > 2 * int(wanted.sum()):
+            self._search_only(wanted.nonzero()[:, 0])
 
-    def _only(self, rows: Tensor) -> None:
-        self._points, self._norms, self._rows, self._kept = self._points[:0], self._norms[:0], self._rows[:0], 0
-        self.longest, self._twins = 0.0, {}
+    def _search_only(self, rows: Tensor) -> None:
+        self._points, self._norms, self._rows, self._searched = self._points[:0], self._norms[:0], self._rows[:0], 0
+        self._longest, self._copies = 0.0, {}
         if len(rows):
-            self._keep(rows)
+            self._search_also(rows)
 
     def on(self, device: torch.device) -> Keys:
-        """The same keys on a device; a copy there is kept and grows along."""
+        """The same keys on a device. The copy there is kept and grows with these keys."""
         if device == self._all.device:
             return self
-        twin = self._twins.get(device)
-        if twin is None:
-            twin = Keys(self.all.to(device), self.metric)
-            if self._kept < self._size:
-                twin._only(self.rows.to(device))
-        twin.add(self.all[len(twin) :])
-        self._twins[device] = twin
-        return twin
+        copy = self._copies.get(device)
+        if copy is None:
+            copy = Keys(self.all.to(device), self.metric)
+            if self._searched < self._size:
+                copy._search_only(self.rows.to(device))
+        copy.add(self.all[len(copy) :])
+        self._copies[device] = copy
+        return copy
 
     def point(self, x: Tensor) -> Tensor:
         """Vectors whose squared Euclidean distances order the keys (for cosine: twice the distance)."""
         return x - self._centre if self.metric == "euclidean" else unit(x.double()).float()
 
     def square(self, distance: Tensor) -> Tensor:
-        """What the squared distance of two points is for a distance of their keys."""
+        """The squared distance of two points whose keys have this distance."""
         return distance.square() if self.metric == "euclidean" else 2 * distance
 
     def distance(self, square: Tensor) -> Tensor:
-        """The reverse of `square`."""
+        """The distance of two keys whose points have this squared distance."""
         return square.sqrt() if self.metric == "euclidean" else square / 2
 
     def squares(self, q: Tensor, norms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of queries (B, f): squared distances of points (B, m) float32, less a query's own part (B, 1); how far off they may be (B, 1)."""
+        """For queries (B, f): squared distances of points (B, m) float32 less each query's own part (B, 1); their error (B, 1)."""
         x = self.point(q)
         own = x.square().sum(1, keepdim=True)
-        part = torch.addmm(norms, x, self._points[: self._kept].T, alpha=-2)
-        return part, own, (q.shape[1] + 16) * _ROUNDING * (own.sqrt() + self.longest).square()
+        part = torch.addmm(norms, x, self._points[: self._searched].T, alpha=-2)
+        return part, own, (q.shape[1] + 16) * _ROUNDING * (own.sqrt() + self._longest).square()
 
     def bounds(self, key: Tensor) -> tuple[Tensor, Tensor]:
         """(n,) float64 numbers between which the distance of each key to this one (f,) certainly lies; 0 and inf for rows not searched."""
-        part, own, slack = self.squares(key[None], self.norms)
-        least, most = ((part + own + s)[0].double().clamp_min(0.0) for s in (-slack, slack))
+        part, own, error = self.squares(key[None], self.norms)
+        least, most = ((part + own + e)[0].double().clamp_min(0.0) for e in (-error, error))
         known = most.isfinite()  # not what overflowed
         low, high = (self.distance(x * (1 + r)) for x, r in ((least, -4 * _ROUNDING), (most, 4 * _ROUNDING)))
         none = torch.zeros(len(self), dtype=torch.float64, device=key.device)
-        return none.index_put((self.rows,), torch.where(known, low, 0.0)), (none + torch.inf).index_put(
-            (self.rows,), torch.where(known, high, torch.inf)
-        )
+        low = none.index_put((self.rows,), torch.where(known, low, 0.0))
+        return low, (none + torch.inf).index_put((self.rows,), torch.where(known, high, torch.inf))
 
     def exact(self, key: Tensor, wanted: Tensor) -> Tensor:
-        """(n,) float64 distances of a key (f,) to those that are wanted (n,) bool; to the others inf."""
+        """(n,) float64 distances of a key (f,) to those that are wanted, (n,) bool; inf to the others."""
         out = torch.full(wanted.shape, torch.inf, dtype=torch.float64, device=wanted.device)
         rows = wanted.nonzero()[:, 0]
         out[rows] = to_all(self.all[rows], key, self.metric)
         return out
 
-    def within(self, key: Tensor, reach: Tensor) -> Tensor:
-        """(n,) float64 distances of a key (f,), exact where they are at most `reach` (n,); those beyond may be inf, those of a
-        negative reach are."""
-        return self.exact(key, (self.bounds(key)[0] <= reach) & (reach >= 0))
-
-
-@dataclass(frozen=True)
-class Found:
-    """Per query: the row of the key that answers, or -1, and the float64 distance that was decisive.
-
-    Nearest-then-check: the distance of the nearest key; containing-nearest: that of the answering key, inf for none.
-    """
-
-    row: Tensor
-    distance: Tensor
-
 
 class Nearest:
     """A search among keys with radii (n,) float64 on one device. A key whose radius is negative takes no part.
 
-    Of equally near keys the first answers, with `newest` the last.
+    Nearest-then-check: the nearest key answers if the query lies within its radius. Containing-nearest: the nearest of the keys
+    within whose radius the query lies. Of equally near keys the first answers, with `newest` the last.
     """
 
     def __init__(self, keys: Keys, radii: Tensor, rule: Rule = "nearest-then-check", newest: bool = False) -> None:
         self.keys, self.radii, self.newest = keys, radii, newest
         self.rule: Rule = rule
-        self._reach = keys.square(radii[keys.rows]).float() * (1 + 4 * _ROUNDING)
-        self.norms = torch.where(radii[keys.rows] >= 0, keys.norms, torch.inf)
+        square = keys.square(radii[keys.rows]).float()
+        self._outer, self._inner = square * (1 + 4 * _ROUNDING), square * (1 - 4 * _ROUNDING)
+        self._norms = torch.where(radii[keys.rows] >= 0, keys.norms, torch.inf)
 
-    def __call__(self, queries: Tensor) -> Found:
-        """Search for queries (B, f) float32. A query that is not finite finds nothing."""
+    def __call__(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries (B, f) float32 to (B,) the row of the key that answers, or -1, and (B,) the float64 distance that was decisive.
+
+        That is the distance of the nearest key under the rule, inf for none. A query that is not finite finds nothing.
+        """
         finite = queries.isfinite().all(1)
-        q = torch.where(finite[:, None], queries, 0.0)
-        if not len(self.norms):
-            return Found(torch.full_like(finite, -1, dtype=torch.long), torch.full_like(finite, torch.inf, dtype=torch.float64))
-        part, own, slack = self._parts(q)
-        least = part + own - slack
-        near, sure = self._candidates(part, least)
-        row, distance = self._judge(q, near)
-        best = self.keys.square(distance)
-        for i in (~(best < sure) & (sure != torch.inf)).nonzero()[:, 0].tolist():
-            possible = ~(least[i] > best[i].float() * (1 + 4 * _ROUNDING))  # not what overflowed
-            row[i], distance[i] = self._among(q[i], self.keys.rows[possible])
-        return Found(torch.where(finite, row, -1), torch.where(finite, distance, torch.inf))
+        queries = torch.where(finite[:, None], queries, 0.0)
+        nothing = torch.full_like(finite, -1, dtype=torch.long), torch.full_like(finite, torch.inf, dtype=torch.float64)
+        if not len(self._norms):
+            return nothing
+        query, searched = self._possible(queries).nonzero().unbind(1)
+        row = self.keys.rows[searched]
+        d = self._pair_distances(queries, query, row)
+        counts = self.radii[row] >= 0 if self.rule == "nearest-then-check" else d <= self.radii[row]
+        d = torch.where(counts, d, torch.inf)
+        distance = nothing[1].scatter_reduce(0, query, d, "amin")
+        nearest = d == distance[query]
+        best = nothing[0].scatter_reduce(0, query[nearest], row[nearest], "amax" if self.newest else "amin", include_self=False)
+        hit = finite & (distance <= self.radii[best])
+        return torch.where(hit, best, -1), torch.where(finite, distance, torch.inf)
 
-    def _parts(self, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`Keys.squares` of queries; inf for keys that take no part and, where only balls that hold a query count, certainly do not."""
-        part, own, slack = self.keys.squares(q, self.norms)
-        if self.rule == "containing-nearest":
-            part = part.masked_fill(part + own - slack > self._reach, torch.inf)
-        return part, own, slack
+    def _possible(self, queries: Tensor) -> Tensor:
+        """(B, m) bool: the searched keys that may answer. A number that overflowed rules nothing out."""
+        part, own, error = self.keys.squares(queries, self._norms)
+        if self.rule == "nearest-then-check":
+            return ~(part > part.amin(1, keepdim=True) + 2 * error)
+        surely_inside = part.masked_fill(part + own + error > self._inner, torch.inf)
+        return ~((part + own - error > self._outer) | (part > surely_inside.amin(1, keepdim=True) + 2 * error))
 
-    def _candidates(self, part: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, k) candidate rows in the order of preference, and (B,) a squared distance that all other keys certainly exceed."""
-        k = min(_CANDIDATES, len(self.norms))
-        low = part.topk(k, largest=False).indices
-        sure = least.gather(1, low[:, -1:])[:, 0].double() if k < len(self.norms) else torch.full_like(least[:, 0], torch.inf).double()
-        return self.keys.rows[low].sort(1, descending=self.newest).values, sure
-
-    def _judge(self, q: Tensor, near: Tensor) -> tuple[Tensor, Tensor]:
-        """The answering row and the decisive distance among candidate rows (B, k)."""
-        order, inside = self._order(direct(q.unsqueeze(1), self.keys.all[near], self.keys.metric), self.radii[near])
-        best = order.argmin(1, keepdim=True)
-        row = torch.where(inside.gather(1, best), near.gather(1, best), -1)[:, 0]
-        return row, order.gather(1, best)[:, 0]
-
-    def _among(self, query: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """The answering row and the decisive distance among rows (r,), rising, at least one."""
-        order, inside = self._order(to_all(self.keys.all[rows], query, self.keys.metric), self.radii[rows])
-        best = len(order) - 1 - order.flip(0).argmin() if self.newest else order.argmin()
-        return torch.where(inside[best], rows[best], -1), order[best]
-
-    def _order(self, d: Tensor, radii: Tensor) -> tuple[Tensor, Tensor]:
-        """By what the least is taken, and which keys hold the query."""
-        inside = d <= radii
-        counts = radii >= 0 if self.rule == "nearest-then-check" else inside
-        return torch.where(counts, d, torch.inf), inside
+    def _pair_distances(self, queries: Tensor, query: Tensor, row: Tensor) -> Tensor:
+        """(p,) float64 distances of p pairs of a query and a row, a chunk at a time."""
+        chunk = max(1, _CHUNK // queries.shape[1])
+        pairs = zip(query.split(chunk), row.split(chunk))
+        return torch.cat([direct(self.keys.all[r], queries[q], self.keys.metric) for q, r in pairs])

@@ -10,11 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streams.base import TrainPool
-from testbed.editors.adapters.elder import Elder, ElderConfig
-from testbed.editors.adapters.elder_hyper import TABLE, hyper_of
-from testbed.editors.adapters.elder_mixture import Mixture
-from testbed.editors.adapters.elder_routing import Shape
+from testbed.editors.adapters.elder import PUBLISHED, Elder, ElderConfig, derived
+from testbed.editors.adapters.elder_routing import Mixture, MixtureShape
 from testbed.editors.base import BadEditor
+from testbed.editors.hyperparameters import hyperparameters_for
 from testbed.model.encoding import collate
 from testbed.model.predictor import ModelPredictor
 from tests.helpers.elder_editors import BESIDE, PICTURED, asks, edited, gate_of, logits, make, scores_of
@@ -36,7 +35,7 @@ def plain_sum(mixture: Mixture, site: int, x: torch.Tensor, act: torch.Tensor) -
 @given(seed=st.integers(0, 2**31), experts=st.integers(1, 6), active=st.integers(1, 6), rows=st.integers(1, 4))
 def test_a_layer_adds_the_weighted_sum_of_its_best_adapters(seed: int, experts: int, active: int, rows: int) -> None:
     g = torch.Generator().manual_seed(seed)
-    shape = Shape(2, experts, min(active, experts))
+    shape = MixtureShape(2, experts, min(active, experts))
     u = tuple(torch.randn(experts, 3, f, generator=g) for f in (5, 7))
     v = tuple(torch.randn(experts, 3, d, generator=g) for d in (4, 6))
     mixture = Mixture(shape, torch.randn(2, experts, 5, generator=g), u, v)
@@ -55,7 +54,7 @@ def test_with_all_adapters_on_it_is_a_plain_sum_of_lora_weighted_by_softmax() ->
 
 
 def test_renormalised_scores_sum_to_one_over_the_chosen() -> None:
-    mixture = Mixture(Shape(1, 3, 2), torch.randn(1, 3, 4), (torch.ones(3, 1, 4),), (torch.ones(3, 1, 2),), renormalise=True)
+    mixture = Mixture(MixtureShape(1, 3, 2), torch.randn(1, 3, 4), (torch.ones(3, 1, 4),), (torch.ones(3, 1, 2),), renormalise=True)
     act = torch.randn(2, 5, 4)
     want = act.sum(-1, keepdim=True).expand(2, 5, 2)
     torch.testing.assert_close(mixture.adds(mixture.log_scores(torch.randn(2, 4)))[0](act), want)
@@ -69,14 +68,15 @@ def test_a_deferred_input_gets_the_bases_own_tensor(kind: str) -> None:
     what = asks(events)
     batch = collate(editor.handle, what, side="left")
     with torch.no_grad(), none.around(batch):
-        out = none._at(0, torch.randn(*batch.prompt.shape, editor.targets[0].f), torch.randn(*batch.prompt.shape, editor.targets[0].d), batch)
+        act, output = (torch.randn(*batch.prompt.shape, width) for width in (editor.targets[0].f, editor.targets[0].d))
+        out = none._call(act, output, batch, none.answers[0][1])
     assert out is None
     assert torch.equal(logits(editor.handle, none, what), logits(editor.handle, None, what))
 
 
 def test_in_a_mixed_batch_deferred_rows_are_bit_equal_to_the_base_and_the_others_are_not() -> None:
     editor = edited()
-    gate = gate_of(editor, editor.within)
+    gate = gate_of(editor, editor.eps)
     what = [a for a in asks(PICTURED) + BESIDE if a.image is not None]
     both, base = logits(editor.handle, gate, what), logits(editor.handle, None, what)
     hit = (gate.row >= 0).tolist()
@@ -124,11 +124,11 @@ def test_all_routers_read_what_no_adapter_changes() -> None:
 def test_generation_with_and_without_cache_agrees(kind: str) -> None:
     events = PICTURED if kind == "llava" else FACTS
     editor = edited(events, kind, modules=r"\.[12]\.mlp\.(down_proj|c_proj)$", steps=8)
-    for within in (editor.within, None):
+    for eps in (editor.eps, None):
         out = []
         for cache in (True, False):
             batch = collate(editor.handle, asks(events), side="left")
-            gate = gate_of(editor, within)
+            gate = gate_of(editor, eps)
             with torch.no_grad(), gate.around(batch):
                 out.append(editor.handle.model.generate(**batch.inputs, max_new_tokens=6, do_sample=False, use_cache=cache))
             assert (gate.row >= 0).any()
@@ -138,13 +138,13 @@ def test_generation_with_and_without_cache_agrees(kind: str) -> None:
 def test_beams_follow_their_prompts_decision() -> None:
     editor = edited()
     batch = collate(editor.handle, asks(PICTURED) + BESIDE[2:], side="left")
-    gate = gate_of(editor, editor.within)
+    gate = gate_of(editor, editor.eps)
     with torch.no_grad(), gate.around(batch):
         tokens = editor.handle.model.generate(**batch.inputs, max_new_tokens=4, num_beams=3, do_sample=False)
     with torch.no_grad():
         base = editor.handle.model.generate(**batch.inputs, max_new_tokens=4, num_beams=3, do_sample=False)
     assert gate.beams == 3
-    assert gate.ledger.queries == len(batch.prompt)
+    assert gate.hit_counts.queries == len(batch.prompt)
     missed = gate.row < 0
     assert missed.any()
     assert (~missed).any()
@@ -192,13 +192,13 @@ def test_what_does_not_fit_the_model_is_refused_with_what_there_is(config: dict[
 
 
 def test_published_defaults_stand_in_the_table_and_others_are_announced() -> None:
-    for row in TABLE.values():
+    for row in PUBLISHED.values():
         assert (row.rank, row.experts, row.active, row.guide, row.lr, row.steps) == (8, 4, 2, 0.01, 1e-4, 50)
         assert row.modules.count("|") == 5
-    assert hyper_of(build("gpt2"))[1].startswith("no published hyper-parameters for gpt2 with 3 layers")
+    assert hyperparameters_for(build("gpt2"), PUBLISHED, derived)[1].startswith("no published hyper-parameters for gpt2 with 3 layers")
     editor = Elder()
     editor.prepare(build("gpt2"), TrainPool())
-    assert editor.within == 2 * len(editor.targets)
+    assert editor.eps == 2 * len(editor.targets)
     assert any("N = " in note for note in editor.notes)
 
 

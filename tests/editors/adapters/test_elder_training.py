@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from testbed.core.events import EditBatch, EditEvent
 from testbed.editors.adapters.elder import ElderConfig
-from testbed.editors.adapters.elder_hyper import overlaid
-from testbed.editors.adapters.elder_routing import Codes, Shape, experts_for
+from testbed.editors.adapters.elder_routing import AllocationCodes, MixtureShape, experts_for
 from testbed.editors.base import BadEditor
+from testbed.editors.hyperparameters import overlay
 from testbed.storage.files import write_state
 from tests.helpers.elder_editors import BESIDE, PICTURED, SMALL, asks, edited, make, scores_of, scores_x
 from tests.helpers.facts import fact
@@ -28,8 +28,8 @@ from tests.helpers.models import Noise, folder
 @settings(max_examples=50, deadline=None)
 @given(sites=st.integers(1, 4), experts=st.integers(1, 5), active=st.integers(1, 5), n=st.integers(1, 30), seed=st.integers(0, 99))
 def test_codes_are_unique_while_they_can_be_and_distances_are_even(sites: int, experts: int, active: int, n: int, seed: int) -> None:
-    shape = Shape(sites, experts, min(active, experts))
-    book, g = Codes(shape, torch.device("cpu")), torch.Generator().manual_seed(seed)
+    shape = MixtureShape(sites, experts, min(active, experts))
+    book, g = AllocationCodes(shape, torch.device("cpu")), torch.Generator().manual_seed(seed)
     for i in range(n):
         code, new = book.draw(g)
         assert (code.sum(1) == shape.active).all()
@@ -48,15 +48,15 @@ def test_codes_are_unique_while_they_can_be_and_distances_are_even(sites: int, e
 
 def test_codes_of_one_batch_differ_and_a_changed_fact_keeps_its_code() -> None:
     editor = edited()
-    first = {bytes(row) for row in editor.book.packed.numpy()}
+    first = {bytes(row) for row in editor.codes.packed.numpy()}
     assert len(first) == len(PICTURED)
     again = fact("Zor", "a lamp", None, revises=PICTURED[1].id)
     third = EditEvent("revise", 1.0, 0, again.prompt, "green", revises=again.id)
     editor.apply(EditBatch((again, third), 2))
     for e in (again, third):
-        assert torch.equal(editor.book.of(e.id), editor.book.of(PICTURED[1].id))  # type: ignore[arg-type]
-    assert editor.book.distinct == len(PICTURED)
-    assert editor.book.collisions == 0
+        assert torch.equal(editor.codes.of(e.id), editor.codes.of(PICTURED[1].id))  # type: ignore[arg-type]
+    assert editor.codes.distinct == len(PICTURED)
+    assert editor.codes.collisions == 0
 
 
 def test_when_codes_run_out_they_are_shared_and_counted() -> None:
@@ -67,11 +67,11 @@ def test_when_codes_run_out_they_are_shared_and_counted() -> None:
 
 
 def test_enough_adapters_for_the_planned_edits() -> None:
-    assert Shape(4, 4, 2).capacity == 1296
+    assert MixtureShape(4, 4, 2).capacity == 1296
     for sites in (1, 2, 3, 4, 6):
         n = experts_for(sites, 2, 5_000, 4)
-        assert Shape(sites, n, 2).capacity >= 500_000
-        assert n == 4 or Shape(sites, n - 1, 2).capacity < 500_000
+        assert MixtureShape(sites, n, 2).capacity >= 500_000
+        assert n == 4 or MixtureShape(sites, n - 1, 2).capacity < 500_000
     assert experts_for(6, 2, 400, 4) == 4
 
 
@@ -91,7 +91,7 @@ def test_guided_loss_is_the_negative_log_score_of_the_allocated_adapters() -> No
     want = []
     for e in PICTURED:
         log_s = scores_of(editor, [e.ask()], "right")[0].double()
-        code = editor.book.of(e.id)
+        code = editor.codes.of(e.id)
         assert code is not None
         want.append(-float(log_s[code].sum()))
     assert report.notes["guided_loss"] == pytest.approx(sum(want) / 3, rel=1e-4)
@@ -101,7 +101,7 @@ def test_the_guide_alone_pulls_routers_to_the_code_and_nothing_does_without_it()
     guided, free = edited(steps=40, guide=1.0), edited(steps=40, guide=0.0)
     assert guided.apply(EditBatch((fact("x", "green"),), 2)).notes["code_distance"] == 0
     x = scores_of(free, asks(PICTURED), "right")
-    stored = torch.stack([c for e in PICTURED if (c := free.book.of(e.id)) is not None])
+    stored = torch.stack([c for e in PICTURED if (c := free.codes.of(e.id)) is not None])
     assert not torch.equal(free.mixture.chosen(x), stored)
 
 
@@ -120,18 +120,18 @@ def test_paraphrases_are_trained_under_their_edits_code() -> None:
     editor = make()
     seen = []
     train = editor._train
-    editor._train = lambda lesson: (seen.append(lesson), train(lesson))[1]  # type: ignore[method-assign]
+    editor._train = lambda rows: (seen.append(rows), train(rows))[1]  # type: ignore[method-assign]
     editor.apply(EditBatch(tuple(PICTURED[:2]), 1, {PICTURED[1].id: ("Zor, led by whom?", "never read")}))
     codes = seen[0].codes
     assert len(codes) == 3
     assert torch.equal(codes[1], codes[2])
-    assert [a.prompt for a in seen[0].span.batch.asks] == [PICTURED[0].prompt, PICTURED[1].prompt, "Zor, led by whom?"]
+    assert [a.prompt for a in seen[0].suffix.batch.asks] == [PICTURED[0].prompt, PICTURED[1].prompt, "Zor, led by whom?"]
 
 
 def test_a_loss_that_is_not_finite_fails_the_edit_and_changes_nothing() -> None:
     editor = edited()
     before = editor.state_dict()
-    editor.hyper = overlaid(editor.hyper, ElderConfig(lr=float("inf"), steps=3))
+    editor.hyper = overlay(editor.hyper, ElderConfig(lr=float("inf"), steps=3))
     report = editor.apply(EditBatch((fact("the lamp", "green"),), 2))
     assert "smaller" in next(iter(report.failed.values()))
     after = editor.state_dict()
@@ -164,10 +164,10 @@ def test_a_saved_state_answers_bit_for_bit_alike_in_a_fresh_process(tmp_path: Pa
     write_state(path, editor.state_dict())
     what = asks(PICTURED) + BESIDE[2:]
     want = editor.predictor().respond(what, ["green"] * len(what), 4)
-    told = json.dumps([[a.prompt, a.image.seed if isinstance(a.image, Noise) else None] for a in what])
-    tests = Path(__file__).parent
-    argv = [sys.executable, "-c", FRESH, str(tests), str(folder("llava")), str(path), json.dumps(SMALL), told]
-    done = subprocess.run(argv, capture_output=True, text=True, cwd=tests.parent)
+    prompts = json.dumps([[a.prompt, a.image.seed if isinstance(a.image, Noise) else None] for a in what])
+    root = Path(__file__).parents[3]
+    argv = [sys.executable, "-c", FRESH, str(root), str(folder("llava")), str(path), json.dumps(SMALL), prompts]
+    done = subprocess.run(argv, capture_output=True, text=True, cwd=root)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == [[r.generated, r.score.logprobs.tolist(), r.extras] for r in want if r.score]
 

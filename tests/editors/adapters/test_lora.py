@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -232,8 +233,8 @@ def test_adapters_of_different_ranks_cannot_be_one_for_peft(tmp_path: Path) -> N
         (LoraConfig(steps=0), "steps must be 1 or more"),
         (LoraConfig(lr=-1.0), "lr must be positive"),
         (LoraConfig(scale=0.0), "scale must be positive"),
-        (YearlyConfig(share=0.0), "share must lie in"),
-        (YearlyConfig(share=1.5), "share must lie in"),
+        (YearlyConfig(share=0.0), "share must be positive and at most 1"),
+        (YearlyConfig(share=1.5), "share must be positive and at most 1"),
     ],
 )
 def test_bad_values_are_told(config: LoraConfig, words: str) -> None:
@@ -244,7 +245,7 @@ def test_a_rank_wider_than_the_model_a_loss_that_is_not_finite_and_another_model
     with pytest.raises(BadEditor, match="set rank to 64 or less"):
         make(rank=65)
     editor = make()
-    editor.lr = float("inf")
+    editor.hyper = replace(editor.hyper, lr=float("inf"))
     report = editor.apply(EditBatch((fact("the lamp", "green"),), 1))
     assert "smaller" in next(iter(report.failed.values()))
     with pytest.raises(BadEditor, match="made with model"):

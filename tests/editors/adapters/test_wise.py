@@ -11,11 +11,10 @@ from hypothesis import strategies as st
 
 from streams.base import TrainPool
 from testbed.core.events import Ask, EditBatch, EditEvent, Question
-from testbed.editors.adapters.ties_merging import ties, trimmed
-from testbed.editors.adapters.wise import Memory, Router, Wise, WiseConfig
-from testbed.editors.adapters.wise_hyper import TABLE, hyper_of
+from testbed.editors.adapters.wise import PUBLISHED, MemoryRouter, SideMemory, Wise, WiseConfig, derived, ties, trimmed
 from testbed.editors.base import BadEditor
 from testbed.editors.codebook.gate import Gate
+from testbed.editors.hyperparameters import hyperparameters_for
 from testbed.model.encoding import collate
 from tests.helpers.facts import FACTS, POOL, fact
 from tests.helpers.models import Noise, build
@@ -108,7 +107,7 @@ def test_margins_are_the_three_hinges() -> None:
 
 
 def test_a_prompt_goes_to_the_largest_signal_over_its_threshold() -> None:
-    router = Router([1.0, 5.0])
+    router = MemoryRouter([1.0, 5.0])
     row, largest = router.retrieve(torch.tensor([[0.5, 4.0], [1.0, 4.9], [2.0, 6.0], [9.0, 6.0]]))
     assert row.tolist() == [-1, 0, 1, 0]
     assert largest.tolist() == pytest.approx([4.0, 4.9, 6.0, 9.0])
@@ -131,7 +130,8 @@ def test_a_miss_is_the_base_itself_and_generation_agrees_with_and_without_cache(
     middle = float(signals(editor, what)[:, 0].median())
 
     def gate() -> Gate:
-        return Gate(editor.handle, editor.module, Router([middle]), lambda act, b: editor._signals(act, b, live), editor._answering(live))
+        answers = [(editor.module, editor._answer(live))]
+        return Gate(editor.handle, answers, MemoryRouter([middle]), lambda act, b: editor._signals(act, b, live))
 
     with torch.no_grad():
         base = editor.handle.model(**batch.inputs, use_cache=False).logits
@@ -243,9 +243,9 @@ def test_without_a_train_pool_it_says_so_and_pictures_are_left_out_for_a_text_mo
     [
         ({"shard": 0}, "shard must be 1 or more"),
         ({"shard": 3, "merge": 10}, "multiple of shard"),
-        ({"ratio": 0.0}, "ratio must lie in"),
-        ({"density": 1.5}, "density must lie in"),
-        ({"keep": 0.0}, "keep must lie in"),
+        ({"ratio": 0.0}, "ratio must be positive and at most 1"),
+        ({"density": 1.5}, "density must be positive and at most 1"),
+        ({"keep": 0.0}, "keep must be positive and at most 1"),
         ({"lr": -1.0}, "lr must be positive"),
         ({"beta": 0.0}, "beta must be positive"),
     ],
@@ -259,7 +259,7 @@ def test_a_loss_that_is_not_finite_fails_and_a_state_of_another_layer_is_refused
     editor = edited()
     before = editor.working
     with torch.no_grad():
-        editor.working = Memory(torch.full_like(before.change, float("nan")), before.least)
+        editor.working = SideMemory(torch.full_like(before.change, float("nan")), before.least)
     report = editor.apply(EditBatch((fact("the lamp", "green"),), 9))
     assert "not finite" in next(iter(report.failed.values())) or "nan" in next(iter(report.failed.values()))
     editor.working = before
@@ -268,8 +268,8 @@ def test_a_loss_that_is_not_finite_fails_and_a_state_of_another_layer_is_refused
 
 
 def test_published_values_stand_in_the_table_and_derived_ones_are_announced() -> None:
-    row = TABLE["llama", 32]
+    row = PUBLISHED["llama", 32]
     assert (row.layer, row.lr, row.steps, row.clamp, row.alpha, row.beta, row.gamma, row.relative) == (27, 1, 70, 1, 5, 20, 10, False)
-    found, note = hyper_of(build("llama"))
+    found, note = hyperparameters_for(build("llama"), PUBLISHED, derived)
     assert found.relative
     assert "no published" in note

@@ -11,7 +11,7 @@ import torch
 from testbed.core.events import Ask, EditBatch, EditEvent
 from testbed.editors.base import BadEditor
 from testbed.editors.codebook.balancedit import BalancEdit, BalancEditConfig, BalancEditPlus
-from testbed.editors.codebook.keys import Plain
+from testbed.editors.codebook.keys import UniformImage
 from testbed.storage.files import read_state, write_state
 from tests.helpers import balancedit_checks as c
 from tests.helpers.balancedit_checks import ASKS, EDITS, FAR, batch, edit, edited, logits, make, tokens
@@ -151,9 +151,9 @@ def test_40_the_ledger_adds_up() -> None:
     gate = editor.gate(editor.book)
     for asks in (ASKS, [FAR], ASKS[:2]):
         logits(editor, asks, gate)
-    assert gate.ledger.queries == 7
-    assert gate.ledger.hits == {EDITS[0].id: 2, EDITS[1].id: 2}
-    assert gate.ledger.misses == 3
+    assert gate.hit_counts.queries == 7
+    assert gate.hit_counts.hits == {EDITS[0].id: 2, EDITS[1].id: 2}
+    assert gate.hit_counts.misses == 3
 
 
 def test_activations_that_are_not_finite_fail_the_edit_and_leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,7 +180,7 @@ def test_one_key_with_two_answers_in_one_batch_leaves_the_later() -> None:
 
 def test_an_edit_of_the_negative_anchor_itself_is_flagged_and_still_answers() -> None:
     editor = make()
-    black = edit(0, image=Plain((32, 32, 3), 0))
+    black = edit(0, image=UniformImage((32, 32, 3), 0))
     assert editor.apply(batch([black])).notes["not_separable"] == 1
     assert logits(editor, [black.ask()])[1] == [black.id]
 
@@ -202,7 +202,7 @@ def test_an_edit_near_one_of_the_same_answer_goes_on_from_its_value() -> None:
         report = editor.apply(batch([near], 2))
         assert report.notes["continued"] == (overlap == "continue")
         assert editor.book.members(EDITS[0].id) == [near.id]
-        runs[overlap] = editor.values[near.id]
+        runs[overlap] = editor.tensors[near.id]
         assert logits(editor, [near.ask()])[1] == [EDITS[0].id]
     assert not torch.equal(runs["continue"], runs["fresh"])
 
@@ -225,7 +225,7 @@ def test_the_weight_of_the_positive_anchor_orders_radii() -> None:
 
 def test_low_rank_values_are_small_and_learn() -> None:
     full, thin = edited(n=1, steps=40), edited(n=1, rank=2, steps=40)
-    assert next(iter(thin.values.values())).numel() == 2 * (96 + 64)
+    assert next(iter(thin.tensors.values())).numel() == 2 * (96 + 64)
     for editor in (full, thin):
         assert editor.predictor().generate(ASKS[:1], 4) == ["green"]
 
@@ -234,8 +234,8 @@ def test_low_rank_values_are_small_and_learn() -> None:
 def test_a_batch_holds_the_values_that_single_edits_would(cls: Any) -> None:
     together, alone = make(cls, overlap="fresh"), edited(cls, overlap="fresh")
     together.apply(batch(EDITS))
-    for i, value in alone.values.items():
-        torch.testing.assert_close(together.values[i], value, atol=1e-3, rtol=1e-3)
+    for i, value in alone.tensors.items():
+        torch.testing.assert_close(together.tensors[i], value, atol=1e-3, rtol=1e-3)
     assert together.state_bytes() == sum(t.nbytes for t in together.state_dict().values() if isinstance(t, torch.Tensor))
 
 

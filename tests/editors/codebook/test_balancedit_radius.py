@@ -18,7 +18,7 @@ SPLITS = ("text_generality", "image_generality", "locality_hard", "locality_sibl
 
 def captured(n: int, weights: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0), seed: int = 7) -> dict[float, dict[str, float]]:
     """Share of each split's questions that lie in the ball of their own edit alone, over the development stream's first new facts."""
-    stream: Stream = RunConfig(stream="okedit-yearly", seed=seed).resolve_stream().open()
+    stream: Stream = RunConfig(stream="okedit-yearly", seed=seed).resolve_stream().create()
     events = [e for e in stream.events(2 * n) if e.kind == "add"][:n]
     batch = EditBatch(tuple(events), 1, {e.id: stream.paraphrases(e) for e in events})
     near, far = (BalancEdit(BalancEditConfig(w_pos=w)) for w in (1.0, 0.0))

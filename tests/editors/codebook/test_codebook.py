@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from testbed.editors.codebook.codebook import Codebook
 from tests.helpers.codebook_laws import check_07_no_action_at_a_distance, check_32_labels_are_token_sequences
-from tests.reference.codebook import EXAMPLES, Plain, Row, add, book, grid, hit, hits, labels, queries, radii, worlds
+from tests.reference.codebook import EXAMPLES, ReferenceCodebook, Row, add, book, grid, hit, hits, labels, queries, radii, worlds
 
 quick = settings(max_examples=EXAMPLES, deadline=None)
 rules = st.sampled_from(["nearest-then-check", "containing-nearest"])
@@ -27,9 +27,10 @@ def new_row(positive: int = 0) -> st.SearchStrategy[Row]:
 @given(rows=worlds(), xs=queries, rule=rules, nulls=st.lists(grid, max_size=4))
 def test_retrieval_is_the_plain_quadratic_one(rows: list[Row], xs: list, rule: Any, nulls: list) -> None:
     c = book(rows, rule=rule, nulls=torch.tensor(nulls, dtype=torch.float).reshape(-1, 3))
-    plain = Plain(rule, nulls, rows)
-    assert hits(c, xs) == [plain.retrieve(x) for x in xs]
-    assert {k: v for k, v in radii(c).items() if v >= 0} == pytest.approx({r.id: plain.radius(r) for r in plain.active()}, rel=1e-12)
+    reference = ReferenceCodebook(rule, nulls, rows)
+    assert hits(c, xs) == [reference.retrieve(x) for x in xs]
+    want = {r.id: reference.radius(r) for r in reference.active()}
+    assert {k: v for k, v in radii(c).items() if v >= 0} == pytest.approx(want, rel=1e-12)
 
 
 @quick
@@ -186,10 +187,10 @@ def test_18_the_same_key_with_two_answers_leaves_the_newer() -> None:
 @quick
 @given(rows=worlds(smallest=1), x=grid)
 def test_26_of_equal_distances_the_oldest_answers(rows: list[Row], x: tuple) -> None:
-    twins = [Row(f"{r.id}-{n}", r.key, 20.0, (1,)) for r in rows for n in range(2)]
-    c = book(twins)
-    d = min(math.dist(r.key, x) for r in twins)
-    assert hit(c, x) in (None, next(r.id for r in twins if math.dist(r.key, x) == d))
+    pairs = [Row(f"{r.id}-{n}", r.key, 20.0, (1,)) for r in rows for n in range(2)]
+    c = book(pairs)
+    d = min(math.dist(r.key, x) for r in pairs)
+    assert hit(c, x) in (None, next(r.id for r in pairs if math.dist(r.key, x) == d))
 
 
 def test_32_labels_are_token_sequences() -> None:

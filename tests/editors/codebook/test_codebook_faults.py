@@ -25,7 +25,7 @@ class Shared(BalancEdit):
 
     def _edit(self, batch: Any) -> dict[str, float]:
         out = super()._edit(batch)
-        self.values = dict.fromkeys(self.values, self.values[batch.events[-1].id])
+        self.tensors = dict.fromkeys(self.tensors, self.tensors[batch.events[-1].id])
         return out
 
 
@@ -47,14 +47,14 @@ def test_b2_radii_overwritten_at_every_insertion_break_7(monkeypatch: Patch) -> 
 
 
 def test_b3_labels_compared_by_their_mean_break_32(monkeypatch: Patch) -> None:
-    note = Codebook._note
+    note = Codebook._append_entries
 
     def averaged(self: Codebook, *entries: Any) -> None:
         note(self, *entries)
         means = [sum(e.label) / len(e.label) for e in self.entries]
         self._label = torch.tensor([means.index(m) for m in means])
 
-    monkeypatch.setattr(Codebook, "_note", averaged)
+    monkeypatch.setattr(Codebook, "_append_entries", averaged)
     with pytest.raises(AssertionError):
         check_32_labels_are_token_sequences()
 
@@ -104,12 +104,12 @@ def test_b6_an_anchor_from_evaluation_data_breaks_31() -> None:
 
 
 def test_b7_a_merge_rule_with_a_constant_breaks_21(monkeypatch: Patch) -> None:
-    note = Codebook._note
+    note = Codebook._append_entries
 
     def constant(self: Codebook, *entries: Any) -> None:
         note(self, *(replace(e, positive=e.positive + 20) for e in entries))
 
-    monkeypatch.setattr(Codebook, "_note", constant)
+    monkeypatch.setattr(Codebook, "_append_entries", constant)
     rows = [Row("a", (0.0, 0, 0), 1.0, (1,)), Row("b", (5.0, 0, 0), 1.0, (2,))]
     with pytest.raises(AssertionError):
         check_21_scale(rows=rows, xs=[(0.0, 0, 0)], power=5)
@@ -119,7 +119,7 @@ class Reset(BalancEdit):
     """B8: everything is set back before the next edit."""
 
     def _edit(self, batch: Any) -> dict[str, float]:
-        self.book, self.values = Codebook(self.book.width), {}
+        self.book, self.tensors = Codebook(self.book.width), {}
         return super()._edit(batch)
 
 
@@ -147,17 +147,17 @@ def test_b9_environment_prints_and_draws_break_29(how: str, monkeypatch: Patch, 
 
 
 def test_b10_a_decision_at_every_token_breaks_30(monkeypatch: Patch) -> None:
-    def again(self: Gate, act: Any, output: Any, batch: Any) -> Any:
+    def again(self: Gate, act: Any, output: Any, batch: Any, answer: Any) -> Any:
         rows = act.shape[0]
         queries = act.mean(1).float()
-        self.row, self.distance = self.book.retrieve(queries)
+        self.row, self.distance = self.router.retrieve(queries)
         self.beams = max(1, rows // len(batch.prompt))
         hit = (self.row >= 0).nonzero()[:, 0]
         out = output.clone()
         if len(hit):
             from testbed.editors.codebook.gate import Hits
 
-            out[hit] = self.answer(Hits(self.row[hit].tolist(), act[hit], out[hit], None))
+            out[hit] = answer(Hits(self.row[hit].tolist(), hit, act[hit], out[hit], None))
         return out
 
     monkeypatch.setattr(Gate, "_call", again)

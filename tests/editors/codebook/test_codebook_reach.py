@@ -18,9 +18,9 @@ from tests.reference.codebook import EXAMPLES
 FIELDS = ("raw", "caps", "alive", "superseded", "capped_by")
 
 
-def all_of_them(met: Any, low: Tensor, high: Tensor) -> Tensor:
-    """No choice: every active row within the sum of radii or a zone."""
-    return torch.where(met.active, torch.maximum(met.both, met.zone), -1.0)
+def no_choice(active: Tensor, rival: Tensor, positive: Tensor, both: Tensor, *_: Tensor) -> Tensor:
+    """Bounds under which every active row within the sum of radii or a positive radius is measured."""
+    return torch.where(active, torch.maximum(both, positive), -1.0)
 
 
 def grown(seed: int, metric: Any, n: int = 40) -> Codebook:
@@ -29,9 +29,9 @@ def grown(seed: int, metric: Any, n: int = 40) -> Codebook:
     book, alive = Codebook(3, metric), []
     for i in range(n):
         width = float(torch.rand((), generator=g)) * (0.4 if metric == "cosine" else 2.0)
-        zone = float(torch.rand((), generator=g)) * width * (i % 3 == 0)
+        positive = float(torch.rand((), generator=g)) * width * (i % 3 == 0)
         label = (int(torch.randint(3, (), generator=g)),)
-        book.insert(torch.randn(3, generator=g), width, Entry(f"e{i}", label, positive=zone))
+        book.insert(torch.randn(3, generator=g), width, Entry(f"e{i}", label, positive=positive))
         alive.append(f"e{i}")
         if i % 5 == 4:
             book.remove([alive.pop(int(torch.randint(len(alive), (), generator=g)))])
@@ -43,7 +43,7 @@ def grown(seed: int, metric: Any, n: int = 40) -> Codebook:
 def test_measuring_what_matters_gives_what_measuring_all_gives(seed: int, metric: Any) -> None:
     chosen = grown(seed, metric)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(codebook, "reach", all_of_them)
+        patch.setattr(codebook, "distance_bounds", no_choice)
         whole = grown(seed, metric)
     for name in FIELDS:
         assert torch.equal(getattr(chosen, name), getattr(whole, name)), name

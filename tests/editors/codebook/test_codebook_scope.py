@@ -15,13 +15,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from testbed.editors.codebook import nearest as _nearest
+from testbed.editors.codebook import nearest
 from testbed.editors.codebook.balancedit import radius
 from testbed.editors.codebook.codebook import Codebook, Entry
 from testbed.editors.codebook.nearest import Keys, Nearest, direct, to_all
 from testbed.storage.files import read_state, write_state
 from tests.helpers.codebook_laws import check_21_scale
-from tests.reference.codebook import EXAMPLES, Row, add, book, grid, hit, hits, queries, radii, worlds
+from tests.reference.codebook import EXAMPLES, Row, add, book, grid, hit, hits, nearest_by_brute_force, queries, radii, worlds
 
 quick = settings(max_examples=EXAMPLES, deadline=None)
 cheap = settings(max_examples=5 * EXAMPLES, deadline=None)
@@ -62,9 +62,8 @@ def test_15_anchors_that_are_not_separable_give_less_than_the_negative(w: float,
 @given(w=st.floats(0.01, 0.99), d_pos=st.floats(0, 1e3), gap=st.floats(0.01, 1e3))
 def test_16_alone_the_positive_anchor_is_in_and_the_negative_out(w: float, d_pos: float, gap: float) -> None:
     d_neg = d_pos + gap
-    c = Nearest(Keys(torch.zeros(1, 1)), torch.tensor([radius(w, d_pos, d_neg)], dtype=torch.float64))
-    assert c._among(torch.tensor([d_pos], dtype=torch.float64), c.keys.rows)[0] == 0
-    assert c._among(torch.tensor([d_neg], dtype=torch.float64), c.keys.rows)[0] == -1
+    search = Nearest(Keys(torch.zeros(1, 1)), torch.tensor([radius(w, d_pos, d_neg)], dtype=torch.float64))
+    assert search(torch.tensor([[d_pos], [d_neg]], dtype=torch.float32))[0].tolist() == [0, -1]
 
 
 @quick
@@ -154,23 +153,25 @@ def test_27_the_search_is_the_brute_force_one(metric: Any, rule: Any, monkeypatc
     keys[70:90] = keys[1] + 1e-6 * torch.randn(20, 24, generator=g)
     queries = torch.cat([1 + torch.randn(60, 24, generator=g), keys[:90], keys[:30] + 1e-6, 10 * torch.randn(40, 24, generator=g)])
     reach = torch.rand(300, generator=g, dtype=torch.float64) * (7 if metric == "euclidean" else 0.4)
-    found = Nearest(Keys(keys, metric), reach, rule)(queries)
-    monkeypatch.setattr(_nearest, "_CHUNK", 24 * 13)
     search = Nearest(Keys(keys, metric), reach, rule)
-    want = [search._among(q, search.keys.rows) for q in queries]
-    assert 0.2 < float((found.row >= 0).float().mean()) < 1
-    assert found.row.tolist() == [int(row) for row, _ in want]
-    assert found.distance.tolist() == pytest.approx([float(d) for _, d in want], rel=1e-12)
+    row, distance = search(queries)
+    want = [nearest_by_brute_force(search, q) for q in queries]
+    assert 0.2 < float((row >= 0).float().mean()) < 1
+    assert row.tolist() == [i for i, _ in want]
+    assert distance.tolist() == pytest.approx([d for _, d in want], rel=1e-12)
+    monkeypatch.setattr(nearest, "_CHUNK", 24 * 13)
+    again, same = search(queries)
+    assert torch.equal(again, row) and torch.equal(same, distance)
 
 
 @quick
 @given(rows=worlds(smallest=1), key=grid, extra=st.integers(0, 12), metric=st.sampled_from(["euclidean", "cosine"]))
 def test_27_distances_within_reach_are_the_exact_ones(rows: list[Row], key: tuple, extra: int, metric: Any) -> None:
     keys = Keys(torch.tensor([r.key for r in rows]), metric)
-    x, reach = torch.tensor(key).float(), torch.tensor([r.raw + extra for r in rows]).double()
-    got, want = keys.within(x, reach), to_all(keys.all, x, metric)
-    assert torch.equal(got[want <= reach], want[want <= reach])
-    assert bool((got[want > reach] > reach[want > reach]).all())
+    x, bound = torch.tensor(key).float(), torch.tensor([r.raw + extra for r in rows]).double()
+    got, want = keys.exact(x, keys.bounds(x)[0] <= bound), to_all(keys.all, x, metric)
+    assert torch.equal(got[want <= bound], want[want <= bound])
+    assert bool((got[want > bound] > bound[want > bound]).all())
 
 
 def test_27_keys_that_grow_change_no_view_that_was_handed_out() -> None:
@@ -189,10 +190,11 @@ def test_27_rows_with_a_negative_radius_take_no_part_and_the_newest_may_win() ->
     out = torch.tensor([1.0, 1, 1, -1, 1, -1]).double()
     for newest, row in ((False, 0), (True, 4)):
         search = Nearest(keys, out, newest=newest)
-        assert search(torch.zeros(1, 2)).row.tolist() == [row]
-        assert int(search._among(torch.zeros(2), search.keys.rows)[0]) == row
-    none = Nearest(keys, torch.full((6,), -1.0).double())(torch.zeros(1, 2))
-    assert none.row.tolist() == [-1] and none.distance.tolist() == [math.inf]
+        assert search(torch.zeros(1, 2))[0].tolist() == [row]
+        assert nearest_by_brute_force(search, torch.zeros(2))[0] == row
+    for rule in ("nearest-then-check", "containing-nearest"):
+        none = Nearest(keys, torch.full((6,), -1.0).double(), rule)(torch.zeros(1, 2))
+        assert [t.tolist() for t in none] == [[-1], [math.inf]]
 
 
 def test_27_numbers_that_overflow_fall_back_on_exact_differences() -> None:
@@ -285,6 +287,5 @@ def test_27_many_keys_at_one_place_are_searched_as_by_brute_force(seed: int, met
     queries = torch.cat([keys[:8], keys[:8] + 1e-4 * torch.randn(8, 3, generator=g), torch.randn(8, 3, generator=g)])
     radii = torch.rand(42, generator=g).double() - 0.2
     search = Nearest(Keys(keys, metric), radii, rule, newest)
-    found, want = search(queries), [search._among(q, search.keys.rows) for q in queries]
-    assert found.row.tolist() == [int(row) for row, _ in want]
-    assert found.distance.tolist() == [float(d) for _, d in want]
+    row, distance = search(queries)
+    assert list(zip(row.tolist(), distance.tolist())) == [nearest_by_brute_force(search, q) for q in queries]

@@ -10,21 +10,21 @@ import torch
 
 from streams.base import TrainPool
 from testbed.editors.base import BadEditor
-from testbed.editors.codebook.grace import Grace, GraceConfig, Scopes
+from testbed.editors.codebook.grace import Grace, GraceCodebook, GraceConfig
 from testbed.model.encoding import collate
 from tests.helpers.balancedit_checks import ASKS, EDITS, batch, edit, fired
 from tests.helpers.models import build
 
 
-def scopes(*rows: tuple[float, int], eps: float = 1.0, expand: str = "coverage") -> Scopes:
-    """Entries on a line: (place, label)."""
-    out = Scopes(eps, expand)
+def scopes(*rows: tuple[float, int], eps: float = 1.0, expand: str = "coverage") -> GraceCodebook:
+    """Entries on a line: (position, label)."""
+    out = GraceCodebook(eps, expand)
     for i, (x, label) in enumerate(rows):
         out.insert(torch.tensor([x, 1.0]), (label,), f"e{i}")
     return out
 
 
-def hit(s: Scopes, x: float) -> str | None:
+def hit(s: GraceCodebook, x: float) -> str | None:
     row = int(s.retrieve(torch.tensor([[x, 1.0]]))[0][0])
     return s.entry_of(row) if row >= 0 else None
 
@@ -59,7 +59,7 @@ def test_a_changed_answer_is_the_one_given() -> None:
 
 
 def test_labels_are_token_sequences_not_means() -> None:
-    s = Scopes(1.0, "coverage")
+    s = GraceCodebook(1.0, "coverage")
     s.insert(torch.zeros(2), (12, 14), "a")
     s.insert(torch.tensor([0.5, 0.0]), (13, 13), "b")
     assert len(s) == 2
@@ -83,7 +83,7 @@ def test_07_is_broken_an_edit_with_the_same_answer_changes_a_radius() -> None:
     assert s.eps.tolist() == pytest.approx([1.9, 1.0])
 
 
-def disjoint(s: Scopes) -> bool:
+def disjoint(s: GraceCodebook) -> bool:
     rows = [(float(s.keys[i][0]), s.edits[i][1], float(e)) for i, e in zip(s.owner, s.eps)]
     return all(p[1] == q[1] or abs(p[0] - q[0]) >= p[2] + q[2] for i, p in enumerate(rows) for q in rows[:i])
 
@@ -164,14 +164,14 @@ def test_a_batch_holds_the_vectors_that_single_edits_would() -> None:
     together.apply(batch(EDITS[:2]))
     for i, e in enumerate(EDITS[:2], 1):
         alone.apply(batch([e], i))
-    for i, vector in alone.values.items():
-        torch.testing.assert_close(together.values[i], vector, atol=1e-3, rtol=1e-3)
+    for i, vector in alone.tensors.items():
+        torch.testing.assert_close(together.tensors[i], vector, atol=1e-3, rtol=1e-3)
     assert together.state_bytes() == sum(t.nbytes for t in together.state_dict().values() if isinstance(t, torch.Tensor))
 
 
 def test_activations_that_are_not_finite_fail_the_edit(monkeypatch: pytest.MonkeyPatch) -> None:
     editor = make(steps=1)
-    monkeypatch.setattr("testbed.editors.codebook.grace._sites.read", lambda *_: torch.full((1, editor.width), torch.nan))
+    monkeypatch.setattr("testbed.editors.codebook.grace.read_keys", lambda *_: torch.full((1, editor.width), torch.nan))
     assert "not finite" in editor.apply(batch(EDITS[:1])).failed[EDITS[0].id]
     assert len(editor.book) == 0
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from testbed.bench.reference import recorded_losses, whole_model
-from testbed.editors.codebook import keys
-from testbed.editors.codebook.value_vectors import at_last, at_prompt
+from testbed.editors.codebook.grace import at_last, at_prompt
+from testbed.editors.codebook.keys import last_position, read_keys
 from testbed.model.prefix_cache import ImagePrefixes
 from tests.helpers.models import build
 from tests.helpers.suffix_rows import ANSWERS, asks
@@ -18,7 +18,7 @@ from tests.helpers.suffix_rows import ANSWERS, asks
 def test_three_ways_to_one_loss_and_gradient(kind: str, layer: int) -> None:
     handle = build(kind)
     prefixes = ImagePrefixes(handle, handle.down(layer))
-    entering = keys.read(prefixes, asks(kind), keys.last)
+    entering = read_keys(prefixes, asks(kind), last_position)
     start = torch.rand(3, handle.width, generator=torch.Generator().manual_seed(0))
     got = []
     ways = [
