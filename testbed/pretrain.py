@@ -4,13 +4,14 @@
     python -m testbed.pretrain --stream okedit-yearly --data-root FILES --out DIR
     python -m testbed.pretrain --stream world-yearly --course rewriting --out DIR
 
-The first trains from nothing (the committed weights took 57 minutes on two busy cores), the others start from the committed weights
-(ten minutes). The first two save a folder that `--model DIR` of `testbed.run` takes, the third one for `--set postedit.model=DIR`,
-with a model card that holds the gates, measured by free generation after the weights were read back.
+The first trains from nothing (the committed weights took 57 minutes on two busy cores); the others start from the
+committed weights (ten minutes). The first two save a folder for `--model DIR` of `testbed.run`, the third one for `--set
+postedit.model=DIR`. Its model card holds the scores of the saved weights, beside their acceptance thresholds.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import shlex
 import sys
@@ -19,23 +20,23 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from streams.base import BadStream, MissingImages, Stream, StreamConfig
-from streams.world.facts import World, world
+from streams.world.facts import world
+from testbed.core.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, Range, out_of_range
 from testbed.core.registry import STREAMS, UnknownName
 from testbed.experiment.config import BadConfig, set_fields
-from testbed.pretraining import stages as _courses
-from testbed.pretraining.evaluation import GateRow
+from testbed.pretraining import stages
+from testbed.pretraining.evaluation import AbilityScore
 
 if TYPE_CHECKING:
-    from testbed.pretraining.stages import Progress as Report
+    from testbed.pretraining.stages import StageReport
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -49,35 +50,35 @@ class PretrainConfig:
     out: Path
     """Folder for weights, tokenizer, processor and model card."""
     course: Literal["stream", "rewriting"] = "stream"
-    """`stream`: what the stream is about. `rewriting`: bringing answers into line with stated facts, for a post-editor."""
+    """`stream`: the facts or beliefs of the stream. `rewriting`: bringing answers into line with stated facts, for a post-editor."""
     data_root: Path | None = None
     """Folder of the stream's official files; without it the simulated world is learned."""
     start: Path = ASSETS
-    """Folder of the weights that a course of beliefs or of rewriting starts from."""
-    seed: int = 0
-    """Seed of weights, lessons and crops."""
-    steps: int = 0
-    """Optimiser steps; 0 is the course's own number."""
-    minutes: float = 0.0
-    """Wall-clock limit of the training in minutes; the rate falls to zero by then. 0 is the course's own."""
-    threads: int = 2
+    """Folder of the weights from which a training on beliefs or on rewriting starts."""
+    seed: NonNegativeInt = 0
+    """Seed of weights, training examples and crops."""
+    steps: NonNegativeInt = 0
+    """Optimiser steps; 0 is the training's own number."""
+    minutes: NonNegativeFloat = 0.0
+    """Wall-clock limit of the training in minutes, by which the learning rate falls to zero; 0 is the training's own."""
+    threads: PositiveInt = 2
     """Threads of torch."""
-    questions: int = 1000
-    """Questions a row of the gates."""
+    questions: PositiveInt = 1000
+    """Questions for each score."""
     world_seed: int = 0
-    """Which simulated world."""
+    """Seed of the simulated world."""
     world_size: int = 0
-    """Its number of entities; 0 is the default."""
+    """Number of its entities; 0 is the default."""
     missing_images: MissingImages = "skip"
-    """Records without their picture, as the run will treat them: the beliefs are those of the questions it asks."""
-    reading: float = 0.0
-    """Share of the rows of beliefs in words that state facts before the question, for editors that work through the
+    """Treatment of records without their picture. Give the run's, so that the beliefs are those of the questions that it asks."""
+    reading: Annotated[float, Range(least=0, most=0.9)] = 0.0
+    """Share of the belief rows without a picture that state facts before the question, for editors that work through the
     prompt (a third is enough). Beliefs about pictures always have some."""
     set: tuple[str, ...] = ()
     """stream.field=value, as for the run; may name several."""
 
     def stream_config(self) -> StreamConfig:
-        """What the run's stream depends on. Raises `BadConfig` for a `set` that cannot be."""
+        """The part of the configuration on which the run's stream depends. Raises `BadConfig` for a bad value of `set`."""
         base = StreamConfig(
             data_root=self.data_root,
             seed=self.seed,
@@ -92,15 +93,7 @@ class PretrainConfig:
 
     def problems(self) -> list[str]:
         """Every mistake in the values, as sentences."""
-        out = [
-            f"--{name} must be {least} or more, got {getattr(self, name)}"
-            for name, least in (("threads", 1), ("questions", 1), ("seed", 0))
-            if getattr(self, name) < least
-        ]
-        if self.steps < 0 or not self.minutes >= 0:
-            out.append(f"--steps and --minutes must be 0 (the course's own) or more, got {self.steps} and {self.minutes}")
-        if not 0 <= self.reading <= 0.9:
-            out.append(f"--reading must lie in [0, 0.9], got {self.reading}")
+        out = [f"--{line}" for line in out_of_range(self)]
         if self.out.exists() and not self.out.is_dir():
             out.append(f"--out {self.out} is a file: give a folder")
         try:
@@ -111,25 +104,14 @@ class PretrainConfig:
 
 
 class BadPretrain(ValueError):
-    """A course that cannot be given; the message lists every reason."""
+    """A training that is not possible; the message lists every reason."""
 
 
-def evaluate_gates(model_dir: Path, questions: int = 1000, of: World | None = None) -> list[GateRow]:
-    """Measure a saved model against the table of gates of the simulated world.
+def pretrain(config: PretrainConfig, report: StageReport = lambda stage, done, loss: None) -> list[AbilityScore]:
+    """Train, write the folder and its model card, and return the scores of the saved model.
 
-    Args:
-        model_dir: folder with weights, tokenizer and processor.
-        questions: questions a row (fewer where the world has fewer, as for two-hop).
-        of: the world; by default the one that the committed weights know.
-    """
-    return _courses.world_gates(model_dir, of or world(0, 0), questions)
-
-
-def pretrain(config: PretrainConfig, report: Report = lambda stage, done, loss: None) -> list[GateRow]:
-    """Run a course, write folder and model card, return the gates.
-
-    Raises `BadPretrain` for a configuration or stream that cannot be learned, `UnknownName` for a stream
-    that does not exist, `BadStream` for data that cannot be read.
+    Raises `BadPretrain` for a configuration or a stream that cannot be learned, `UnknownName` for a stream that does not
+    exist, and `BadStream` for data that cannot be read.
     """
     if problems := config.problems():
         raise BadPretrain("; ".join(problems))
@@ -137,17 +119,16 @@ def pretrain(config: PretrainConfig, report: Report = lambda stage, done, loss: 
     began = time.monotonic()
     try:
         with _threads(config.threads):
-            course = _run_course(config, stream, report)
+            result = _train(config, stream, report)
     except ValueError as e:
         raise BadPretrain(str(e)) from e
-    config.out.mkdir(parents=True, exist_ok=True)
-    (config.out / "README.md").write_text(model_card(config, stream, course, (time.monotonic() - began) / 60))
-    return course.rows
+    (config.out / "README.md").write_text(model_card(config, stream, result, (time.monotonic() - began) / 60))
+    return result.scores
 
 
 @contextmanager
 def _threads(number: int) -> Iterator[None]:
-    """Threads of torch for the length of a course; whoever calls goes on with its own, on which rounding depends."""
+    """Set torch's number of threads, on which rounding depends, and restore the caller's afterwards."""
     own = torch.get_num_threads()
     torch.set_num_threads(number)
     try:
@@ -156,36 +137,23 @@ def _threads(number: int) -> Iterator[None]:
         torch.set_num_threads(own)
 
 
-def _run_course(config: PretrainConfig, stream: Stream, report: Report) -> _courses.Course:
-    try:
-        known = world(stream.config.world_seed, stream.config.world_size)
-    except ValueError as e:
-        raise BadPretrain(str(e)) from e
-    if config.course == "rewriting":
-        return _rewriting(config, known, report)
-    if stream.data_hash() == known.content_hash():
-        legs = _courses.cut_legs(_courses.WORLD, config.steps, config.minutes)
-        return _courses.teach_world(known, config.out, config.seed, legs, config.questions, report)
-    beliefs = list(stream.beliefs())
-    if not beliefs:
+def _train(config: PretrainConfig, stream: Stream, report: StageReport) -> stages.TrainingResult:
+    known = world(stream.config.world_seed, stream.config.world_size)
+    if config.course == "stream" and stream.data_hash() == known.content_hash():
+        phases = stages.shorten_phases(stages.WORLD, config.steps, config.minutes)
+        return stages.train_on_world(known, config.out, config.seed, phases, config.questions, report)
+    beliefs = list(stream.beliefs()) if config.course == "stream" else []
+    if config.course == "stream" and not beliefs:
         raise BadPretrain(f"stream {config.stream} says nothing about what a model believes before its edits, so there is nothing to learn")
-    _require_start(config)
-    schedule = _courses.cut(_courses.BELIEFS, config.steps, config.minutes)
-    course = _courses.BeliefCourse(config.start, known, config.seed, schedule, config.reading)
-    return _courses.teach_beliefs(course, beliefs, config.out, report)
-
-
-def _rewriting(config: PretrainConfig, known: World, report: Report) -> _courses.Course:
-    _require_start(config)
-    schedule = _courses.cut(_courses.REWRITING, config.steps, config.minutes)
-    return _courses.teach_rewriting(config.start, known, config.out, config.seed, schedule, config.questions, report)
-
-
-def _require_start(config: PretrainConfig) -> None:
     if not (config.start / "config.json").is_file():
-        raise BadPretrain(
-            f"no model lies in {config.start}: make one with python -m testbed.pretrain --stream world-yearly --out {config.start}"
-        )
+        make_one = f"python -m testbed.pretrain --stream world-yearly --out {config.start}"
+        raise BadPretrain(f"no model lies in {config.start}: make one with {make_one}")
+    if config.course == "rewriting":
+        schedule = stages.shorten(stages.REWRITING, config.steps, config.minutes)
+        return stages.train_rewriting(config.start, known, config.out, config.seed, schedule, config.questions, report)
+    schedule = stages.shorten(stages.BELIEFS, config.steps, config.minutes)
+    training = stages.BeliefTraining(config.start, known, config.seed, schedule, config.reading)
+    return stages.train_on_beliefs(training, beliefs, config.out, report)
 
 
 def weights_sha256(folder: Path) -> str:
@@ -194,20 +162,18 @@ def weights_sha256(folder: Path) -> str:
 
 
 def command_of(config: PretrainConfig) -> str:
-    """The command that gives this configuration."""
-    parts = [f"python -m testbed.pretrain --stream {config.stream} --out {config.out} --seed {config.seed}"]
-    parts += [f"--course {config.course}"] if config.course != "stream" else []
-    parts += [f"--start {config.start}"] if config.start != ASSETS else []
-    for name in ("data_root", "steps", "minutes", "world_seed", "world_size", "reading"):
-        if value := getattr(config, name):
-            parts.append(f"--{name.replace('_', '-')} {value}")
-    parts += [f"--missing-images {config.missing_images}"] if config.missing_images != "skip" else []
-    parts += [f"--set {' '.join(map(shlex.quote, config.set))}"] if config.set else []
+    """The command that gives this configuration; options with their default are left out, but for the seed."""
+    parts = ["python -m testbed.pretrain"]
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if value != field.default or field.name == "seed":
+            values = value if isinstance(value, tuple) else (value,)
+            parts.append(f"--{field.name.replace('_', '-')} {' '.join(shlex.quote(str(v)) for v in values)}")
     return " ".join(parts)
 
 
-def model_card(config: PretrainConfig, stream: Stream, course: _courses.Course, minutes: float) -> str:
-    """The model card as Markdown: how it was made, what it holds, its gates."""
+def model_card(config: PretrainConfig, stream: Stream, result: stages.TrainingResult, minutes: float) -> str:
+    """The model card as Markdown: how the model was made, what it has learned, and its scores."""
     lines = [
         "# Tiny image-text model",
         "",
@@ -215,40 +181,37 @@ def model_card(config: PretrainConfig, stream: Stream, course: _courses.Course, 
         "48x48 pictures, 36 image tokens. Weights are stored in bf16 and load as fp32.",
         "",
         f"- Made by: `{command_of(config)}`",
-        f"- Learned: {course.learned or stream.origin}",
-        f"- Seed {config.seed}; {course.steps:,} steps after the tower; {minutes:.1f} minutes in all, on {config.threads} threads",
+        f"- Learned: {result.learned or stream.origin}",
+        f"- Seed {config.seed}; {result.steps:,} steps after the tower; {minutes:.1f} minutes in all, on {config.threads} threads",
         f"- SHA-256 of `model.safetensors`: `{weights_sha256(config.out)}`",
         f"- Licence: MIT, as the project. {stream.licence}",
-        *(f"- {note}" for note in course.notes),
+        *(f"- {note}" for note in result.notes),
         "",
-        "Sums of bf16 products depend on the machine, so another one gives other weights from the same command; the gates are",
-        "what must hold. Answers below are free greedy generation and exact match, n questions a row.",
+        "Sums of bf16 products depend on the machine, so the same command gives other weights on another one; they are accepted",
+        "if they meet the thresholds. Answers are generated greedily and compared by exact match, on n questions for each score.",
         "",
-        *gate_table(course.rows),
+        *score_table(result.scores),
         "",
     ]
     return "\n".join(lines)
 
 
-def gate_table(rows: Sequence[GateRow]) -> list[str]:
-    """The gates as a Markdown table, a line each."""
-    out = ["| ability | value | gate | n | |", "|---|---|---|---|---|"]
-    for r in rows:
-        passed = {True: "met", False: "MISSED", None: "reported"}[r.passed]
-        out.append(f"| {r.ability} ({r.unit}) | {r.value:.3f} | {'' if r.gate is None else r.gate} | {r.n:,} | {passed} |")
+def score_table(scores: Sequence[AbilityScore]) -> list[str]:
+    """The lines of a Markdown table of the scores and their acceptance thresholds."""
+    out = ["| ability | value | threshold | n | |", "|---|---|---|---|---|"]
+    for s in scores:
+        verdict = {True: "met", False: "MISSED", None: "reported"}[s.passed]
+        out.append(f"| {s.ability} ({s.unit}) | {s.value:.3f} | {'' if s.threshold is None else s.threshold} | {s.n:,} | {verdict} |")
     return out
 
 
 @contextmanager
-def _bars(console: Console) -> Iterator[Report]:
-    columns = (
-        TextColumn("{task.description:>14}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%  loss {task.fields[loss]:.3f}"),
-        TimeRemainingColumn(),
-    )
+def _bars(console: Console) -> Iterator[StageReport]:
+    """Progress bars, one for each stage; nothing where the output is no terminal."""
+    loss = TextColumn("{task.percentage:>3.0f}%  loss {task.fields[loss]:.3f}")
+    columns = (TextColumn("{task.description:>14}"), BarColumn(), loss, TimeRemainingColumn())
+    tasks: dict[str, TaskID] = {}
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        tasks: dict[str, TaskID] = {}
 
         def report(stage: str, done: float, loss: float) -> None:
             if stage not in tasks:
@@ -258,35 +221,21 @@ def _bars(console: Console) -> Iterator[Report]:
         yield report
 
 
-def show(rows: Sequence[GateRow], console: Console) -> None:
-    """Print the gates."""
-    table = Table("ability", "value", "gate", "n", "")
-    for r in rows:
-        colour = {True: "green", False: "red", None: "dim"}[r.passed]
-        table.add_row(
-            r.ability,
-            f"{r.value:.3f}",
-            "" if r.gate is None else f"{r.gate}",
-            f"{r.n:,}",
-            {True: "met", False: "MISSED", None: ""}[r.passed],
-            style=colour,
-        )
-    console.print(table)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; 0 when every gate is met, 1 when one is missed, 2 for a configuration that cannot be used."""
+    """Command line; 0 where every threshold is met, 1 where one is missed, 2 for a configuration that cannot be used."""
     config = tyro.cli(PretrainConfig, args=None if argv is None else list(argv), prog="python -m testbed.pretrain")
     console = Console()
     try:
         with _bars(console) as report:
-            rows = pretrain(config, report)
+            scores = pretrain(config, report)
     except (BadPretrain, BadStream, UnknownName) as e:
         console.print(f"pretrain: {e}", style="red", markup=False, soft_wrap=True)
         return 2
-    show(rows, console)
-    missed = [r.ability for r in rows if r.passed is False]
-    console.print(f"Model and card are in {config.out}. " + (f"Missed: {'; '.join(missed)}." if missed else "Every gate is met."))
+    for line in score_table(scores):
+        console.print(line, style="red" if "MISSED" in line else None, markup=False, highlight=False, soft_wrap=True)
+    missed = [s.ability for s in scores if s.passed is False]
+    verdict = f"Missed: {'; '.join(missed)}." if missed else "Every threshold is met."
+    console.print(f"Model and card are in {config.out}. {verdict}")
     return 1 if missed else 0
 
 

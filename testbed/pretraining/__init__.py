@@ -1,1 +1,1 @@
-"""How the tiny model is trained, and how a model is taught what held before the first edit."""
+"""Training of the tiny model, and of models on the answers that held before the first edit."""

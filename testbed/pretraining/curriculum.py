@@ -1,4 +1,4 @@
-"""What the tiny model is taught about the simulated world: which questions, in what mix."""
+"""Training examples about the simulated world for the tiny model: kinds of questions, and their shares."""
 
 from __future__ import annotations
 
@@ -30,91 +30,92 @@ from testbed.editors.retrieval import prompts
 from testbed.pretraining.packing import Example
 
 T = TypeVar("T")
-Point = tuple[Relation, str]
-"""What a question or a stated fact is about: a relation, and how the entity is referred to."""
+FactKey = tuple[Relation, str]
+"""The subject of a question or of a stated fact: a relation, and the words that refer to the entity."""
 CANONICAL = 0.35
-TEXT_MIX = {"fact": 0.76, "sum": 0.08, "compare": 0.04, "grammar": 0.06, "hop": 0.04, "text": 0.02}
+"""Share of training questions in the canonical phrasing."""
+TEXT_SHARES = {"fact": 0.76, "sum": 0.08, "compare": 0.04, "grammar": 0.06, "hop": 0.04, "text": 0.02}
 
 
 @dataclass(frozen=True, slots=True)
-class Pace:
-    """What enters and leaves between which shares of the schedule."""
+class ExampleMixture:
+    """The kinds of examples in a training phase. A pair (low, high) is a range of training progress, in [0, 1]."""
 
     facts: tuple[float, float] = (0.02, 0.06)
-    """Facts by picture enter."""
+    """Range over which facts by picture are phased in."""
     easy: tuple[float, float] = (0.06, 0.3)
-    """Ever fewer rows of stated facts are easy: one or two facts, each asked for in its own words and nothing else."""
+    """Range over which easy rows are phased out: one or two stated facts, each asked for in its own words alone."""
     entity_photos: float = 0.92
     """Share of photos that show entities; the others show random emblems."""
     counts: tuple[float, ...] = (0.25, 0.25, 0.25, 0.25)
-    """How often one, two, three and four facts are stated."""
+    """Probabilities that one, two, three and four facts are stated."""
     near: tuple[float, float] = (0.4, 0.3)
     """Shares of stated facts about the same entity, and of the same relation of another one."""
-    mix: Mapping[str, float] = field(default_factory=lambda: TEXT_MIX)
+    text: Mapping[str, float] = field(default_factory=lambda: TEXT_SHARES)
     """Shares of the questions without a picture."""
     by_number: bool = False
-    """The fact that bears is named by its number, else by its target."""
+    """Whether a question which fact is relevant is answered by the fact's number; otherwise the answer is its target."""
 
 
 class Curriculum:
     """Draws training examples about a world.
 
     Args:
-        world: what is true.
-        rng: every draw comes from it.
-        pace: when things enter; `progress` is set by whoever trains.
+        world: the facts to learn.
+        rng: generator of every draw.
+        mixture: kinds of examples and their shares. The trainer sets `progress`, the share of the training that is done.
     """
 
-    def __init__(self, world: World, rng: np.random.Generator, pace: Pace = Pace()) -> None:
-        self.world, self.rng, self.pace = world, rng, pace
+    def __init__(self, world: World, rng: np.random.Generator, mixture: ExampleMixture = ExampleMixture()) -> None:
+        self.world, self.rng, self.mixture = world, rng, mixture
         self._hops = two_hops(world, held_out=False)
         self._makers: dict[str, Callable[[], Example]] = {
             "fact": self._fact_by_name,
             "sum": lambda: Example(*arithmetic(rng, held_out=False)),
             "compare": lambda: Example(*comparison(rng, held_out=False)),
             "grammar": lambda: Example(*grammar(rng, held_out=False)),
-            "hop": lambda: Example(*self._hops[self._below(len(self._hops))]),
+            "hop": lambda: Example(*pick(self._hops, rng)),
             "text": self._text,
         }
         self._order: list[int] = []
         self.progress = 0.0
 
     def _easy(self) -> bool:
-        """Whether the next row of stated facts is an easy one."""
-        low, high = self.pace.easy
+        """Draw whether the next row of stated facts is an easy one."""
+        low, high = self.mixture.easy
         return self.rng.random() > (self.progress - low) / (high - low)
 
     def context(self, by_picture: bool) -> tuple[np.ndarray | None, str, list[Example]]:
-        """Stated facts and questions that they do or do not answer: (photo, shared beginning, how prompts go on)."""
+        """Stated facts with questions that they do or do not answer: (photo or None, shared beginning of all prompts, examples
+        whose prompts continue it)."""
         entity, easy = self._next_entity() if by_picture else self._entity(), self._easy()
-        near = points_by_picture(entity, self.rng) if by_picture else points_by_name(self.world, entity, self.rng, self.pace.near)
-        count = 1 + (self._below(2) if easy else int(self.rng.choice(4, p=self.pace.counts)))
-        stated = state(self.world, near, count, self.rng)
+        near = fact_keys_by_picture(entity, self.rng) if by_picture else fact_keys_by_name(self.world, entity, self.rng, self.mixture.near)
+        count = 1 + (self._below(2) if easy else int(self.rng.choice(4, p=self.mixture.counts)))
+        stated = draw_stated_facts(self.world, near, count, self.rng)
         own = [(r, picture_ref(entity.kind) if by_picture else entity.name) for r in entity.relations]
         asked = own if by_picture else [*dict.fromkeys([*stated.about, *own])]
-        if easy and (bearing := [p for p in asked if p in stated.about]):
-            asked = bearing
-        out, shared = [], prompts.in_context(stated.facts, "").removesuffix(CONTEXT_TAIL)
-        for point in asked:
-            learned = self._learned(point, entity)
-            answer, name = stated.answer(point, learned, self.pace.by_number)
-            wording = canonical(*point) if easy else self._ask(*point)
-            out.append(Example(prompts.in_context(stated.facts, wording).removeprefix(shared), answer))
-            if point in stated.about or self._below(3) == 0:
-                out.append(Example(prompts.which_fact(stated.facts, wording).removeprefix(shared), name))
+        if easy and (relevant := [key for key in asked if key in stated.about]):
+            asked = relevant
+        out, shared = [], prompts.in_context(stated.facts, "").removesuffix(CONTEXT_END)
+        for key in asked:
+            answer, relevant_fact = stated.answer(key, self._learned(key, entity), self.mixture.by_number)
+            question = canonical(*key) if easy else self._ask(*key)
+            out.append(Example(prompts.in_context(stated.facts, question).removeprefix(shared), answer))
+            if key in stated.about or self._below(3) == 0:
+                out.append(Example(prompts.which_fact(stated.facts, question).removeprefix(shared), relevant_fact))
         order = self.rng.permutation(len(out))
         photo = photograph(entity.code, self.rng) if by_picture else None
         return photo, shared, [out[int(i)] for i in order]
 
-    def _learned(self, point: Point, pictured: Entity) -> str:
-        entity = self.world.by_name.get(point[1], pictured)
-        return self.world.value(entity, entity.relations.index(point[0]))
+    def _learned(self, key: FactKey, pictured: Entity) -> str:
+        entity = self.world.by_name.get(key[1], pictured)
+        return self.world.value(entity, entity.relations.index(key[0]))
 
     def _below(self, n: int) -> int:
         return int(self.rng.integers(n))
 
     def _entity(self) -> Entity:
-        return self.world.entities[self._below(self.world.size)]
+        return pick(self.world.entities, self.rng)
 
     def _next_entity(self) -> Entity:
         """Entities in shuffled rounds, so that each is shown equally often."""
@@ -123,12 +124,12 @@ class Curriculum:
         return self.world.entities[self._order.pop()]
 
     def photo(self) -> tuple[np.ndarray, list[Example]]:
-        """A new photo (uint8, 48x48x3) and more questions about it than a row holds, the weightiest first."""
-        if self.rng.random() > self.pace.entity_photos:
+        """A new photo, uint8 (48, 48, 3), and more examples about it than fit into a row, the most important first."""
+        if self.rng.random() > self.mixture.entity_photos:
             code = random_code(self.rng)
             return photograph(code, self.rng), [Example(*perception(code, p, self.rng, False)) for p in PARTS * 2]
         entity = self._next_entity()
-        low, high = self.pace.facts
+        low, high = self.mixture.facts
         facts = [s for s in range(SLOTS) if self.rng.random() < (self.progress - low) / (high - low)]
         out = [self._naming(entity)]
         out += [Example(self._ask(entity.relations[s], picture_ref(entity.kind)), self.world.value(entity, s)) for s in facts]
@@ -137,21 +138,20 @@ class Curriculum:
         return photograph(entity.code, self.rng), out
 
     def text(self) -> Iterator[Example]:
-        """Questions without a picture, without end."""
-        names, weights = list(self.pace.mix), np.array(list(self.pace.mix.values()))
+        """Examples without a picture, without end."""
+        names, weights = list(self.mixture.text), np.array(list(self.mixture.text.values()))
         while True:
             yield self._makers[names[int(self.rng.choice(len(names), p=weights / weights.sum()))]]()
 
     def _ask(self, relation: Relation, ref: str) -> str:
-        return ask(relation, ref, self.rng, held_out=False)
+        return phrase_question(relation, ref, self.rng, held_out=False)
 
     def _naming(self, entity: Entity) -> Example:
-        forms = (NAMING_PROMPT, *NAMING_TRAIN)
-        return Example(forms[self._below(len(forms))].format(kind=entity.kind), entity.name)
+        return Example(pick((NAMING_PROMPT, *NAMING_TRAIN), self.rng).format(kind=entity.kind), entity.name)
 
     def _caption(self, entity: Entity) -> Example:
-        forms = (CAPTION_PROMPT, CAPTION_PROMPT, *CAPTION_TRAIN)
-        return Example(forms[self._below(len(forms))], caption(entity, self.world.value(entity, 0)))
+        prompt = pick((CAPTION_PROMPT, CAPTION_PROMPT, *CAPTION_TRAIN), self.rng)
+        return Example(prompt, caption(entity, self.world.value(entity, 0)))
 
     def _fact_by_name(self) -> Example:
         entity, slot = self._entity(), self._below(SLOTS)
@@ -159,114 +159,114 @@ class Curriculum:
 
     def _text(self) -> Example:
         entity = self._entity()
-        orders = text_orders(entity)[1:]
-        return Example(running_text(self.world, entity, orders[self._below(len(orders))], self.rng), None)
+        return Example(running_text(self.world, entity, pick(text_orders(entity)[1:], self.rng), self.rng), None)
 
 
-CONTEXT_TAIL = prompts.CONTEXT.partition("{facts}")[2].format(prompt="")
-"""What follows the facts in a prompt, before the question."""
+CONTEXT_END = prompts.CONTEXT.partition("{facts}")[2].format(prompt="")
+"""The text between the facts of a prompt and its question."""
 
 
-def ask(relation: Relation, ref: str, rng: np.random.Generator, held_out: bool) -> str:
-    """A question for the relation: held-out wordings, or the canonical and train ones."""
+def phrase_question(relation: Relation, ref: str, rng: np.random.Generator, held_out: bool) -> str:
+    """A question for the relation, drawn from the held-out phrasings or from the canonical one and the training phrasings."""
     if not held_out and rng.random() < CANONICAL:
         return canonical(relation, ref)
-    forms = phrasings(relation, ref, held_out)
-    return forms[int(rng.integers(len(forms)))]
+    return pick(phrasings(relation, ref, held_out), rng)
 
 
 @dataclass(frozen=True, slots=True)
-class Stated:
-    """Facts put before a model: what each is about, and the value it gives (drawn, so rarely the learned one)."""
+class StatedFacts:
+    """Facts before a question: their keys, and the value of each (drawn at random, so it is rarely the learned one)."""
 
-    about: tuple[Point, ...]
+    about: tuple[FactKey, ...]
     values: tuple[str, ...]
 
     @property
     def facts(self) -> list[str]:
         return [prompts.statement(canonical(*p), v) for p, v in zip(self.about, self.values, strict=True)]
 
-    def answer(self, asked: Point, learned: str, by_number: bool = False) -> tuple[str, str]:
-        """(answer, target or number that names the fact that bears on the question, or "none")."""
+    def answer(self, asked: FactKey, learned: str, by_number: bool = False) -> tuple[str, str]:
+        """(answer, name of the relevant fact: its target, its number, or the word for none)."""
         if asked not in self.about:
             return learned, prompts.NONE
         at = self.about.index(asked)
         return self.values[at], str(at + 1) if by_number else self.values[at]
 
 
-def state(world: World, points: Iterable[Point], count: int, rng: np.random.Generator) -> Stated:
-    """The first `count` different points, shuffled, each with a value drawn from its vocabulary, no value twice."""
-    about: dict[Point, str] = {}
-    for point in points:
+def draw_stated_facts(world: World, keys: Iterable[FactKey], count: int, rng: np.random.Generator) -> StatedFacts:
+    """The first `count` different keys, shuffled, each with a value drawn from its vocabulary, no value twice."""
+    about: dict[FactKey, str] = {}
+    for key in keys:
         if len(about) == count:
             break
-        value = _some(world.vocabularies[point[0].values], rng)
+        value = pick(world.vocabularies[key[0].values], rng)
         if value not in about.values():
-            about[point] = value
+            about[key] = value
     order = [list(about)[int(i)] for i in rng.permutation(len(about))]
-    return Stated(tuple(order), tuple(about[p] for p in order))
+    return StatedFacts(tuple(order), tuple(about[p] for p in order))
 
 
-def points_by_name(world: World, entity: Entity, rng: np.random.Generator, near: tuple[float, float] = Pace().near) -> Iterator[Point]:
-    """What facts near a question about the entity may be about: it, the same relation of others, anything."""
-    own, rival = near
-    relation = _some(entity.relations, rng)
+def fact_keys_by_name(
+    world: World, entity: Entity, rng: np.random.Generator, near: tuple[float, float] = ExampleMixture().near
+) -> Iterator[FactKey]:
+    """Keys of facts to state before a question about the entity: about it, the same relation of other entities, or any."""
+    same_entity, same_relation = near
+    relation = pick(entity.relations, rng)
     yield relation, entity.name
     while True:
-        draw, other = rng.random(), _some(world.entities, rng)
-        if draw < own:
-            yield _some(entity.relations, rng), entity.name
+        draw, other = rng.random(), pick(world.entities, rng)
+        if draw < same_entity:
+            yield pick(entity.relations, rng), entity.name
+        elif draw < same_entity + same_relation:
+            yield relation, pick(world.vocabularies[entity.kind], rng)
         else:
-            yield (
-                (relation, _some(world.vocabularies[entity.kind], rng)) if draw < own + rival else (_some(other.relations, rng), other.name)
-            )
+            yield pick(other.relations, rng), other.name
 
 
-def points_by_picture(entity: Entity, rng: np.random.Generator) -> Iterator[Point]:
-    """The same in the wording of edits by picture: mostly the pictured kind, else another."""
+def fact_keys_by_picture(entity: Entity, rng: np.random.Generator) -> Iterator[FactKey]:
+    """The same in the words of edits by picture: mostly about the pictured kind of entity, otherwise about another kind."""
     while True:
-        kind = entity.kind if rng.random() < 0.6 else _some(KINDS, rng)
-        yield _some(RELATIONS[kind], rng), picture_ref(kind)
+        kind = entity.kind if rng.random() < 0.6 else pick(KINDS, rng)
+        yield pick(RELATIONS[kind], rng), picture_ref(kind)
 
 
 def question_in_context(world: World, entity: Entity, rng: np.random.Generator, by_picture: bool, mode: str) -> Example:
     """One held-out question after stated facts.
 
-    Modes: "answer", one of one to four facts overrides what was learned; "memory", none of them bears on
-    the question; "which" and "none", the target of the one of four that does, or none.
+    Modes: "answer", one of one to four facts overrides the learned one; "memory", none of them is relevant to the
+    question; "which" and "none", the question is which of four facts is relevant: one of them, or none.
     """
     slot = int(rng.integers(SLOTS))
     asked = (entity.relations[slot], picture_ref(entity.kind) if by_picture else entity.name)
-    near = points_by_picture(entity, rng) if by_picture else points_by_name(world, entity, rng)
-    others = (p for p in near if p != asked)
-    bears = mode in ("answer", "which")
-    points = chain([asked], others) if bears else others
-    stated = state(world, points, 4 if mode in ("which", "none") else 1 + int(rng.integers(4)), rng)
-    question = ask(*asked, rng, held_out=True)
-    answer, name = stated.answer(asked, world.value(entity, slot))
+    near = fact_keys_by_picture(entity, rng) if by_picture else fact_keys_by_name(world, entity, rng)
+    others = (key for key in near if key != asked)
+    keys = chain([asked], others) if mode in ("answer", "which") else others
+    stated = draw_stated_facts(world, keys, 4 if mode in ("which", "none") else 1 + int(rng.integers(4)), rng)
+    question = phrase_question(*asked, rng, held_out=True)
+    answer, relevant_fact = stated.answer(asked, world.value(entity, slot))
     if mode in ("which", "none"):
-        return Example(prompts.which_fact(stated.facts, question), name)
+        return Example(prompts.which_fact(stated.facts, question), relevant_fact)
     return Example(prompts.in_context(stated.facts, question), answer)
 
 
-def _some(values: Sequence[T], rng: np.random.Generator) -> T:
+def pick(values: Sequence[T], rng: np.random.Generator) -> T:
+    """One of the values, drawn uniformly."""
     return values[int(rng.integers(len(values)))]
 
 
 def corpus(world: World, rng: np.random.Generator) -> Iterator[str]:
-    """Texts for the tokenizer: every fact, every name thrice, and a sample of all other forms."""
-    lessons = Curriculum(world, rng)
-    lessons.progress = 1.0
+    """Texts to train the tokenizer on: every fact, every name three times, and a sample of all other examples."""
+    curriculum = Curriculum(world, rng)
+    curriculum.progress = 1.0
     for fact in world.facts():
         yield f" {canonical(fact.relation, fact.entity.name)} {fact.value}"
         yield "\n" + canonical(fact.relation, picture_ref(fact.entity.kind))
     for values in world.vocabularies.values():
         yield from (f" {value}" for value in values for _ in range(3))
-    texts = lessons.text()
+    texts = curriculum.text()
     for _ in range(4000):
         example = next(texts)
         yield f" {example.prompt} {example.answer or ''}"
     for _ in range(1000):
-        yield from (f"\n{e.prompt} {e.answer}" for e in lessons.photo()[1])
-        _, shared, examples = lessons.context(by_picture=False)
+        yield from (f"\n{e.prompt} {e.answer}" for e in curriculum.photo()[1])
+        _, shared, examples = curriculum.context(by_picture=False)
         yield from (f" {shared}{e.prompt} {e.answer}" for e in examples[:2])

@@ -1,9 +1,9 @@
-"""The tiny model's gates: what it must know and do before any edit, by free generation and exact match."""
+"""Evaluation of the tiny model before any edit: abilities by free generation and exact match, with acceptance thresholds."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,16 +15,16 @@ from streams.world.facts import Entity, World
 from streams.world.general import held_out_texts, two_hops
 from streams.world.skills import arithmetic, comparison, grammar, perception
 from streams.world.words import NAMING_HELD, SLOTS, picture_ref
-from testbed.pretraining.curriculum import ask, question_in_context
+from testbed.pretraining.curriculum import phrase_question, pick, question_in_context
 from testbed.pretraining.tiny_model import TEXT_ONLY, WITH_IMAGE
 
 NEW_PHOTO = 500
-"""Photos of entities from this number on are the gates' own."""
+"""Photos of entities from this number on are used for evaluation alone."""
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """A question of a gate: prompt, answer, and the photo (uint8, 48x48x3) if it has one."""
+class EvaluationQuestion:
+    """Prompt, expected answer, and the photo, uint8 (48, 48, 3), if the question has one."""
 
     prompt: str
     answer: str
@@ -32,133 +32,130 @@ class Asked:
 
 
 @dataclass(frozen=True, slots=True)
-class GateRow:
-    """One measured ability. `gate` is the least acceptable value, absent where it is only reported."""
+class AbilityScore:
+    """The measured value of one ability. `threshold` is the least acceptable value; None where the value is only reported."""
 
     ability: str
     value: float
     n: int
-    gate: float | None = None
+    """Number of questions."""
+    threshold: float | None = None
     unit: str = "share right"
 
     @property
     def passed(self) -> bool | None:
-        return None if self.gate is None else self.value >= self.gate
+        return None if self.threshold is None else self.value >= self.threshold
 
 
-def generate(model: Any, processor: Any, asked: list[Asked], new_tokens: int = 24, batch: int = 128) -> list[str]:
-    """Greedy answers, stripped; prompts of similar length are batched, padded on the left."""
-    out = [""] * len(asked)
-    order = sorted(range(len(asked)), key=lambda i: (asked[i].photo is None, len(asked[i].prompt)))
+def generate(model: Any, processor: Any, questions: Sequence[EvaluationQuestion], new_tokens: int = 24, batch: int = 128) -> list[str]:
+    """Greedy answers, stripped. Prompts of similar length share a batch, padded on the left."""
+    out = [""] * len(questions)
+    order = sorted(range(len(questions)), key=lambda i: (questions[i].photo is None, len(questions[i].prompt)))
     while order:
-        some = [i for i in order[:batch] if (asked[i].photo is None) is (asked[order[0]].photo is None)]
+        some = [i for i in order[:batch] if (questions[i].photo is None) is (questions[order[0]].photo is None)]
         order = order[len(some) :]
-        for i, text in zip(some, _generate(model, processor, [asked[i] for i in some], new_tokens), strict=True):
+        for i, text in zip(some, _generate(model, processor, [questions[i] for i in some], new_tokens), strict=True):
             out[i] = text
     return out
 
 
-def _generate(model: Any, processor: Any, asked: list[Asked], new_tokens: int) -> list[str]:
-    if asked[0].photo is None:
-        texts = [TEXT_ONLY.format(prompt=a.prompt) for a in asked]
+def _generate(model: Any, processor: Any, questions: list[EvaluationQuestion], new_tokens: int) -> list[str]:
+    if questions[0].photo is None:
+        texts = [TEXT_ONLY.format(prompt=q.prompt) for q in questions]
         inputs = processor.tokenizer(texts, return_tensors="pt", padding=True)
         inputs.pop("token_type_ids", None)
     else:
-        texts = [WITH_IMAGE.format(prompt=a.prompt) for a in asked]
-        inputs = processor(text=texts, images=[a.photo for a in asked], return_tensors="pt", padding=True)
+        texts = [WITH_IMAGE.format(prompt=q.prompt) for q in questions]
+        inputs = processor(text=texts, images=[q.photo for q in questions], return_tensors="pt", padding=True)
     with torch.inference_mode():
         made = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
     return [t.strip() for t in processor.tokenizer.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)]
 
 
-def share_right(model: Any, processor: Any, asked: list[Asked]) -> float:
-    made = generate(model, processor, asked)
-    return float(np.mean([m == a.answer for m, a in zip(made, asked, strict=True)]))
+def share_right(model: Any, processor: Any, questions: Sequence[EvaluationQuestion]) -> float:
+    """The share of questions whose generated answer equals the expected one."""
+    made = generate(model, processor, questions)
+    return float(np.mean([m == q.answer for m, q in zip(made, questions, strict=True)]))
 
 
-def facts_by_name(world: World, rng: np.random.Generator) -> Asked:
-    entity, slot = world.entities[int(rng.integers(world.size))], int(rng.integers(SLOTS))
-    return Asked(ask(entity.relations[slot], entity.name, rng, held_out=True), world.value(entity, slot))
+def _fact_by_name(world: World, rng: np.random.Generator) -> EvaluationQuestion:
+    entity, slot = pick(world.entities, rng), int(rng.integers(SLOTS))
+    return EvaluationQuestion(phrase_question(entity.relations[slot], entity.name, rng, held_out=True), world.value(entity, slot))
 
 
-def facts_by_picture(world: World, rng: np.random.Generator, twins: bool = False) -> Asked:
-    entity = _draw(world, rng, twins)
+def _fact_by_picture(world: World, rng: np.random.Generator, near_duplicates: bool = False) -> EvaluationQuestion:
+    """A question about the photo of an entity; with `near_duplicates`, of one whose emblem differs in a single part from another's."""
+    entity = pick(world.entities, rng)
+    while near_duplicates and not world.has_near_duplicate(entity):
+        entity = pick(world.entities, rng)
     slot = int(rng.integers(SLOTS))
-    prompt = ask(entity.relations[slot], picture_ref(entity.kind), rng, held_out=True)
-    return Asked(prompt, world.value(entity, slot), _new_photo(world, entity, rng))
-
-
-def _draw(world: World, rng: np.random.Generator, twins: bool) -> Entity:
-    while True:
-        entity = world.entities[int(rng.integers(world.size))]
-        if world.has_near_duplicate(entity) or not twins:
-            return entity
+    prompt = phrase_question(entity.relations[slot], picture_ref(entity.kind), rng, held_out=True)
+    return EvaluationQuestion(prompt, world.value(entity, slot), _new_photo(world, entity, rng))
 
 
 def _new_photo(world: World, entity: Entity, rng: np.random.Generator) -> np.ndarray:
     return Photo(entity.code, (world.seed + 1) * 10**6 + NEW_PHOTO + int(rng.integers(10**5))).load()
 
 
-def naming(world: World, rng: np.random.Generator) -> Asked:
-    entity = _draw(world, rng, False)
-    form = NAMING_HELD[int(rng.integers(len(NAMING_HELD)))]
-    return Asked(form.format(kind=entity.kind), entity.name, _new_photo(world, entity, rng))
+def _naming(world: World, rng: np.random.Generator) -> EvaluationQuestion:
+    entity = pick(world.entities, rng)
+    return EvaluationQuestion(pick(NAMING_HELD, rng).format(kind=entity.kind), entity.name, _new_photo(world, entity, rng))
 
 
-def seeing(part: str, rng: np.random.Generator) -> Asked:
+def _seeing(part: str, rng: np.random.Generator) -> EvaluationQuestion:
     code = random_code(rng)
-    return Asked(*perception(code, part, rng, held_out=True), Photo(code, int(rng.integers(2**31))).load())
+    return EvaluationQuestion(*perception(code, part, rng, held_out=True), Photo(code, int(rng.integers(2**31))).load())
 
 
-def context(world: World, rng: np.random.Generator, by_picture: bool, modes: tuple[str, ...]) -> Asked:
-    entity, mode = world.entities[int(rng.integers(world.size))], modes[int(rng.integers(len(modes)))]
+def _in_context(world: World, rng: np.random.Generator, by_picture: bool, modes: tuple[str, ...]) -> EvaluationQuestion:
+    entity, mode = pick(world.entities, rng), pick(modes, rng)
     example = question_in_context(world, entity, rng, by_picture, mode)
-    return Asked(example.prompt, example.answer or "", _new_photo(world, entity, rng) if by_picture else None)
+    return EvaluationQuestion(example.prompt, example.answer or "", _new_photo(world, entity, rng) if by_picture else None)
 
 
-def question_gates(world: World, rng: np.random.Generator) -> dict[str, tuple[float | None, Callable[[], Asked]]]:
-    """Name of each ability: its gate, and a maker of its questions."""
+def ability_questions(world: World, rng: np.random.Generator) -> dict[str, tuple[float | None, Callable[[], EvaluationQuestion]]]:
+    """By the name of each ability, its acceptance threshold and a function that draws a question."""
     which = ("which", "which", "which", "which", "none")
-    gates: dict[str, tuple[float | None, Callable[[], Asked]]] = {
-        "facts by name, held-out paraphrase": (0.98, lambda: facts_by_name(world, rng)),
-        "facts by picture, new photo, held-out paraphrase": (0.95, lambda: facts_by_picture(world, rng)),
-        "the same on twin emblems": (0.93, lambda: facts_by_picture(world, rng, twins=True)),
-        "naming the pictured entity": (0.97, lambda: naming(world, rng)),
-        "arithmetic, seen pairs, held-out wording": (0.95, lambda: Asked(*arithmetic(rng, held_out=True))),
-        "comparison, unseen pairs": (0.95, lambda: Asked(*comparison(rng, held_out=True))),
-        "grammatical pairs, unseen combinations": (0.95, lambda: Asked(*grammar(rng, held_out=True))),
-        "stated fact against what was learned, by name": (0.9, lambda: context(world, rng, False, ("answer",))),
-        "stated fact against what was learned, by picture": (0.9, lambda: context(world, rng, True, ("answer",))),
-        "which of four facts bears, or none, by name": (0.9, lambda: context(world, rng, False, which)),
-        "which of four facts bears, or none, by picture": (0.9, lambda: context(world, rng, True, which)),
-        "facts that do not bear leave memory alone, by name": (None, lambda: context(world, rng, False, ("memory",))),
-        "facts that do not bear leave memory alone, by picture": (None, lambda: context(world, rng, True, ("memory",))),
-        "unseen sums": (None, lambda: Asked(*arithmetic(rng, held_out=True, unseen=True))),
+    out: dict[str, tuple[float | None, Callable[[], EvaluationQuestion]]] = {
+        "facts by name, held-out paraphrase": (0.98, lambda: _fact_by_name(world, rng)),
+        "facts by picture, new photo, held-out paraphrase": (0.95, lambda: _fact_by_picture(world, rng)),
+        "the same on near-duplicate emblems": (0.93, lambda: _fact_by_picture(world, rng, near_duplicates=True)),
+        "naming the pictured entity": (0.97, lambda: _naming(world, rng)),
+        "arithmetic, seen pairs, held-out wording": (0.95, lambda: EvaluationQuestion(*arithmetic(rng, held_out=True))),
+        "comparison, unseen pairs": (0.95, lambda: EvaluationQuestion(*comparison(rng, held_out=True))),
+        "grammatical pairs, unseen combinations": (0.95, lambda: EvaluationQuestion(*grammar(rng, held_out=True))),
+        "stated fact against what was learned, by name": (0.9, lambda: _in_context(world, rng, False, ("answer",))),
+        "stated fact against what was learned, by picture": (0.9, lambda: _in_context(world, rng, True, ("answer",))),
+        "which of four facts bears, or none, by name": (0.9, lambda: _in_context(world, rng, False, which)),
+        "which of four facts bears, or none, by picture": (0.9, lambda: _in_context(world, rng, True, which)),
+        "facts that do not bear leave memory alone, by name": (None, lambda: _in_context(world, rng, False, ("memory",))),
+        "facts that do not bear leave memory alone, by picture": (None, lambda: _in_context(world, rng, True, ("memory",))),
+        "unseen sums": (None, lambda: EvaluationQuestion(*arithmetic(rng, held_out=True, unseen=True))),
     }
     for part in PARTS:
-        gates[f"perception: {part}"] = (0.94, lambda part=part: seeing(part, rng))
-    return gates
+        out[f"perception: {part}"] = (0.94, lambda part=part: _seeing(part, rng))
+    return out
 
 
-def measure(model: Any, processor: Any, world: World, n: int, seed: int = 0) -> list[GateRow]:
-    """Every question gate with n questions a row, two-hop and the perplexity of held-out text."""
+def measure(model: Any, processor: Any, world: World, n: int, seed: int = 0) -> list[AbilityScore]:
+    """The score of every ability on n questions each, of two-hop questions, and the perplexity of held-out text."""
     rng = np.random.default_rng([world.seed, world.size, 53, seed])
-    rows = []
-    for ability, (gate, make) in question_gates(world, rng).items():
-        rows.append(GateRow(ability, share_right(model, processor, [make() for _ in range(n)]), n, gate))
-    seen = [r for r in rows if r.ability.startswith("perception")]
-    rows.append(GateRow("perception: mean", float(np.mean([r.value for r in seen])), n * len(seen), 0.97))
+    out = []
+    for ability, (threshold, draw) in ability_questions(world, rng).items():
+        out.append(AbilityScore(ability, share_right(model, processor, [draw() for _ in range(n)]), n, threshold))
+    seen = [s for s in out if s.ability.startswith("perception")]
+    out.append(AbilityScore("perception: mean", float(np.mean([s.value for s in seen])), n * len(seen), 0.97))
     for held_out, label in ((False, "two-hop, trained compositions"), (True, "two-hop, held-out compositions")):
-        asked = [Asked(*pair) for pair in two_hops(world, held_out)[:n]]
-        if asked:
-            rows.append(GateRow(label, share_right(model, processor, asked), len(asked)))
+        questions = [EvaluationQuestion(*pair) for pair in two_hops(world, held_out)[:n]]
+        if questions:
+            out.append(AbilityScore(label, share_right(model, processor, questions), len(questions)))
     texts = held_out_texts(world, rng, n)
-    rows.append(GateRow("held-out running text", perplexity(model, processor, texts), len(texts), None, "perplexity per token"))
-    return rows
+    out.append(AbilityScore("held-out running text", perplexity(model, processor, texts), len(texts), None, "perplexity per token"))
+    return out
 
 
 def perplexity(model: Any, processor: Any, texts: list[str]) -> float:
-    """exp of the mean negative log-likelihood a token, BOS given, end token not counted."""
+    """exp of the mean negative log-likelihood of a token, given BOS and without the end token."""
     total, count = 0.0, 0
     for text in texts:
         ids = processor.tokenizer(text, return_tensors="pt")["input_ids"]

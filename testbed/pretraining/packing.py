@@ -1,8 +1,8 @@
-"""Many questions in one row: they share the row's prefix (and its photo) and cannot see one another.
+"""Packing of many examples into one row: they share its prefix (and its photo) and cannot attend to one another.
 
-A row is a prefix (BOS, or BOS and a photo) and blocks. A 4-D mask lets a token see the prefix and the
-earlier part of its own block; position ids restart after the prefix. So a packed row computes what separate
-prompts would, at about nine supervised answers a photo instead of one.
+A row is a prefix (BOS, or BOS and a photo) and one block for each example. A 4-D mask lets a token attend to the prefix
+and to the earlier part of its own block, and position ids restart after the prefix. A packed row therefore computes the
+same as separate prompts, with about nine supervised answers for each photo instead of one.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 from testbed.pretraining.tiny_model import IMAGE, IMAGE_TOKENS, ROLES, image_features, pixels
 
 ROW = 192
+"""Longest row, in tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A question and its answer; an example without an answer is running text, supervised at each token."""
+    """A prompt and its answer. Without an answer, the prompt is running text and every token is supervised."""
 
     prompt: str
     answer: str | None
@@ -30,47 +31,48 @@ class Example:
 
 @dataclass
 class Row:
-    """Token ids of a row in the making: `block` numbers the block of each token (0 is the prefix)."""
+    """A row under construction. For each token: its id, the number of its block (0 is the prefix), its position id and its
+    label (-100 where it is not supervised)."""
 
     photo: np.ndarray | None
     ids: list[int]
     block: list[int] = field(default_factory=list)
-    place: list[int] = field(default_factory=list)
+    position: list[int] = field(default_factory=list)
     label: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         n = len(self.ids)
-        self.block, self.place, self.label = [0] * n, list(range(n)), [-100] * n
+        self.block, self.position, self.label = [0] * n, list(range(n)), [-100] * n
         self.prefix = n
 
     def add(self, ids: list[int], first: int) -> None:
-        """Append a block; tokens from index `first` on are answers (predicted by the token before them)."""
+        """Append a block; its tokens from index `first` on are supervised."""
         number = self.block[-1] + 1
         self.block += [number] * len(ids)
-        self.place += range(self.prefix, self.prefix + len(ids))
+        self.position += range(self.prefix, self.prefix + len(ids))
         self.label += [i if k >= first else -100 for k, i in enumerate(ids)]
         self.ids += ids
 
 
 @dataclass(frozen=True, slots=True)
-class Packed:
-    """A batch of rows, photo rows first.
+class PackedBatch:
+    """A batch of rows, rows with a photo first.
 
-    ids (B, T) int64; mask (B, 1, T, T) bool, True where a token is seen; places (B, T) int64;
-    photos (P, 3, 48, 48) float32 for the first P rows; where (N,) int64, flat indices of the positions that
-    predict; labels (N,) int64, what they predict.
+    ids: (B, T) int64. mask: (B, 1, T, T) bool, True where a token may attend. position_ids: (B, T) int64. photos:
+    (P, 3, 48, 48) float32, of the first P rows; None where no row has one. predicting: (N,) int64, flat indices of the
+    positions that predict a label. labels: (N,) int64, the predicted tokens.
     """
 
     ids: Tensor
     mask: Tensor
-    places: Tensor
+    position_ids: Tensor
     photos: Tensor | None
-    where: Tensor
+    predicting: Tensor
     labels: Tensor
 
 
 class Packer:
-    """Turns examples into packed rows, with the prompt forms that `testbed` uses everywhere."""
+    """Makes packed rows of examples, in the prompt template of the tiny model."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, length: int = ROW) -> None:
         self.tokenizer, self.length = tokenizer, length
@@ -85,10 +87,10 @@ class Packer:
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
 
     def row(self, examples: list[Example], photo: np.ndarray | None = None, shared: str = "") -> Row:
-        """As many of the examples, in order, as fit into one row.
+        """One row with as many of the examples, in order, as fit into it.
 
-        `shared` is the beginning that all prompts have in common; it joins the prefix, and the examples'
-        prompts go on from there (with their leading space).
+        `shared` is the common beginning of all prompts. It joins the prefix, and the examples' prompts, which begin
+        with a space, continue it.
         """
         prefix = list(self.photo_prefix) if photo is not None else [self.bos]
         lead = "\n" if photo is not None else f"{ROLES[0]} "
@@ -102,24 +104,24 @@ class Packer:
                 row.add(ids, 0 if example.answer is None else ids.index(self.answer_mark) + 1)
         return row
 
-    def batch(self, rows: list[Row]) -> Packed:
-        """Rows as tensors, as long as the longest; photo rows are moved to the front."""
+    def batch(self, rows: list[Row]) -> PackedBatch:
+        """The rows as tensors, padded to the longest row; rows with a photo are moved to the front."""
         rows = sorted(rows, key=lambda r: r.photo is None)
         length = max(len(r.ids) for r in rows)
-        ids, block, places, labels = (np.full((len(rows), length), v, np.int64) for v in (self.pad, -1, 0, -100))
+        ids, block, position_ids, labels = (np.full((len(rows), length), v, np.int64) for v in (self.pad, -1, 0, -100))
         for i, r in enumerate(rows):
             n = len(r.ids)
-            ids[i, :n], block[i, :n], places[i, :n], labels[i, :n] = r.ids, r.block, r.place, r.label
+            ids[i, :n], block[i, :n], position_ids[i, :n], labels[i, :n] = r.ids, r.block, r.position, r.label
         causal = np.tri(length, dtype=bool)
-        seen = (block[:, None, :] == block[:, :, None]) | (block[:, None, :] == 0)
-        mask = torch.from_numpy(seen & causal)[:, None]
-        where, target = _predicting(rows, labels)
+        visible = (block[:, None, :] == block[:, :, None]) | (block[:, None, :] == 0)
+        mask = torch.from_numpy(visible & causal)[:, None]
         photos = [r.photo for r in rows if r.photo is not None]
-        return Packed(torch.from_numpy(ids), mask, torch.from_numpy(places), pixels(photos) if photos else None, where, target)
+        tensors = torch.from_numpy(ids), mask, torch.from_numpy(position_ids), pixels(photos) if photos else None
+        return PackedBatch(*tensors, *_predicting(rows, labels))
 
 
 def _predicting(rows: list[Row], labels: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Flat position that predicts each label: the token before, or the prefix's end for a block's first."""
+    """(flat position that predicts each label, label). It is the token before; for a block's first token, the prefix's last."""
     at, target = [], []
     for i, row in enumerate(rows):
         for j in np.nonzero(labels[i] != -100)[0]:
@@ -129,15 +131,15 @@ def _predicting(rows: list[Row], labels: np.ndarray) -> tuple[Tensor, Tensor]:
     return torch.tensor(at, dtype=torch.int64), torch.tensor(target, dtype=torch.int64)
 
 
-def packed_logits(model: LlavaForConditionalGeneration, batch: Packed, photo_at: int) -> Tensor:
-    """Logits (N, vocabulary) at the batch's predicting positions."""
+def packed_logits(model: LlavaForConditionalGeneration, batch: PackedBatch, photo_at: int) -> Tensor:
+    """Logits (N, vocabulary) at the positions of the batch that predict a label."""
     embedded = model.get_input_embeddings()(batch.ids)
     if batch.photos is not None:
-        seen = image_features(model, batch.photos).to(embedded.dtype)
-        n, end = len(seen), photo_at + IMAGE_TOKENS
-        pictured = torch.cat([embedded[:n, :photo_at], seen, embedded[:n, end:]], 1)
-        embedded = torch.cat([pictured, embedded[n:]])
+        features = image_features(model, batch.photos).to(embedded.dtype)
+        n, end = len(features), photo_at + IMAGE_TOKENS
+        with_photo = torch.cat([embedded[:n, :photo_at], features, embedded[:n, end:]], 1)
+        embedded = torch.cat([with_photo, embedded[n:]])
     hidden = model.model.language_model(
-        inputs_embeds=embedded, attention_mask=batch.mask, position_ids=batch.places, use_cache=False
+        inputs_embeds=embedded, attention_mask=batch.mask, position_ids=batch.position_ids, use_cache=False
     ).last_hidden_state
-    return model.lm_head(hidden.flatten(0, 1)[batch.where])
+    return model.lm_head(hidden.flatten(0, 1)[batch.predicting])

@@ -1,13 +1,12 @@
-"""What a post-editor is taught: to bring an answer into line with a fact, or to say that it stands.
+"""Training examples for a post-editor, which rewrites an answer by a stated fact or says that the answer stands.
 
-Facts and questions are the simulated world's, by name and in the wording of edits by picture (the post-editor
-sees no picture). The answer that it is shown is what a model knew, or now and then something else.
+Facts and questions come from the simulated world, by name and in the words of edits by picture (the post-editor gets no
+picture). The answer to be rewritten is mostly the one that a model has learned, and sometimes another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable
 
 import numpy as np
 
@@ -15,99 +14,96 @@ from streams.world.facts import Entity, World
 from streams.world.skills import arithmetic, comparison
 from streams.world.words import Relation, canonical, picture_ref
 from testbed.editors.retrieval import prompts
-from testbed.pretraining.curriculum import Point, ask
-from testbed.pretraining.evaluation import Asked
-from testbed.pretraining.packing import Example, Packed, Packer
+from testbed.pretraining.curriculum import FactKey, phrase_question, pick
+from testbed.pretraining.evaluation import EvaluationQuestion
+from testbed.pretraining.packing import Example, PackedBatch, Packer
 
-T = TypeVar("T")
 ROWS = 24
+"""Rows of a batch."""
 QUESTIONS = 6
-"""Rows of a batch, and questions about each row's fact."""
-HEAD = prompts.REWRITE.partition(" {answer}")[0]
-"""What all questions about one fact begin with."""
+"""Questions about each row's fact."""
+REWRITE_BEGINNING = prompts.REWRITE.partition(" {answer}")[0]
+"""The common beginning of all prompts with one fact."""
 
 
-class Rewriting:
+class RewritingExamples:
     """Draws facts, questions and answers from a world.
 
     Args:
-        world: what a model knew.
-        rng: every draw comes from it.
-        held_out: question wordings that only gates use.
+        world: the facts that the model whose answers are rewritten has learned.
+        rng: generator of every draw.
+        held_out: draw the phrasings that are kept for evaluation.
     """
 
     def __init__(self, world: World, rng: np.random.Generator, held_out: bool = False) -> None:
         self.world, self.rng, self.held_out = world, rng, held_out
 
     def row(self) -> tuple[str, list[Example]]:
-        """A fact and questions about it: (shared beginning, how prompts go on)."""
-        about, entity = self._point()
-        value = self._value(about[0])
-        shared = HEAD.format(facts=prompts.numbered([prompts.statement(canonical(*about), value)]))
-        return shared, [self._example(about, entity, value, shared) for _ in range(QUESTIONS)]
+        """Questions about one fact: (shared beginning of all prompts, examples whose prompts continue it)."""
+        key, entity = self._fact_key()
+        value = self._value(key[0])
+        fact = prompts.statement(canonical(*key), value)
+        shared = REWRITE_BEGINNING.format(facts=prompts.numbered([fact]))
+        examples = []
+        for _ in range(QUESTIONS):
+            prompt, answer, wanted = self._question(key, entity, value, self.rng.random() < 0.5)
+            examples.append(Example(prompts.rewrite(fact, prompt, answer).removeprefix(shared), wanted))
+        return shared, examples
 
-    def gate(self, bears: bool) -> Asked:
-        """One question that the fact bears on, or not."""
-        about, entity = self._point()
-        value = self._value(about[0])
-        prompt, answer, wanted = self._question(about, entity, value, bears)
-        return Asked(prompts.rewrite(prompts.statement(canonical(*about), value), prompt, answer), wanted)
+    def question(self, relevant: bool) -> EvaluationQuestion:
+        """One question to which the stated fact is relevant, or is not."""
+        key, entity = self._fact_key()
+        value = self._value(key[0])
+        prompt, answer, wanted = self._question(key, entity, value, relevant)
+        return EvaluationQuestion(prompts.rewrite(prompts.statement(canonical(*key), value), prompt, answer), wanted)
 
-    def _example(self, about: Point, entity: Entity, value: str, shared: str) -> Example:
-        prompt, answer, wanted = self._question(about, entity, value, self.rng.random() < 0.5)
-        fact = prompts.statement(canonical(*about), value)
-        return Example(prompts.rewrite(fact, prompt, answer).removeprefix(shared), wanted)
-
-    def _question(self, about: Point, entity: Entity, value: str, bears: bool) -> tuple[str, str, str]:
-        """(question, answer before, answer wanted)."""
-        relation, ref = about
-        if bears:
-            known = self.world.value(entity, entity.relations.index(relation))
-            shown = known if self.rng.random() < 0.8 else self._value(relation)
-            return ask(relation, ref, self.rng, self.held_out), shown, value
-        prompt, answer = self._other(about, entity)
+    def _question(self, key: FactKey, entity: Entity, value: str, relevant: bool) -> tuple[str, str, str]:
+        """(question, answer to be rewritten, expected reply)."""
+        relation, ref = key
+        if relevant:
+            learned = self.world.value(entity, entity.relations.index(relation))
+            shown = learned if self.rng.random() < 0.8 else self._value(relation)
+            return phrase_question(relation, ref, self.rng, self.held_out), shown, value
+        prompt, answer = self._irrelevant_question(key, entity)
         return prompt, answer, prompts.RETAIN
 
-    def _other(self, about: Point, entity: Entity) -> tuple[str, str]:
-        """A question that the fact does not bear on: its neighbour, a rival, a stranger, a skill."""
-        relation, ref = about
+    def _irrelevant_question(self, key: FactKey, entity: Entity) -> tuple[str, str]:
+        """(question, answer) about another relation, another entity of the same kind or of another kind, or a skill."""
+        relation, ref = key
         draw = self.rng.random()
         if draw < 0.2:
             make = arithmetic if self.rng.random() < 0.5 else comparison
             return make(self.rng, held_out=self.held_out)
-        pictured = ref == picture_ref(entity.kind)
-        other, asked = entity, self._some(entity.relations)
+        by_picture = ref == picture_ref(entity.kind)
+        other, asked = entity, pick(entity.relations, self.rng)
         if draw < 0.6:
-            asked = self._some([r for r in entity.relations if r != relation])
+            asked = pick([r for r in entity.relations if r != relation], self.rng)
         else:
-            same_kind = draw < 0.85 and not pictured
+            same_kind = draw < 0.85 and not by_picture
             other = self._entity(lambda e: e != entity and (e.kind == entity.kind if same_kind else e.kind != entity.kind))
-            asked = relation if same_kind else self._some(other.relations)
-        named = picture_ref(other.kind) if pictured else other.name
-        return ask(asked, named, self.rng, self.held_out), self.world.value(other, other.relations.index(asked))
+            asked = relation if same_kind else pick(other.relations, self.rng)
+        other_ref = picture_ref(other.kind) if by_picture else other.name
+        return phrase_question(asked, other_ref, self.rng, self.held_out), self.world.value(other, other.relations.index(asked))
 
-    def _point(self) -> tuple[Point, Entity]:
-        entity = self._entity(lambda e: True)
+    def _fact_key(self) -> tuple[FactKey, Entity]:
+        entity = pick(self.world.entities, self.rng)
         ref = picture_ref(entity.kind) if self.rng.random() < 0.3 else entity.name
-        return (self._some(entity.relations), ref), entity
+        return (pick(entity.relations, self.rng), ref), entity
 
     def _entity(self, fits: Callable[[Entity], bool]) -> Entity:
         while True:
-            entity = self.world.entities[int(self.rng.integers(self.world.size))]
+            entity = pick(self.world.entities, self.rng)
             if fits(entity):
                 return entity
 
     def _value(self, relation: Relation) -> str:
-        return self._some(self.world.vocabularies[relation.values])
-
-    def _some(self, values: Sequence[T]) -> T:
-        return values[int(self.rng.integers(len(values)))]
+        return pick(self.world.vocabularies[relation.values], self.rng)
 
 
-def rewriting_batches(lessons: Rewriting, packer: Packer) -> Callable[[float], Packed]:
-    """A maker of batches."""
+def rewriting_batches(examples: RewritingExamples, packer: Packer) -> Callable[[float], PackedBatch]:
+    """A function that draws a batch; progress does not matter to it."""
 
-    def batch(progress: float) -> Packed:
-        return packer.batch([packer.row(examples, None, shared) for shared, examples in (lessons.row() for _ in range(ROWS))])
+    def batch(progress: float) -> PackedBatch:
+        return packer.batch([packer.row(continued, None, shared) for shared, continued in (examples.row() for _ in range(ROWS))])
 
     return batch

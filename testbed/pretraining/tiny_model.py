@@ -1,4 +1,4 @@
-"""The tiny image-text model's parts: tokenizer, processor, `LlavaForConditionalGeneration` of 2.6 M parameters.
+"""The parts of the tiny image-text model: tokenizer, processor, and a `LlavaForConditionalGeneration` of 2.6 M parameters.
 
 All of them are plain transformers objects, saved and loaded like any hub model.
 """
@@ -28,14 +28,16 @@ ROLES = ("USER:", " ASSISTANT:")
 WITH_IMAGE = "USER: <image>\n{prompt} ASSISTANT:"
 TEXT_ONLY = "USER: {prompt} ASSISTANT:"
 SIDE = 48
+"""Side of a picture in pixels."""
 PATCH = 8
 IMAGE_TOKENS = (SIDE // PATCH) ** 2
 VOCABULARY = 4096
 LONGEST = 512
+"""Longest sequence in tokens."""
 
 
 def build_tokenizer(texts: Iterable[str], vocabulary: int = VOCABULARY) -> PreTrainedTokenizerFast:
-    """Byte-level BPE trained on `texts`: spells any text; frequent names are one token with their space."""
+    """Byte-level BPE trained on `texts`. It tokenises any text; frequent names are one token together with their space."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -50,6 +52,11 @@ def build_tokenizer(texts: Iterable[str], vocabulary: int = VOCABULARY) -> PreTr
     core.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, core.token_to_id(BOS))]
     )
+    return wrap_tokenizer(core)
+
+
+def wrap_tokenizer(core: Tokenizer) -> PreTrainedTokenizerFast:
+    """The tokenizer with the special tokens and the limits of the tiny model."""
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         bos_token=BOS,
@@ -63,7 +70,7 @@ def build_tokenizer(texts: Iterable[str], vocabulary: int = VOCABULARY) -> PreTr
 
 
 def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
-    """Tokenizer and a PIL image processor (48x48, one picture = 36 tokens)."""
+    """The tokenizer with a PIL image processor (48x48 pixels; a picture takes 36 tokens)."""
     images = CLIPImageProcessorPil(
         size={"shortest_edge": SIDE},
         crop_size={"height": SIDE, "width": SIDE},
@@ -81,9 +88,9 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlavaForConditionalGeneration:
-    """A new fp32 model; its weights depend on `seed` alone (the global generator is put back).
+    """A new fp32 model whose weights depend on `seed` alone; the state of the global generator is restored.
 
-    Input and output embeddings are one: with two of them the model did not learn to copy a stated value.
+    Input and output embeddings are tied, because with separate ones the model did not learn to copy a stated value.
     """
     vision = CLIPVisionConfig(
         hidden_size=96, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4, image_size=SIDE,
@@ -113,22 +120,21 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlavaForCondit
 
 
 def pixels(images: list[np.ndarray]) -> Tensor:
-    """uint8 photos (48, 48, 3) as the processor would give them: float32 (n, 3, 48, 48) in [-1, 1]."""
+    """uint8 photos (48, 48, 3) as the processor would return them: float32 (n, 3, 48, 48) in [-1, 1]."""
     stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float()
     return (stacked / 255 - 0.5) / 0.5
 
 
 def image_features(model: LlavaForConditionalGeneration, values: Tensor) -> Tensor:
-    """Projected patches: (n, 3, 48, 48) to (n, 36, width)."""
+    """Image features after the projector: pixels (n, 3, 48, 48) to (n, 36, width)."""
     features: Any = model.model.get_image_features(pixel_values=values)
     return torch.stack(list(features.pooler_output))
 
 
 def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: Path) -> None:
-    """Write weights (bf16, half the size), tokenizer and processor; the config says fp32, so they load as fp32."""
+    """Write weights (bf16, which halves the file), tokenizer and processor; the config states fp32, so they load as fp32."""
     folder.mkdir(parents=True, exist_ok=True)
-    tied = "lm_head.weight"
-    state = {k: v.to(torch.bfloat16) for k, v in model.state_dict().items() if k != tied}
+    state = {k: v.to(torch.bfloat16) for k, v in model.state_dict().items() if k != "lm_head.weight"}  # tied to the embeddings
     config: Any = model.config
     config.dtype = config.text_config.dtype = config.vision_config.dtype = torch.float32
     model.generation_config.max_new_tokens = None
@@ -137,7 +143,7 @@ def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder
 
 
 def load(folder: Path) -> tuple[Any, Any]:
-    """(model, processor) of a folder, through the same calls as any hub model. Raises OSError where there is none."""
+    """(model, processor) of a folder, loaded like any hub model. Raises OSError where there is none."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)

@@ -1,7 +1,7 @@
-"""New words for a tokenizer that exists: byte-level BPE goes on merging where it had stopped.
+"""Extension of a byte-level BPE tokenizer and of a model's embeddings by the words of new texts.
 
-New merges rank below all old ones, so what was one token stays that token; words of the new texts that fell
-into pieces become one.
+New merges rank below all old ones, so every old token stays a token, and words of the new texts that were several tokens
+become one.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ import torch
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from testbed.pretraining.tiny_model import wrap_tokenizer
+
 
 def extend_tokenizer(
     old: PreTrainedTokenizerFast, texts: Iterable[str], most: int
 ) -> tuple[PreTrainedTokenizerFast, dict[int, tuple[int, int]]]:
-    """A tokenizer with at most `most` more tokens, and for each new id the two ids that it is made of.
+    """(tokenizer with at most `most` more tokens, for each new token id the two ids that it is made of).
 
-    Texts are weighed by how often they come. Pieces are merged most frequent pair first, pairs that come once too.
+    The most frequent pair of tokens is merged first; a repeated text counts each time, and pairs that occur once are merged too.
     """
     core = old.backend_tokenizer
     words = _pieces(core, texts)
@@ -39,11 +41,11 @@ def extend_tokenizer(
             new = start + len(parents)
             parents[new] = (vocabulary[left], vocabulary[right])
             vocabulary[left + right] = new
-    return _like(old, Tokenizer.from_str(json.dumps(state))), parents
+    return wrap_tokenizer(Tokenizer.from_str(json.dumps(state))), parents
 
 
 def _pieces(core: Tokenizer, texts: Iterable[str]) -> dict[tuple[str, ...], int]:
-    """Words of the texts as old tokens, with their counts; words that are one token already are left out."""
+    """The words of the texts that are more than one token, as old tokens, with their counts."""
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(word for word, _ in core.pre_tokenizer.pre_tokenize_str(text))
@@ -73,21 +75,8 @@ def _merge(pieces: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
     return tuple(out)
 
 
-def _like(old: PreTrainedTokenizerFast, core: Tokenizer) -> PreTrainedTokenizerFast:
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        bos_token=old.bos_token,
-        eos_token=old.eos_token,
-        pad_token=old.pad_token,
-        padding_side="left",
-        model_max_length=old.model_max_length,
-        extra_special_tokens={"image_token": old.image_token},
-        clean_up_tokenization_spaces=False,
-    )
-
-
 def extend_model(model: Any, parents: Mapping[int, tuple[int, int]]) -> None:
-    """Room for the new tokens, in place: each begins as the mean of the two tokens that it is made of."""
+    """Add embeddings for the new tokens, in place; each starts as the mean of the two tokens that it is made of."""
     if not parents:
         return
     before = model.get_input_embeddings().weight.shape[0]

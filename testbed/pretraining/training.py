@@ -1,7 +1,7 @@
-"""Training of the tiny model: the vision tower alone, then everything with one loss.
+"""Training of the tiny model: first the vision tower alone, then all weights with one loss.
 
-From scratch in one stage the model does not learn to see (perception at chance after four minutes), so the
-tower is first trained for two minutes to tell the parts of random emblems.
+In a single stage from random weights the model does not learn to see (perception at chance after four minutes). The
+tower is therefore first trained for two minutes to classify the parts of random emblems.
 """
 
 from __future__ import annotations
@@ -19,56 +19,52 @@ from transformers import LlavaForConditionalGeneration
 
 from streams.world.emblem import PARTS, Code, photograph, random_code
 from testbed.pretraining.curriculum import Curriculum
-from testbed.pretraining.packing import Packed, Packer, packed_logits
+from testbed.pretraining.packing import PackedBatch, Packer, packed_logits
 from testbed.pretraining.tiny_model import pixels
 
-Report = Callable[[int, float, float], None]
-"""Called with the step, the share of the schedule that is done, and the loss."""
+Report = Callable[[float, float], None]
+"""Progress callback, called after each step with the share of the training that is done and the loss."""
 BETAS = (0.9, 0.98)
 TOWER_BATCH = 64
 TOWER_RATE = 3e-3
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """How long to train and how fast. `minutes` cuts a schedule short by making its end come earlier."""
+class TrainingSchedule:
+    """Length, learning rate and batch of a training phase. Progress through it is a share in [0, 1]."""
 
     steps: int
     """Optimiser steps."""
     minutes: float = math.inf
-    """Wall-clock limit; the rate still falls to zero by then."""
+    """Wall-clock limit. It brings the end of the schedule forward, so that the rate still falls to zero."""
     rate: float = 2e-3
-    """Peak learning rate; the tower's is `tower_share` of it."""
+    """Peak learning rate."""
     tower_share: float = 0.3
+    """The vision tower's learning rate as a share of `rate`."""
     warm: float = 0.04
-    """Share of the schedule in which the rate rises."""
+    """Progress up to which the rate rises."""
     stop: float = 1.0
-    """Share of the schedule at which training stops; below 1 another leg goes on from a rate that is not zero."""
+    """Progress at which training stops; below 1 it stops at a rate that is not zero, for another phase to continue."""
     decay: float = 0.05
     """Weight decay."""
     rows: tuple[int, int, int, int] = (13, 4, 3, 4)
-    """Rows of a batch: photos, photos with stated facts, text, text with stated facts."""
+    """Number of rows of a batch of each kind: photo, photo with stated facts, text, text with stated facts."""
 
 
-class Clock:
-    """The share of a schedule that is done, by steps or by time, whichever is further."""
-
-    def __init__(self, steps: int, minutes: float) -> None:
-        self.steps, self.minutes, self._start = steps, minutes, time.monotonic()
-
-    def progress(self, step: int) -> float:
-        return min(1.0, max(step / self.steps, (time.monotonic() - self._start) / 60 / self.minutes))
+def training_progress(schedule: TrainingSchedule, steps: int, minutes: float) -> float:
+    """Progress after these steps and minutes, by the one or the other, whichever is further."""
+    return min(1.0, max(steps / schedule.steps, minutes / schedule.minutes))
 
 
 def rate_factor(progress: float, warm: float) -> float:
-    """Linear rise, then cosine to zero."""
+    """The learning rate as a share of its peak: a linear rise, then a cosine to zero."""
     if progress < warm:
         return max(progress, 1e-3) / warm
     return 0.5 * (1 + math.cos(math.pi * (progress - warm) / (1 - warm)))
 
 
 class _Heads(nn.Module):
-    """One learned attention query and one linear layer a part of the emblem; thrown away afterwards."""
+    """For each part of the emblem a learned attention query and a linear layer; discarded after the tower's training."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -76,13 +72,13 @@ class _Heads(nn.Module):
         self.out = nn.ModuleList(nn.Linear(width, 8) for _ in PARTS)
 
     def forward(self, patches: Tensor) -> list[Tensor]:
-        """Patches (n, 36, width) to one (n, 8) of logits a part."""
+        """Map patches (n, 36, width) to logits (n, 8) for each part."""
         seen = (patches @ self.query.T / math.sqrt(patches.shape[-1])).softmax(1).transpose(1, 2) @ patches
         return [layer(seen[:, i]) for i, layer in enumerate(self.out)]
 
 
 def train_tower(model: LlavaForConditionalGeneration, rng: np.random.Generator, steps: int, report: Report) -> float:
-    """Teach the vision tower the parts of random emblems; returns the share right in the last 20 batches."""
+    """Train the vision tower to classify the parts of random emblems, in place; return its accuracy in the last 20 batches."""
     tower = model.model.vision_tower
     config: Any = model.config.vision_config
     with torch.random.fork_rng(devices=[]):
@@ -101,7 +97,7 @@ def train_tower(model: LlavaForConditionalGeneration, rng: np.random.Generator, 
         optimizer.step()
         optimizer.zero_grad()
         hits.append(right)
-        report(step, (step + 1) / steps, loss.item() / len(PARTS))
+        report((step + 1) / steps, loss.item() / len(PARTS))
     return float(np.mean(hits[-20:]))
 
 
@@ -114,11 +110,11 @@ def _tower_loss(tower: nn.Module, heads: _Heads, codes: list[Code], rng: np.rand
     return loss, float(right)
 
 
-def world_batches(curriculum: Curriculum, packer: Packer, schedule: Schedule) -> Callable[[float], Packed]:
-    """A maker of batches, given the share of the schedule that is done."""
+def world_batches(curriculum: Curriculum, packer: Packer, schedule: TrainingSchedule) -> Callable[[float], PackedBatch]:
+    """A function that draws a batch, given the progress."""
     texts = curriculum.text()
 
-    def batch(progress: float) -> Packed:
+    def batch(progress: float) -> PackedBatch:
         curriculum.progress = progress
         photos, photo_contexts, plain, contexts = schedule.rows
         rows = [packer.row(examples, photo) for photo, examples in (curriculum.photo() for _ in range(photos))]
@@ -134,19 +130,19 @@ def world_batches(curriculum: Curriculum, packer: Packer, schedule: Schedule) ->
 def train(
     model: LlavaForConditionalGeneration,
     packer: Packer,
-    batches: Callable[[float], Packed],
-    schedule: Schedule,
+    batches: Callable[[float], PackedBatch],
+    schedule: TrainingSchedule,
     report: Report,
 ) -> int:
-    """Train on packed batches in bf16 autocast with fp32 weights; returns the number of steps taken."""
+    """Train on packed batches in bf16 autocast with fp32 weights, in place; return the number of steps taken."""
     tower = list(model.model.vision_tower.parameters())
-    inside = {id(p) for p in tower}
-    rest = [p for p in model.parameters() if id(p) not in inside]
+    tower_ids = {id(p) for p in tower}
+    rest = [p for p in model.parameters() if id(p) not in tower_ids]
     groups = [{"params": rest, "share": 1.0}, {"params": tower, "share": schedule.tower_share}]
     optimizer = torch.optim.AdamW(groups, lr=schedule.rate, betas=BETAS, weight_decay=schedule.decay, fused=True)
-    clock, step = Clock(schedule.steps, schedule.minutes), 0
+    start, step = time.monotonic(), 0
     model.train()
-    while (progress := clock.progress(step)) < schedule.stop:
+    while (progress := training_progress(schedule, step, (time.monotonic() - start) / 60)) < schedule.stop:
         for group in optimizer.param_groups:
             group["lr"] = schedule.rate * group["share"] * rate_factor(progress, schedule.warm)
         packed = batches(progress)
@@ -158,6 +154,6 @@ def train(
         optimizer.step()
         optimizer.zero_grad()
         step += 1
-        report(step, progress / schedule.stop, loss.item())
+        report(progress / schedule.stop, loss.item())
     model.eval()
     return step

@@ -1,4 +1,4 @@
-"""Beliefs about made-up photos, for the tests of courses."""
+"""Beliefs about made-up photos, for the tests of trainings."""
 
 from __future__ import annotations
 

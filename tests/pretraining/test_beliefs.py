@@ -1,4 +1,4 @@
-"""Lessons about what a stream believes: photos, crops, questions behind stated facts, the mix of a batch."""
+"""Training examples of beliefs: photos, crops, questions after stated facts, the mixture of a batch."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import pytest
 
 from testbed.core.events import Question
 from testbed.editors.retrieval import prompts
-from testbed.pretraining.beliefs import PER_READING_ROW, Beliefs, crop, gather, shrink
+from testbed.pretraining.beliefs import PER_READING_ROW, BeliefExamples, crop, gather, shrink
 from tests.helpers.photos import Shot, beliefs
 
 
 def test_beliefs_are_gathered_by_photo_and_contradictions_refused():
-    groups, lost = gather(list(beliefs()))
-    assert [g.photo is None for g in groups] == [False] * 4 + [True] and not lost
+    groups, unreadable = gather(list(beliefs()))
+    assert [g.photo is None for g in groups] == [False] * 4 + [True] and not unreadable
     with pytest.raises(ValueError, match="two answers"):
         gather([*beliefs(), Question("general", "What is the sky?", "grey")])
     with pytest.raises(ValueError, match="no answer"):
@@ -29,32 +29,32 @@ def test_crops_are_new_squares_of_the_photo():
 
 
 def test_beliefs_in_context_are_overridden_or_kept():
-    draws = Beliefs(gather(list(beliefs()))[0], np.random.default_rng(0))
-    asked = draws.told[0]
-    made = [draws.in_context(asked) for _ in range(100)]
+    examples = BeliefExamples(gather(list(beliefs()))[0], np.random.default_rng(0))
+    asked = examples.text_only[0]
+    made = [examples.in_context(asked) for _ in range(100)]
     assert all(asked.prompt in e.prompt for e in made)
     kept = [e for e in made if e.answer == asked.answer]
     assert kept and len(kept) < len(made)
 
 
-def test_lessons_of_reading_state_facts_that_override_beliefs_or_do_not():
-    draws = Beliefs(gather(list(beliefs()))[0], np.random.default_rng(0), reading=0.5)
-    asked = draws.told[0]
-    forced, free = ([draws.read(asked, overrides) for _ in range(100)] for overrides in (True, None))
+def test_reading_examples_state_facts_that_override_beliefs_or_do_not():
+    examples = BeliefExamples(gather(list(beliefs()))[0], np.random.default_rng(0), reading=0.5)
+    asked = examples.text_only[0]
+    forced, free = ([examples.after_facts(asked, overrides) for _ in range(100)] for overrides in (True, None))
     for e in forced:
         assert e.prompt.count(asked.prompt) == 2 and f"{asked.prompt} {e.answer}." in e.prompt
     kept = [e for e in free if e.prompt.count(asked.prompt) == 1]
     assert 0 < len(kept) < 100
     assert {e.answer for e in kept} <= {asked.answer, prompts.NONE}
-    known = {e.answer for e in draws.told}
+    known = {e.answer for e in examples.text_only}
     assert {e.answer for e in forced} - known, "answers that no belief has are to be copied too"
-    assert len(draws.reading_row()) == PER_READING_ROW
+    assert len(examples.reading_row()) == PER_READING_ROW
 
 
 @pytest.mark.parametrize(
     ("photos", "texts", "rows"), [(9, 0, (24, 0)), (0, 9, (0, 24)), (72, 140, (24, 4)), (315, 16_230, (7, 21)), (1, 10**5, (4, 24))]
 )
-def test_photos_and_texts_share_a_batch_by_their_numbers(photos, texts, rows):
-    draws = Beliefs(gather(list(beliefs()))[0], np.random.default_rng(0))
-    draws.pictured, draws.told = draws.pictured[:1] * photos, draws.told[:1] * texts
-    assert draws.rows() == rows
+def test_a_batch_holds_rows_with_and_without_photos_by_their_numbers(photos, texts, rows):
+    examples = BeliefExamples(gather(list(beliefs()))[0], np.random.default_rng(0))
+    examples.with_photo, examples.text_only = examples.with_photo[:1] * photos, examples.text_only[:1] * texts
+    assert examples.rows() == rows

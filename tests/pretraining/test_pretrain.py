@@ -1,4 +1,4 @@
-"""The tiny model: packing equals separate prompts, courses run end to end, the committed weights hold their gates."""
+"""The tiny model: packing equals separate prompts, trainings run end to end, the committed weights meet their thresholds."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from testbed.core.events import EditEvent, Question
 from testbed.core.registry import STREAMS
 from testbed.editors.retrieval import prompts
 from testbed.pretraining.curriculum import Curriculum, corpus, question_in_context
-from testbed.pretraining.evaluation import Asked, GateRow, generate, question_gates, share_right
+from testbed.pretraining.evaluation import AbilityScore, EvaluationQuestion, ability_questions, generate, share_right
 from testbed.pretraining.finetune_damage import sibling_damage
 from testbed.pretraining.packing import Example, Packer, packed_logits
-from testbed.pretraining.stages import rng_of
+from testbed.pretraining.stages import evaluate_world, rng_of
 from testbed.pretraining.tiny_model import TEXT_ONLY, WITH_IMAGE, build_model, build_processor, build_tokenizer, load, save
 from testbed.pretraining.tokenizer_extension import extend_model, extend_tokenizer
-from testbed.pretraining.training import Clock, Schedule, rate_factor, train, train_tower, world_batches
+from testbed.pretraining.training import TrainingSchedule, rate_factor, train, train_tower, training_progress, world_batches
 from tests.helpers.photos import beliefs
 
 SMALL = 40
@@ -51,9 +51,9 @@ def saved(parts, tmp_path_factory) -> Path:
 
 def test_a_packed_row_computes_what_separate_prompts_do(small, parts):
     tokenizer, processor, model = parts
-    lessons = Curriculum(small, np.random.default_rng(3))
-    lessons.progress = 1.0
-    photo, examples = lessons.photo()
+    curriculum = Curriculum(small, np.random.default_rng(3))
+    curriculum.progress = 1.0
+    photo, examples = curriculum.photo()
     packer = Packer(tokenizer)
     texts = [Example("What is 2 plus 3?", "5"), Example("There is a club called Fasuna.", None)]
     batch = packer.batch([packer.row(texts), packer.row(examples, photo)])
@@ -120,10 +120,10 @@ def test_batching_does_not_change_answers(saved):
     model, processor = load(saved)
     photo = np.zeros((48, 48, 3), np.uint8)
     asked = [
-        Asked("What is 2 plus 3?", "5"),
-        Asked("Who?", "x", photo),
-        Asked("Which is larger, 3 or 12?", "12"),
-        Asked("Tell me the name of it.", "y", photo),
+        EvaluationQuestion("What is 2 plus 3?", "5"),
+        EvaluationQuestion("Who?", "x", photo),
+        EvaluationQuestion("Which is larger, 3 or 12?", "12"),
+        EvaluationQuestion("Tell me the name of it.", "y", photo),
     ]
     together = generate(model, processor, asked, new_tokens=4)
     assert together == [generate(model, processor, [a], new_tokens=4)[0] for a in asked]
@@ -145,11 +145,11 @@ def test_context_questions_use_the_shared_wording_and_have_one_answer(small, by_
 
 @pytest.mark.parametrize("by_picture", [False, True])
 @pytest.mark.parametrize("progress", [0.0, 1.0])
-def test_lessons_in_context_share_a_beginning_and_follow_the_stated_facts(small, by_picture, progress):
-    lessons = Curriculum(small, np.random.default_rng(4))
-    lessons.progress = progress
+def test_examples_in_context_share_a_beginning_and_follow_the_stated_facts(small, by_picture, progress):
+    curriculum = Curriculum(small, np.random.default_rng(4))
+    curriculum.progress = progress
     for _ in range(30):
-        photo, shared, examples = lessons.context(by_picture)
+        photo, shared, examples = curriculum.context(by_picture)
         assert (photo is not None) is by_picture and shared.startswith("Facts: 1) ") and examples
         for e in examples:
             assert e.prompt.startswith((" Question: ", " Which fact answers: "))
@@ -158,22 +158,22 @@ def test_lessons_in_context_share_a_beginning_and_follow_the_stated_facts(small,
 
 
 def test_a_shared_beginning_changes_no_token_of_a_prompt(small, parts):
-    lessons, packer = Curriculum(small, np.random.default_rng(5)), Packer(parts[0])
+    curriculum, packer = Curriculum(small, np.random.default_rng(5)), Packer(parts[0])
     for by_picture in (False, True):
-        photo, shared, examples = lessons.context(by_picture)
+        photo, shared, examples = curriculum.context(by_picture)
         row = packer.row(examples[:1], photo, shared)
         whole = packer.row([Example(shared + examples[0].prompt, examples[0].answer)], photo)
-        assert row.ids == whole.ids and row.place == whole.place and row.label == whole.label
+        assert row.ids == whole.ids and row.position == whole.position and row.label == whole.label
 
 
 def test_training_lowers_the_loss_and_repeats_itself(small, parts):
-    schedule = Schedule(steps=6, rows=(1, 1, 1, 1))
+    schedule = TrainingSchedule(steps=6, rows=(1, 1, 1, 1))
 
     def losses() -> list[float]:
         out: list[float] = []
         model = build_model(parts[0], 1)
         batches = world_batches(Curriculum(small, np.random.default_rng(2)), Packer(parts[0]), schedule)
-        assert train(model, Packer(parts[0]), batches, schedule, lambda _, __, loss: out.append(loss)) == 6
+        assert train(model, Packer(parts[0]), batches, schedule, lambda _, loss: out.append(loss)) == 6
         return out
 
     first = losses()
@@ -184,7 +184,7 @@ def test_the_tower_trains_and_leaves_the_global_generator_alone(parts):
     before = torch.random.get_rng_state()
     seen: list[float] = []
     model = build_model(parts[0], 2)
-    train_tower(model, np.random.default_rng(1), 4, lambda _, done, __: seen.append(done))
+    train_tower(model, np.random.default_rng(1), 4, lambda done, _: seen.append(done))
     assert seen == [0.25, 0.5, 0.75, 1.0]
     assert torch.equal(before, torch.random.get_rng_state())
 
@@ -192,7 +192,10 @@ def test_the_tower_trains_and_leaves_the_global_generator_alone(parts):
 def test_the_rate_rises_then_falls_to_zero():
     factors = [rate_factor(p, 0.1) for p in (0.05, 0.1, 0.55, 1.0)]
     assert factors == pytest.approx([0.5, 1.0, 0.5, 0.0])
-    assert Clock(10, 1e9).progress(5) == 0.5 and Clock(10**9, 1e-9).progress(0) == 1.0
+    assert training_progress(TrainingSchedule(10, minutes=1e9), 5, 1.0) == 0.5
+    assert training_progress(TrainingSchedule(10), 5, 60.0) == 0.5
+    assert training_progress(TrainingSchedule(10**9, minutes=4.0), 0, 1.0) == 0.25
+    assert training_progress(TrainingSchedule(10**9, minutes=1e-9), 0, 1.0) == 1.0
 
 
 def test_measuring_the_damage_puts_the_weights_back(small, saved):
@@ -228,7 +231,7 @@ def test_new_words_become_one_token_and_old_ones_stay(small, parts):
 def made_up_stream(monkeypatch):
     class MadeUp(Stream):
         summary, time_axis, licence = "made up", "scheduled", "none"
-        told = True
+        has_beliefs = True
 
         @property
         def origin(self) -> str:
@@ -244,14 +247,14 @@ def made_up_stream(monkeypatch):
             return ()
 
         def beliefs(self) -> Iterator[Question]:
-            return beliefs() if self.told else iter(())
+            return beliefs() if self.has_beliefs else iter(())
 
     STREAMS.scan()
     monkeypatch.setitem(STREAMS._entries, "made-up", MadeUp)
     return MadeUp
 
 
-def test_a_course_of_beliefs_writes_a_model_and_its_card(made_up_stream, saved, tmp_path, capsys):
+def test_a_training_on_beliefs_writes_a_model_and_its_card(made_up_stream, saved, tmp_path, capsys):
     out = tmp_path / "out"
     args = ["--stream", "made-up", "--out", str(out), "--start", str(saved), "--steps", "2", "--threads", "2", "--reading", "0.3"]
     assert command.main(args) in (0, 1)
@@ -269,21 +272,21 @@ def test_a_course_of_beliefs_writes_a_model_and_its_card(made_up_stream, saved, 
         (["--stream", "world-yearl", "--out", "o"], "world-yearly"),
         (["--stream", "world-yearly", "--out", "o", "--threads", "0", "--minutes", "-1"], "--threads"),
         (["--stream", "world-yearly", "--out", "o", "--world-size", "33"], "multiple of 20"),
-        (["--stream", "world-yearly", "--out", "o", "--reading", "1"], "--reading must lie in"),
+        (["--stream", "world-yearly", "--out", "o", "--reading", "1"], "--reading must be between 0 and 0.9"),
         (["--stream", "made-up", "--out", "o", "--start", "nowhere"], "no model lies in nowhere"),
         (["--stream", "world-yearly", "--out", "o", "--set", "world_size=40"], "expected stream.field=value"),
         (["--stream", "world-yearly", "--out", "o", "--set", "stream.colour=1", "stream.revise=2"], "no field 'colour'"),
         (["--stream", "world-yearly", "--out", "o", "--set", "stream.edits_per_year=0"], "edits_per_year must be 1 or more"),
     ],
 )
-def test_a_course_that_cannot_be_given_is_refused(made_up_stream, tmp_path, monkeypatch, capsys, args, said):
+def test_a_training_that_is_not_possible_is_refused(made_up_stream, tmp_path, monkeypatch, capsys, args, said):
     monkeypatch.chdir(tmp_path)
     assert command.main(args) == 2
     assert said in capsys.readouterr().out
     assert not (tmp_path / "o").exists()
 
 
-def test_a_course_reads_the_stream_as_the_run_will(tmp_path):
+def test_a_training_reads_the_stream_as_the_run_will(tmp_path):
     config = command.PretrainConfig(
         "world-yearly", tmp_path / "o", missing_images="text", set=("stream.world_size=60", "stream.fields=prompt=q,target=a"), world_seed=3
     )
@@ -294,7 +297,7 @@ def test_a_course_reads_the_stream_as_the_run_will(tmp_path):
     assert again == config
 
 
-def test_a_course_gives_its_threads_back():
+def test_a_training_restores_the_number_of_threads():
     own = torch.get_num_threads()
     with command._threads(own + 1):
         assert torch.get_num_threads() == own + 1
@@ -302,15 +305,15 @@ def test_a_course_gives_its_threads_back():
 
 
 def test_a_stream_without_beliefs_is_refused(made_up_stream, tmp_path, monkeypatch):
-    monkeypatch.setattr(made_up_stream, "told", False)
+    monkeypatch.setattr(made_up_stream, "has_beliefs", False)
     with pytest.raises(command.BadPretrain, match="nothing to learn"):
         command.pretrain(command.PretrainConfig("made-up", tmp_path / "o"))
 
 
-def test_the_gate_table_tells_met_from_missed():
-    rows = [GateRow("a", 0.99, 10, 0.98), GateRow("b", 0.5, 10, 0.9), GateRow("c", 0.1, 10)]
-    table = "\n".join(command.gate_table(rows))
-    assert [r.passed for r in rows] == [True, False, None]
+def test_the_table_of_scores_tells_met_from_missed():
+    scores = [AbilityScore("a", 0.99, 10, 0.98), AbilityScore("b", 0.5, 10, 0.9), AbilityScore("c", 0.1, 10)]
+    table = "\n".join(command.score_table(scores))
+    assert [s.passed for s in scores] == [True, False, None]
     assert table.count("met") == 1 and table.count("MISSED") == 1 and table.count("reported") == 1
 
 
@@ -330,16 +333,16 @@ def test_the_committed_weights_are_small_and_are_those_of_the_card():
     "ability", ["facts by name, held-out paraphrase", "facts by picture, new photo, held-out paraphrase", "naming the pictured entity"]
 )
 def test_the_committed_weights_know_the_world(committed, ability):
-    gate, make = question_gates(world(0, 0), np.random.default_rng(71))[ability]
-    assert gate is not None
+    threshold, draw = ability_questions(world(0, 0), np.random.default_rng(71))[ability]
+    assert threshold is not None
     model, processor = committed
-    assert share_right(model, processor, [make() for _ in range(100)]) >= gate - 0.05
+    assert share_right(model, processor, [draw() for _ in range(100)]) >= threshold - 0.05
 
 
 @pytest.mark.slow
-def test_the_committed_weights_meet_every_gate():
-    rows = command.evaluate_gates(command.ASSETS, questions=1000)
-    assert len(rows) > 20 and not [r.ability for r in rows if r.passed is False]
+def test_the_committed_weights_meet_every_threshold():
+    scores = evaluate_world(command.ASSETS, world(0, 0), questions=1000)
+    assert len(scores) > 20 and not [s.ability for s in scores if s.passed is False]
 
 
 def test_the_world_streams_are_what_the_committed_weights_know():
