@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,15 +13,10 @@ if TYPE_CHECKING:
     from testbed.experiment.runner import study
 
 __all__ = ["RunConfig", "study"]
+_MODULES = {"RunConfig": "testbed.experiment.config", "study": "testbed.experiment.runner"}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "study":
-        from testbed.experiment.runner import study
-
-        return study
-    if name == "RunConfig":
-        from testbed.experiment.config import RunConfig
-
-        return RunConfig
-    raise AttributeError(f"module 'testbed' has no attribute {name!r}")
+    if name not in _MODULES:
+        raise AttributeError(f"module 'testbed' has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name]), name)

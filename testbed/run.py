@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -60,44 +61,28 @@ def parse(argv: list[str]) -> RunConfig:
 
     Raises `BadConfig`, also for a --resume with another configuration.
     """
-    default = RunConfig()
-    config_file, resume = _value_of(argv, "--config"), _value_of(argv, "--resume")
-    if config_file:
-        default = set_fields(default, read_yaml(Path(config_file)))
-    if resume:
-        default = stored_config(Path(resume))
-    config = tyro.cli(RunConfig, args=_split_lists(argv), default=default, prog="python -m testbed.run")
-    if resume and config.identity() != default.identity():
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", type=Path)
+    first.add_argument("--resume", type=Path)
+    for option in _LISTS:
+        first.add_argument(option, nargs="*", action="extend")
+    given, rest = first.parse_known_args(argv)
+    default = set_fields(RunConfig(), read_yaml(given.config)) if given.config else RunConfig()
+    default = stored_config(given.resume) if given.resume else default
+    for option, value in vars(given).items():
+        if isinstance(value, Path):
+            rest += [f"--{option}", str(value)]
+        elif value is not None:  # tyro takes each option once, and its values apart
+            rest += [f"--{option}", *(value if option == "set" else filter(None, (n for v in value for n in variants.names(v))))]
+    config = tyro.cli(RunConfig, args=rest, default=default, prog="python -m testbed.run")
+    if given.resume and config.identity() != default.identity():
         changed = [k for k, v in config.identity().items() if v != default.identity()[k]]
         raise BadConfig(f"--resume goes on with the stored configuration; it cannot change {', '.join(changed)}")
     return config
 
 
-def _value_of(argv: list[str], option: str) -> str | None:
-    """The value of an option, before the whole command line is parsed."""
-    for i, a in enumerate(argv):
-        if a == option and i + 1 < len(argv):
-            return argv[i + 1]
-        if a.startswith(option + "="):
-            return a.partition("=")[2]
-    return None
-
-
-def _split_lists(argv: list[str]) -> list[str]:
-    """Write `--editor a,b` as `--editor a b`, and collect the values of all `--set`, because tyro takes each option once."""
-    out: list[str] = []
-    sets: list[str] = []
-    rest = [part for a in argv for part in (a.split("=", 1) if a.startswith(("--editor=", "--benchmarks=", "--set=")) else [a])]
-    while rest:
-        a = rest.pop(0)
-        if a == "--set":
-            while rest and not rest[0].startswith("--"):
-                sets.append(rest.pop(0))
-        elif a in ("--editor", "--benchmarks") and rest:
-            out += [a, *filter(None, variants.names(rest.pop(0)))]
-        else:
-            out.append(a)
-    return [*out, "--set", *sets] if sets else out
+_LISTS = ("--editor", "--benchmarks", "--set")
+"""Options with several values: separated by commas, except --set, which may also be given several times."""
 
 
 def read_yaml(path: Path, what: str = "") -> dict[str, Any]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 C = TypeVar("C", bound=type)
@@ -69,21 +69,13 @@ class Registry:
         """
         if self._scanned:
             return
-        package = importlib.import_module(self.package)
-        self._import_all(self.package, package.__path__)
+        for found in pkgutil.walk_packages(importlib.import_module(self.package).__path__, f"{self.package}."):
+            if not found.name.rpartition(".")[2].startswith("_"):
+                try:
+                    importlib.import_module(found.name)
+                except Exception as e:
+                    raise ImportError(f"the {self.kind} file {found.name} cannot be loaded: {type(e).__name__}: {e}") from e
         self._scanned = True
-
-    def _import_all(self, package: str, folders: Iterable[str]) -> None:
-        for found in sorted(pkgutil.iter_modules(folders), key=lambda m: m.name):
-            if found.name.startswith("_"):
-                continue
-            name = f"{package}.{found.name}"
-            try:
-                module = importlib.import_module(name)
-            except Exception as e:
-                raise ImportError(f"the {self.kind} file {name} cannot be loaded: {type(e).__name__}: {e}") from e
-            if found.ispkg:
-                self._import_all(name, module.__path__)
 
     def names(self) -> list[str]:
         """All registered names in alphabetical order."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, get_type_hints
 
 from streams.base import MissingImages, Stream, StreamConfig
 from testbed.benchmarks import files as benchmarks
@@ -22,7 +24,7 @@ from testbed.storage.files import StoreError
 from testbed.storage.run_folder import RunFolder
 
 if TYPE_CHECKING:  # an editor's module loads torch, and a configuration is read without it
-    from testbed.editors.base import Editor, EditorConfig
+    from testbed.editors.base import Editor
 
 D = TypeVar("D")
 T = TypeVar("T")
@@ -106,7 +108,7 @@ class RunConfig:
         _attempt(problems, self.resolve)
         return problems
 
-    def resolve_stream(self) -> ResolvedStream:
+    def resolve_stream(self) -> Resolved[Stream]:
         """The class of the stream and its configuration with `--set stream.*`. Raises `BadConfig`."""
         problems: list[str] = []
         cls: Any = _attempt(problems, lambda: STREAMS.get(self.stream))
@@ -115,9 +117,9 @@ class RunConfig:
         problems += config.problems() if config is not None else []
         if problems or config is None:
             raise BadConfig("\n".join(problems))
-        return ResolvedStream(cls, config)
+        return Resolved(cls, config, partial(cls, config))
 
-    def resolve_editor(self, name: str) -> ResolvedEditor:
+    def resolve_editor(self, name: str) -> Resolved[Editor]:
         """The class of an editor and its configuration: `--set`, then its brackets. Raises `BadConfig` or `UnknownName`."""
         try:
             base, settings = variants.split(name)
@@ -132,7 +134,7 @@ class RunConfig:
         if problems:
             raise BadConfig("\n".join(problems))
         named = cls if base == name else type(cls.__name__, (cls,), {"name": name, "__doc__": cls.__doc__})
-        return ResolvedEditor(named, config, self.seed)
+        return Resolved(named, config, partial(named, config, self.seed))
 
     def _load_benchmarks(self) -> benchmarks.LoadedBenchmarks:
         config = set_fields(BenchmarkConfig(), self._settings("benchmarks"))
@@ -142,8 +144,8 @@ class RunConfig:
 
     def _settings(self, owner: str) -> dict[str, str]:
         """The `--set` fields of one editor, of `stream` or of `benchmarks`, as text."""
-        items = [item.partition("=") for item in self.set]
-        return {left.partition(".")[2]: value for left, _, value in items if left.partition(".")[0] == owner}
+        items = [item.partition("=") for item in self.set if setting_owner(item) == owner]
+        return {left.partition(".")[2]: value for left, _, value in items}
 
     def _field_problems(self) -> list[str]:
         """Mistakes that the fields alone show."""
@@ -162,8 +164,8 @@ class RunConfig:
         owners = {"stream", "benchmarks", *(name.partition("[")[0] for name in self.editor)}
         out: list[str] = []
         for item in self.set:
-            owner = item.partition("=")[0].partition(".")[0]
-            if "=" not in item or "." not in item.partition("=")[0]:
+            owner = setting_owner(item)
+            if not owner:
                 out.append(f"--set {item!r} is not of the form editor.field=value")
             elif owner not in owners:
                 out.append(f"--set {item!r} names {owner!r}, which takes no part in this run ({', '.join(sorted(owners))})")
@@ -184,28 +186,12 @@ LOCATIONS = ("data_root", "model", "benchmarks")
 
 
 @dataclass(frozen=True)
-class ResolvedStream:
-    """The class of a stream and its checked configuration."""
+class Resolved(Generic[T]):
+    """A plug-in of a run: its class (of a variant, under its whole name), its checked configuration, and its constructor."""
 
-    cls: type[Stream]
-    config: StreamConfig
-
-    def open(self) -> Stream:
-        """Read the stream. Raises `BadStream`."""
-        return self.cls(self.config)
-
-
-@dataclass(frozen=True)
-class ResolvedEditor:
-    """The class of an editor (a variant has its whole name), its checked configuration, and the seed of the run."""
-
-    cls: type[Editor]
-    config: EditorConfig
-    seed: int
-
-    def create(self) -> Editor:
-        """A new editor, not yet bound to a model."""
-        return self.cls(self.config, self.seed)
+    cls: type[T]
+    config: Any
+    create: Callable[[], T]
 
 
 @dataclass(frozen=True)
@@ -213,8 +199,8 @@ class ResolvedRun:
     """A checked configuration with the plug-ins and files that its fields name."""
 
     config: RunConfig
-    stream: ResolvedStream
-    editors: dict[str, ResolvedEditor]
+    stream: Resolved[Stream]
+    editors: dict[str, Resolved[Editor]]
     """By name, in the order of the configuration."""
     benchmarks: benchmarks.LoadedBenchmarks
 
@@ -237,17 +223,22 @@ def stored_config(out: Path) -> RunConfig:
     return replace(set_fields(RunConfig(), {k: v for k, v in stored.items() if k in known}), resume=out)
 
 
+def setting_owner(item: str) -> str:
+    """The owner in owner.field=value; "" for text of another form."""
+    left, equals, _ = item.partition("=")
+    owner, dot, _ = left.partition(".")
+    return owner if equals and dot else ""
+
+
 def plain(value: Any) -> Any:
     """The value in JSON types."""
-    if isinstance(value, Path):
-        return str(value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {k: plain(v) for k, v in dataclasses.asdict(value).items()}
-    if isinstance(value, (tuple, list, frozenset)):
-        return [plain(v) for v in value]
-    if isinstance(value, dict):
-        return {k: plain(v) for k, v in value.items()}
-    return value
+
+    def convert(x: Any) -> Any:
+        if dataclasses.is_dataclass(x):
+            return {f.name: getattr(x, f.name) for f in dataclasses.fields(x)}
+        return list(x) if isinstance(x, frozenset) else str(x)
+
+    return json.loads(json.dumps(value, default=convert))
 
 
 def set_fields(config: D, values: Mapping[str, Any]) -> D:

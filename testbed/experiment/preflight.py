@@ -21,16 +21,15 @@ def check(schedule: Schedule, handle: ModelHandle) -> None:
     pictures = {x.image.key: x.image for x in (*events, *questions) if x.image is not None}
     if pictures and not handle.reads_pictures:
         raise BadModel(f"{handle.name} reads no pictures and {len(pictures)} are asked about: use an image-text model, or a text stream")
-    _raise(BadPicture, filter(None, (_picture_problem(handle, found) for found in decoded(pictures.values()))))
-    answers = [(Ask(e.prompt), e.target) for e in events if e.target]
-    answers += [(Ask(q.prompt), a) for q in questions for a in q.choices or filter(None, [q.answer])]
-    _raise(BadModel, filter(None, (_answer_problem(handle, ask, answer) for ask, answer in answers)))
-    _raise(BadModel, filter(None, (_length_problem(handle, q) for q in questions)))
+    _raise(BadPicture, (_picture_problem(handle, found) for found in decoded(pictures.values())))
+    answers = [(e.prompt, e.target) for e in events if e.target]
+    answers += [(q.prompt, a) for q in questions for a in q.choices or filter(None, [q.answer])]
+    _raise(BadModel, (_answer_problem(handle, prompt, answer) for prompt, answer in answers))
+    _raise(BadModel, (_length_problem(handle, q) for q in questions))
 
 
-def _raise(error: type[Exception], problems: Iterable[str]) -> None:
-    listed = list(problems)
-    if listed:
+def _raise(error: type[Exception], problems: Iterable[str | None]) -> None:
+    if listed := [p for p in problems if p is not None]:
         more = [f"... and {len(listed) - _SHOWN} more"] if len(listed) > _SHOWN else []
         raise error("\n".join([*listed[:_SHOWN], *more]))
 
@@ -43,10 +42,10 @@ def _picture_problem(handle: ModelHandle, picture: Decoded | BadPicture) -> str 
     return None
 
 
-def _answer_problem(handle: ModelHandle, ask: Ask, answer: str) -> str | None:
+def _answer_problem(handle: ModelHandle, prompt: str, answer: str) -> str | None:
     """Why an answer cannot be tokenized after its prompt."""
     try:
-        answer_ids(handle, ask, answer)
+        answer_ids(handle, Ask(prompt), answer)
     except BadModel as e:
         return str(e)
     return None
@@ -61,6 +60,5 @@ def _length_problem(handle: ModelHandle, question: Question) -> str | None:
     n = prompt_inputs(handle, ask)["input_ids"].shape[1] + max((len(answer_ids(handle, ask, a)) for a in answers), default=1)
     if n <= handle.window:
         return None
-    where = question.topic or question.split
-    long = f"a question ({where}) takes {n} tokens, {handle.name} reads {handle.window}"
+    long = f"a question ({question.topic or question.split}) takes {n} tokens, {handle.name} reads {handle.window}"
     return f"{long}: {question.prompt[:60]!r}; show fewer examples or leave it out"

@@ -71,10 +71,7 @@ class StoredRun:
 def rebuild(out: Path, changed: dict[str, Any] | None = None) -> StoredRun:
     """Load a run folder again.
 
-    Args:
-        changed: fields of the configuration with the new location of data or model (`data_root`, `model`, `benchmarks`), and
-            `device`.
-
+    changed: new values of the fields that locate data and model (`data_root`, `model`, `benchmarks`), and of `device`.
     Raises `StoreError` where the folder is no run, or data or model differ from those of the run.
     """
     config = replace(stored_config(out), **(changed or {}))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import subprocess
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -66,22 +66,13 @@ class PreparedRun:
         return Context(*answers, self.handle, self.stream, self.schedule, self.config.save_every, **more)
 
 
-@dataclass(frozen=True)
-class RunCallbacks:
-    """The outside of a run: progress bars, a callback for messages, and the request to stop."""
-
-    bars: Bars
-    say: Callable[[str], None]
-    stop: StopRequest = field(default_factory=StopRequest)
-
-
 def prepare(resolved: ResolvedRun) -> PreparedRun:
     """Read the stream, load the model and fix the schedule. Nothing is written.
 
     Raises `BadConfig`, `BadStream`, `BadModel`, `BadPicture`.
     """
     config = resolved.config
-    stream = resolved.stream.open()
+    stream = resolved.stream.create()
     events = stream.events(config.edits)
     if not events:
         raise BadConfig(f"{config.stream} ({stream.origin}) yields no edit; skipped records: {len(stream.skipped)}")
@@ -104,7 +95,7 @@ def study(config: RunConfig, say: Callable[[str], None] = lambda line: None, sto
 
     Returns the summary, as in summary.json. Raises `BadConfig`, `BadStream`, `BadModel`, `StoreError`, `OutOfMemory`.
     """
-    run = prepare(config.resolve())
+    run, stop = prepare(config.resolve()), stop or StopRequest()
     folder = RunFolder(run.out)
     for note in run.manifest["notes"]:
         say(note)
@@ -119,7 +110,7 @@ def study(config: RunConfig, say: Callable[[str], None] = lambda line: None, sto
         write_rows(folder.path / "events.parquet", EventRow, run.schedule.event_rows())
         write_rows(folder.path / "questions.parquet", QuestionRow, run.schedule.question_rows())
         with bars() as shown:
-            _run_editors(run, folder, RunCallbacks(shown, say, stop or StopRequest()))
+            _run_editors(run, folder, shown, say, stop)
         _save_models(run, folder, say)
         return finish(run.out)
 
@@ -140,26 +131,26 @@ def finish(out: Path) -> dict[str, Any]:
     return {**summary, "run": {**summary["run"], "folder": str(out)}}
 
 
-def _run_editors(run: PreparedRun, folder: RunFolder, callbacks: RunCallbacks) -> None:
+def _run_editors(run: PreparedRun, folder: RunFolder, shown: Bars, say: Callable[[str], None], stop: StopRequest) -> None:
     config, phase = run.config, phase_log(run.config.log)
 
     def note(line: str) -> None:
-        callbacks.say(line)
+        say(line)
         folder.add_note(line)
 
     try:
-        context = run.context(_base_answers(run, folder, callbacks), say=note, stop=callbacks.stop)
+        context = run.context(_base_answers(run, folder, shown, stop), say=note, stop=stop)
         for name, resolved in run.resolved.editors.items():
             editor = resolved.create()
-            callbacks.stop.check(f"stopped before {name}")
+            stop.check(f"stopped before {name}")
             with tracking(config.track, TrackedRun(run.out, context.run, name, config.stored())) as saved:
                 place = folder.editor(name, phase, saved)
-                run_editor(context, editor, place, phase, lambda *now, name=name: callbacks.bars.advance(name, *now))
+                run_editor(context, editor, place, phase, lambda *now, name=name: shown.advance(name, *now))
     except Stopped as e:
         raise Stopped(f"{e}; everything up to there is saved. Go on with --resume {run.out}") from e
 
 
-def _base_answers(run: PreparedRun, folder: RunFolder, callbacks: RunCallbacks) -> dict[str, BaseAnswer]:
+def _base_answers(run: PreparedRun, folder: RunFolder, shown: Bars, stop: StopRequest) -> dict[str, BaseAnswer]:
     """The unedited model's answers by question id, computed where they are not stored. Raises `Stopped`."""
     base = folder.base_answers()
     questions = list(run.schedule.unique_questions.values())
@@ -167,8 +158,8 @@ def _base_answers(run: PreparedRun, folder: RunFolder, callbacks: RunCallbacks) 
         return base
 
     def progress(*now: Any) -> None:
-        callbacks.stop.check("stopped while the unedited model was asked")
-        callbacks.bars.advance("unedited model", *now)
+        stop.check("stopped while the unedited model was asked")
+        shown.advance("unedited model", *now)
 
     what = (run.handle, questions, run.config.max_new_tokens)
     answers = base_answers(run.config.cache, *what, lambda: answer_base(*what, progress))

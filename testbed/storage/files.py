@@ -67,12 +67,8 @@ def _flush_folder(path: Path) -> None:
 def locked(lock: Path, option: str, wait: bool = True) -> Generator[None]:
     """Hold a lock file inside the block; the death of the process releases it.
 
-    Args:
-        lock: the lock file; its folder is created.
-        option: the command line option that chooses the folder, for messages.
-        wait: wait for another process that holds the lock, or else raise.
-
-    Raises `StoreError` where the folder cannot be written, or, without `wait`, where another process holds the lock.
+    option: the command line option that chooses the folder, for messages. Raises `StoreError` where the folder cannot be
+    written, or, without `wait`, where another process holds the lock.
     """
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)

@@ -92,7 +92,6 @@ class RunFolder:
         files.write_rows(self.path / "base" / "answers.parquet", BaseAnswer, answers)
 
     def editor(self, name: str, phase: Phase | None = None, saved: Callable[[StepResults], None] | None = None) -> EditorFolder:
-        """The folder of one editor; see `EditorFolder` for the callbacks."""
         return EditorFolder(self.path / folder_name(name), phase, saved)
 
 
@@ -106,9 +105,7 @@ def _differences(name: str, stored: Any, now: Any, ignored: Sequence[str]) -> li
 class EditorFolder:
     """OUT/EDITOR: records, monitors, reports and state up to the newest saved step.
 
-    Args:
-        phase: callback for the start of each phase of a save.
-        saved: callback for the results that were just saved.
+    phase: callback for the start of each phase of a save. saved: callback for the results that were just saved.
     """
 
     def __init__(self, path: Path, phase: Phase | None = None, saved: Callable[[StepResults], None] | None = None) -> None:

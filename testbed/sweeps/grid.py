@@ -21,7 +21,7 @@ from typing import Any
 from testbed.core import variants
 from testbed.core.events import content_id
 from testbed.core.schema import folder_name
-from testbed.experiment.config import BadConfig, RunConfig, plain, set_fields
+from testbed.experiment.config import BadConfig, RunConfig, plain, set_fields, setting_owner
 from testbed.storage.files import step_of
 
 RESERVED = frozenset({"out", "resume", "config", "log", "dry_run", "list", "save_model", "cache"})
@@ -141,7 +141,7 @@ def _choices(name: str, value: Any) -> list[Any]:
 def _cell(chosen: Mapping[str, Any], out: Path) -> Cell:
     config = set_fields(RunConfig(), chosen)
     owners = {*_COMMON, config.editor[0].partition("[")[0]}
-    kept = tuple(s for s in config.set if _owner(s) in (*owners, ""))
+    kept = tuple(s for s in config.set if setting_owner(s) in (*owners, ""))
     data_root = config.data_root.absolute() if config.data_root is not None else None
     paths = {"data_root": data_root, "model": _absolute(config.model), "benchmarks": tuple(p.absolute() for p in config.benchmarks)}
     config = replace(config, set=kept, **paths)
@@ -155,15 +155,9 @@ def _absolute(model: str) -> str:
     return str(Path(model).absolute()) if Path(model).is_dir() else model
 
 
-def _owner(setting: str) -> str:
-    """The owner of a setting; "" for text that is no setting, which the check of the run reports."""
-    left, _, _ = setting.partition("=")
-    return left.partition(".")[0] if "=" in setting and "." in left else ""
-
-
 def _check_owners(settings: Any, editors: set[str]) -> None:
     known = {*_COMMON, *editors, ""}
-    strangers = sorted({_owner(s) for s in set_fields(RunConfig(), {"set": settings}).set} - known)
+    strangers = sorted({setting_owner(s) for s in set_fields(RunConfig(), {"set": settings}).set} - known)
     if strangers:
         raise BadConfig(f"set names {', '.join(strangers)}, which takes part in no cell ({', '.join(sorted(known - {''}))})")
 

@@ -13,6 +13,7 @@ from testbed.model.difficulty import losses
 from testbed.model.encoding import answer_ids, prompt_inputs
 from tests.helpers.models import build, folder
 
+
 def test_a_loss_is_the_mean_over_the_targets_tokens() -> None:
     handle = build("llama")
     events = [EditEvent("add", 1.0, i, f"who leads {x}?", t) for i, (x, t) in enumerate([("one", "Mara Venn"), ("the bridge", "green")])]
