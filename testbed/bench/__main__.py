@@ -222,7 +222,7 @@ def _opened(config: BenchConfig, name: str) -> ModelHandle | None:
 
 def _stream(config: BenchConfig, handle: ModelHandle | None = None) -> Stream:
     name = config.stream if handle is None or handle.reads_pictures else config.text_stream
-    return RunConfig(stream=name, seed=config.seed).resolve_stream().open()
+    return RunConfig(stream=name, seed=config.seed).resolve_stream().create()
 
 
 def table(lines: Sequence[Any]) -> Table:

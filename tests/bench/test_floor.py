@@ -127,7 +127,7 @@ def test_rows_are_the_whole_and_its_parts(name: str) -> None:
 def test_pictures_are_seen_anew_where_products_are_counted_as_where_they_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     made, old = [], Stems._made
     monkeypatch.setattr(Stems, "_made", lambda self, asks: (made.append(len(asks)), old(self, asks))[1])
-    stream = RunConfig(stream="okedit-yearly").resolve_stream().open()
+    stream = RunConfig(stream="okedit-yearly").resolve_stream().create()
     hot_paths(loading.load("tiny", "cpu"), stream, lambda: EDITORS.get("balancedit")(), Amount(2, 0, 1), machine(1e12, 1e12))
     assert made == [2, 2, 1, 2, 1]  # an edit's picture and the black one, then another; the first pass ends after one edit
 
