@@ -39,10 +39,9 @@ class InspectConfig:
 
 def inspect_stream(config: InspectConfig) -> list[str]:
     """Lines about a stream. Raises `BadStream` or `UnknownName`."""
+    settings = StreamConfig(data_root=config.data_root, missing_images=config.missing_images, fields=config.fields)
     began = time.process_time()
-    stream = STREAMS.get(config.stream)(
-        StreamConfig(data_root=config.data_root, missing_images=config.missing_images, fields=config.fields)
-    )
+    stream = STREAMS.get(config.stream)(settings)
     loaded = time.process_time()
     events = stream.events(config.edits)
     made = time.process_time()

@@ -134,7 +134,10 @@ def changes(facts: Iterable[EditableFact], shares: Shares, values: Values, rng: 
         if pending is not None and (kind == "add" or not live):
             born = _born(pending)
             yield FactChange("add", pending, pending.target, pending.previous)
-            yield from _repeated(born, shares.repeats, values, rng)
+            for _ in range(shares.repeats - 1):
+                if (change := _change("revise", born, values, rng)) is None:
+                    break  # no new value is left
+                yield change
             if born.changes < most:
                 live.append(born)
             pending = next(fresh, None)
@@ -196,15 +199,6 @@ def scheduled(facts: Sequence[EditableFact], values: Values, config: StreamConfi
     shares = Shares(config.revise, config.revert, config.retire, config.repeats)
     changed = changes((facts[i] for i in order), shares, values, draws("changes"))
     return dated(changed, calendar(config.edits_per_year, config.bursts, draws("years")))
-
-
-def _repeated(life: _Life, repeats: int, values: Values, rng: np.random.Generator) -> Iterator[FactChange]:
-    """The revisions that follow an addition at once; fewer where no new value is left."""
-    for _ in range(repeats - 1):
-        change = _change("revise", life, values, rng)
-        if change is None:
-            return
-        yield change
 
 
 def _born(fact: EditableFact) -> _Life:

@@ -15,7 +15,7 @@ from typing import Any
 from streams.base import BadStream
 from streams.dated.country_codes import COUNTRIES
 from streams.dated.states import Day, SourceData, State, Timeline, day, read_day, state
-from streams.files.fields import find, many, read_rows, suffixes, usable
+from streams.files.fields import find, many, read_rows, suffixes
 from streams.files.records import BadField, clean, kind_of, parse_json, text_of
 
 
@@ -80,7 +80,7 @@ def templama(root: Path | None) -> SourceData:
         data.total += len(row)
         return _templama_fact(row, where)
 
-    data.timelines += usable(rows, timeline, path.name, data.skipped)
+    data.timelines += data.usable(rows, timeline, path.name)
     return data
 
 
@@ -123,11 +123,11 @@ def dyknow(root: Path | None) -> SourceData:
         if not isinstance(answers, list):
             raise BadField(f"answers must be a list, found {kind_of(answers)}")
         data.total += len(answers)
-        states = list(usable(answers, _dyknow_state, lambda k, _: f"{where} answer {k}", data.skipped))
+        states = list(data.usable(answers, _dyknow_state, lambda k, _: f"{where} answer {k}"))
         return _dyknow_fact(names, fact, more.get(names, {}), states)
 
     facts = _dyknow_facts(top, ())
-    data.timelines += usable(facts, timeline, lambda _, item: f"{path.name} {' / '.join(item[0])}", data.skipped)
+    data.timelines += data.usable(facts, timeline, lambda _, item: f"{path.name} {' / '.join(item[0])}")
     return data
 
 
@@ -233,7 +233,7 @@ def leaders(root: Path | None) -> SourceData:
         facts.setdefault(_country(row), []).append(_leader(row, where))
 
     try:
-        list(usable(rows, add, path.name, data.skipped))
+        list(data.usable(rows, add, path.name))
     except csv.Error as e:
         raise BadStream(f"{path}: cannot be read as a table after record {data.total}: {e}. Fetch it again.") from e
     templates = PROMPT_TEMPLATES["is led by"]

@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from streams.base import Skipped
+from streams.files.fields import RecordReader
 from streams.files.pictures import FilePicture
 from streams.files.records import BadField, digest_of, plain, read_bytes
 
@@ -59,22 +60,16 @@ class DatedChange:
 
 
 @dataclass
-class SourceData:
-    """What a source gave: facts, records left out, hashes of the files, and the records' number."""
+class SourceData(RecordReader):
+    """What a source of dated facts gave: besides the records' number and what was left out, the facts."""
 
     timelines: list[Timeline] = field(default_factory=list)
-    skipped: list[Skipped] = field(default_factory=list)
-    digests: list[str] = field(default_factory=list)
-    total: int = 0
 
     def read(self, path: Path) -> bytes:
         """The content of one of the source's files, whose hash is kept. Raises `BadStream`."""
         raw = read_bytes(path)
         self.digests.append(digest_of(raw))
         return raw
-
-    def skip(self, where: str, reason: str) -> None:
-        self.skipped.append(Skipped(where, reason))
 
 
 def read_day(text: object, name: str) -> Day | None:

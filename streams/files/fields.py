@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from streams.base import BadStream, Skipped
-from streams.files.entry import EntryQuestion
+from streams.files.entry import EntryData, EntryQuestion, FactEntry, with_roles
 from streams.files.pictures import list_folder
 from streams.files.records import BadField, clean, digest_of, distinct, kind_of, parse_json, plain, read_bytes, reasons
 from testbed.core.events import BadPicture, Split
@@ -62,16 +63,6 @@ def answers(record: object, path: str | None) -> tuple[str, ...]:
     return distinct(many(pick(record, path), path)) if path else ()
 
 
-def text_pairs(record: object, split: Split, prompts: str | None, golds: str | None) -> list[EntryQuestion]:
-    """Questions under `prompts` with the answers under `golds`: one by one where both have as many, else all the same."""
-    if not prompts:
-        return []
-    texts, right = many(pick(record, prompts), prompts), many(pick(record, golds), golds) if golds else ()
-    if len(texts) > 1 and len(texts) == len(right):
-        return [EntryQuestion(split, q, a) for q, a in zip(texts, right)]
-    return [EntryQuestion(split, q, right[0] if right else None, aliases=distinct(right[1:], right[:1])) for q in texts]
-
-
 def nested(record: object, path: str | None, split: Split) -> Iterator[EntryQuestion]:
     """`{"group": [{"prompt": ..., "ground_truth": ...}]}` as questions; the first answer counts, others are aliases.
 
@@ -98,13 +89,63 @@ def must_differ(target: str, previous: str | None, names: tuple[str, str] = ("ta
         raise BadField(f"{names[0]} equals {names[1]}: the edit would change nothing")
 
 
-def choose_form(row: object, forms: Mapping[str, FieldMap], where: str) -> FieldMap:
-    """The first form whose prompt and target the row has. Raises `BadStream` with the columns that exist."""
-    for form in forms.values():
-        if all(pick(row, form[f]) is not ABSENT for f in ("prompt", "target")):
-            return form
-    wanted = "; or ".join(f"{f['prompt']} and {f['target']}" for f in forms.values())
-    raise BadStream(f"{where}: expected records with {wanted}; found {columns(row)}. Is this the right file?")
+def read_entry(row: Mapping[str, Any], form: FieldMap, name: str, guess: tuple[str, str] | None = None) -> FactEntry:
+    """One row as an entry. Raises `BadField` for what cannot be used.
+
+    guess: (subject, frame) found from the prompt, used where the form has no subject.
+    """
+    prompt, target = one(row, form["prompt"]), one(row, form["target"])
+    said = answers(row, form.get("subject"))
+    subject = said[0] if said else (guess[0] if guess else None)
+    prompt = prompt.replace("{}", subject) if subject and "{}" in prompt else prompt
+    before = answers(row, form.get("previous"))
+    previous = before[0] if before else None
+    if "previous" in form and previous is None:
+        raise BadField(f"{form['previous']} is absent or empty")
+    must_differ(target, previous, (form["target"], form.get("previous", "")))
+    held_out = distinct([*answers(row, form.get("rephrase")), *answers(row, form.get("rephrase_too"))], [prompt])
+    train = distinct(answers(row, form.get("train")), [prompt, *held_out])
+    return FactEntry(
+        source=name,
+        prompt=prompt,
+        target=target,
+        previous=previous,
+        subject=subject,
+        relation=relation_of(row, form, prompt, subject, guess),
+        aliases=tuple(a for a in before[1:] if plain(a) != plain(target)),
+        held_out=held_out,
+        train=train,
+        questions=tuple(questions_of(row, form)),
+    )
+
+
+def relation_of(row: Mapping[str, Any], form: FieldMap, prompt: str, subject: str | None, guess: tuple[str, str] | None) -> str:
+    """The relation where the form has one, else the prompt with "{}" for its subject."""
+    named = answers(row, form.get("relation"))
+    if named:
+        return named[0]
+    if subject and subject in prompt:
+        return guess[1] if guess and guess[0] == subject else prompt.replace(subject, "{}", 1)
+    return "other"
+
+
+def text_pairs(record: object, split: Split, prompts: str | None, golds: str | None) -> list[EntryQuestion]:
+    """Questions under `prompts` with the answers under `golds`: one by one where both have as many, else all the same."""
+    if not prompts:
+        return []
+    texts, right = many(pick(record, prompts), prompts), many(pick(record, golds), golds) if golds else ()
+    if len(texts) > 1 and len(texts) == len(right):
+        return [EntryQuestion(split, q, a) for q, a in zip(texts, right)]
+    return [EntryQuestion(split, q, right[0] if right else None, aliases=distinct(right[1:], right[:1])) for q in texts]
+
+
+def questions_of(row: Mapping[str, Any], form: FieldMap) -> list[EntryQuestion]:
+    return [
+        *text_pairs(row, "locality_hard", form.get("hard"), form.get("hard_answer")),
+        *text_pairs(row, "locality_text", form.get("text"), form.get("text_answer")),
+        *nested(row, form.get("locality"), "locality_sibling"),
+        *nested(row, form.get("portability"), "portability"),
+    ]
 
 
 def columns(row: object) -> str:
@@ -112,22 +153,6 @@ def columns(row: object) -> str:
     if not isinstance(row, Mapping):
         return kind_of(row)
     return "the fields " + (_shortened([str(k) for k in row], 30) or "none")
-
-
-def usable(rows: Iterable[R], make: Callable[[R, str], T], where: Callable[[int, R], str] | str, skipped: list[Skipped]) -> Iterator[T]:
-    """What `make(row, name)` gives for each row.
-
-    A row for which it raises `BadField` or `BadPicture` is written to `skipped`, with its name and the reason.
-
-    Args:
-        where: the name of a row from its position and itself; a text stands for "{text} record {position}".
-    """
-    for i, row in enumerate(rows):
-        name = f"{where} record {i}" if isinstance(where, str) else where(i, row)
-        try:
-            yield make(row, name)
-        except (BadField, BadPicture) as e:
-            skipped.append(Skipped(name, str(e)))
 
 
 def as_object(row: Any) -> Mapping[str, Any]:
@@ -214,14 +239,48 @@ def _shortened(names: Sequence[str], most: int) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def take(key: object, taken: set[object], what: str) -> None:
-    """Add the key to those taken. Raises `BadField` where it stands in an earlier record."""
-    if key in taken:
-        raise BadField(f"{what} stands in an earlier record")
-    taken.add(key)
+@dataclass
+class RecordReader:
+    """Turns the records of one source into what a stream needs; a record that cannot be used is named in `skipped`.
 
+    `digests` are hashes of the files, `total` counts the records, and `taken` holds what only one record may have.
+    """
 
-def require_entries(entries: Sequence[Any], total: int, where: str, skipped: list[Skipped], hint: str = "") -> None:
-    """Raise `BadStream`, with the commonest reasons, where no record can be used."""
-    if not entries:
-        raise BadStream(f"{where}: none of {total:,} records can be used ({reasons(skipped) or 'the file is empty'}).{hint}")
+    skipped: list[Skipped] = field(default_factory=list)
+    digests: list[object] = field(default_factory=list)
+    total: int = 0
+    taken: set[object] = field(default_factory=set)
+
+    def usable(self, rows: Iterable[R], make: Callable[[R, str], T], where: Callable[[int, R], str] | str) -> Iterator[T]:
+        """What `make(row, name)` gives for each row; a row for which it raises `BadField` or `BadPicture` is skipped.
+
+        Args:
+            where: the name of a row from its position and itself; a text stands for "{text} record {position}".
+        """
+        for i, row in enumerate(rows):
+            name = f"{where} record {i}" if isinstance(where, str) else where(i, row)
+            try:
+                yield make(row, name)
+            except (BadField, BadPicture) as e:
+                self.skip(name, str(e))
+
+    def skip(self, where: str, reason: str) -> None:
+        self.skipped.append(Skipped(where, reason))
+
+    def take(self, key: object, what: str) -> None:
+        """Add a key to those taken. Raises `BadField` where it stands in an earlier record."""
+        if key in self.taken:
+            raise BadField(f"{what} stands in an earlier record")
+        self.taken.add(key)
+
+    def require(self, entries: Sequence[FactEntry], where: str, hint: str = "") -> None:
+        """Raise `BadStream`, with the commonest reasons, where no record can be used."""
+        if not entries:
+            why = reasons(self.skipped) or "the file is empty"
+            raise BadStream(f"{where}: none of {self.total:,} records can be used ({why}).{hint}")
+
+    def entry_data(self, entries: Sequence[FactEntry], title: str, where: str, digest: str, note: str = "") -> EntryData:
+        """The entries, each with its role, as what a loader returns. Raises `BadStream` where there is none."""
+        self.require(entries, where)
+        origin = f"{title} ({len(entries):,} usable of {self.total:,} records{note})"
+        return EntryData(origin, with_roles(entries), tuple(self.skipped), digest)

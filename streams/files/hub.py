@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from streams.base import BadStream, Skipped, StreamConfig
-from streams.files.entry import EntryData, FactEntry, with_roles
+from streams.files.entry import EntryData, FactEntry
 from streams.files.entry_stream import EntryStream
-from streams.files.fields import ABSENT, as_object, columns, pick, read_rows, require_entries, take, usable
+from streams.files.fields import ABSENT, RecordReader, as_object, columns, pick, read_entry, read_rows
 from streams.files.pictures import AnyPicture, FilePicture, StoredPicture
 from streams.files.records import BadField, digest_of, optional_text, reasons
-from streams.files.textfacts_files import read_entry
 from testbed.core.events import BadPicture, content_id
 from testbed.core.registry import STREAMS
 
@@ -61,24 +60,22 @@ class MappedStream(EntryStream):
     def read(self, config: StreamConfig) -> EntryData:
         if not self.argument:
             raise BadStream(f"this stream needs its source in its name: {self.usage}")
-        skipped: list[Skipped] = []
-        rows, title, digest, pictures = self.rows(config, skipped)
+        reader = RecordReader()
+        rows, title, digest, pictures = self.rows(config, reader.skipped)
         first = next((r for r in rows if isinstance(r, Mapping)), None)
         if first is None:
-            raise BadStream(f"{title}: no record is an object with fields ({reasons(skipped) or 'there are no records'}).")
+            raise BadStream(f"{title}: no record is an object with fields ({reasons(reader.skipped) or 'there are no records'}).")
         form = field_map(config.fields, first, title)
-        taken: set[object] = set()
+        reader.total = len(rows)
 
         def entry(row: Any, name: str) -> FactEntry:
             made = read_entry(as_object(row), {k: v for k, v in form.items() if k != "image"}, name)
             made = replace(made, image=_picture(row, form, pictures))
-            take(made.key, taken, "the same question")
+            reader.take(made.key, "the same question")
             return made
 
-        entries = list(usable(rows, entry, lambda i, _: f"record {i}", skipped))
-        require_entries(entries, len(rows), title, skipped)
-        origin = f"{title} ({len(entries):,} usable of {len(rows):,} records)"
-        return EntryData(origin, with_roles(entries), tuple(skipped), content_id(digest, sorted(form.items())))
+        entries = list(reader.usable(rows, entry, lambda i, _: f"record {i}"))
+        return reader.entry_data(entries, title, title, content_id(digest, sorted(form.items())))
 
     @abstractmethod
     def rows(self, config: StreamConfig, skipped: list[Skipped]) -> tuple[Sequence[Any], str, str, Path | None]:
@@ -129,11 +126,10 @@ class HubDataset(MappedStream):
     def rows(self, config: StreamConfig, skipped: list[Skipped]) -> tuple[Sequence[Any], str, str, Path | None]:
         name, part, split = (*self.argument.split(":"), "", "")[:3]
         table = _load(name, part, split or "train")
-        wanted = {item.partition("=")[2].split(".")[0] for item in config.fields} | set(OURS)
-        kept = [c for c in table.column_names if c in wanted]
-        rows = _rows(table, kept, _roots(name)) if kept else [dict.fromkeys(table.column_names)]
-        if config.fields and any(item.partition("=")[2].split(".")[0] not in table.column_names for item in config.fields):
-            rows = [dict.fromkeys(table.column_names)]  # a wrong map: all columns are shown
+        mapped = {item.partition("=")[2].split(".")[0] for item in config.fields}
+        kept = [c for c in table.column_names if c in mapped.union(OURS)]
+        wrong = not kept or not mapped.issubset(table.column_names)  # the message then names all columns
+        rows = [dict.fromkeys(table.column_names)] if wrong else _rows(table, kept, _roots(name))
         digest = content_id([{k: _plainly(v) for k, v in row.items()} for row in rows])
         return rows, f"dataset {Path(name).name} {part} {split or 'train'}".replace("  ", " "), digest, None
 

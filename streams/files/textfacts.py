@@ -1,19 +1,148 @@
-"""Text facts that papers compare on, on a yearly schedule: zsRE, CounterFact, KnowEdit."""
+"""Text facts that papers compare on, on a yearly schedule: zsRE, CounterFact and KnowEdit, in the layouts that people have."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import ClassVar
+from pathlib import Path
+from typing import Any, ClassVar
 
-from streams.base import StreamConfig
-from streams.files.entry import EntryData, EntryQuestion, QuestionCollector
+from streams.base import BadStream, StreamConfig
+from streams.files.entry import EntryData, EntryQuestion, FactEntry, QuestionCollector
 from streams.files.entry_stream import EntryStream
-from streams.files.fields import suffixes
-from streams.files.records import plain
-from streams.files.textfacts_files import Source, load
+from streams.files.fields import (
+    ABSENT,
+    FieldMap,
+    RecordReader,
+    answers,
+    as_object,
+    columns,
+    find_parts,
+    first_file,
+    nested,
+    one,
+    pick,
+    read_entry,
+    read_rows,
+    suffixes,
+)
+from streams.files.records import BadField, distinct, plain, text_of
+from streams.files.subjects import subjects
+from streams.transforms import share
+from testbed.core.events import content_id
 from testbed.core.registry import STREAMS
 
+
+@dataclass(frozen=True)
+class Source:
+    """One set: its files (every part that is found is read), the layouts of a record, a file of questions beside it.
+
+    `further`: where another set may lie whose records of the same question and target lend their portability, and
+    its fields.
+    """
+
+    name: str
+    parts: tuple[tuple[str, ...], ...]
+    forms: Mapping[str, FieldMap]
+    queries: str = ""
+    further: tuple[tuple[str, ...], FieldMap] | None = None
+
+
+def choose_form(row: object, forms: Mapping[str, FieldMap], where: str) -> FieldMap:
+    """The first form whose prompt and target the row has. Raises `BadStream` with the columns that exist."""
+    for form in forms.values():
+        if all(pick(row, form[f]) is not ABSENT for f in ("prompt", "target")):
+            return form
+    wanted = "; or ".join(f"{f['prompt']} and {f['target']}" for f in forms.values())
+    raise BadStream(f"{where}: expected records with {wanted}; found {columns(row)}. Is this the right file?")
+
+
+@dataclass
+class TextReader(RecordReader):
+    """Turns rows of text facts into entries."""
+
+    entries: list[FactEntry] = field(default_factory=list)
+
+    def rows(self, path: Path) -> list[Any]:
+        """The records of a file, whose hash is kept."""
+        rows, digest = read_rows(path, self.skipped)
+        self.digests.append((path.name, digest))
+        return rows
+
+    def read(self, file: str, form: FieldMap, rows: Sequence[Any]) -> None:
+        """Append the entries of one file. Where the form has no subject, it is found from the questions around it."""
+        guesses = [None] * len(rows) if "subject" in form else _guess_subjects(rows, form)
+
+        def entry(item: tuple[Any, tuple[str, str] | None], where: str) -> FactEntry:
+            made = read_entry(as_object(item[0]), form, where, item[1])
+            self.take(plain(made.prompt), "the same prompt")
+            if made.subject and made.previous:
+                self.take((plain(made.subject), plain(made.previous)), "the same subject with the same old answer")
+            return made
+
+        self.entries += self.usable(list(zip(rows, guesses)), entry, file)
+
+    def add_queries(self, file: str, rows: Sequence[Any], records: Sequence[Any]) -> None:
+        """Paraphrases and unrelated questions from a file of questions; a record without one is asked another's.
+
+        Fields: edit_id, query, query_type (paraphrase, neighbor, naive), query_target.
+        """
+        position = {str(r.get("edit_id")): i for i, r in enumerate(records) if isinstance(r, Mapping)}
+        held_out: dict[int, list[str]] = {}
+        own: dict[int, EntryQuestion] = {}
+        for at, kind, question in self.usable(rows, lambda row, _: _query(row, position), file):
+            if kind == "paraphrase":
+                held_out.setdefault(at, []).append(question.prompt)
+            elif kind == "neighbor" and question.answer:
+                own.setdefault(at, question)
+        pool = list(own.values())
+        self.entries = [_with_queries(e, held_out, own, pool) for e in self.entries]
+
+    def add_further(self, file: str, rows: Sequence[Any], form: FieldMap) -> str:
+        """Portability questions from another set's records with the same prompt and target; says how many have some."""
+        lent: dict[tuple[str, str], list[EntryQuestion]] = {}
+
+        def lend(row: Any, _: str) -> None:
+            key = plain(one(as_object(row), form["prompt"])), plain(one(row, form["target"]))
+            lent.setdefault(key, []).extend(nested(row, form["portability"], "portability"))
+
+        list(self.usable(rows, lend, file))
+        found = [lent.get((plain(e.prompt), plain(e.target)), []) for e in self.entries]
+        self.entries = [replace(e, questions=(*e.questions, *more)) for e, more in zip(self.entries, found, strict=True)]
+        return f"; portability of {sum(map(bool, found)):,} from {file}"
+
+
+def _query(row: Any, position: Mapping[str, int]) -> tuple[int, str, EntryQuestion]:
+    """The position of the record that a query is about, the query's type, and the query as a question."""
+    edit_id = str(pick(as_object(row), "edit_id"))
+    if edit_id not in position:
+        raise BadField("edit_id names no record")
+    answer, kind = next(iter(answers(row, "query_target")), None), text_of(row, "query_type")
+    return position[edit_id], kind, EntryQuestion("locality_text", text_of(row, "query"), answer)
+
+
+def _with_queries(
+    e: FactEntry, held_out: Mapping[int, list[str]], own: Mapping[int, EntryQuestion], pool: Sequence[EntryQuestion]
+) -> FactEntry:
+    at = int(e.source.rpartition(" ")[2])
+    unrelated = own.get(at) or (pool[int(share("unrelated", e.source) * len(pool))] if pool else None)
+    questions = (*e.questions, unrelated) if unrelated else e.questions
+    return replace(e, held_out=distinct((*e.held_out, *held_out.get(at, [])), [e.prompt]), questions=questions)
+
+
+def _guess_subjects(rows: Sequence[Any], form: FieldMap) -> list[tuple[str, str] | None]:
+    prompts = []
+    for row in rows:
+        try:
+            prompts.append(one(row, form["prompt"]))
+        except BadField:
+            prompts.append("")
+    return subjects(prompts)
+
+
 _KNOWEDIT = {"prompt": "prompt", "target": "target_new", "previous": "ground_truth", "subject": "subject"}
+_MEND = {"prompt": "src", "target": "alt", "previous": "answers", "subject": "subject", "rephrase": "rephrase", "text": "loc"}
 _NESTED = {"locality": "locality", "portability": "portability"}
 
 _KNOWEDIT_ZSRE = suffixes("knowedit_portability/data/ZsRE/ZsRE-test-all.json")
@@ -40,15 +169,7 @@ ZSRE = Source(
     ((*suffixes("zsre/data/zsre/fullTest/edit_data.json"), "zsre_mend_eval.json", "zsre_mend_edit.json", "zsre_mend_train.json"),),
     {
         "postEdit": {"prompt": "requested_rewrite", "target": "target_new", "previous": "target_old"},
-        "MEND": {
-            "prompt": "src",
-            "target": "alt",
-            "previous": "answers",
-            "subject": "subject",
-            "rephrase": "rephrase",
-            "text": "loc",
-            "text_answer": "loc_ans",
-        },
+        "MEND": _MEND | {"text_answer": "loc_ans"},
     },
     queries="query_data.json",
     further=(_KNOWEDIT_ZSRE, _KNOWEDIT | _NESTED),
@@ -66,7 +187,22 @@ class TextFacts(EntryStream):
     source: ClassVar[Source]
 
     def read(self, config: StreamConfig) -> EntryData:
-        return load(self.source, config)
+        """Read the set under the data root."""
+        source, reader, borrowed = self.source, TextReader(), ""
+        files = find_parts(config.data_root, source.parts, source.name)
+        for path in files:
+            rows = reader.rows(path)
+            reader.total += len(rows)
+            if rows:
+                form = choose_form(next((r for r in rows if isinstance(r, Mapping)), rows[0]), source.forms, str(path))
+                reader.read(path.name, form, rows)
+            queries = path.parent / source.queries
+            if queries.is_file():
+                reader.add_queries(queries.name, reader.rows(queries), rows)
+        if source.further and (path := first_file(config.data_root, source.further[0])):
+            borrowed = reader.add_further(path.name, reader.rows(path), source.further[1])
+        title = f"{source.name} files {' and '.join(p.name for p in files)}"
+        return reader.entry_data(reader.entries, title, str(files[0]), content_id(reader.digests), borrowed)
 
     @cached_property
     def _old_answers(self) -> dict[str, set[str]]:

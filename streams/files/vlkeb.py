@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from streams.files.mmedit_files import Layout, MMEditForm
+from streams.files.mmedit import Layout, MMEditForm
 from testbed.core.registry import STREAMS
 
 

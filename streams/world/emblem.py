@@ -43,13 +43,8 @@ class Code(NamedTuple):
 
     def words(self) -> dict[str, str]:
         """Each part in words, keyed as in `PARTS`."""
-        return {
-            "field": COLOUR_NAMES[self.field],
-            "pattern": PATTERNS[self.pattern],
-            "second": COLOUR_NAMES[self.second],
-            "charge": CHARGES[self.charge],
-            "charge_colour": CHARGE_COLOURS[self.charge_colour],
-        }
+        names = (COLOUR_NAMES, PATTERNS, COLOUR_NAMES, CHARGES, CHARGE_COLOURS)
+        return {part: words[number] for part, words, number in zip(PARTS, names, self)}
 
 
 def random_code(rng: np.random.Generator) -> Code:

@@ -6,7 +6,7 @@ taken. An event may be followed by one about the same entity (a new leader bring
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -101,15 +101,9 @@ class History:
 
     def first(self, n: int) -> list[WorldChange]:
         """The first n changes; there is no last one."""
-        source = self._grow()
-        while len(self._changes) < n:
-            self._changes.append(next(source))
+        while (number := len(self._changes)) < n:
+            self._changes.append(self._repeat(number) or self._cascade(number) or self._free(number))
         return self._changes[:n]
-
-    def _grow(self) -> Iterator[WorldChange]:
-        while True:
-            number = len(self._changes)
-            yield self._repeat(number) or self._cascade(number) or self._free(number)
 
     def _repeat(self, number: int) -> WorldChange | None:
         """Another value for a fact that was just edited for the first time, as often as `repeats` says."""

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from streams.base import StreamConfig
-from streams.files.okedit import OkeditYearly
+from streams.files.okedit import OkeditFiles, OkeditYearly
 from streams.files.records import plain
 from tests.helpers.okedit_folder import ANNOTATIONS, QUESTIONS, make_folder
 
@@ -142,11 +142,12 @@ def real(request: pytest.FixtureRequest, data_root: Path) -> OkeditYearly:
 
 
 def _counted(stream: OkeditYearly) -> tuple[str, dict[str, Any]]:
-    folder = stream._source._folder  # pyright: ignore[reportAttributeAccessIssue]
-    entries = folder.data.entries
+    source = stream._source
+    assert isinstance(source, OkeditFiles)
+    entries = source._data.entries
     asked = Counter(q.split for e in stream.events(500) for q in stream.questions(e))
     counts = {
-        "records": folder.total,
+        "records": source._total,
         "usable": len(entries),
         "edited": sum(e.role == "edit" for e in entries),
         "asked as controls": len(stream.general()),
