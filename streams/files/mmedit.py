@@ -85,14 +85,14 @@ class _PictureIndex:
 
     def __init__(self, roots: list[Path]) -> None:
         self.roots = [r for r in roots if r.is_dir()]
-        self._names = cache(lambda folder: {e.name for e in list_folder(folder) if e.is_file() and e.stat().st_size})
+        self._names = cache(lambda root, folder: {e.name for e in list_folder(root / folder) if e.is_file() and e.stat().st_size})
 
     def find(self, name: str) -> FilePicture | None:
         """The picture of that name under the first root that has it. Raises `BadField` for a name that leaves the root."""
         if not stays_inside(name):
             raise BadField("the picture's name leaves the folder: expected a relative path without '..'")
         folder, _, file = name.rpartition("/")
-        return next((FilePicture(root, name) for root in self.roots if file in self._names(root / folder)), None)
+        return next((FilePicture(root, name) for root in self.roots if file in self._names(root, folder)), None)
 
 
 @dataclass(kw_only=True)
