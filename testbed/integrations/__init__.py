@@ -1,1 +1,1 @@
-"""Other libraries, imported only when they are asked for."""
+"""Connections to other libraries, each of which is imported only when it is used."""

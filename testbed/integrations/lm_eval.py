@@ -1,9 +1,9 @@
 """Tasks of lm-evaluation-harness on the edited models of a run: `python -m testbed.integrations.lm_eval OUT --tasks a,b`.
 
-The harness asks through the editor's predictor, so a codebook, an adapter with routing or a retrieval editor is
-measured as it answers, and all editors and the unedited model are asked the same items. Needs the extra [lm-eval].
-What the predictor does not do is refused, not approximated: a generation that is to run on past a line's end, and
-rolling text longer than the model reads at once.
+The harness asks the editor's predictor, so that a codebook, an adapter with routing or a retrieval editor is measured
+by its own answers. All editors and the unedited model are asked the same items. The extra [lm-eval] is needed. A task
+that the predictor cannot answer exactly is refused: one whose generations continue past the end of a line, and one of
+rolling text that is longer than the model's window.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import tyro
 from testbed.core import variants
 from testbed.core.events import Ask
 from testbed.experiment.config import BadConfig
-from testbed.experiment.rebuild import StoredRun, rebuild
+from testbed.experiment.rebuild import rebuild
 from testbed.model.handle import ModelHandle
-from testbed.model.predictor import ModelPredictor, Predictor
+from testbed.model.predictor import ModelPredictor, Predictor, Score
 from testbed.probes.base import draw
 from testbed.storage.files import write_json
 
@@ -36,23 +36,23 @@ class HarnessConfig:
     out: Annotated[Path, tyro.conf.Positional]
     """Run folder."""
     tasks: str = ""
-    """Tasks by the harness's names, separated by commas."""
+    """Names of the harness's tasks, separated by commas."""
     editor: str = ""
     """Editors of the run, separated by commas; all by default."""
     include: Path | None = None
-    """Folder with task files (YAML) of your own."""
+    """Folder with your own task files (YAML)."""
     items: int = 100
-    """Items of each task, drawn by hash, the same for every model and every run; 0 is all."""
+    """Items of each task, drawn by hash and so the same for every model and every run; 0 is all."""
     shots: int | None = None
-    """Solved examples; the task's own number by default."""
+    """Solved examples in the prompt; the task's own number by default."""
     device: str = "auto"
     """auto, cpu, cuda, ..."""
 
 
 def harness(config: HarnessConfig) -> dict[str, Any]:
-    """Results by model, and by task the items that were asked; also written to OUT/lm_eval.json.
+    """The results by model and the items asked by task, which are also written to OUT/lm_eval.json.
 
-    Raises `BadConfig` for a task that is not there, and what `rebuild` raises.
+    Raises `BadConfig` for a task that does not exist, and every error of `rebuild`.
     """
     lm_eval, tasks = _library(), variants.names(config.tasks)
     if tasks == [""]:
@@ -67,14 +67,10 @@ def harness(config: HarnessConfig) -> dict[str, Any]:
     for name in (UNEDITED, *stored.names(list(filter(None, variants.names(config.editor))))):
         predictor = ModelPredictor(stored.run.handle) if name == UNEDITED else stored.newest(name)[1].predictor()
         results[name] = evaluate(model(predictor, stored.run.handle), tasks, manager, samples, config.shots)
-    found = {"harness": importlib.metadata.version("lm_eval"), "run": stored.run.manifest["run"], "samples": samples, "results": results}
-    write_json(config.out / "lm_eval.json", {**found, "steps": _steps(stored, [n for n in results if n != UNEDITED])})
-    return found
-
-
-def _steps(stored: StoredRun, editors: Sequence[str]) -> dict[str, int]:
-    """After which step each editor's state was saved."""
-    return {n: stored.folder.editor(n).newest()[0] for n in editors}
+    out = {"harness": importlib.metadata.version("lm_eval"), "run": stored.run.manifest["run"], "samples": samples, "results": results}
+    steps = {n: stored.folder.editor(n).newest()[0] for n in results if n != UNEDITED}
+    write_json(config.out / "lm_eval.json", {**out, "steps": steps})
+    return out
 
 
 def _library() -> Any:
@@ -88,7 +84,7 @@ def _library() -> Any:
 
 
 def _samples(tasks: dict[Any, Any], items: int) -> dict[str, list[int]] | None:
-    """Numbers of the items to ask, by task, drawn by hash (the harness's own limit takes the first ones); None for all."""
+    """Indices of the items to ask, by task, drawn by hash because the harness's own limit takes the first items; None for all."""
     if not items:
         return None
     out: dict[str, list[int]] = {}
@@ -99,7 +95,7 @@ def _samples(tasks: dict[Any, Any], items: int) -> dict[str, list[int]] | None:
 
 
 def _leaves(tree: dict[Any, Any]) -> list[tuple[str, Any]]:
-    """Tasks of groups and of no group."""
+    """Name and task of every leaf of the tree of task groups."""
     out = []
     for key, value in tree.items():
         out += _leaves(value) if isinstance(value, dict) else [(str(key), value)]
@@ -107,8 +103,8 @@ def _leaves(tree: dict[Any, Any]) -> list[tuple[str, Any]]:
 
 
 def evaluate(lm: Any, tasks: Sequence[str], manager: Any, samples: dict[str, list[int]] | None, shots: int | None) -> dict[str, Any]:
-    """The harness's own metrics of one model by task, without its bootstrap."""
-    found = _library().simple_evaluate(
+    """The harness's metrics of one model by task, without its bootstrap."""
+    output = _library().simple_evaluate(
         model=lm,
         tasks=list(tasks),
         task_manager=manager,
@@ -121,25 +117,19 @@ def evaluate(lm: Any, tasks: Sequence[str], manager: Any, samples: dict[str, lis
         torch_random_seed=0,
         fewshot_random_seed=0,
     )
-    return {task: {k: v for k, v in row.items() if isinstance(v, (int, float))} for task, row in found["results"].items()}
+    return {task: {k: v for k, v in row.items() if isinstance(v, (int, float))} for task, row in output["results"].items()}
 
 
 def model(predictor: Predictor, handle: ModelHandle) -> Any:
-    """The predictor as the harness's `LM`: three verbs, asked in whole lists so that batching stays where it is."""
+    """The predictor as the harness's `LM`. Each method asks all its requests in one call, so that the predictor makes the batches."""
     from lm_eval.api.model import LM
 
-    class Through(LM):
+    class PredictorLM(LM):
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-            pairs = [r.args for r in requests]
-            bare = [i for i, (context, _) in enumerate(pairs) if not context.strip()]
-            rest = [i for i, (context, _) in enumerate(pairs) if context.strip()]
-            out: dict[int, tuple[float, bool]] = {}
-            for i, p in zip(bare, predictor.text_logprobs([pairs[i][1].strip() for i in bare])):
-                out[i] = (float(p.sum()), False)
-            scores = predictor.score([Ask(pairs[i][0].rstrip()) for i in rest], [pairs[i][1].strip() for i in rest])
-            for i, s in zip(rest, scores):
-                out[i] = (float(s.logprobs.sum()), bool(s.hits.all()))
-            return [out[i] for i in range(len(pairs))]
+            pairs = [(context.rstrip(), continuation.strip()) for context, continuation in (r.args for r in requests)]
+            texts = iter(predictor.text_logprobs([y for x, y in pairs if not x]))
+            scores = iter(predictor.score([Ask(x) for x, _ in pairs if x], [y for x, y in pairs if x]))
+            return [_total(next(scores)) if x else (float(next(texts).sum()), False) for x, _ in pairs]
 
         def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
             texts = [r.args[0] for r in requests]
@@ -158,11 +148,16 @@ def model(predictor: Predictor, handle: ModelHandle) -> Any:
                 out |= {i: _cut(text, ends[i][0]) for i, text in zip(at, texts)}
             return [out[i] for i in range(len(requests))]
 
-    return Through()
+    return PredictorLM()
+
+
+def _total(score: Score) -> tuple[float, bool]:
+    """Summed log-probability (nats) of an answer, and whether greedy decoding gives it."""
+    return float(score.logprobs.sum()), bool(score.hits.all())
 
 
 def _stops(settings: dict[str, Any]) -> tuple[list[str], int]:
-    """Strings that end a generation, and its longest length in tokens. Raises `BadConfig` for what is not greedy or runs over lines."""
+    """The strings that end a generation and its most tokens. Raises `BadConfig` for one that is sampled or has several lines."""
     until = settings.get("until") or []
     until = [until] if isinstance(until, str) else list(until)
     if settings.get("do_sample") and float(settings.get("temperature", 1.0)) > 0:
@@ -179,18 +174,18 @@ def _cut(text: str, until: Sequence[str]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 2 for a mistake of the user's, said in plain words."""
+    """Run the command; the exit code is 0, or 2 after a message about a mistake of the user."""
     from rich.console import Console
     from rich.table import Table
 
     from testbed.experiment.command import run_command
 
     config = tyro.cli(HarnessConfig, args=argv, prog="python -m testbed.integrations.lm_eval")
-    code, found = run_command(lambda: harness(config))
-    if found is None:
+    code, output = run_command(lambda: harness(config))
+    if output is None:
         return code
     table = Table("model", "task", "metric", "value", box=None)
-    for name, tasks in found["results"].items():
+    for name, tasks in output["results"].items():
         for task, row in tasks.items():
             for metric, value in row.items():
                 table.add_row(name, task, metric, f"{value:.4g}")

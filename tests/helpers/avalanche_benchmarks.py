@@ -1,4 +1,4 @@
-"""Benchmarks and editors for the tests of the bridge to Avalanche."""
+"""Benchmarks and editors for the tests of Avalanche."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from tests.helpers.models import build
 from tests.helpers.plain_stream import Line, PlainStream, plain
 
-from testbed.integrations.avalanche.api import EditBenchmark, edit_benchmark  # isort: skip  (first, as in the documentation: it imports Avalanche quietly)
+from testbed.integrations.avalanche import EditBenchmark, edit_benchmark  # isort: skip  (first, because it silences Avalanche's warnings at import)
 from avalanche.logging import TextLogger
 from avalanche.training.plugins import EvaluationPlugin
 
@@ -25,18 +25,18 @@ SMALL = {"steps": 5, "lr": 5e-2}
 
 
 def settings(name: str, **more: Any) -> Any:
-    """A short training, strong enough for the penalty of a regulariser to be felt."""
+    """Settings of a short training in which the penalty of a regulariser has an effect."""
     strength = {"ewc": 100.0, "si": 100.0, "mas": 1e-2, "lwf": 1.0}
     own: dict[str, Any] = {"strength": strength[name]} if name in strength else {}
     config = methods.METHODS[name].config
     if "drop_revised" in {f.name for f in fields(config)}:
-        own["drop_revised"] = False  # which Avalanche itself knows nothing of
+        own["drop_revised"] = False  # because Avalanche's own strategies never drop an edit
     return config(**{**SMALL, **own, **more})
 
 
 @cache
 def pictures() -> EditBenchmark:
-    """Three years of four edits with pictures; shared, so leave it as it is."""
+    """Three years of four edits with pictures. Tests share it and must not change it."""
     return edit_benchmark("okedit-yearly", build("llava"), 12, config=STILL)
 
 
@@ -46,7 +46,7 @@ def words(n: int = 12, per_year: int = 4, revise_every: int = 0) -> EditBenchmar
 
 @cache
 def contrary() -> EditBenchmark:
-    """Three years that give the same three questions other answers each, and a new fact: their gradients conflict."""
+    """Three years, of which each gives three questions new answers and adds a fact, so that their gradients conflict."""
     lines = [Line(1 + i / 10) for i in range(4)]
     for year in (2, 3):
         before = len(lines) - 4

@@ -1,4 +1,4 @@
-"""A stream of edits as an Avalanche benchmark: what Avalanche promises of a benchmark holds for ours."""
+"""A stream of edits as an Avalanche benchmark keeps what Avalanche promises of benchmarks."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from streams.base import BadStream, StreamConfig
 from testbed.core.events import Ask
 from testbed.core.registry import EDITORS
 from testbed.editors.continual._strategies import numbers_of
-from testbed.editors.continual.rows import IGNORE, Rows, collate_rows
-from testbed.integrations.avalanche.api import AnswerModel, EditBenchmark, answer_loss, dataset_of, edit_benchmark
+from testbed.editors.continual.rows import IGNORE, AnswerRows, collate_rows
+from testbed.integrations.avalanche import AnswerModel, EditBenchmark, answer_loss, dataset_of, edit_benchmark
 from testbed.model.suffix import suffix_from_down_projection
 
 
-def test_an_experience_a_year_in_every_stream() -> None:
+def test_every_stream_has_one_experience_for_each_year() -> None:
     bench = pictures()
     assert set(bench.streams) == {"train", "test", "generality", "locality"}
     years = [sorted({e.year for e in x.edits}) for x in bench.train_stream]
@@ -36,7 +36,7 @@ def test_an_experience_a_year_in_every_stream() -> None:
     assert bench.train_stream[1:][0].current_experience == 1
 
 
-def test_so_many_edits_an_experience_and_never_two_years_in_one() -> None:
+def test_experiences_have_the_given_number_of_edits_and_never_edits_of_two_years() -> None:
     bench = edit_benchmark(plain(10, per_year=4, revise_every=0), build("llama"), 10, edits_per_experience=3)
     assert [len(x.edits) for x in bench.train_stream] == [3, 1, 3, 1, 2]
     assert all(len({e.year for e in x.edits}) == 1 for x in bench.train_stream)
@@ -63,7 +63,7 @@ def test_every_sample_has_task_label_zero() -> None:
             assert set(x.dataset.targets_task_labels.uniques) == {0}
 
 
-def test_what_is_masked_does_not_leak() -> None:
+def test_masked_attributes_are_hidden() -> None:
     train, test = pictures().train_stream[1], pictures().test_stream[1]
     assert train.train().edits
     assert test.eval().questions
@@ -78,7 +78,7 @@ def test_what_is_masked_does_not_leak() -> None:
     assert not {q.prompt for q in held_out} & {p for prompts in seen.paraphrases.values() for p in prompts}
 
 
-def test_only_edits_that_stay_live_are_tested_and_withdrawn_ones_are_not_trained() -> None:
+def test_only_live_edits_are_tested_and_retired_ones_are_not_trained() -> None:
     lines = [Line(1.0), Line(1.1), Line(2.0, 0, "revise"), Line(2.1, 1, "retire"), Line(2.2)]
     bench = edit_benchmark(PlainStream([*lines[:2], Line(1.2), *lines[2:]]), build("llama"), 6)
     asked = [[i.question.event_id for i in x.questions] for x in bench.test_stream]
@@ -88,7 +88,7 @@ def test_only_edits_that_stay_live_are_tested_and_withdrawn_ones_are_not_trained
     assert [len(x.edits) for x in bench.train_stream] == [3, 3]
 
 
-def test_pictures_are_decoded_when_a_row_is_run_and_not_before(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_picture_is_decoded_when_its_row_is_run_and_not_before(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = edit_benchmark("okedit-yearly", build("llava"), 8, config=StreamConfig(edits_per_year=4, seed=5, revise=0, revert=0, retire=0))
     picture = type(bench.groups[0][0].image)
     seen: list[str] = []
@@ -104,7 +104,7 @@ def test_pictures_are_decoded_when_a_row_is_run_and_not_before(monkeypatch: pyte
 
 def test_text_and_pictures_collate_into_one_batch_of_the_models_inputs() -> None:
     handle = build("llava")
-    rows = Rows(handle)
+    rows = AnswerRows(handle)
     numbers = [rows.add(Ask("what colour is the ship?"), "green"), rows.add(Ask("who leads?", pictures().groups[0][0].image), "Mara Venn")]
     data = dataset_of(rows, numbers)
     x, y, task = collate_rows([data[i] for i in range(2)])
@@ -123,7 +123,7 @@ def test_an_empty_stream_and_an_experience_without_a_live_edit_are_refused() -> 
         edit_benchmark(PlainStream([Line(1.0), Line(2.0, 0, "revise")]), build("llama"), 2)
 
 
-def test_the_loss_is_the_one_that_fine_tuning_minimises() -> None:
+def test_the_loss_equals_that_of_fine_tuning() -> None:
     bench = pictures()
     model, numbers = AnswerModel(bench.rows), numbers_of(bench.train_stream[0].dataset)
     x, y, _ = collate_rows([bench.train_stream[0].dataset[i] for i in range(len(numbers))])
@@ -133,7 +133,7 @@ def test_the_loss_is_the_one_that_fine_tuning_minimises() -> None:
     assert float(answer_loss(model(x), y).detach()) == pytest.approx(float(suffix.losses(down).mean().detach()), rel=1e-4)
 
 
-def test_the_loss_by_hand() -> None:
+def test_the_loss_is_the_formula_computed_by_hand() -> None:
     logits = torch.tensor([[[1.0, 0.0, 9.0], [0.0, 2.0, -9.0]], [[0.0, 3.0, 0.0], [0.0, 0.0, 1.0]]], dtype=torch.float64)
     labels = torch.tensor([[0, 1, IGNORE], [1, IGNORE, IGNORE]])
     p = logits.softmax(1)

@@ -1,4 +1,4 @@
-"""An editor as an Avalanche strategy: metrics, plug-ins, loggers, and going on from our store."""
+"""An editor as an Avalanche strategy: metrics, plug-ins, loggers, and continuing from a run folder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
 from testbed.core.registry import EDITORS
 from testbed.editors.base import BadEditor
 from testbed.editors.continual.rows import IGNORE, collate_rows
-from testbed.integrations.avalanche.api import EditBenchmark, EditorStrategy, answer_metrics, answer_strategy
+from testbed.integrations.avalanche import EditBenchmark, EditorStrategy, answer_metrics, answer_strategy
 from testbed.storage.files import StoreError
 
 
@@ -36,7 +36,7 @@ def evaluator() -> Any:
 
 
 def run(name: str, bench: EditBenchmark, **more: Any) -> tuple[EditorStrategy, list[dict[str, float]]]:
-    """Trained on every experience, asked everything before and after each; the metrics of each evaluation."""
+    """A strategy trained on every experience, and the metrics of an evaluation before the first and after each."""
     own = EDITORS.get(name)
     e = own(own.Config(**more.pop("settings", {})))
     strategy = EditorStrategy(editor=e, model=bench.handle, pool=bench.pool, evaluator=evaluator(), **more)
@@ -58,8 +58,8 @@ def stream_value(found: dict[str, float], name: str) -> float:
 ROUGH = {"settings": {"steps": 3, "lr": 3e-2}}
 
 
-def test_stock_metrics_say_what_they_say_of_any_strategy() -> None:
-    """Accuracy, forgetting, backward and forward transfer by their definitions, from the table of accuracies."""
+def test_avalanches_own_metrics_follow_their_definitions() -> None:
+    """Accuracy, forgetting, backward and forward transfer, computed from the table of accuracies."""
     bench = words(12)
     strategy, found = run("finetune", bench, reading="tf_exact", **ROUGH)
     table = [[accuracy(f, i) for i in range(3)] for f in found]
@@ -73,7 +73,7 @@ def test_stock_metrics_say_what_they_say_of_any_strategy() -> None:
     assert strategy.clock.train_exp_counter == 3
 
 
-def test_the_same_edits_in_our_loop_and_as_a_strategy_give_the_same_state() -> None:
+def test_the_same_edits_in_the_loop_and_as_a_strategy_give_the_same_state() -> None:
     bench = words(12)
     strategy, _ = run("finetune", bench, batch=2, **ROUGH)
     e = EDITORS.get("finetune")(EDITORS.get("finetune").Config(**ROUGH["settings"]))
@@ -82,8 +82,8 @@ def test_the_same_edits_in_our_loop_and_as_a_strategy_give_the_same_state() -> N
     assert torch.equal(e.weight, strategy.editor.weight)
 
 
-def test_avalanches_forgetting_is_ours(tmp_path: Path) -> None:
-    """Experiences of one size, every edit asked: first-minus-last is one number, whoever computes it."""
+def test_avalanches_forgetting_equals_that_of_the_summary(tmp_path: Path) -> None:
+    """With experiences of one size and every edit asked, both are the first score minus the last."""
     from analysis.metrics.summary import summarise
     from analysis.reading.load import load_run
 
@@ -101,7 +101,7 @@ def test_avalanches_forgetting_is_ours(tmp_path: Path) -> None:
     assert ours["edits"]["value"] == 12
 
 
-def test_the_oracle_is_right_about_everything_and_forgets_nothing() -> None:
+def test_the_oracle_is_always_right_and_forgets_nothing() -> None:
     bench = words(12)
     _, found = run("oracle", bench)
     assert [accuracy(found[-1], i) for i in range(3)] == [1, 1, 1]
@@ -119,7 +119,7 @@ def test_noop_is_local_and_a_trained_editor_is_not() -> None:
         assert (strategy.eval(bench.locality_stream)[name] == 1) == local
 
 
-def test_it_goes_on_from_our_store_where_it_was(tmp_path: Path) -> None:
+def test_it_continues_from_a_run_folder(tmp_path: Path) -> None:
     bench = words(12)
     whole, _ = run("finetune", bench, **ROUGH)
     e = [EDITORS.get("finetune")(EDITORS.get("finetune").Config(**ROUGH["settings"])) for _ in range(2)]
@@ -188,7 +188,7 @@ def test_a_batch_over_the_editors_limit_is_refused() -> None:
 
 
 def test_avalanches_metrics_of_a_strategy_over_answers() -> None:
-    """A sample is right when all its tokens are; the same numbers as from the model's own answers."""
+    """A sample is right when all its tokens are; the metrics agree with the logits of the trained model."""
     bench = words(8)
     strategy = answer_strategy("naive", bench.rows, settings("naive"), evaluator=quiet(answer_metrics(forward_transfer=True)))
     strategy.eval(bench.test_stream)
@@ -205,7 +205,7 @@ def test_avalanches_metrics_of_a_strategy_over_answers() -> None:
 EXAMPLES = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[2] / "docs" / "avalanche.md").read_text(), re.S)
 
 
-def test_there_is_an_example_of_each_direction_under_forty_lines() -> None:
+def test_the_documentation_has_an_example_of_each_direction_under_forty_lines() -> None:
     assert [("EditorStrategy" in x, "answer_strategy" in x) for x in EXAMPLES] == [(True, False), (False, True)]
     assert all(len(x.splitlines()) < 40 for x in EXAMPLES)
 
@@ -214,7 +214,7 @@ def test_there_is_an_example_of_each_direction_under_forty_lines() -> None:
 def test_the_examples_of_the_documentation_run(
     example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """On eight edits of two years, as they stand otherwise."""
+    """The examples run unchanged, except that they make eight edits in two years."""
     monkeypatch.chdir(tmp_path)
     config = 'config=__import__("streams.base").base.StreamConfig(edits_per_year=4, revise=0, retire=0, revert=0)'
     assert "edits=500" in example

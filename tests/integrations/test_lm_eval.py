@@ -1,4 +1,4 @@
-"""The bridge to lm-evaluation-harness: the harness's own numbers on an unedited model, all editors, what is refused."""
+"""Tasks of lm-evaluation-harness: the harness's own numbers for an unedited model, all editors of a run, and refused tasks."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_bare_contexts_rolling_texts_and_generations() -> None:
     assert lm.loglikelihood([]) == lm.generate_until([]) == []
 
 
-def test_what_the_predictor_does_not_do_is_refused() -> None:
+def test_tasks_that_the_predictor_cannot_answer_exactly_are_refused() -> None:
     handle = build("gpt2")
     lm = model(ModelPredictor(handle), handle)
     with pytest.raises(BadConfig, match=r"ends generations at \['Q:'\]; here they end at a line's end"):
@@ -117,13 +117,13 @@ def test_what_the_predictor_does_not_do_is_refused() -> None:
         lm.loglikelihood_rolling([request("a red circle " * 200)])
 
 
-def test_mistakes_are_told(tasks: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mistakes_of_the_user_are_named(tasks: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert main([str(small_run())]) == 2
     assert "--tasks names no task" in capsys.readouterr().err
     assert main([str(small_run()), "--tasks", "no_such_task", "--include", str(tasks)]) == 2
     assert "lm-evaluation-harness has no task no_such_task" in capsys.readouterr().err
     assert main([str(small_run()), "--tasks", "bridge_next", "--include", str(tasks), "--editor", "memit", "--device", "cpu"]) == 2
-    assert "has no editor memit" in capsys.readouterr().err
+    assert "has no editor 'memit'" in capsys.readouterr().err
     monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
     assert main([str(small_run()), "--tasks", "x"]) == 2
     assert "pip install 'lifelong-editing-testbed[lm-eval]'" in capsys.readouterr().err.replace("\n", " ")

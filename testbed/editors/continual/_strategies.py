@@ -1,4 +1,4 @@
-"""Rows as Avalanche's datasets, and the plug-ins that Avalanche lacks or that do not work as they are.
+"""Rows as Avalanche's datasets, and plug-ins that replace those of Avalanche that do not work on answers.
 
 This module is private to its package because it imports Avalanche, which the scan for editors must not.
 """
@@ -21,67 +21,57 @@ from avalanche.training.plugins.agem import AGEMPlugin
 from avalanche.training.storage_policy import ReservoirSamplingBuffer
 from torch import Tensor
 from torch.nn.functional import kl_div
-from torch.utils.data import Dataset
 
 from testbed.editors.base import EditFailed
-from testbed.editors.continual.rows import IGNORE, Rows, collate_rows
+from testbed.editors.continual.rows import IGNORE, AnswerRows, collate_rows
 
 
-class Samples(Dataset):
-    """Rows by position: (number, labels) as tensors."""
-
-    def __init__(self, rows: Rows, numbers: Sequence[int]) -> None:
-        self.rows, self.numbers = rows, list(numbers)
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        return torch.tensor(self.numbers[i]), self.rows.labels(self.numbers[i])
-
-
-def dataset_of(rows: Rows, numbers: Sequence[int]) -> Any:
-    """An Avalanche dataset of these rows, task label 0 throughout."""
-    samples: Any = Samples(rows, numbers)
+def dataset_of(rows: AnswerRows, numbers: Sequence[int]) -> Any:
+    """An Avalanche dataset of these rows, all with task label 0."""
+    samples: Any = [(torch.tensor(i), rows.labels[i]) for i in numbers]
     return AvalancheDataset([samples], data_attributes=[TaskLabels(ConstantSequence(0, len(numbers)))], collate_fn=collate_rows)
 
 
 def numbers_of(dataset: Any) -> list[int]:
-    """The row numbers of a dataset, in its order."""
+    """The row numbers of a dataset, in the order of its samples."""
     return [int(dataset[i][0]) for i in range(len(dataset))]
 
 
-def experience_of(rows: Rows, numbers: Sequence[int]) -> Any:
+def experience_of(rows: AnswerRows, numbers: Sequence[int]) -> Any:
     """An experience of these rows that belongs to no stream.
 
-    It has task labels: without them Avalanche's training loader is a plain one, which ignores how a dataset collates.
+    It has task labels, because without them Avalanche makes a plain loader, which ignores the dataset's `collate_fn`.
     """
     out = DatasetExperience(dataset=dataset_of(rows, numbers), current_experience=0)
     out.task_labels = [0]
     return out
 
 
-def pace(strategy: Any) -> Pace:
-    """The plug-in that knows the last loss."""
-    return next(p for p in strategy.plugins if isinstance(p, Pace))
+def plugin_of(strategy: Any, kind: Any) -> Any:
+    """The plug-in of a strategy that is an instance of this class, or of one of these classes."""
+    return next(p for p in strategy.plugins if isinstance(p, kind))
 
 
 @contextmanager
 def seeded(generator: torch.Generator) -> Iterator[None]:
-    """Inside, the global generators that Avalanche and its loaders draw from stand on a draw of ours; then they are put back."""
+    """Seed the global generators of torch and `random` with a draw from `generator`, and restore them afterwards.
+
+    Avalanche shuffles with `random`, and its reservoirs and torch's loaders draw from torch's generator; none of them
+    takes a generator of ours. Seeding here makes a step reproducible and leaves the generators of the caller as they were.
+    """
     seed = int(torch.randint(2**31, (), generator=generator))
-    kept = random.getstate()
+    before = random.getstate()
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         random.seed(seed)
         try:
             yield
         finally:
-            random.setstate(kept)
+            random.setstate(before)
 
 
-class Pace(SupervisedPlugin):
-    """A fresh optimiser for each experience, an end after so many steps, and a stop when the loss is not finite."""
+class StepLimiter(SupervisedPlugin):
+    """Trains each experience for a number of steps with a new optimiser state; raises `EditFailed` where the loss is not finite."""
 
     def __init__(self, steps: int) -> None:
         super().__init__()
@@ -103,11 +93,11 @@ class Pace(SupervisedPlugin):
             strategy.stop_training()
 
 
-class Distil(SupervisedPlugin):
-    """Learning without forgetting (Li and Hoiem 2016) for answers: the model before the batch is the teacher.
+class AnswerDistillation(SupervisedPlugin):
+    """Learning without forgetting (Li and Hoiem 2016) for answers, with the model before the batch as the teacher.
 
-    Adds strength * T^2 * KL(teacher || model) a token of the answer, mean over rows. Avalanche's own takes the
-    positions of a sequence for classes.
+    Adds strength * T^2 * KL(teacher || model), mean over the tokens of an answer and then over rows. Avalanche's own
+    plug-in would take the positions of a sequence for classes.
     """
 
     def __init__(self, strength: float, temperature: float) -> None:
@@ -119,25 +109,25 @@ class Distil(SupervisedPlugin):
 
     def before_backward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         with torch.no_grad():
-            taught = torch.func.functional_call(strategy.model, {"weight": self.teacher}, (strategy.mb_x,))
-        soft, own = ((x / self.temperature).log_softmax(1) for x in (taught, strategy.mb_output))
+            teacher = torch.func.functional_call(strategy.model, {"weight": self.teacher}, (strategy.mb_x,))
+        soft, own = ((x / self.temperature).log_softmax(1) for x in (teacher, strategy.mb_output))
         real = strategy.mb_y != IGNORE
         token = kl_div(own, soft, reduction="none", log_target=True).sum(1) * real
         strategy.loss += self.strength * self.temperature**2 * (token.sum(1) / real.sum(1)).mean()
 
 
 class FlatReplay(ReplayPlugin):
-    """Replay from one reservoir of all edits; Avalanche's default gives every past experience a place of its own."""
+    """Replay from one reservoir of all edits; Avalanche's default divides the buffer among the past experiences."""
 
     def __init__(self, memory: int, sample: int) -> None:
         super().__init__(memory, batch_size_mem=sample, storage_policy=ReservoirSamplingBuffer(memory))
 
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
-        self.storage_policy.post_adapt(strategy, strategy.experience)  # what it calls is deprecated, and says so each time
+        self.storage_policy.post_adapt(strategy, strategy.experience)  # the inherited method calls a deprecated one, which warns each time
 
 
 class FlatAGEM(AGEMPlugin):
-    """A-GEM with one memory of all edits, as its paper has it; the loader of Avalanche's needs one sample a past experience."""
+    """A-GEM with one reservoir of all edits, as in its paper; Avalanche's loader needs a sample for each past experience."""
 
     def __init__(self, memory: int, sample: int) -> None:
         super().__init__(memory, sample)
@@ -154,9 +144,9 @@ class FlatAGEM(AGEMPlugin):
 
 
 class CopyingSI(SynapticIntelligencePlugin):
-    """Synaptic intelligence that works on a CPU too.
+    """Synaptic intelligence (Zenke et al. 2017) that also works on a CPU.
 
-    Avalanche keeps views of the live weights there, so that no weight ever seems to move and every importance is 0.
+    There Avalanche keeps views of the live weights, so that no weight seems to move and every importance is 0.
     """
 
     def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:

@@ -1,4 +1,6 @@
-"""Which of Avalanche's strategies run here and with what settings, and which do not and why. Imports no Avalanche until `load` is called.
+"""The strategies of Avalanche that are editors here, with their settings, and those that are refused, with the reason.
+
+This module does not import Avalanche; `load_avalanche` does.
 
 Strengths were chosen for the tiny model on 60 edits of the development stream (seed 7), among powers of ten.
 """
@@ -10,19 +12,20 @@ import importlib.metadata
 import importlib.util
 import warnings
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
+from testbed.core.ranges import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
 from testbed.editors.base import EditorConfig
 
 TESTED = ("0.6.0",)
-"""Versions of avalanche-lib that the tests have run with."""
+"""Versions of avalanche-lib that the tests ran with."""
 INSTALL = "pip install 'lifelong-editing-testbed[avalanche]'"
 SOLVER = "quadprog"
 """The quadratic-programming solver that Avalanche's GEM asks for by name."""
 
 
 def missing() -> list[str]:
-    """What keeps the bridge from working, as sentences with the line that mends it; empty when it can."""
+    """One sentence, with the line that installs the right version, where avalanche-lib is missing or untested; else nothing."""
     try:
         found = importlib.metadata.version("avalanche-lib")
     except importlib.metadata.PackageNotFoundError:
@@ -32,113 +35,97 @@ def missing() -> list[str]:
     return []
 
 
-def load() -> Any:
-    """The strategies' module, which imports Avalanche; its solver library's complaint of having no solver is not passed on.
+def load_avalanche() -> Any:
+    """Import Avalanche and return the module of the strategy state adapters. Raises ImportError with the line that installs it.
 
-    Raises ImportError with the line that installs what is missing.
+    Warnings are silenced, because its solver library warns at import that no solver is installed.
     """
     if missing():
         raise ImportError("; ".join(missing()))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return importlib.import_module("testbed.editors.continual._carriers")
+        return importlib.import_module("testbed.editors.continual._state_adapters")
 
 
 @dataclass(frozen=True)
 class AvalancheConfig(EditorConfig):
-    """What all of them share. Trained is the down-projection of the last decoder layer, in float32."""
+    """Settings of every strategy. They train the down-projection of the last decoder layer in float32."""
 
-    lr: float = 2.5e-3
-    """Adam's step size; the optimiser starts afresh for each batch of edits."""
-    steps: int = 20
-    """Optimiser steps a batch of edits."""
-    rows: int = 64
-    """Edits in one optimiser step, at most (Avalanche's train_mb_size)."""
+    lr: PositiveFloat = 2.5e-3
+    """Adam's step size; each batch of edits starts with a new optimiser state."""
+    steps: PositiveInt = 20
+    """Optimiser steps on each batch of edits."""
+    rows: PositiveInt = 64
+    """Most edits in one optimiser step (Avalanche's train_mb_size)."""
 
     def problems(self) -> list[str]:
-        out = missing()
-        out += [f"{name} must be positive, got {getattr(self, name)}" for name in self.positive if getattr(self, name) <= 0]
-        out += [f"{name} must be 1 or more, got {getattr(self, name)}" for name in self.counts if getattr(self, name) < 1]
-        out += [f"{name} must lie in [0, 1], got {getattr(self, name)}" for name in self.shares if not 0 <= getattr(self, name) <= 1]
-        if getattr(self, "strength", 0) < 0:
-            out.append(f"strength must be 0 or more, got {getattr(self, 'strength', 0)}")
-        return out
-
-    positive: ClassVar[tuple[str, ...]] = ("lr",)
-    counts: ClassVar[tuple[str, ...]] = ("steps", "rows")
-    shares: ClassVar[tuple[str, ...]] = ()
+        return missing() + super().problems()
 
 
 @dataclass(frozen=True)
-class MemoryConfig(AvalancheConfig):
-    memory: int = 500
-    """Edits remembered, a uniform sample of all (reservoir)."""
-    sample: int = 64
-    """Remembered edits in one optimiser step."""
+class ReplayConfig(AvalancheConfig):
+    memory: PositiveInt = 500
+    """Edits in the replay buffer, a uniform sample of all edits so far (reservoir sampling)."""
+    sample: PositiveInt = 64
+    """Edits of the buffer in one optimiser step."""
     drop_revised: bool = True
-    """An edit that a later one revises leaves the memory: its answer is no longer true."""
-
-    counts = ("steps", "rows", "memory", "sample")
+    """Drop an edit from the buffer when a later one revises it, because its answer is no longer true."""
 
 
 @dataclass(frozen=True)
-class AllConfig(AvalancheConfig):
+class CumulativeConfig(AvalancheConfig):
     drop_revised: bool = True
-    """An edit that a later one revises leaves the memory: its answer is no longer true."""
+    """Drop an edit from the buffer when a later one revises it, because its answer is no longer true."""
 
 
 @dataclass(frozen=True)
-class JointConfig(AllConfig):
-    steps: int = 200
-    """Optimiser steps from the unedited model, after every batch of edits anew."""
+class JointConfig(CumulativeConfig):
+    steps: PositiveInt = 200
+    """Optimiser steps from the unedited model, taken again after every batch of edits."""
 
 
 @dataclass(frozen=True)
 class EwcConfig(AvalancheConfig):
-    strength: float = 1e7
-    """lambda: weight of the penalty."""
-    decay: float = 0.9
-    """What is left of the older importance after each batch (online EWC; 1 keeps all)."""
-    shares = ("decay",)
+    strength: NonNegativeFloat = 1e7
+    """lambda, the weight of the penalty (Kirkpatrick et al. 2017, Eq. 3)."""
+    decay: Fraction = 0.9
+    """gamma of online EWC (Schwarz et al. 2018): the older importance is multiplied by it after each batch; 1 keeps all."""
 
 
 @dataclass(frozen=True)
 class SiConfig(AvalancheConfig):
-    strength: float = 1e3
-    """c: weight of the penalty."""
-    damping: float = 1e-3
-    """xi: added to the squared change of a weight."""
-    positive = ("lr", "damping")
+    strength: NonNegativeFloat = 1e3
+    """c, the weight of the penalty (Zenke et al. 2017, Eq. 4)."""
+    damping: PositiveFloat = 1e-3
+    """xi, added to the squared change of a weight (Eq. 5)."""
 
 
 @dataclass(frozen=True)
 class MasConfig(AvalancheConfig):
-    strength: float = 1e-3
-    """lambda: weight of the penalty."""
-    alpha: float = 0.5
-    """Share of the older importance in the running one."""
-    shares = ("alpha",)
+    strength: NonNegativeFloat = 1e-3
+    """lambda, the weight of the penalty (Aljundi et al. 2018)."""
+    alpha: Fraction = 0.5
+    """Weight of the older importance in the running mean."""
 
 
 @dataclass(frozen=True)
 class LwfConfig(AvalancheConfig):
-    strength: float = 0.3
-    """lambda: weight of the distillation."""
-    temperature: float = 2.0
-    """T: softens both distributions."""
-    positive = ("lr", "temperature")
+    strength: NonNegativeFloat = 0.3
+    """lambda, the weight of the distillation loss (Li and Hoiem 2016)."""
+    temperature: PositiveFloat = 2.0
+    """T, which divides the logits of teacher and model."""
 
 
 @dataclass(frozen=True)
 class GemConfig(AvalancheConfig):
-    patterns: int = 16
-    """Edits remembered of each batch."""
-    batches: int = 50
-    """Batches remembered, the newest; each costs one more backward pass a step (the paper keeps all tasks)."""
+    patterns: PositiveInt = 16
+    """Edits of each batch that are kept for replay."""
+    batches: PositiveInt = 50
+    """The newest batches, of which edits are kept; each costs one more backward pass a step (the paper keeps all tasks)."""
     margin: float = 0.5
-    """gamma: memory strength."""
+    """gamma, the memory strength (Lopez-Paz and Ranzato 2017)."""
     drop_revised: bool = True
-    """An edit that a later one revises leaves the memory: its answer is no longer true."""
+    """Drop an edit from the buffer when a later one revises it, because its answer is no longer true."""
 
     def problems(self) -> list[str]:
         out = super().problems()
@@ -148,27 +135,26 @@ class GemConfig(AvalancheConfig):
             out.append(f"patterns must not exceed rows ({self.rows}), got {self.patterns}")
         return out
 
-    counts = ("steps", "rows", "patterns", "batches")
-
 
 @dataclass(frozen=True)
 class Method:
+    """A strategy that is offered: its line in `--list`, and its settings."""
+
     summary: str
-    """One line for --list."""
     config: type[AvalancheConfig]
 
 
 METHODS = {
     "naive": Method("trains on each batch of edits alone", AvalancheConfig),
-    "replay": Method("trains on each batch beside a sample of remembered edits", MemoryConfig),
-    "cumulative": Method("trains on all edits so far, from where it is", AllConfig),
+    "replay": Method("trains on each batch beside a sample of remembered edits", ReplayConfig),
+    "cumulative": Method("trains on all edits so far, from where it is", CumulativeConfig),
     "joint": Method("trains on all edits so far, from the unedited model each time (an upper bound)", JointConfig),
     "ewc": Method("elastic weight consolidation, online", EwcConfig),
     "si": Method("synaptic intelligence", SiConfig),
     "mas": Method("memory aware synapses", MasConfig),
     "lwf": Method("learning without forgetting: distils from the model before the batch", LwfConfig),
     "gem": Method("gradient episodic memory: no step may raise the loss of a remembered batch", GemConfig),
-    "agem": Method("averaged gradient episodic memory", MemoryConfig),
+    "agem": Method("averaged gradient episodic memory", ReplayConfig),
 }
 
 REFUSED = {
@@ -183,4 +169,4 @@ REFUSED = {
     "slda": "it fits one Gaussian a class, an answer has no class",
     "cwr": "it keeps one output weight a class, an answer has no class",
 }
-"""Strategies of Avalanche that cannot learn answers of several tokens, with the reason."""
+"""Strategies of Avalanche that cannot learn answers of several tokens, each with the reason."""

@@ -1,8 +1,9 @@
-"""Edits as numbered rows, which is how a sequence with a picture passes through plug-ins that know images and classes.
+"""Edits as numbered rows, so that plug-ins made for images and classes can train on prompts, pictures and answers.
 
-A row's number is the `x` of a sample, its answer's tokens are the `y`. `AnswerModel` maps numbers to logits at the
-answer's positions, so `model(x)` means what plug-ins take it to mean, and no picture is decoded before its row is run.
-Only the last decoder layer's down-projection is trained; what lies below it is run once a row and kept.
+The number of a row is the `x` of a sample, and the tokens of its answer are the `y`. `AnswerModel` maps numbers to
+logits at the positions of the answer, so `model(x)` means what plug-ins expect, and a picture is decoded only when its
+row is first run. Only the down-projection of the last decoder layer is trained; everything before it is run once for
+each row, and its activations are kept.
 """
 
 from __future__ import annotations
@@ -22,17 +23,17 @@ from testbed.model.handle import ModelHandle, project
 from testbed.model.suffix import suffix_from_down_projection
 
 IGNORE = -100
-"""Label of a position behind the end of an answer."""
+"""Label of a position after the end of an answer."""
 LAYER = -1
-"""The layer that is trained: the last, so that nothing above it needs the other positions."""
+"""The layer that is trained: the last, because no layer above it then needs the other positions."""
 
 
 @dataclass(frozen=True)
-class Kept:
-    """What training needs of one row of n answer tokens, end token included.
+class RowActivations:
+    """The activations of one row that training needs, at the n positions that predict the answer, end token included.
 
-    act: (n, f) what enters the last down-projection where the answer is predicted. rest: (n, d) what the layer adds to
-    its output. target: (n,) int64 the answer's tokens.
+    act: (n, f) input of the last down-projection. rest: (n, d) everything that the layer adds to its output.
+    target: (n,) int64 tokens of the answer.
     """
 
     act: Tensor
@@ -40,58 +41,51 @@ class Kept:
     target: Tensor
 
 
-class Rows:
+class AnswerRows:
     """A growing table of prompts with their answers, numbered from 0 in order of arrival."""
 
     def __init__(self, handle: ModelHandle) -> None:
         self.handle = handle
         self.asks: list[Ask | None] = []
         self.answers: list[str] = []
-        self._kept: dict[int, Kept] = {}
+        self.labels: list[Tensor] = []
+        """(n,) int64 tokens of each answer, end token included."""
+        self._activations: dict[int, RowActivations] = {}
 
     def __len__(self) -> int:
         return len(self.asks)
 
-    def __deepcopy__(self, memo: Any) -> Rows:
-        """The same table: plug-ins copy a model to keep its weights, not its data."""
+    def __deepcopy__(self, memo: Any) -> AnswerRows:
+        """The same table, because plug-ins that copy a model want its weights and not its data."""
         return self
 
     def add(self, ask: Ask, answer: str) -> int:
-        """The number of a new row. Nothing is run or decoded. Raises `BadModel` for an answer that cannot be spelled."""
-        answer_ids(self.handle, ask, answer)
+        """Add a row and return its number; nothing is run or decoded. Raises `BadModel` for an answer that cannot be tokenized."""
+        return self._append(ask, answer, torch.tensor([*answer_ids(self.handle, ask, answer), self.handle.tokenizer.eos_token_id]))
+
+    def add_activations(self, activations: RowActivations) -> int:
+        """Add a row of which only the activations are known, and return its number."""
+        self._activations[len(self)] = activations
+        return self._append(None, "", activations.target.cpu())
+
+    def _append(self, ask: Ask | None, answer: str, labels: Tensor) -> int:
         self.asks.append(ask)
         self.answers.append(answer)
+        self.labels.append(labels)
         return len(self) - 1
 
-    def add_kept(self, kept: Kept) -> int:
-        """The number of a new row of which only the kept activations are known."""
-        self.asks.append(None)
-        self.answers.append("")
-        self._kept[len(self) - 1] = kept
-        return len(self) - 1
-
-    def kept(self, number: int) -> Kept:
-        """The row's activations, made at the first call, always of the row alone so that they depend on no batch."""
-        if number not in self._kept:
-            ask = self.asks[number]
-            if ask is None:
-                raise KeyError(f"row {number} has no prompt")
+    def activations(self, number: int) -> RowActivations:
+        """The activations of a row. The first call computes them from the row alone, so that they depend on no batch."""
+        if number not in self._activations and (ask := self.asks[number]) is not None:
             suffix = suffix_from_down_projection(self.handle, [ask], [self.answers[number]], LAYER)
             read = suffix.at(suffix.batch.before_answer)
-            self._kept[number] = Kept(suffix.act[read], suffix.rest[read], suffix.batch.answer_ids)
-        return self._kept[number]
-
-    def labels(self, number: int) -> Tensor:
-        """(n,) int64 tokens of the answer, end token included."""
-        ask = self.asks[number]
-        if ask is None:
-            return self._kept[number].target.cpu()
-        return torch.tensor([*answer_ids(self.handle, ask, self.answers[number]), self.handle.tokenizer.eos_token_id])
+            self._activations[number] = RowActivations(suffix.act[read], suffix.rest[read], suffix.batch.answer_ids)
+        return self._activations[number]
 
     def batch(self, numbers: Sequence[int] | Tensor) -> Batch:
-        """Rows as right-padded inputs of the model itself, pictures decoded now; for models of one's own."""
-        rows = [(ask, self.answers[int(i)]) for i in numbers if (ask := self.asks[int(i)]) is not None]
-        return collate(self.handle, [ask for ask, _ in rows], [answer_ids(self.handle, *row) for row in rows], end=True)
+        """Rows as right-padded inputs of the model itself, with their pictures decoded; for a module of your own."""
+        rows = [(ask, self.labels[int(i)][:-1].tolist()) for i in numbers if (ask := self.asks[int(i)]) is not None]
+        return collate(self.handle, [ask for ask, _ in rows], [ids for _, ids in rows], end=True)
 
 
 def collate_rows(samples: Sequence[Sequence[Any]]) -> list[Tensor]:
@@ -103,11 +97,11 @@ def collate_rows(samples: Sequence[Sequence[Any]]) -> list[Tensor]:
 class AnswerModel(nn.Module):
     """Row numbers (B,) int64 to logits (B, V, A) float32 at the positions of the answers, A the longest of them.
 
-    Its one parameter is the float32 weight of the last down-projection; the handle's own is left as it is. Classes
-    stand in dimension 1, as `torch.nn.CrossEntropyLoss` and plug-ins that take norms over classes expect.
+    Its one parameter is a float32 copy of the weight of the last down-projection, so the model of the handle does not
+    change. Dimension 1 is that of the classes, as `torch.nn.CrossEntropyLoss` and the plug-ins expect.
     """
 
-    def __init__(self, rows: Rows) -> None:
+    def __init__(self, rows: AnswerRows) -> None:
         super().__init__()
         self.rows = rows
         name = rows.handle.down_weight(LAYER)
@@ -115,8 +109,8 @@ class AnswerModel(nn.Module):
 
     def forward(self, numbers: Tensor) -> Tensor:
         handle = self.rows.handle
-        kept = [self.rows.kept(int(i)) for i in numbers]
-        act, rest = (pad_sequence(x, batch_first=True) for x in ([k.act for k in kept], [k.rest for k in kept]))
+        rows = [self.rows.activations(int(i)) for i in numbers]
+        act, rest = (pad_sequence(x, batch_first=True) for x in ([r.act for r in rows], [r.rest for r in rows]))
         hidden = rest + project(handle.down(LAYER), act, self.weight)
         return handle.head(handle.norm(hidden)).to(self.weight.device).float().transpose(1, 2)
 

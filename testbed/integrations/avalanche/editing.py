@@ -1,4 +1,4 @@
-"""Any editor as an Avalanche strategy."""
+"""An editor as an Avalanche strategy."""
 
 from __future__ import annotations
 
@@ -17,41 +17,43 @@ from avalanche.training.utils import trigger_plugins
 from torch import Tensor, nn
 
 from streams.base import TrainPool
-from testbed.core.events import Ask, EditBatch, EditEvent, Question
+from testbed.core.events import EditBatch, EditEvent, Question
 from testbed.core.registry import EDITORS
 from testbed.core.schema import EditReport
 from testbed.editors.base import BadEditor, Editor
 from testbed.experiment.answering import Answer
 from testbed.experiment.loop import peak_bytes
-from testbed.integrations.avalanche.benchmark import EditExperience, Item
-from testbed.integrations.avalanche.store import Answered, Ledger
+from testbed.integrations.avalanche.benchmark import EditExperience, EvalItem
+from testbed.integrations.avalanche.store import RunRecorder
 from testbed.model import loading
 from testbed.model.handle import ModelHandle
 
-Reading = Literal["gen", "tf_exact"]
+ScoringMode = Literal["gen", "tf_exact"]
+"""An answer is right when a free generation equals it, or when every token is right under teacher forcing."""
 _CHUNK = 256
-"""Questions in one evaluation iteration."""
+"""Questions in one iteration of an evaluation."""
 
 
 class EditorStrategy(BaseTemplate):
-    """`train` edits, `eval` asks; plug-ins, `EvaluationPlugin` and loggers are called as by Avalanche's own strategies.
+    """`train` makes edits, `eval` asks questions; plug-ins, metrics and loggers are called as by Avalanche's own strategies.
 
-    In a minibatch `mb_y` is 1 for every question and `mb_output` is 1 where the answer is right, so the stock metrics
-    (accuracy, forgetting, backward and forward transfer) hold for edits as they are; `loss` is the mean negative
-    log-probability (nats a token). Both are measured only when something reads them: training with metrics costs a
-    generation an edit, training without costs none. `model` is empty: answers are the editor's predictor's.
+    In a minibatch `mb_y` is 1 for every question and `mb_output` is 1 where the answer is right, so Avalanche's own
+    metrics (accuracy, forgetting, backward and forward transfer) work for edits; `loss` is the mean negative
+    log-probability (nats per token). Answers are computed when something reads them, so training with metrics costs
+    one generation for each edit and training without metrics costs none. `strategy.model` is an empty module, because
+    the answers come from the editor's predictor.
 
     Args:
-        editor: a name of --list, or an editor that no model was given to yet.
-        model: what `--model` takes, or a loaded model, best the benchmark's own.
-        pool: what the editor may learn from (`benchmark.pool`).
-        batch: edits per `apply` call.
-        reading: what counts as right: a free generation, or every token under teacher forcing.
+        editor: a name of --list, or an editor that is not bound to a model yet.
+        model: a value of `--model`, or a loaded model, preferably that of the benchmark.
+        pool: the train pool, from which the editor may learn (`benchmark.pool`).
+        batch: edits in one `apply` call.
+        reading: the scoring mode, `gen` or `tf_exact`.
     """
 
     PLUGIN_CLASS = SupervisedPlugin
     eval_every = 0
-    """Forward transfer asks for a schedule of evaluations; here the caller makes them."""
+    """The forward-transfer metric reads this schedule of evaluations; the caller evaluates here."""
 
     def __init__(
         self,
@@ -60,14 +62,14 @@ class EditorStrategy(BaseTemplate):
         model: str | ModelHandle = "tiny",
         pool: TrainPool = TrainPool(),  # noqa: B008  (frozen)
         batch: int = 1,
-        reading: Reading = "gen",
+        reading: ScoringMode = "gen",
         plugins: Sequence[Any] = (),
         evaluator: Any = default_evaluator,
     ) -> None:
         handle = loading.load(model) if isinstance(model, str) else model
         self.evaluator: Any = evaluator() if callable(evaluator) else evaluator
         self.clock = Clock()
-        every: list[Any] = [*plugins, self.evaluator, self.clock]  # the clock last, as plug-ins before it read it
+        every: list[Any] = [*plugins, self.evaluator, self.clock]  # the clock is the last, because the others read it before it ticks
         super().__init__(model=nn.Module(), device=handle.device, plugins=every)
         self.editor: Editor = EDITORS.get(editor)() if isinstance(editor, str) else editor
         limit = self.editor.traits.max_batch
@@ -76,21 +78,21 @@ class EditorStrategy(BaseTemplate):
         self.editor.prepare(handle, pool)
         self.handle, self.batch, self.reading = handle, batch, reading
         self.applied = 0
-        self.ledger = Ledger(self.editor, handle)
+        self.recorder = RunRecorder(self.editor, handle)
         self.dataloader: list[Any] = []
         self._show([])
 
     def train(self, experiences: Any, eval_streams: Any = (), **kwargs: Any) -> dict[str, Any]:
-        """Make the edits of one experience or several; returns the last value of each metric.
+        """Make the edits of one or several experiences; returns the last value of each metric.
 
-        Unlike Avalanche's, `eval_streams` is empty by default: its own default evaluates on what was just trained.
+        `eval_streams` is empty by default, whereas Avalanche's strategies evaluate on the experience just trained.
         """
         super().train(experiences, list(eval_streams), **kwargs)
         return self.evaluator.get_last_metrics()
 
     @torch.no_grad()
     def eval(self, experiences: Any, **kwargs: Any) -> dict[str, Any]:
-        """Ask the questions of one experience or several; returns the last value of each metric."""
+        """Ask the questions of one or several experiences; returns the last value of each metric."""
         super().eval(experiences, **kwargs)
         return self.evaluator.get_last_metrics()
 
@@ -102,12 +104,12 @@ class EditorStrategy(BaseTemplate):
         for edits in self.dataloader:
             with torch.enable_grad():
                 reports.append(self._apply(edits, seen.paraphrases))
-            self._show([Item(_question(e), e.target, (e.target,)) for e in edits if e.kind != "retire"])
+            self._show([EvalItem(_question(e), e.target, (e.target,)) for e in edits if e.kind != "retire"])
             if self._items:
                 trigger_plugins(self, "before_training_iteration", **kwargs)
                 trigger_plugins(self, "after_training_iteration", **kwargs)
         trigger_plugins(self, "after_training_epoch", **kwargs)
-        self.ledger.trained(seen.edits, _together(reports))
+        self.recorder.add_edits(seen.edits, _joined(reports))
 
     def _apply(self, edits: Sequence[EditEvent], paraphrases: Any) -> EditReport:
         self.applied += 1
@@ -121,25 +123,25 @@ class EditorStrategy(BaseTemplate):
         for items in self.dataloader:
             self._show(items)
             trigger_plugins(self, "before_eval_iteration", **kwargs)
-            self.ledger.asked([Answered(x, a) for x, a in zip(items, self.answers)])
+            self.recorder.add_answers(items, self.answers)
             trigger_plugins(self, "after_eval_iteration", **kwargs)
 
-    def _show(self, items: Sequence[Item]) -> None:
+    def _show(self, items: Sequence[EvalItem]) -> None:
         """Make these the current minibatch."""
         self._items, self._answers = list(items), None
 
     @property
     def answers(self) -> list[Answer]:
-        """The edited model's answers to the current minibatch, asked once."""
+        """The edited model's answers to the current minibatch, computed at the first use."""
         if self._answers is None:
             told = self.editor.traits.told_truth
-            asks = [Ask(x.question.prompt, x.question.image, x.reference if told else None) for x in self._items]
+            asks = [replace(x.question.ask(), truth=x.reference if told else None) for x in self._items]
             responses = self.editor.predictor().respond(asks, [x.reference for x in self._items])
             self._answers = [Answer.of(r, x.golds) for r, x in zip(responses, self._items)]
         return self._answers
 
     @property
-    def mb_x(self) -> list[Item]:
+    def mb_x(self) -> list[EvalItem]:
         return self._items
 
     @property
@@ -164,23 +166,23 @@ class EditorStrategy(BaseTemplate):
 
     @property
     def loss(self) -> Tensor:
-        """() mean over answers of the mean negative log-probability, nats a token."""
+        """(), the mean over answers of the mean negative log-probability (nats per token)."""
         return torch.tensor([-(a.logprob or 0.0) / (a.n_tokens or 1) for a in self.answers]).mean()
 
     def save(self, folder: Path | str) -> None:
-        """Write state, reports and answers as a run folder, for `resume` and for `python -m analysis`."""
+        """Write state, reports and answers into a run folder, for `resume` and for `python -m analysis`."""
         state = {"strategy": {"applied": self.applied, "clock": vars(self.clock) | {}}, **self.editor.state_dict()}
-        self.ledger.save(Path(folder), state)
+        self.recorder.save(Path(folder), state)
 
     def resume(self, folder: Path | str) -> int:
-        """Go on from a saved folder; returns the number of experiences that are trained already.
+        """Continue from a saved folder; returns the number of experiences that were trained.
 
-        The editor's state is restored bit for bit. What Avalanche's metrics remember is not in it: they start anew.
+        The editor's state is restored bit for bit. The state of Avalanche's metrics is not stored, so they start anew.
         """
-        done, state = self.ledger.resume(Path(folder))
-        kept: Any = state.pop("strategy")
-        self.applied = kept["applied"]
-        vars(self.clock).update(kept["clock"])
+        done, state = self.recorder.resume(Path(folder))
+        own: Any = state.pop("strategy")
+        self.applied = own["applied"]
+        vars(self.clock).update(own["clock"])
         self.editor.load_state_dict(state)
         return done
 
@@ -189,7 +191,7 @@ def _question(event: EditEvent) -> Question:
     return Question("edit", event.prompt, event.target, event.id, event.image)
 
 
-def _together(reports: Sequence[EditReport]) -> EditReport:
+def _joined(reports: Sequence[EditReport]) -> EditReport:
     """The reports of an experience's `apply` calls as one."""
     last = reports[-1]
     return replace(

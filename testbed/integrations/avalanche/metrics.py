@@ -1,4 +1,4 @@
-"""Avalanche's own metrics where an answer has several tokens: a sample is right when every token of its answer is."""
+"""Avalanche's own metrics for answers of several tokens: a sample is right when every token of its answer is right."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 from testbed.editors.continual.rows import IGNORE
 
 
-class _Judged:
+class _GradedStrategy:
     """A strategy whose outputs are 1 for a right answer and 0 for a wrong one, and whose labels are 1."""
 
     eval_every = 0
-    """Forward transfer asks for a schedule of evaluations; here the caller makes them."""
+    """The forward-transfer metric reads this schedule of evaluations; the caller evaluates here."""
 
     def __init__(self, strategy: Any) -> None:
         self._strategy = strategy
@@ -36,15 +36,16 @@ class _Judged:
 def answer_metrics(forward_transfer: bool = False) -> list[Any]:
     """Accuracy, forgetting and backward transfer of an experience and of the stream, under Avalanche's names.
 
-    They read teacher-forced exact match; the stock ones take the positions of an answer for classes. Forward transfer
-    needs one `eval` before any training. For strategies over `AnswerModel`; `EditorStrategy` takes the stock metrics.
+    They read exact match under teacher forcing, where Avalanche's own would take the positions of an answer for classes.
+    They are for strategies over `AnswerModel`; `EditorStrategy` takes Avalanche's own metrics. Forward transfer needs
+    one `eval` before any training.
     """
     makers = [accuracy_metrics, forgetting_metrics, bwt_metrics, *([forward_transfer_metrics] if forward_transfer else [])]
-    return [_judge(metric) for make in makers for metric in make(experience=True, stream=True)]
+    return [_graded(metric) for make in makers for metric in make(experience=True, stream=True)]
 
 
-def _judge(metric: Any) -> Any:
+def _graded(metric: Any) -> Any:
     iteration, end = metric.after_eval_iteration, metric.after_eval
-    metric.after_eval_iteration = lambda strategy: iteration(_Judged(strategy))
-    metric.after_eval = lambda strategy: end(_Judged(strategy))
+    metric.after_eval_iteration = lambda strategy: iteration(_GradedStrategy(strategy))
+    metric.after_eval = lambda strategy: end(_GradedStrategy(strategy))
     return metric

@@ -1,7 +1,9 @@
-"""Avalanche's strategies as editors: the same inside and outside our loop, what they remember, what is refused."""
+"""Avalanche's strategies as editors: equal to training through Avalanche, their replay buffers, and what is refused."""
 
 from __future__ import annotations
 
+import importlib
+import importlib.metadata
 import random
 import re
 from pathlib import Path
@@ -18,24 +20,25 @@ pytest.importorskip("avalanche", reason="the bridge needs the extra: pip install
 from tests.helpers.avalanche_benchmarks import apply, contrary, editor, pictures, quiet, settings, words  # isort: skip
 from avalanche.training.plugins import SupervisedPlugin, SynapticIntelligencePlugin
 
+import testbed.integrations.avalanche
 from testbed.core.registry import EDITORS, UnknownName
 from testbed.editors.base import BadEditor, EditFailed
 from testbed.editors.continual import methods
 from testbed.editors.continual._strategies import CopyingSI
-from testbed.editors.continual.rows import IGNORE, Rows, collate_rows
+from testbed.editors.continual.rows import IGNORE, AnswerRows, collate_rows
 from testbed.experiment.config import RunConfig
-from testbed.integrations.avalanche.api import AnswerModel, EditBenchmark, answer_loss, answer_strategy, seeded
+from testbed.integrations.avalanche import AnswerModel, EditBenchmark, answer_loss, answer_strategy, seeded
 from testbed.storage.files import read_state, write_state
 
 
 def outside(name: str, bench: EditBenchmark) -> torch.Tensor:
-    """The weight after training on every experience as Avalanche's users do, its generators set as the loop sets them."""
+    """The weight after training on every experience as Avalanche's users do, with the global generators seeded as in the loop."""
     rng = EDITORS.get("noop")()
     strategy = answer_strategy(name, bench.rows, settings(name))
-    lessons = [[*bench.train_stream]] if name == "joint" else list(bench.train_stream)
-    for i, lesson in enumerate(lessons, len(bench.groups) if name == "joint" else 1):
+    experiences = [[*bench.train_stream]] if name == "joint" else list(bench.train_stream)
+    for i, experience in enumerate(experiences, len(bench.groups) if name == "joint" else 1):
         with seeded(rng.generator(i)):
-            strategy.train(lesson, eval_streams=[])
+            strategy.train(experience, eval_streams=[])
     return strategy.model.weight.detach()
 
 
@@ -52,7 +55,7 @@ def test_the_same_weights_through_avalanche_and_through_the_loop(name: str, make
 
 
 @pytest.mark.parametrize("name", sorted(set(methods.METHODS) - {"naive"}))
-def test_no_strategy_is_naive_training_in_disguise(name: str) -> None:
+def test_no_strategy_gives_the_weights_of_naive_training(name: str) -> None:
     bench = contrary()
     a, b = editor("naive"), editor(name)
     for e in (a, b):
@@ -62,7 +65,7 @@ def test_no_strategy_is_naive_training_in_disguise(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", methods.METHODS)
-def test_gone_on_from_a_stored_state_the_weights_are_bit_equal(name: str, tmp_path: Path) -> None:
+def test_continued_from_a_stored_state_the_weights_are_bit_identical(name: str, tmp_path: Path) -> None:
     bench = pictures()
     whole, first, second = editor(name), editor(name), editor(name)
     for e in (whole, first, second):
@@ -77,7 +80,7 @@ def test_gone_on_from_a_stored_state_the_weights_are_bit_equal(name: str, tmp_pa
 
 
 @pytest.mark.parametrize("name", ["replay", "agem"])
-def test_a_memory_honours_its_size(name: str) -> None:
+def test_a_replay_buffer_keeps_to_its_size(name: str) -> None:
     bench = words(16)
     e = editor(name, memory=5)
     e.prepare(bench.handle, bench.pool)
@@ -92,19 +95,19 @@ def test_a_memory_honours_its_size(name: str) -> None:
     assert len(plugin.storage_policy.buffer) == 5
 
 
-def test_gem_remembers_so_many_edits_of_the_newest_batches() -> None:
+def test_gem_keeps_a_number_of_edits_of_the_newest_batches() -> None:
     bench = words(16)
     e = editor("gem", patterns=2, batches=3)
     e.prepare(bench.handle, bench.pool)
     apply(e, bench.groups)
-    assert [len(g) for g in e.carried.groups] == [2, 2, 2]
+    assert [len(g) for g in e.strategy_state.groups] == [2, 2, 2]
     newest = {x.id for g in bench.groups[1:] for x in g}
     assert set(e.state_dict()["edits"]) <= newest
 
 
 @pytest.mark.parametrize("name", ["cumulative", "joint", "replay", "agem", "gem"])
 @pytest.mark.parametrize("drop", [True, False])
-def test_a_revised_edit_leaves_the_memory(name: str, drop: bool) -> None:
+def test_a_revised_edit_is_dropped_from_the_replay_buffer(name: str, drop: bool) -> None:
     stream = PlainStream([Line(1.0), Line(1.1), Line(1.2, 0, "revise"), Line(1.3)])
     e = editor(name, drop_revised=drop)
     e.prepare(build("llama"), stream.train_pool())
@@ -113,7 +116,7 @@ def test_a_revised_edit_leaves_the_memory(name: str, drop: bool) -> None:
     assert set(e.state_dict()["edits"]) == want
 
 
-def test_memory_is_counted_and_reports_say_what_it_holds() -> None:
+def test_state_bytes_and_reports_count_the_replayed_edits() -> None:
     bench = words(8)
     a, b = editor("naive"), editor("cumulative")
     for e in (a, b):
@@ -125,7 +128,7 @@ def test_memory_is_counted_and_reports_say_what_it_holds() -> None:
     assert many.notes["memory"] == 8
 
 
-def test_the_global_generators_are_put_back() -> None:
+def test_the_global_generators_are_restored() -> None:
     before = torch.get_rng_state(), random.getstate()
     bench = words(8)
     e = editor("replay")
@@ -135,7 +138,7 @@ def test_the_global_generators_are_put_back() -> None:
     assert before[1] == random.getstate()
 
 
-def test_a_loss_that_is_not_finite_is_a_failed_edit() -> None:
+def test_an_edit_fails_when_its_loss_is_not_finite() -> None:
     bench = words(4)
     e = editor("naive")
     e.prepare(bench.handle, bench.pool)
@@ -150,8 +153,7 @@ def test_a_loss_that_is_not_finite_is_a_failed_edit() -> None:
         strategy.train(bench.train_stream, eval_streams=[])
 
 
-def test_distillation_by_hand() -> None:
-    """One step of it, in float64 and without the bridge."""
+def test_distillation_is_the_formula_computed_by_hand_in_float64() -> None:
     bench = words(4)
     x, y, _ = collate_rows([bench.train_stream[0].dataset[i] for i in range(4)])
     model = AnswerModel(bench.rows)
@@ -164,7 +166,7 @@ def test_distillation_by_hand() -> None:
             losses.append((strategy.mb_x, float(strategy.loss.detach()), out))
             assert labels.shape == (4, y.shape[1])
 
-    strategy.plugins.insert(-3, Watch())  # behind the distillation, ahead of evaluator, schedule and clock
+    strategy.plugins.insert(-3, Watch())  # after the distillation, before evaluator, schedule and clock
     strategy.train(bench.train_stream[:1], eval_streams=[])
     order, found, out = losses[1]
     labels = torch.stack([y[x.tolist().index(int(i))] for i in order])
@@ -175,7 +177,7 @@ def test_distillation_by_hand() -> None:
 
 
 def test_synaptic_intelligence_needs_its_copies_on_a_cpu() -> None:
-    """Avalanche's own finds that no weight matters, whatever moved: it keeps views of the live weights."""
+    """Avalanche's own gives every weight the importance 0, because it keeps views of the live weights."""
     importance = {}
     for kind in (SynapticIntelligencePlugin, CopyingSI):
         bench = words(4)
@@ -192,14 +194,14 @@ def test_a_strategy_that_cannot_learn_sequences_is_refused_with_the_reason(name:
     with pytest.raises(UnknownName, match=f"'avalanche:{name}' is not offered: it cannot learn answers of several tokens: "):
         EDITORS.get(f"avalanche:{name}")
     with pytest.raises(BadEditor, match=f"'{name}' is not offered: it cannot learn answers of several tokens: "):
-        answer_strategy(name, Rows(build("llama")))
+        answer_strategy(name, AnswerRows(build("llama")))
 
 
-def test_a_name_that_is_nearly_right_is_helped() -> None:
+def test_an_unknown_name_is_answered_with_near_matches() -> None:
     with pytest.raises(UnknownName, match="Did you mean avalanche:replay"):
         EDITORS.get("avalanche:repaly")
     with pytest.raises(BadEditor, match="there are naive, replay, cumulative"):
-        answer_strategy("repaly", Rows(build("llama")))
+        answer_strategy("repaly", AnswerRows(build("llama")))
 
 
 STOCK = {
@@ -209,12 +211,12 @@ STOCK = {
     "GDumb": {"mem_size": 4},
     "ER_ACE": {"mem_size": 4},
 }
-"""Avalanche's own under names that are refused, with what their constructors want."""
+"""Avalanche's own strategies under names that are refused, with the arguments of their constructors."""
 
 
 @pytest.mark.parametrize("name", STOCK)
 def test_what_is_refused_fails_on_answers(name: str) -> None:
-    """The reasons are no excuses: Avalanche's own strategies do not get through two experiences."""
+    """Avalanche's own strategies of these names fail within two experiences."""
     import avalanche.training.supervised as stock
 
     bench = words(8)
@@ -237,42 +239,42 @@ def test_without_a_solver_gem_is_refused_with_the_line_that_installs_one(monkeyp
 def test_another_version_of_avalanche_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert methods.missing() == []
     monkeypatch.setattr("importlib.metadata.version", lambda name: "0.5.0")
-    told = "avalanche-lib 0.5.0 is installed; the bridge is tested with 0.6.0: pip install 'lifelong-editing-testbed[avalanche]'"
-    assert methods.missing() == [told]
-    assert RunConfig(editor=("avalanche:naive",)).problems() == [f"avalanche:naive: {told}"]
-    with pytest.raises(ImportError, match=re.escape(told)):
-        methods.load()
+    message = "avalanche-lib 0.5.0 is installed; the bridge is tested with 0.6.0: pip install 'lifelong-editing-testbed[avalanche]'"
+    assert methods.missing() == [message]
+    assert RunConfig(editor=("avalanche:naive",)).problems() == [f"avalanche:naive: {message}"]
+    with pytest.raises(ImportError, match=re.escape(message)):
+        methods.load_avalanche()
 
 
-def test_without_avalanche_the_line_that_installs_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    import importlib.metadata
-
+def test_without_avalanche_the_message_gives_the_line_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(name: str) -> str:
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr("importlib.metadata.version", absent)
-    told = "needs Avalanche, which is not installed: pip install 'lifelong-editing-testbed[avalanche]'"
-    assert methods.missing() == [told]
+    message = "needs Avalanche, which is not installed: pip install 'lifelong-editing-testbed[avalanche]'"
+    assert methods.missing() == [message]
     e = EDITORS.get("avalanche:naive")()
-    with pytest.raises(BadEditor, match=re.escape(f"avalanche:naive cannot run: {told}")):
+    with pytest.raises(BadEditor, match=re.escape(f"avalanche:naive cannot run: {message}")):
         e.prepare(build("llama"), plain(2).train_pool())
+    with pytest.raises(ImportError, match=re.escape(message)):
+        importlib.reload(testbed.integrations.avalanche)
 
 
 @pytest.mark.parametrize(
-    ("name", "values", "told"),
+    ("name", "values", "message"),
     [
         ("naive", {"lr": 0.0}, "lr must be positive, got 0.0"),
         ("naive", {"steps": 0}, "steps must be 1 or more, got 0"),
         ("replay", {"memory": 0}, "memory must be 1 or more, got 0"),
         ("agem", {"sample": -1}, "sample must be 1 or more, got -1"),
         ("gem", {"patterns": 65}, "patterns must not exceed rows (64), got 65"),
-        ("ewc", {"decay": 1.5}, "decay must lie in [0, 1], got 1.5"),
-        ("mas", {"alpha": -0.1}, "alpha must lie in [0, 1], got -0.1"),
+        ("ewc", {"decay": 1.5}, "decay must be between 0 and 1, got 1.5"),
+        ("mas", {"alpha": -0.1}, "alpha must be between 0 and 1, got -0.1"),
         ("si", {"strength": -1.0}, "strength must be 0 or more, got -1.0"),
         ("lwf", {"temperature": 0.0}, "temperature must be positive, got 0.0"),
     ],
 )
-def test_settings_that_cannot_be(name: str, values: dict[str, Any], told: str) -> None:
-    assert methods.METHODS[name].config(**values).problems() == [told]
-    with pytest.raises(BadEditor, match=re.escape(told)):
-        answer_strategy(name, Rows(build("llama")), methods.METHODS[name].config(**values))
+def test_settings_out_of_range_are_named(name: str, values: dict[str, Any], message: str) -> None:
+    assert methods.METHODS[name].config(**values).problems() == [message]
+    with pytest.raises(BadEditor, match=re.escape(message)):
+        answer_strategy(name, AnswerRows(build("llama")), methods.METHODS[name].config(**values))
