@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from testbed.core.schema import columns
 
@@ -134,8 +134,6 @@ def write_state(path: Path, state: dict[str, Any], phase: Phase | None = None) -
 
 def read_state(path: Path) -> dict[str, Any]:
     """Read what `write_state` wrote. Raises `StoreError` for a file that is absent, truncated or no state."""
-    from safetensors import safe_open
-
     try:
         with safe_open(path, "pt") as f:
             rest = json.loads((f.metadata() or {})["json"])

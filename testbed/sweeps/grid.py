@@ -21,6 +21,7 @@ from typing import Any
 from testbed.core import variants
 from testbed.core.events import content_id
 from testbed.core.schema import folder_name
+from testbed.experiment.command import user_errors
 from testbed.experiment.config import BadConfig, RunConfig, plain, set_fields, setting_owner
 from testbed.storage.files import step_of
 
@@ -178,7 +179,6 @@ def run_cell(cell: Cell, cpus: int) -> str | None:
     import torch  # imported here, as the modules below that import it: --help of a sweep is faster without it
 
     from testbed.experiment import runner
-    from testbed.experiment.command import user_errors
     from testbed.storage.shared_cache import exclusive
 
     torch.set_num_threads(cpus)
