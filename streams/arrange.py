@@ -28,11 +28,11 @@ def arrange(stream: Stream, events: Sequence[EditEvent], losses: Losses) -> list
     if order == "drawn":
         return list(events)
     if order == "subjects":
-        moved = together(events)
+        moved = by_subject(events)
     else:
-        of = losses([e for e in events if e.revises is None])
+        loss_of = losses([e for e in events if e.revises is None])
         sign = -1 if order == "hardest" else 1
-        moved = by_rank(events, {name: sign * loss for name, loss in of.items()})
+        moved = by_rank(events, {name: sign * loss for name, loss in loss_of.items()})
     times: Iterable[float] = (e.time for e in events)
     if stream.time_axis == "dated":
         stream.time_axis = "scheduled"
@@ -47,25 +47,25 @@ def by_rank(events: Sequence[EditEvent], rank: Mapping[str, float]) -> list[Edit
     The k-th fact begins about where the k-th fact began, and its changes keep their distances from that.
     Raises KeyError for a first event without a rank.
     """
-    begins = _begins(events)
-    first = [i for i, e in enumerate(events) if e.revises is None]
-    ranked = sorted(first, key=lambda i: (rank[events[i].id], events[i].id))
-    moved = dict(zip(ranked, first))
-    order = sorted(range(len(events)), key=lambda i: (moved[begins[i]] + i - begins[i], i))
+    first = _first_positions(events)
+    additions = [i for i, e in enumerate(events) if e.revises is None]
+    ranked = sorted(additions, key=lambda i: (rank[events[i].id], events[i].id))
+    moved = dict(zip(ranked, additions))
+    order = sorted(range(len(events)), key=lambda i: (moved[first[i]] + i - first[i], i))
     return [events[i] for i in order]
 
 
-def together(events: Sequence[EditEvent]) -> list[EditEvent]:
+def by_subject(events: Sequence[EditEvent]) -> list[EditEvent]:
     """All events of one subject one after another, subjects in order of first mention; a fact without subject is its own."""
-    begins = _begins(events)
+    first = _first_positions(events)
     mention: dict[str, int] = {}
     for i, e in enumerate(events):
-        mention.setdefault(e.subject or events[begins[i]].id, i)
-    order = sorted(range(len(events)), key=lambda i: (mention[events[i].subject or events[begins[i]].id], i))
+        mention.setdefault(e.subject or events[first[i]].id, i)
+    order = sorted(range(len(events)), key=lambda i: (mention[events[i].subject or events[first[i]].id], i))
     return [events[i] for i in order]
 
 
-def _begins(events: Sequence[EditEvent]) -> list[int]:
+def _first_positions(events: Sequence[EditEvent]) -> list[int]:
     """For each event the position of its fact's first one."""
     at: dict[str, int] = {}
     for i, e in enumerate(events):

@@ -20,7 +20,8 @@ from testbed.core.ranges import Fraction, NonNegativeInt, PositiveInt, out_of_ra
 TimeAxis = Literal["dated", "scheduled", "simulated"]
 MissingImages = Literal["skip", "text", "caption"]
 Order = Literal["drawn", "hardest", "easiest", "subjects"]
-UNEVEN = (0.01, 3.0)
+BURSTS_RANGE = (0.01, 3.0)
+"""Smallest and largest value of `bursts` other than 0."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,8 @@ class StreamConfig:
     def problems(self) -> list[str]:
         """Every mistake in the values, as sentences; empty when there is none."""
         out = [f"stream.{problem}" for problem in out_of_range(self)]
-        if self.bursts and not UNEVEN[0] <= self.bursts <= UNEVEN[1]:
-            out.append(f"stream.bursts must be 0 or lie in [{UNEVEN[0]}, {UNEVEN[1]}], got {self.bursts}")
+        if self.bursts and not BURSTS_RANGE[0] <= self.bursts <= BURSTS_RANGE[1]:
+            out.append(f"stream.bursts must be 0 or lie in [{BURSTS_RANGE[0]}, {BURSTS_RANGE[1]}], got {self.bursts}")
         if self.revise + self.revert + self.retire >= 1:
             out.append("stream.revise + stream.revert + stream.retire must stay under 1")
         return out
@@ -162,7 +163,7 @@ class Stream(ABC):
         """Hash of the events as they will be applied; the same on any machine."""
         return content_id([(e.id, e.time, e.seq) for e in events])
 
-    def foreign(self, event: EditEvent) -> BadStream:
+    def foreign_event(self, event: EditEvent) -> BadStream:
         """The error for an event that another stream made."""
         return BadStream(f"event {event.id} ({event.source or 'no source'}) is not of this stream ({self.origin})")
 

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 from streams import transforms
 from streams.base import BadStream, Skipped, Stream, StreamConfig, TimeAxis, TrainPool
 from streams.files.entry import QuestionKey
-from streams.files.records import plain
+from streams.files.records import normalize
 from testbed.core.events import LOCALITY_SPLITS, EditEvent, Question, content_id
 from testbed.core.registry import STREAMS
 
@@ -50,10 +50,10 @@ class Merged(Stream):
         self.time_axis = self._common_axis()
         self.skipped = [Skipped(f"{p.name}: {s.where}", s.reason) for p in self.parts for s in p.skipped]
         self._finite = [None if p.time_axis == "simulated" else p.events(ALL) for p in self.parts]
-        self._taken = [{_place(e) for e in events or ()} for events in self._finite]
-        self._all_taken: set[QuestionKey] = set().union(*self._taken)
+        self._edited_keys = [{_content_key(e) for e in events or ()} for events in self._finite]
+        self._all_edited: set[QuestionKey] = set().union(*self._edited_keys)
         self.skipped += self._repeated()
-        self._of: dict[str, int] = {}
+        self._part_index: dict[str, int] = {}
 
     def _common_axis(self) -> TimeAxis:
         axes = [p.time_axis for p in self.parts]
@@ -67,8 +67,8 @@ class Merged(Stream):
     def _repeated(self) -> list[Skipped]:
         out = []
         for i, part in enumerate(self.parts):
-            twice = set().union(*self._taken[:i]) & self._taken[i]
-            out += [Skipped(f"{part.name}: {prompt}", "an earlier stream edits the same question") for _, prompt in sorted(twice)]
+            shared = set().union(*self._edited_keys[:i]) & self._edited_keys[i]
+            out += [Skipped(f"{part.name}: {prompt}", "an earlier stream edits the same question") for _, prompt in sorted(shared)]
         return out
 
     @property
@@ -85,14 +85,14 @@ class Merged(Stream):
         given = [p.events(max(n, 0)) if events is None else events for p, events in zip(self.parts, self._finite)]
         own = [[(e, i) for e in events if self._is_free(e, i)] for i, events in enumerate(given)]
         inorder = list(islice(heapq.merge(*own, key=lambda pair: pair[0].time), max(n, 0)))
-        self._of |= {e.id: i for e, i in inorder}
+        self._part_index |= {e.id: i for e, i in inorder}
         c = self.config
         drawn = transforms.calendar(c.edits_per_year, c.bursts, transforms.generator(c.seed, "years"))
         times = (e.time for e, _ in inorder) if self.time_axis == "dated" else drawn
         return [replace(e, seq=seq, time=t) for seq, ((e, _), t) in enumerate(zip(inorder, times))]
 
     def _is_free(self, event: EditEvent, i: int) -> bool:
-        return not any(_place(event) in taken for taken in self._taken[:i])
+        return not any(_content_key(event) in taken for taken in self._edited_keys[:i])
 
     def questions(self, event: EditEvent) -> tuple[Question, ...]:
         return tuple(q for q in self.parts[self._part_of(event)].questions(event) if self._may_ask(q))
@@ -101,19 +101,19 @@ class Merged(Stream):
         """Whether no other part edits or trains on what a question asks."""
         if q.split in ("edit", "stale"):
             return True
-        place = _place(q)
-        return place not in self._pool and (q.split not in LOCALITY_SPLITS or place not in self._all_taken)
+        key = _content_key(q)
+        return key not in self._pool and (q.split not in LOCALITY_SPLITS or key not in self._all_edited)
 
     def _part_of(self, event: EditEvent) -> int:
-        if event.id not in self._of:
+        if event.id not in self._part_index:
             self.events(event.seq + 1)
-        if event.id not in self._of:
-            raise self.foreign(event)
-        return self._of[event.id]
+        if event.id not in self._part_index:
+            raise self.foreign_event(event)
+        return self._part_index[event.id]
 
     def general(self) -> tuple[Question, ...]:
-        kept = self._all_taken | self._pool.keys()
-        return tuple({q.id: q for p in self.parts for q in p.general() if _place(q) not in kept}.values())
+        kept = self._all_edited | self._pool.keys()
+        return tuple({q.id: q for p in self.parts for q in p.general() if _content_key(q) not in kept}.values())
 
     def paraphrases(self, event: EditEvent) -> tuple[str, ...]:
         return self.parts[self._part_of(event)].paraphrases(event)
@@ -125,15 +125,15 @@ class Merged(Stream):
 
     @cached_property
     def _pool(self) -> dict[QuestionKey, Question]:
-        found = {_place(q): q for p in self.parts for q in p.train_pool().questions}
-        return {place: q for place, q in found.items() if place not in self._all_taken}
+        found = {_content_key(q): q for p in self.parts for q in p.train_pool().questions}
+        return {key: q for key, q in found.items() if key not in self._all_edited}
 
     def beliefs(self) -> Iterator[Question]:
         """Those of all parts; of one question that two believe about, the earlier part's."""
         given: set[QuestionKey] = set()
         for part in self.parts:
-            found = [q for q in part.beliefs() if _place(q) not in given]
-            given |= {_place(q) for q in found}
+            found = [q for q in part.beliefs() if _content_key(q) not in given]
+            given |= {_content_key(q) for q in found}
             yield from found
 
 
@@ -143,5 +143,5 @@ def _part(name: str, config: StreamConfig) -> Stream:
     return STREAMS.get(name)(replace(config, data_root=root))
 
 
-def _place(item: EditEvent | Question) -> QuestionKey:
-    return (item.image.key if item.image is not None else ""), plain(item.prompt)
+def _content_key(item: EditEvent | Question) -> QuestionKey:
+    return (item.image.key if item.image is not None else ""), normalize(item.prompt)

@@ -16,7 +16,7 @@ from itertools import count
 import numpy as np
 
 from streams.base import StreamConfig
-from streams.files.records import plain
+from streams.files.records import normalize
 from testbed.core.events import EditEvent, Kind, Picture, content_id
 
 Values = Mapping[str, Sequence[str]]
@@ -74,7 +74,7 @@ class FactChange:
 
 
 @dataclass
-class _Life:
+class _FactHistory:
     """A fact that has been added: every value it had, oldest first, and the number of its events."""
 
     fact: EditableFact
@@ -88,7 +88,7 @@ def generator(seed: int, name: str) -> np.random.Generator:
     return np.random.default_rng([seed, int(content_id(name), 16)])
 
 
-def share(*parts: object) -> float:
+def hash_fraction(*parts: object) -> float:
     """A number in [0, 1) that depends on the content alone: which side of a split a record falls on."""
     return int(content_id(*parts)[:13], 16) / 16**13
 
@@ -106,14 +106,14 @@ def drifting(categories: Sequence[str], rng: np.random.Generator, strength: floa
         left.setdefault(str(categories[i]), []).append(i)
     names = sorted(left)
     a, b = rng.normal(0.0, strength, (2, len(names)))
-    room = np.array([len(left[name]) for name in names])
+    remaining = np.array([len(left[name]) for name in names])
     for step in range(len(categories)):
         t = step / len(categories)
-        logits = np.where(room > 0, (1 - t) * a + t * b, -np.inf)
+        logits = np.where(remaining > 0, (1 - t) * a + t * b, -np.inf)
         weights = np.exp(logits - logits.max())
         pick = min(int(np.searchsorted(np.cumsum(weights), rng.random() * weights.sum(), side="right")), len(names) - 1)
-        pick = pick if room[pick] else int(np.argmax(logits))
-        room[pick] -= 1
+        pick = pick if remaining[pick] else int(np.argmax(logits))
+        remaining[pick] -= 1
         yield left[names[pick]].pop()
 
 
@@ -128,18 +128,18 @@ def changes(facts: Iterable[EditableFact], shares: Shares, values: Values, rng: 
     most = max(MAX_CHANGES, shares.repeats)
     fresh = iter(facts)
     pending = next(fresh, None)
-    live: list[_Life] = []
+    live: list[_FactHistory] = []
     while pending is not None or live:
         kind, at = shares.kind(rng.random()), rng.random()
         if pending is not None and (kind == "add" or not live):
-            born = _born(pending)
+            history = _new_history(pending)
             yield FactChange("add", pending, pending.target, pending.previous)
             for _ in range(shares.repeats - 1):
-                if (change := _change("revise", born, values, rng)) is None:
+                if (change := _change("revise", history, values, rng)) is None:
                     break  # no new value is left
                 yield change
-            if born.changes < most:
-                live.append(born)
+            if history.changes < most:
+                live.append(history)
             pending = next(fresh, None)
             continue
         index = int(at * len(live))
@@ -201,33 +201,33 @@ def scheduled(facts: Sequence[EditableFact], values: Values, config: StreamConfi
     return dated(changed, calendar(config.edits_per_year, config.bursts, draws("years")))
 
 
-def _born(fact: EditableFact) -> _Life:
+def _new_history(fact: EditableFact) -> _FactHistory:
     values = [v for v in (fact.previous, fact.target) if v is not None]
-    return _Life(fact, values, seen={plain(v) for v in (*values, *fact.aliases)})
+    return _FactHistory(fact, values, seen={normalize(v) for v in (*values, *fact.aliases)})
 
 
-def _change(kind: Kind, life: _Life, values: Values, rng: np.random.Generator) -> FactChange | None:
+def _change(kind: Kind, history: _FactHistory, values: Values, rng: np.random.Generator) -> FactChange | None:
     """The next change of a fact, its life brought up to date; None when a revision finds no new value."""
-    current = life.values[-1]
-    life.changes += 1
-    if kind == "retire" and current != life.fact.previous:
-        return FactChange("retire", life.fact, "", current)
-    earlier = list(dict.fromkeys(v for v in life.values if plain(v) != plain(current)))
+    current = history.values[-1]
+    history.changes += 1
+    if kind == "retire" and current != history.fact.previous:
+        return FactChange("retire", history.fact, "", current)
+    earlier = list(dict.fromkeys(v for v in history.values if normalize(v) != normalize(current)))
     if kind == "revert" and earlier:
         target = earlier[int(rng.integers(len(earlier)))]
-        life.values.append(target)
-        return FactChange("revert", life.fact, target, current)
-    target = _new_value(life, values.get(life.fact.relation or "", ()), rng)
+        history.values.append(target)
+        return FactChange("revert", history.fact, target, current)
+    target = _new_value(history, values.get(history.fact.relation or "", ()), rng)
     if target is None:
         return None
-    life.values.append(target)
-    life.seen.add(plain(target))
-    return FactChange("revise", life.fact, target, current)
+    history.values.append(target)
+    history.seen.add(normalize(target))
+    return FactChange("revise", history.fact, target, current)
 
 
-def _new_value(life: _Life, pool: Sequence[str], rng: np.random.Generator) -> str | None:
+def _new_value(history: _FactHistory, pool: Sequence[str], rng: np.random.Generator) -> str | None:
     """A value of the pool that the fact never had: the first fit from a random place on."""
     if not pool:
         return None
     start = int(rng.integers(len(pool)))
-    return next((v for v in (*pool[start:], *pool[:start]) if plain(v) not in life.seen), None)
+    return next((v for v in (*pool[start:], *pool[:start]) if normalize(v) not in history.seen), None)

@@ -15,7 +15,7 @@ from typing import Any
 from streams.base import BadStream
 from streams.dated.country_codes import COUNTRIES
 from streams.dated.states import Day, SourceData, State, Timeline, day, read_day, state
-from streams.files.fields import find, many, read_rows, suffixes
+from streams.files.fields import find_files, read_rows, suffixes, texts_in
 from streams.files.records import BadField, clean, kind_of, parse_json, text_of
 
 
@@ -70,7 +70,7 @@ _ESCAPE = re.compile(r"\\u([0-9a-fA-F]{4})")
 def templama(root: Path | None) -> SourceData:
     """`time_editing.json`: lists of states, each with the last year in which it held."""
     data = SourceData()
-    path = find(root, suffixes("templama/time_editing.json"), "TempLAMA")[0]
+    path = find_files(root, suffixes("templama/time_editing.json"), "TempLAMA")[0]
     rows, digest = read_rows(path, data.skipped)
     data.digests.append(digest)
 
@@ -112,7 +112,7 @@ def _answer(row: Mapping[str, Any]) -> str:
 def dyknow(root: Path | None) -> SourceData:
     """`qa_generated.json` (questions and dated answers), with the paraphrases of `grc_generated.json` beside it."""
     data = SourceData()
-    path = find(root, suffixes("dyknow/qa_generated.json"), "DyKnow")[0]
+    path = find_files(root, suffixes("dyknow/qa_generated.json"), "DyKnow")[0]
     top = _object(path, data)
     beside = path.with_name("grc_generated.json")
     more = dict(_dyknow_facts(_object(beside, data), ())) if beside.is_file() else {}
@@ -162,7 +162,7 @@ _GROUPS = {"athletes_byPayment": "plays for", "companies_byRevenue": "chief exec
 
 def _prompts(fact: Mapping[str, Any]) -> list[str]:
     given = fact.get("questions")
-    return list(many(list(given.values()) if isinstance(given, Mapping) else given, "questions"))
+    return list(texts_in(list(given.values()) if isinstance(given, Mapping) else given, "questions"))
 
 
 def _dyknow_state(answer: Any, where: str) -> State:
@@ -177,7 +177,7 @@ def _dyknow_state(answer: Any, where: str) -> State:
 def yago(root: Path | None) -> SourceData:
     """`triple2id.txt` (subject, relation, object, from, to, tab-separated) with `entity2id.txt` and `relation2id.txt`."""
     data = SourceData()
-    path = find(root, suffixes("yago11k/yago/triple2id.txt"), "YAGO11k")[0]
+    path = find_files(root, suffixes("yago11k/yago/triple2id.txt"), "YAGO11k")[0]
     names = {p[1]: _entity(p[0]) for _, p in _table(path.with_name("entity2id.txt"), 2, data)}
     relations = {p[1]: p[0].strip("<>") for _, p in _table(path.with_name("relation2id.txt"), 2, data)}
     facts: dict[tuple[str, str], list[State]] = {}
@@ -221,7 +221,7 @@ def _table(path: Path, width: int, data: SourceData) -> Iterator[tuple[str, list
 def leaders(root: Path | None) -> SourceData:
     """REIGN's leader list: one leader a line, with country code (Correlates of War), day of entry and month of exit."""
     data = SourceData()
-    path = find(root, suffixes("reign/data_sets/leaderlist*.csv"), "REIGN")[-1]
+    path = find_files(root, suffixes("reign/data_sets/leaderlist*.csv"), "REIGN")[-1]
     rows = csv.DictReader(io.StringIO(data.read(path).decode("utf-8-sig", "surrogateescape"), newline=""))
     needed = {"ccode", "leader", "sdate", "smonth", "syear", "emonth", "eyear"}
     if missing := needed - set(rows.fieldnames or ()):

@@ -11,7 +11,7 @@ from pathlib import Path
 from streams.base import Skipped
 from streams.files.fields import RecordReader
 from streams.files.pictures import FilePicture
-from streams.files.records import BadField, digest_of, plain, read_bytes
+from streams.files.records import BadField, digest_of, normalize, read_bytes
 
 Day = tuple[int, int, int]
 """Year, month, day; 0 where month or day are not known."""
@@ -31,7 +31,7 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """A fact with its states. `by_name` is the same question in words alone, where `prompt` needs its picture."""
+    """A fact with its states. `prompt_by_name` is the same question in words alone, where `prompt` needs its picture."""
 
     subject: str
     relation: str
@@ -40,7 +40,7 @@ class Timeline:
     held_out: tuple[str, ...] = ()
     train: tuple[str, ...] = ()
     image: FilePicture | None = None
-    by_name: str = ""
+    prompt_by_name: str = ""
     source: str = ""
 
     @property
@@ -50,13 +50,13 @@ class Timeline:
 
 @dataclass(frozen=True, slots=True)
 class DatedChange:
-    """One certain change: `previous` ended no later than `target` began, at `time` in years. `also` are other values
+    """One certain change: `previous` ended no later than `target` began, at `time` in years. `aliases` are other values
     of the fact that held then."""
 
     previous: str
     target: str
     time: float
-    also: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
 
 
 @dataclass
@@ -131,7 +131,7 @@ def certain_changes(timeline: Timeline, skipped: list[Skipped]) -> list[DatedCha
     for old, new in pairwise(ordered):
         reason = _uncertain(old, new)
         previous = out[-1].target if out else old.value
-        if reason is None and plain(previous) == plain(new.value):
+        if reason is None and normalize(previous) == normalize(new.value):
             reason = "the value is the one before"
         if reason is not None:
             skipped.append(Skipped(new.where, reason))
@@ -141,7 +141,7 @@ def certain_changes(timeline: Timeline, skipped: list[Skipped]) -> list[DatedCha
 
 
 def _uncertain(old: State, new: State) -> str | None:
-    if plain(old.value) == plain(new.value):
+    if normalize(old.value) == normalize(new.value):
         return "the value is the one before"
     if old.end is None:
         return "the state before it has no end"
@@ -150,10 +150,10 @@ def _uncertain(old: State, new: State) -> str | None:
 
 def _holding(states: Iterable[State], new: State, previous: str) -> Iterator[str]:
     """Other values that are known to hold for some time after `new` begins."""
-    seen = {plain(new.value), plain(previous)}
+    seen = {normalize(new.value), normalize(previous)}
     for s in states:
-        if plain(s.value) not in seen and s.end is not None and s.start <= new.start and not not_after(s.end, new.start):
-            seen.add(plain(s.value))
+        if normalize(s.value) not in seen and s.end is not None and s.start <= new.start and not not_after(s.end, new.start):
+            seen.add(normalize(s.value))
             yield s.value
 
 

@@ -11,7 +11,7 @@ from streams.dated.country_codes import COUNTRIES
 from streams.dated.states import SourceData, Timeline
 from streams.dated.timeline_stream import DatedStream
 from streams.files.pictures import FilePicture, list_folder
-from streams.files.records import plain
+from streams.files.records import normalize
 from testbed.core.registry import STREAMS
 
 
@@ -73,7 +73,7 @@ class DatedFacts(DatedStream):
             out.total += found.total
         best: dict[tuple[str, str], Timeline] = {}
         for t in out.timelines:
-            key = plain(t.subject), t.relation
+            key = normalize(t.subject), t.relation
             kept = best.setdefault(key, t)
             if kept is not t:
                 best[key], left = (t, kept) if len(t.states) > len(kept.states) else (kept, t)

@@ -14,7 +14,7 @@ from streams.dated.states import DatedChange, SourceData, certain_changes
 from streams.files.entry import EntryData, EntryQuestion, FactEntry, QuestionCollector, drawn_role, question_key, rotated
 from streams.files.entry_stream import EntryStream
 from streams.files.records import reasons
-from streams.transforms import share
+from streams.transforms import hash_fraction
 from testbed.core.events import EditEvent, Split, content_id
 
 
@@ -71,7 +71,7 @@ class DatedStream(EntryStream):
                     image=t.image,
                     held_out=t.held_out,
                     train=t.train,
-                    questions=(EntryQuestion("portability", t.by_name),) if t.by_name else (),
+                    questions=(EntryQuestion("portability", t.prompt_by_name),) if t.prompt_by_name else (),
                     role=drawn_role("dated control", t.name),
                 )
 
@@ -96,7 +96,7 @@ class DatedStream(EntryStream):
     @cached_property
     def _dated(self) -> dict[str, tuple[EditEvent, DatedChange]]:
         """Every event with its change, by the event's id, in order."""
-        tie = {e.source: share("tie", self.config.seed, e.source) for e in self._edited}
+        tie = {e.source: hash_fraction("tie", self.config.seed, e.source) for e in self._edited}
         pairs = [(e, i, c) for e in self._edited for i, c in enumerate(self._changes[e.source])]
         pairs.sort(key=lambda p: (p[2].time, tie[p[0].source], p[1]))
         steps = (transforms.FactChange("revise" if i else "add", e, c.target, c.previous) for e, i, c in pairs)
@@ -108,24 +108,24 @@ class DatedStream(EntryStream):
 
     def _entry_of(self, event: EditEvent) -> FactEntry:
         if event.id not in self._dated:
-            raise self.foreign(event)
+            raise self.foreign_event(event)
         return super()._entry_of(event)
 
     def aliases_of(self, entry: FactEntry, event: EditEvent, value: str) -> tuple[str, ...]:
         """Other values of the fact that hold at the time of the change."""
-        return self._dated[event.id][1].also
+        return self._dated[event.id][1].aliases
 
     def _add_locality(self, collector: QuestionCollector, entry: FactEntry, own: list[EntryQuestion]) -> None:
         """Add one control each: the same relation of another subject; another relation; another relation of the same subject."""
         order = rotated(self._controls, "control of", entry.source)[:400]
-        fits = [c for c in order if collector.tells_apart(c.previous)]
+        fits = [c for c in order if collector.reveals_leak(c.previous)]
         same = next((c for c in fits if c.relation == entry.relation), None)
         other = next((c for c in fits if c.relation != entry.relation and c.subject != entry.subject), None)
-        sibling = next((c for c in self._controls if c.subject == entry.subject and collector.tells_apart(c.previous)), None)
+        sibling = next((c for c in self._controls if c.subject == entry.subject and collector.reveals_leak(c.previous)), None)
         found: list[tuple[FactEntry | None, Split]] = [(same, "locality_hard"), (other, "locality_far"), (sibling, "locality_sibling")]
         for control, split in found:
             if control is not None:
-                collector.add_free(control.as_control(split))
+                collector.add_unreserved(control.as_control(split))
 
     def probe_prompts(self, entry: FactEntry) -> tuple[str, ...]:
         """Also the edit's own prompt, unless it needs its picture."""

@@ -9,8 +9,8 @@ from typing import Literal, TypeVar
 
 from streams.base import Skipped
 from streams.files.pictures import AnyPicture
-from streams.files.records import plain
-from streams.transforms import EditableFact, share
+from streams.files.records import normalize
+from streams.transforms import EditableFact, hash_fraction
 from testbed.core.events import EditEvent, Question, Split
 
 T = TypeVar("T")
@@ -18,12 +18,12 @@ CONTROL_SHARE = 0.15
 """Share of records that no event touches: half are asked as controls, half go to the train pool."""
 Role = Literal["edit", "probe", "train"]
 QuestionKey = tuple[str, str]
-"""What a question asks: the name of its picture under the root ("" without one), and its prompt after `plain`."""
+"""What a question asks: the name of its picture under the root ("" without one), and its prompt after `normalize`."""
 
 
 def question_key(image: AnyPicture | None, prompt: str) -> QuestionKey:
     """The key of a question, by which repeated questions are found."""
-    return (image.name if image is not None else ""), plain(prompt)
+    return (image.name if image is not None else ""), normalize(prompt)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,20 +88,20 @@ def sample(data: EntryData, number: int) -> EntryData:
     """The `number` entries with the smallest hashes of their names, in the order of the files; all of them for 0."""
     if not 0 < number < len(data.entries):
         return data
-    taken = set(sorted((e.source for e in data.entries), key=lambda name: share("records", name))[:number])
+    taken = set(sorted((e.source for e in data.entries), key=lambda name: hash_fraction("records", name))[:number])
     entries = tuple(e for e in data.entries if e.source in taken)
     return replace(data, entries=entries, origin=f"{data.origin}, {number:,} of them drawn")
 
 
 def rotated(items: Sequence[T], *parts: object) -> Sequence[T]:
     """The items from a position on that a hash of `parts` picks, the items before that position behind them."""
-    start = int(share(*parts) * len(items))
+    start = int(hash_fraction(*parts) * len(items))
     return [*items[start:], *items[:start]]
 
 
 def drawn_role(purpose: str, key: object) -> Role:
     """The role of a record by a hash of its key, the same under every seed."""
-    u = share(purpose, key)
+    u = hash_fraction(purpose, key)
     return "edit" if u >= CONTROL_SHARE else ("probe" if u < CONTROL_SHARE / 2 else "train")
 
 
@@ -121,7 +121,7 @@ def with_roles(
     roles = {e.source: drawn_role(purpose, key(e)) for e in entries}
     for group in by_picture.values():
         if len(group) > 1:
-            chosen = min(group, key=lambda e: share("sibling", key(e)))
+            chosen = min(group, key=lambda e: hash_fraction("sibling", key(e)))
             roles |= {e.source: "probe" if e is chosen else "edit" for e in group}
     return tuple(replace(e, role=roles[e.source]) for e in entries)
 
@@ -139,22 +139,22 @@ class QuestionCollector:
     def __init__(self, event: EditEvent, value: str | None, topic: str, reserved: set[QuestionKey]) -> None:
         self.event, self.topic, self.reserved = event, topic, reserved
         self._questions: dict[str, Question] = {}
-        self._value = plain(value) if value else None
-        self._values = {plain(v) for v in (value, event.previous) if v}
+        self._value = normalize(value) if value else None
+        self._values = {normalize(v) for v in (value, event.previous) if v}
 
     @property
     def questions(self) -> tuple[Question, ...]:
         return tuple(self._questions.values())
 
-    def tells_apart(self, answer: str | None) -> bool:
+    def reveals_leak(self, answer: str | None) -> bool:
         """Whether an answer differs from the edit's new and old value, so that a leak would show."""
-        return bool(answer) and plain(answer or "") not in self._values
+        return bool(answer) and normalize(answer or "") not in self._values
 
-    def differs(self, answer: str) -> bool:
+    def differs_from_value(self, answer: str) -> bool:
         """Whether an answer differs from the edit's new value."""
-        return plain(answer) != self._value
+        return normalize(answer) != self._value
 
-    def add_free(self, question: EntryQuestion) -> None:
+    def add_unreserved(self, question: EntryQuestion) -> None:
         """Add the question unless an edit or the train pool has the very same."""
         if question_key(question.image, question.prompt) not in self.reserved:
             self.add(question)
@@ -171,9 +171,9 @@ def consistent(beliefs: Iterable[Question]) -> Iterator[Question]:
     Reads every picture file, because copies of a file are one picture.
     """
     beliefs = list(beliefs)
-    keys = [((q.image.key if q.image is not None else ""), plain(q.prompt)) for q in beliefs]
+    keys = [((q.image.key if q.image is not None else ""), normalize(q.prompt)) for q in beliefs]
     answers: dict[QuestionKey, set[str]] = {}
     for q, key in zip(beliefs, keys):
-        answers.setdefault(key, set()).add(plain(q.answer or ""))
+        answers.setdefault(key, set()).add(normalize(q.answer or ""))
     first = dict(zip(reversed(keys), reversed(beliefs)))
     yield from (q for q, key in zip(beliefs, keys) if len(answers[key]) == 1 and first[key] is q)

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 from streams import transforms
 from streams.base import Stream, StreamConfig, TrainPool
 from streams.files.entry import EntryData, EntryQuestion, FactEntry, QuestionCollector, consistent, rotated, sample
-from streams.files.records import distinct, plain
+from streams.files.records import distinct, normalize
 from testbed.core.events import EditEvent, Question
 
 
@@ -75,7 +75,7 @@ class EntryStream(Stream):
             aliases = self.aliases_of(entry, event, value)
             collector.add(EntryQuestion("edit", entry.prompt, value, entry.image, aliases))
             for prompt in entry.held_out:
-                collector.add_free(EntryQuestion("text_generality", prompt, value, entry.image, aliases))
+                collector.add_unreserved(EntryQuestion("text_generality", prompt, value, entry.image, aliases))
             for question in own:
                 if not question.is_locality:
                     self._add_of_value(collector, entry, question, value, aliases)
@@ -98,33 +98,33 @@ class EntryStream(Stream):
     ) -> None:
         """Add a question of generality or portability: an answer that is the record's target moves with the value."""
         if question.answer is None:
-            collector.add_free(replace(question, answer=value, aliases=aliases))
-        elif plain(question.answer) == plain(entry.target):
-            collector.add_free(replace(question, answer=value, aliases=question.aliases if value == entry.target else ()))
+            collector.add_unreserved(replace(question, answer=value, aliases=aliases))
+        elif normalize(question.answer) == normalize(entry.target):
+            collector.add_unreserved(replace(question, answer=value, aliases=question.aliases if value == entry.target else ()))
         elif value == entry.target:
-            collector.add_free(question)
+            collector.add_unreserved(question)
 
     def _add_locality(self, collector: QuestionCollector, entry: FactEntry, own: list[EntryQuestion]) -> None:
         """Add the locality questions: those the record brings (`own`), and controls of the stream."""
         for question in own:
             if self.is_unaffected(collector, question):
-                collector.add_free(question)
+                collector.add_unreserved(question)
         for other in self._siblings.get(entry.image.name if entry.image else "", []):
-            if plain(other.prompt) != plain(entry.prompt) and collector.tells_apart(other.previous):
-                collector.add_free(other.as_control("locality_sibling"))
+            if normalize(other.prompt) != normalize(entry.prompt) and collector.reveals_leak(other.previous):
+                collector.add_unreserved(other.as_control("locality_sibling"))
         if self.far_controls and not any(q.split == "locality_far" for q in own):
             far = self._far(collector, entry)
             if far is not None:
-                collector.add_free(far.as_control("locality_far"))
+                collector.add_unreserved(far.as_control("locality_far"))
 
     def is_unaffected(self, collector: QuestionCollector, question: EntryQuestion) -> bool:
         """Whether the answer to a locality question that the record brings must stay as it is after the edit."""
-        return question.answer is None or collector.differs(question.answer)
+        return question.answer is None or collector.differs_from_value(question.answer)
 
     def _far(self, collector: QuestionCollector, entry: FactEntry) -> FactEntry | None:
         """A control of another category, else any other control, whose answer tells a leak apart."""
         order = rotated(self._controls, "far", entry.source)
-        fits = [c for c in order[:200] if collector.tells_apart(c.previous)]
+        fits = [c for c in order[:200] if collector.reveals_leak(c.previous)]
         return next((c for c in fits if c.relation != entry.relation), fits[0] if fits else None)
 
     def general(self) -> tuple[Question, ...]:
@@ -135,12 +135,12 @@ class EntryStream(Stream):
 
     def paraphrases(self, event: EditEvent) -> tuple[str, ...]:
         entry = self._entry_of(event)
-        return tuple(p for p in distinct(entry.train, [event.prompt]) if plain(p) not in self._probe_prompts)
+        return tuple(p for p in distinct(entry.train, [event.prompt]) if normalize(p) not in self._probe_prompts)
 
     @cached_property
     def _probe_prompts(self) -> set[str]:
-        """Every prompt that some probe may ask, after `plain`: no train paraphrase equals one, whatever its record."""
-        return {plain(p) for e in self._data.entries for p in self.probe_prompts(e)}
+        """Every prompt that some probe may ask, after `normalize`: no train paraphrase equals one, whatever its record."""
+        return {normalize(p) for e in self._data.entries for p in self.probe_prompts(e)}
 
     def probe_prompts(self, entry: FactEntry) -> tuple[str, ...]:
         """The prompts of one record that probes may ask, the edit's own left out."""
@@ -175,11 +175,11 @@ class EntryStream(Stream):
         """What a revision may draw from: the targets of each category, sorted."""
         pool: dict[str, dict[str, str]] = {}
         for e in self._data.entries:
-            pool.setdefault(e.relation, {}).setdefault(plain(e.target), e.target)
+            pool.setdefault(e.relation, {}).setdefault(normalize(e.target), e.target)
         return {category: sorted(values.values()) for category, values in pool.items()}
 
     def _entry_of(self, event: EditEvent) -> FactEntry:
         entry = self._by_source.get(event.source)
         if entry is None or entry.prompt != event.prompt:
-            raise self.foreign(event)
+            raise self.foreign_event(event)
         return entry

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from streams.base import BadStream, Skipped
 from streams.files.entry import EntryData, EntryQuestion, FactEntry, with_roles
 from streams.files.pictures import list_folder
-from streams.files.records import BadField, clean, digest_of, distinct, kind_of, parse_json, plain, read_bytes, reasons
+from streams.files.records import BadField, clean, digest_of, distinct, kind_of, normalize, parse_json, read_bytes, reasons
 from testbed.core.events import BadPicture, Split
 
 R = TypeVar("R")
@@ -23,7 +23,7 @@ FieldMap = Mapping[str, str]
 ABSENT = object()
 
 
-def pick(record: object, path: str) -> object:
+def value_at(record: object, path: str) -> object:
     """The value at a path of names joined by dots; `ABSENT` where a step is missing."""
     if isinstance(record, Mapping) and path in record:
         return record[path]
@@ -35,40 +35,40 @@ def pick(record: object, path: str) -> object:
     return value
 
 
-def many(value: object, field: str) -> tuple[str, ...]:
+def texts_in(value: object, field: str) -> tuple[str, ...]:
     """One text, a number, or nested lists of them, as texts in order without the empty ones. Raises `BadField`."""
     if value is ABSENT or value is None:
         return ()
     if isinstance(value, (list, tuple)):
-        return tuple(text for item in value for text in many(item, field))
+        return tuple(text for item in value for text in texts_in(item, field))
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return (str(value),)
     text = clean(value, field)
     return (text,) if text else ()
 
 
-def one(record: object, path: str) -> str:
+def first_text(record: object, path: str) -> str:
     """The first text at a path. Raises `BadField` where there is none."""
-    value = pick(record, path)
+    value = value_at(record, path)
     if value is ABSENT:
         raise BadField(f"{path} is absent")
-    texts = many(value, path)
+    texts = texts_in(value, path)
     if not texts:
         raise BadField(f"{path} is null" if value is None else f"{path} is empty")
     return texts[0]
 
 
-def answers(record: object, path: str | None) -> tuple[str, ...]:
+def texts_at(record: object, path: str | None) -> tuple[str, ...]:
     """The answers at a path, equal ones once; () without a path."""
-    return distinct(many(pick(record, path), path)) if path else ()
+    return distinct(texts_in(value_at(record, path), path)) if path else ()
 
 
-def nested(record: object, path: str | None, split: Split) -> Iterator[EntryQuestion]:
+def nested_questions(record: object, path: str | None, split: Split) -> Iterator[EntryQuestion]:
     """`{"group": [{"prompt": ..., "ground_truth": ...}]}` as questions; the first answer counts, others are aliases.
 
     Raises `BadField` for another shape.
     """
-    value = pick(record, path) if path else ABSENT
+    value = value_at(record, path) if path else ABSENT
     if value is ABSENT or value is None:
         return
     groups = value.values() if isinstance(value, Mapping) else [value]
@@ -78,14 +78,17 @@ def nested(record: object, path: str | None, split: Split) -> Iterator[EntryQues
                 continue
             if not isinstance(row, Mapping):
                 raise BadField(f"{path} must hold objects with prompt and ground_truth, found {kind_of(row)}")
-            prompts, golds = many(row.get("prompt"), f"{path}.prompt"), distinct(many(row.get("ground_truth"), f"{path}.ground_truth"))
+            prompts, golds = (
+                texts_in(row.get("prompt"), f"{path}.prompt"),
+                distinct(texts_in(row.get("ground_truth"), f"{path}.ground_truth")),
+            )
             if prompts and (golds or split.startswith("locality_")):
                 yield EntryQuestion(split, prompts[0], golds[0] if golds else None, aliases=golds[1:])
 
 
 def must_differ(target: str, previous: str | None, names: tuple[str, str] = ("target", "previous")) -> None:
     """Raise `BadField` where an edit would change nothing."""
-    if previous is not None and plain(previous) == plain(target):
+    if previous is not None and normalize(previous) == normalize(target):
         raise BadField(f"{names[0]} equals {names[1]}: the edit would change nothing")
 
 
@@ -94,17 +97,17 @@ def read_entry(row: Mapping[str, Any], form: FieldMap, name: str, guess: tuple[s
 
     guess: (subject, frame) found from the prompt, used where the form has no subject.
     """
-    prompt, target = one(row, form["prompt"]), one(row, form["target"])
-    said = answers(row, form.get("subject"))
+    prompt, target = first_text(row, form["prompt"]), first_text(row, form["target"])
+    said = texts_at(row, form.get("subject"))
     subject = said[0] if said else (guess[0] if guess else None)
     prompt = prompt.replace("{}", subject) if subject and "{}" in prompt else prompt
-    before = answers(row, form.get("previous"))
+    before = texts_at(row, form.get("previous"))
     previous = before[0] if before else None
     if "previous" in form and previous is None:
         raise BadField(f"{form['previous']} is absent or empty")
     must_differ(target, previous, (form["target"], form.get("previous", "")))
-    held_out = distinct([*answers(row, form.get("rephrase")), *answers(row, form.get("rephrase_too"))], [prompt])
-    train = distinct(answers(row, form.get("train")), [prompt, *held_out])
+    held_out = distinct([*texts_at(row, form.get("rephrase")), *texts_at(row, form.get("rephrase_too"))], [prompt])
+    train = distinct(texts_at(row, form.get("train")), [prompt, *held_out])
     return FactEntry(
         source=name,
         prompt=prompt,
@@ -112,7 +115,7 @@ def read_entry(row: Mapping[str, Any], form: FieldMap, name: str, guess: tuple[s
         previous=previous,
         subject=subject,
         relation=relation_of(row, form, prompt, subject, guess),
-        aliases=tuple(a for a in before[1:] if plain(a) != plain(target)),
+        aliases=tuple(a for a in before[1:] if normalize(a) != normalize(target)),
         held_out=held_out,
         train=train,
         questions=tuple(questions_of(row, form)),
@@ -121,7 +124,7 @@ def read_entry(row: Mapping[str, Any], form: FieldMap, name: str, guess: tuple[s
 
 def relation_of(row: Mapping[str, Any], form: FieldMap, prompt: str, subject: str | None, guess: tuple[str, str] | None) -> str:
     """The relation where the form has one, else the prompt with "{}" for its subject."""
-    named = answers(row, form.get("relation"))
+    named = texts_at(row, form.get("relation"))
     if named:
         return named[0]
     if subject and subject in prompt:
@@ -129,11 +132,11 @@ def relation_of(row: Mapping[str, Any], form: FieldMap, prompt: str, subject: st
     return "other"
 
 
-def text_pairs(record: object, split: Split, prompts: str | None, golds: str | None) -> list[EntryQuestion]:
+def paired_questions(record: object, split: Split, prompts: str | None, golds: str | None) -> list[EntryQuestion]:
     """Questions under `prompts` with the answers under `golds`: one by one where both have as many, else all the same."""
     if not prompts:
         return []
-    texts, right = many(pick(record, prompts), prompts), many(pick(record, golds), golds) if golds else ()
+    texts, right = texts_in(value_at(record, prompts), prompts), texts_in(value_at(record, golds), golds) if golds else ()
     if len(texts) > 1 and len(texts) == len(right):
         return [EntryQuestion(split, q, a) for q, a in zip(texts, right)]
     return [EntryQuestion(split, q, right[0] if right else None, aliases=distinct(right[1:], right[:1])) for q in texts]
@@ -141,10 +144,10 @@ def text_pairs(record: object, split: Split, prompts: str | None, golds: str | N
 
 def questions_of(row: Mapping[str, Any], form: FieldMap) -> list[EntryQuestion]:
     return [
-        *text_pairs(row, "locality_hard", form.get("hard"), form.get("hard_answer")),
-        *text_pairs(row, "locality_text", form.get("text"), form.get("text_answer")),
-        *nested(row, form.get("locality"), "locality_sibling"),
-        *nested(row, form.get("portability"), "portability"),
+        *paired_questions(row, "locality_hard", form.get("hard"), form.get("hard_answer")),
+        *paired_questions(row, "locality_text", form.get("text"), form.get("text_answer")),
+        *nested_questions(row, form.get("locality"), "locality_sibling"),
+        *nested_questions(row, form.get("portability"), "portability"),
     ]
 
 
@@ -191,7 +194,7 @@ def _lines(raw: bytes, name: str, skipped: list[Skipped]) -> Iterator[Any]:
             skipped.append(Skipped(f"{name} line {number}", "not valid JSON: the line may have been cut short"))
 
 
-def find(root: Path | None, patterns: Sequence[str], stream: str) -> list[Path]:
+def find_files(root: Path | None, patterns: Sequence[str], stream: str) -> list[Path]:
     """Files under the data root that match the first pattern with a match; the root itself where it is a file.
 
     Raises `BadStream` that names what was expected and what was found.
@@ -214,9 +217,9 @@ def find(root: Path | None, patterns: Sequence[str], stream: str) -> list[Path]:
 def find_parts(root: Path | None, parts: Sequence[Sequence[str]], stream: str) -> list[Path]:
     """For each part of a set the first of its paths that is a file under the data root; parts without a file are left out.
 
-    Raises `BadStream`, as `find`, where no part has a file.
+    Raises `BadStream`, as `find_files`, where no part has a file.
     """
-    return [p for part in parts if (p := first_file(root, part))] or find(root, [p for part in parts for p in part], stream)
+    return [p for part in parts if (p := first_file(root, part))] or find_files(root, [p for part in parts for p in part], stream)
 
 
 def suffixes(path: str) -> tuple[str, ...]:

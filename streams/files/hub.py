@@ -16,13 +16,13 @@ from typing import Any, ClassVar
 from streams.base import BadStream, Skipped, StreamConfig
 from streams.files.entry import EntryData, FactEntry
 from streams.files.entry_stream import EntryStream
-from streams.files.fields import ABSENT, RecordReader, as_object, columns, pick, read_entry, read_rows
+from streams.files.fields import ABSENT, RecordReader, as_object, columns, read_entry, read_rows, value_at
 from streams.files.pictures import AnyPicture, FilePicture, StoredPicture
 from streams.files.records import BadField, digest_of, optional_text, reasons
 from testbed.core.events import BadPicture, content_id
 from testbed.core.registry import STREAMS
 
-OURS = (
+FIELDS = (
     *("prompt", "target", "previous", "subject", "relation", "rephrase", "train", "image"),
     *("hard", "hard_answer", "text", "text_answer", "locality", "portability"),
 )
@@ -35,13 +35,13 @@ def field_map(given: Sequence[str], row: object, where: str) -> dict[str, str]:
 
     Raises `BadStream` for a mapping that cannot be, with the fields that exist.
     """
-    out = {name: name for name in OURS if pick(row, name) is not ABSENT}
+    out = {name: name for name in FIELDS if value_at(row, name) is not ABSENT}
     wrong = []
     for item in given:
         ours, equals, theirs = item.partition("=")
-        if not equals or ours not in OURS:
-            wrong.append(f"{item!r} is not OURS=THEIRS with one of {', '.join(OURS)}")
-        elif pick(row, theirs) is ABSENT:
+        if not equals or ours not in FIELDS:
+            wrong.append(f"{item!r} is not OURS=THEIRS with one of {', '.join(FIELDS)}")
+        elif value_at(row, theirs) is ABSENT:
             wrong.append(f"{theirs!r} (for {ours}) is no field")
         else:
             out[ours] = theirs
@@ -127,14 +127,14 @@ class HubDataset(MappedStream):
         name, part, split = (*self.argument.split(":"), "", "")[:3]
         table = _load(name, part, split or "train")
         mapped = {item.partition("=")[2].split(".")[0] for item in config.fields}
-        kept = [c for c in table.column_names if c in mapped.union(OURS)]
+        kept = [c for c in table.column_names if c in mapped.union(FIELDS)]
         wrong = not kept or not mapped.issubset(table.column_names)  # the message then names all columns
         rows = [dict.fromkeys(table.column_names)] if wrong else _rows(table, kept, _roots(name))
-        digest = content_id([{k: _plainly(v) for k, v in row.items()} for row in rows])
+        digest = content_id([{k: _hashable(v) for k, v in row.items()} for row in rows])
         return rows, f"dataset {Path(name).name} {part} {split or 'train'}".replace("  ", " "), digest, None
 
 
-def _plainly(value: Any) -> Any:
+def _hashable(value: Any) -> Any:
     """A cell for the hash of the content: pictures by their key."""
     return value.key if isinstance(value, StoredPicture) else str(value) if isinstance(value, BadPicture) else value
 

@@ -15,10 +15,10 @@ from typing import Any
 from streams.base import MissingImages, StreamConfig
 from streams.files.entry import EntryData, EntryQuestion, FactEntry
 from streams.files.entry_stream import EntryStream
-from streams.files.fields import RecordReader, answers, as_object, find_parts, must_differ, nested, read_rows
+from streams.files.fields import RecordReader, as_object, find_parts, must_differ, nested_questions, read_rows, texts_at
 from streams.files.files_or_world import FilesOrWorld
 from streams.files.pictures import FilePicture, list_folder, stays_inside
-from streams.files.records import BadField, clean, distinct, optional_text, plain, text_of, texts_of
+from streams.files.records import BadField, clean, distinct, normalize, optional_text, text_of, texts_of
 from testbed.core.events import content_id
 from testbed.core.registry import STREAMS
 
@@ -109,7 +109,7 @@ class _MMEditReader(RecordReader):
         """Train paraphrases of the same records from the file beside, by picture and question."""
 
         def paraphrases(row: Any, _: str) -> tuple[tuple[str, str], tuple[str, ...]]:
-            key = text_of(as_object(row), "image"), plain(text_of(row, "src"))
+            key = text_of(as_object(row), "image"), normalize(text_of(row, "src"))
             return key, texts_of(row, "rephrased_questions_train")
 
         out: dict[tuple[str, str], tuple[str, ...]] = {}
@@ -124,9 +124,9 @@ class _MMEditReader(RecordReader):
         previous = self._tidy(optional_text(row, "pred"))
         photo, rephrased, local = (self._picture(row, f) for f in PICTURES)
         must_differ(target, previous, ("alt", "pred"))
-        train = (*texts_of(row, "rephrased_questions_train"), *self.more_train.get((clean(row.get("image"), "image"), plain(src)), ()))
+        train = (*texts_of(row, "rephrased_questions_train"), *self.more_train.get((clean(row.get("image"), "image"), normalize(src)), ()))
         stand_in = "" if photo else self._stand_in(row, src, previous)
-        held_out = distinct([_unquoted(t) for t in answers(row, "rephrase")], [src])
+        held_out = distinct([_unquoted(t) for t in texts_at(row, "rephrase")], [src])
         entry = FactEntry(
             source=name,
             prompt=stand_in + src,
@@ -192,7 +192,7 @@ def _one_hop(row: Mapping[str, Any]) -> list[EntryQuestion]:
         return []
     pairs = [h.get("Q&A") for h in hops if isinstance(h, Mapping)]
     rows = [{"prompt": p.get("Question"), "ground_truth": p.get("Answer")} for p in pairs if isinstance(p, Mapping)]
-    return list(nested({"port": rows}, "port", "portability"))
+    return list(nested_questions({"port": rows}, "port", "portability"))
 
 
 def _unquoted(text: str) -> str:

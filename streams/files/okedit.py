@@ -18,7 +18,7 @@ from streams.files.entry_stream import EntryStream
 from streams.files.fields import RecordReader, listing
 from streams.files.files_or_world import FilesOrWorld
 from streams.files.pictures import FilePicture, coco_photos, list_folder, numbered, same_pixels
-from streams.files.records import BadField, clean, distinct, id_of, optional_text, plain, read_table, text_of, texts_of, votes_of
+from streams.files.records import BadField, clean, distinct, id_of, normalize, optional_text, read_table, text_of, texts_of, votes_of
 from testbed.core.events import EditEvent, content_id
 from testbed.core.registry import STREAMS
 
@@ -61,7 +61,7 @@ class OkeditFiles(EntryStream):
         """Read a folder of the OKEDIT layout, or its annotation file; entries by rising question id. No picture is decoded."""
         if config.data_root is None:
             raise BadStream("OkeditFiles needs a data root: the folder with mscoco_*_annotations_train.json")
-        annotations, questions, split = find_files(Path(config.data_root))
+        annotations, questions, split = find_split(Path(config.data_root))
         root = annotations.parent
         top, rows, annotations_digest = read_table(annotations, "annotations")
         _, asked, questions_digest = read_table(questions, "questions")
@@ -94,7 +94,7 @@ class OkeditFiles(EntryStream):
         for picture in self._pictures("rephrased_images", entry):
             yield EntryQuestion("image_generality", entry.prompt, image=picture)
         for picture in self._pictures("locality_images_dalle2", entry)[:1]:
-            if not any(same_pixels(photo, picture) for photo in self._reserved_photos.get(plain(entry.prompt), [])):
+            if not any(same_pixels(photo, picture) for photo in self._reserved_photos.get(normalize(entry.prompt), [])):
                 yield EntryQuestion("locality_hard", entry.prompt, self._details[entry.source].locality_answer, picture)
 
     def _pictures(self, folder: str, entry: FactEntry) -> list[FilePicture]:
@@ -109,16 +109,16 @@ class OkeditFiles(EntryStream):
         out: dict[str, list[FilePicture]] = {}
         for e in self._data.entries:
             if e.role != "probe" and isinstance(e.image, FilePicture):
-                out.setdefault(plain(e.prompt), []).append(e.image)
+                out.setdefault(normalize(e.prompt), []).append(e.image)
         return out
 
     def is_unaffected(self, collector: QuestionCollector, question: EntryQuestion) -> bool:
-        return question.answer is None or collector.tells_apart(question.answer)
+        return question.answer is None or collector.reveals_leak(question.answer)
 
     def _far(self, collector: QuestionCollector, entry: FactEntry) -> FactEntry | None:
         """A control about a photo that no event touches, whose answer tells a leak apart."""
         order = rotated(self._far_pool, "okedit far", self._details[entry.source].question_id)
-        return next((c for c in order if collector.tells_apart(c.previous)), None)
+        return next((c for c in order if collector.reveals_leak(c.previous)), None)
 
     def paraphrases(self, event: EditEvent) -> tuple[str, ...]:
         return distinct(self._entry_of(event).train, [event.prompt, *(q.prompt for q in self.questions(event))])
@@ -140,7 +140,7 @@ class OkeditYearly(FilesOrWorld):
     form, files = "okedit", OkeditFiles
 
 
-def find_files(root: Path) -> tuple[Path, Path, str]:
+def find_split(root: Path) -> tuple[Path, Path, str]:
     """The annotation file, the question file and the split's name. Raises `BadStream` that says what was found."""
     if root.is_file() and root.name.startswith(_PREFIX) and root.name.endswith(_SUFFIX):
         found = [root]
@@ -254,7 +254,7 @@ class _OkeditReader(RecordReader):
 
         Copies under two names are one photo; files are read only where question and size are equal.
         """
-        earlier = self._by_question.setdefault((photo.size if photo else None, plain(question)), [])
+        earlier = self._by_question.setdefault((photo.size if photo else None, normalize(question)), [])
         if any(photo is None or other is None or same_pixels(photo, other) for other in earlier):
             raise BadField("the same question about the same photo stands in an earlier record")
         earlier.append(photo)
@@ -275,7 +275,7 @@ def _answers(a: Mapping[str, Any], target: str) -> tuple[str, tuple[str, ...]]:
     """What most annotators said (the first mentioned of equals), and the other answers given at least twice."""
     votes = votes_of(a, "answers")
     pred = votes.most_common(1)[0][0]
-    if plain(pred) == plain(target):
+    if normalize(pred) == normalize(target):
         raise BadField("counterfact_answer equals the answer before the edit")
     others = [v for v, n in votes.items() if n >= 2 and v != pred]
     return pred, distinct(others, [pred, target]) if others else ()

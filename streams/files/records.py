@@ -29,18 +29,18 @@ class BadField(ValueError):
 
 
 @lru_cache(maxsize=1 << 16)
-def plain(text: str) -> str:
-    """The text without case, punctuation, English articles and extra space: equal answers have equal `plain`."""
+def normalize(text: str) -> str:
+    """The text without case, punctuation, English articles and extra space: equal answers have equal `normalize`."""
     base = unicodedata.normalize("NFKC", text).casefold().strip()
     return " ".join(_ARTICLES.sub(" ", base.translate(_PUNCTUATION)).split()) or base
 
 
 def distinct(texts: Iterable[str], taken: Iterable[str] = ()) -> tuple[str, ...]:
-    """The texts in order, without those that equal (`plain`) an earlier one or one of `taken`."""
-    seen = {plain(t) for t in taken}
+    """The texts in order, without those that equal (`normalize`) an earlier one or one of `taken`."""
+    seen = {normalize(t) for t in taken}
     out = []
     for text in texts:
-        bare = plain(text)
+        bare = normalize(text)
         if bare not in seen:
             seen.add(bare)
             out.append(text)

@@ -15,21 +15,21 @@ from streams.files.fields import (
     ABSENT,
     FieldMap,
     RecordReader,
-    answers,
     as_object,
     columns,
     find_parts,
     first_file,
-    nested,
-    one,
-    pick,
+    first_text,
+    nested_questions,
     read_entry,
     read_rows,
     suffixes,
+    texts_at,
+    value_at,
 )
-from streams.files.records import BadField, distinct, plain, text_of
+from streams.files.records import BadField, distinct, normalize, text_of
 from streams.files.subjects import subjects
-from streams.transforms import share
+from streams.transforms import hash_fraction
 from testbed.core.events import content_id
 from testbed.core.registry import STREAMS
 
@@ -52,7 +52,7 @@ class Source:
 def choose_form(row: object, forms: Mapping[str, FieldMap], where: str) -> FieldMap:
     """The first form whose prompt and target the row has. Raises `BadStream` with the columns that exist."""
     for form in forms.values():
-        if all(pick(row, form[f]) is not ABSENT for f in ("prompt", "target")):
+        if all(value_at(row, form[f]) is not ABSENT for f in ("prompt", "target")):
             return form
     wanted = "; or ".join(f"{f['prompt']} and {f['target']}" for f in forms.values())
     raise BadStream(f"{where}: expected records with {wanted}; found {columns(row)}. Is this the right file?")
@@ -76,9 +76,9 @@ class TextReader(RecordReader):
 
         def entry(item: tuple[Any, tuple[str, str] | None], where: str) -> FactEntry:
             made = read_entry(as_object(item[0]), form, where, item[1])
-            self.take(plain(made.prompt), "the same prompt")
+            self.take(normalize(made.prompt), "the same prompt")
             if made.subject and made.previous:
-                self.take((plain(made.subject), plain(made.previous)), "the same subject with the same old answer")
+                self.take((normalize(made.subject), normalize(made.previous)), "the same subject with the same old answer")
             return made
 
         self.entries += self.usable(list(zip(rows, guesses)), entry, file)
@@ -104,21 +104,21 @@ class TextReader(RecordReader):
         lent: dict[tuple[str, str], list[EntryQuestion]] = {}
 
         def lend(row: Any, _: str) -> None:
-            key = plain(one(as_object(row), form["prompt"])), plain(one(row, form["target"]))
-            lent.setdefault(key, []).extend(nested(row, form["portability"], "portability"))
+            key = normalize(first_text(as_object(row), form["prompt"])), normalize(first_text(row, form["target"]))
+            lent.setdefault(key, []).extend(nested_questions(row, form["portability"], "portability"))
 
         list(self.usable(rows, lend, file))
-        found = [lent.get((plain(e.prompt), plain(e.target)), []) for e in self.entries]
+        found = [lent.get((normalize(e.prompt), normalize(e.target)), []) for e in self.entries]
         self.entries = [replace(e, questions=(*e.questions, *more)) for e, more in zip(self.entries, found, strict=True)]
         return f"; portability of {sum(map(bool, found)):,} from {file}"
 
 
 def _query(row: Any, position: Mapping[str, int]) -> tuple[int, str, EntryQuestion]:
     """The position of the record that a query is about, the query's type, and the query as a question."""
-    edit_id = str(pick(as_object(row), "edit_id"))
+    edit_id = str(value_at(as_object(row), "edit_id"))
     if edit_id not in position:
         raise BadField("edit_id names no record")
-    answer, kind = next(iter(answers(row, "query_target")), None), text_of(row, "query_type")
+    answer, kind = next(iter(texts_at(row, "query_target")), None), text_of(row, "query_type")
     return position[edit_id], kind, EntryQuestion("locality_text", text_of(row, "query"), answer)
 
 
@@ -126,7 +126,7 @@ def _with_queries(
     e: FactEntry, held_out: Mapping[int, list[str]], own: Mapping[int, EntryQuestion], pool: Sequence[EntryQuestion]
 ) -> FactEntry:
     at = int(e.source.rpartition(" ")[2])
-    unrelated = own.get(at) or (pool[int(share("unrelated", e.source) * len(pool))] if pool else None)
+    unrelated = own.get(at) or (pool[int(hash_fraction("unrelated", e.source) * len(pool))] if pool else None)
     questions = (*e.questions, unrelated) if unrelated else e.questions
     return replace(e, held_out=distinct((*e.held_out, *held_out.get(at, [])), [e.prompt]), questions=questions)
 
@@ -135,7 +135,7 @@ def _guess_subjects(rows: Sequence[Any], form: FieldMap) -> list[tuple[str, str]
     prompts = []
     for row in rows:
         try:
-            prompts.append(one(row, form["prompt"]))
+            prompts.append(first_text(row, form["prompt"]))
         except BadField:
             prompts.append("")
     return subjects(prompts)
@@ -210,14 +210,14 @@ class TextFacts(EntryStream):
         out: dict[str, set[str]] = {}
         for e in self._data.entries:
             if e.role != "probe" and e.subject and e.previous:
-                out.setdefault(plain(e.subject), set()).add(plain(e.previous))
+                out.setdefault(normalize(e.subject), set()).add(normalize(e.previous))
         return out
 
     def is_unaffected(self, collector: QuestionCollector, question: EntryQuestion) -> bool:
         """Besides, no prompt may name an edited subject where the answer is the one that the edit replaces."""
         if not super().is_unaffected(collector, question):
             return False
-        words, answer = plain(question.prompt).split(), plain(question.answer or "")
+        words, answer = normalize(question.prompt).split(), normalize(question.answer or "")
         spans = (" ".join(words[i:j]) for i in range(len(words)) for j in range(i + 1, min(i + 9, len(words) + 1)))
         return not any(answer in self._old_answers.get(span, ()) for span in spans)
 

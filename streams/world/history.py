@@ -38,7 +38,7 @@ class WorldChange:
 
 
 @dataclass
-class _Track:
+class _FactValues:
     """What has happened to one fact: its values so far (the last is the present one), its last change."""
 
     values: list[str]
@@ -87,8 +87,8 @@ class History:
     def __init__(self, world: World, config: StreamConfig, slots: tuple[int, ...] = (0, 1, 2, 3)) -> None:
         self.world, self.config, self.slots = world, config, slots
         self._rng = np.random.default_rng([world.seed, world.size, 23, config.seed])
-        self._fresh, self._touched = _Pool(), _Pool()
-        self._tracks: dict[tuple[int, int], _Track] = {}
+        self._fresh, self._edited = _Pool(), _Pool()
+        self._tracks: dict[tuple[int, int], _FactValues] = {}
         for fact in world.facts():
             if not fact.frozen and fact.slot in slots:
                 self._fresh.add(fact)
@@ -102,7 +102,7 @@ class History:
     def first(self, n: int) -> list[WorldChange]:
         """The first n changes; there is no last one."""
         while (number := len(self._changes)) < n:
-            self._changes.append(self._repeat(number) or self._cascade(number) or self._free(number))
+            self._changes.append(self._repeat(number) or self._cascade(number) or self._independent(number))
         return self._changes[:n]
 
     def _repeat(self, number: int) -> WorldChange | None:
@@ -135,28 +135,28 @@ class History:
         fact = self.world.fact(cause.fact.entity, slot)
         return None if fact.frozen else self._change(number, fact, cause.number)
 
-    def _free(self, number: int) -> WorldChange:
+    def _independent(self, number: int) -> WorldChange:
         share, c, mix = self._rng.random(), self.config, self._mix(number)
-        if self._touched.items and share < c.retire + c.revert:
-            fact = self._touched.draw(self._rng, self._top, mix)
+        if self._edited.items and share < c.retire + c.revert:
+            fact = self._edited.draw(self._rng, self._top, mix)
             track = self._tracks[_key(fact)]
             if track.values[-1] != fact.value and share < c.retire:
                 return self._record(number, "retire", fact, fact.value, None)
             if len(track.values) > 1:
                 return self._revert(number, fact, track)
-        again = self._touched.items and (share < c.retire + c.revert + c.revise or not self._fresh.items)
-        pool = self._touched if again else self._fresh
+        again = self._edited.items and (share < c.retire + c.revert + c.revise or not self._fresh.items)
+        pool = self._edited if again else self._fresh
         return self._change(number, pool.draw(self._rng, self._top, mix), None)
 
-    def _revert(self, number: int, fact: WorldFact, track: _Track) -> WorldChange:
+    def _revert(self, number: int, fact: WorldFact, track: _FactValues) -> WorldChange:
         track.values.pop()
         return self._record(number, "revert", fact, track.values[-1], None, popped=True)
 
     def _change(self, number: int, fact: WorldFact, cascade_of: int | None) -> WorldChange:
         values = self.world.vocabularies[fact.relation.values]
         track = self._tracks.get(_key(fact))
-        barred = {fact.value, track.values[-1] if track else fact.value, fact.entity.name}
-        while (value := values[int(self._rng.integers(len(values)))]) in barred:
+        excluded = {fact.value, track.values[-1] if track else fact.value, fact.entity.name}
+        while (value := values[int(self._rng.integers(len(values)))]) in excluded:
             continue
         return self._record(number, "revise" if track else "add", fact, value, cascade_of)
 
@@ -164,8 +164,8 @@ class History:
         track = self._tracks.get(_key(fact))
         if track is None:
             self._fresh.remove(fact)
-            self._touched.add(fact)
-            track = self._tracks[_key(fact)] = _Track([fact.value], -1)
+            self._edited.add(fact)
+            track = self._tracks[_key(fact)] = _FactValues([fact.value], -1)
         previous = self._changes[track.last].value if track.last >= 0 else fact.value
         change = WorldChange(number, kind, fact, previous, value, track.last if track.last >= 0 else None, cascade_of)
         if kind == "retire":

@@ -76,7 +76,7 @@ class QuestionMaker:
     def train_prompts(self, fact: WorldFact) -> tuple[str, ...]:
         return CAPTION_TRAIN if self.form.captions else phrasings(fact.relation, self.ref(fact.entity), held_out=False)
 
-    def held_prompts(self, fact: WorldFact) -> tuple[str, ...]:
+    def held_out_prompts(self, fact: WorldFact) -> tuple[str, ...]:
         """Two wordings that neither training nor an editor sees, the same for a fact at every date."""
         every = CAPTION_HELD if self.form.captions else phrasings(fact.relation, self.ref(fact.entity), held_out=True)
         first = stable_index(len(every), "held", fact.entity.name, fact.slot)
@@ -85,21 +85,21 @@ class QuestionMaker:
     def questions(self, change: WorldChange, event_id: str) -> tuple[Question, ...]:
         """All questions about a change; the answer to its fact is the value after it."""
         follows = self._cross_modal(change) if self.form.pictures else self._hops(change)
-        asked = [*self._about(change), *self._around(change.fact), *follows]
-        return tuple(replace(q, event_id=event_id, id="") for q in asked)
+        questions = [*self._about(change), *self._around(change.fact), *follows]
+        return tuple(replace(q, event_id=event_id, id="") for q in questions)
 
     def _about(self, change: WorldChange) -> Iterator[Question]:
         fact = change.fact
         answer, (prompt, photo) = self.answer(fact, change.value), self.edit_prompt(fact)
         yield Question("edit", prompt, answer, image=photo)
-        for held in self.held_prompts(fact):
+        for held in self.held_out_prompts(fact):
             yield Question("text_generality", held, answer, image=photo)
         for number in range(1, 1 + self.form.new_photos):
             yield Question("image_generality", prompt, answer, image=self.photo(fact.entity, number))
         yield Question("stale", prompt, self.answer(fact, change.previous), image=photo)
 
     def _around(self, fact: WorldFact) -> Iterator[Question]:
-        entity, hard = fact.entity, self._hard(fact.entity)
+        entity, hard = fact.entity, self._hard_control(fact.entity)
         topic = "twin" if hard is self.world.near_duplicate(entity) and self.world.has_near_duplicate(entity) else "same kind"
         yield self._locality("locality_hard", self.world.fact(hard, fact.slot), topic)
         sibling = min(entity.frozen)
@@ -110,7 +110,7 @@ class QuestionMaker:
         yield self._locality("locality_far", self.world.fact(far, fact.slot), far.kind)
         yield self._text_locality(fact)
 
-    def _hard(self, entity: Entity) -> Entity:
+    def _hard_control(self, entity: Entity) -> Entity:
         """The entity's family control, or another of the kind where that one is in the train pool."""
         near_duplicate = self.world.near_duplicate(entity)
         return self._pick(entity.kind, "hard", self.world.fact(entity, 0)) if in_pool(near_duplicate) else near_duplicate

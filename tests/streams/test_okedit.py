@@ -13,7 +13,7 @@ import pytest
 
 from streams.base import StreamConfig
 from streams.files.okedit import OkeditFiles, OkeditYearly
-from streams.files.records import plain
+from streams.files.records import normalize
 from tests.helpers.okedit_folder import ANNOTATIONS, QUESTIONS, make_folder
 
 CARD = Path(__file__).parents[2] / "streams" / "cards" / "okedit-yearly.md"
@@ -196,7 +196,7 @@ def test_real_controls_are_never_edited(real: OkeditYearly) -> None:
 
 def test_the_beliefs_of_the_real_files_agree(real: OkeditYearly) -> None:
     beliefs = list(real.beliefs())
-    places = {(q.image.key if q.image else "", plain(q.prompt)) for q in beliefs}
+    places = {(q.image.key if q.image else "", normalize(q.prompt)) for q in beliefs}
     assert len(places) == len(beliefs)
     known = {(q.image.key if q.image else "", q.prompt): q.answer for q in beliefs}
     adds = [e for e in real.events(300) if e.kind == "add"]

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from streams.base import BadStream, Stream, StreamConfig
-from streams.files.records import plain
+from streams.files.records import normalize
 from testbed.core.events import LOCALITY_SPLITS, EditBatch, EditEvent, Picture, Question, check_order
 from testbed.core.registry import STREAMS
 from tests.helpers.okedit_folder import make_folder
@@ -227,7 +227,7 @@ def test_paraphrases_are_not_asked(stream: Stream, asked: list[tuple[EditEvent, 
     given: set[str] = set()
     for event, questions in asked:
         paraphrases = stream.paraphrases(event)
-        assert not {plain(p) for p in paraphrases} & {plain(q.prompt) for q in questions}
+        assert not {normalize(p) for p in paraphrases} & {normalize(q.prompt) for q in questions}
         given |= set(paraphrases)
     held_out = {q.prompt for _, questions in asked for q in questions if q.split == "text_generality"}
     assert (not given) == ("paraphrases" in lacks)
@@ -313,9 +313,9 @@ def test_two_thousand_edits_are_in_order(stream: Stream) -> None:
 
 
 def test_a_foreign_event_is_refused(stream: Stream) -> None:
-    foreign = EditEvent("add", 1.0, 0, "Who is it?", "nobody", source="elsewhere")
+    foreign_event = EditEvent("add", 1.0, 0, "Who is it?", "nobody", source="elsewhere")
     with pytest.raises(BadStream):
-        stream.questions(foreign)
+        stream.questions(foreign_event)
 
 
 def test_shares_of_the_schedule_are_kept(make: Make) -> None:

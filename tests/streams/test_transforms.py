@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streams.arrange import arrange, by_rank, together
-from streams.base import UNEVEN, BadStream, Order, StreamConfig
-from streams.files.records import distinct, plain
+from streams.arrange import arrange, by_rank, by_subject
+from streams.base import BURSTS_RANGE, BadStream, Order, StreamConfig
+from streams.files.records import distinct, normalize
 from streams.transforms import (
     MAX_CHANGES,
     EditableFact,
@@ -25,7 +25,7 @@ from streams.transforms import (
     dated,
     drifting,
     generator,
-    share,
+    hash_fraction,
     shuffled,
 )
 from testbed.core.events import EditEvent, check_order
@@ -76,13 +76,13 @@ def _follow(life: list[EditEvent]) -> None:
     for before, e in pairwise(life):
         assert before.kind != "retire"
         assert (e.revises, e.previous) == (before.id, values[-1])
-        had = {plain(v) for v in values}
+        had = {normalize(v) for v in values}
         if e.kind == "retire":
             assert e.target == ""
             assert values[-1] != life[0].previous
         else:
-            assert plain(e.target) != plain(values[-1])
-            assert (plain(e.target) in had) == (e.kind == "revert")
+            assert normalize(e.target) != normalize(values[-1])
+            assert (normalize(e.target) in had) == (e.kind == "revert")
             values.append(e.target)
 
 
@@ -103,8 +103,8 @@ def test_orders_are_permutations(categories: list[str], seed: int) -> None:
 @given(st.lists(st.text(min_size=1, max_size=6), max_size=8), st.lists(st.text(min_size=1, max_size=6), max_size=4))
 def test_distinct_keeps_the_first_of_equals(texts: list[str], taken: list[str]) -> None:
     out = distinct(texts, taken)
-    assert len({plain(t) for t in out}) == len(out)
-    assert {plain(t) for t in out} == {plain(t) for t in texts} - {plain(t) for t in taken}
+    assert len({normalize(t) for t in out}) == len(out)
+    assert {normalize(t) for t in out} == {normalize(t) for t in texts} - {normalize(t) for t in taken}
 
 
 def test_drift_moves_the_mix() -> None:
@@ -139,11 +139,11 @@ def test_shares_come_out_as_asked() -> None:
 
 
 def test_a_share_is_uniform_and_fixed() -> None:
-    values = np.array([share("x", i) for i in range(4000)])
+    values = np.array([hash_fraction("x", i) for i in range(4000)])
     assert (values >= 0).all()
     assert (values < 1).all()
     assert np.histogram(values, 10, (0, 1))[0].min() > 330
-    assert share("x", 1) == share("x", 1) != share("y", 1)
+    assert hash_fraction("x", 1) == hash_fraction("x", 1) != hash_fraction("y", 1)
 
 
 def test_dates_count_from_year_one() -> None:
@@ -157,7 +157,7 @@ def test_dates_count_from_year_one() -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 90), st.just(0.0) | st.floats(*UNEVEN), st.integers(0, 2**32 - 1))
+@given(st.integers(1, 90), st.just(0.0) | st.floats(*BURSTS_RANGE), st.integers(0, 2**32 - 1))
 def test_a_calendar_rises_and_leaves_no_year_out(per_year: int, bursts: float, seed: int) -> None:
     times = list(islice(calendar(per_year, bursts, generator(seed, "years")), 400))
     assert times == list(islice(calendar(per_year, bursts, generator(seed, "years")), 500))[:400]
@@ -212,12 +212,12 @@ def test_another_order_holds_the_same_edits(
 ) -> None:
     events = build(case, k)
     rank = {e.id: random.choice([0.0, 1.0, random.random()]) for e in events if e.revises is None}
-    for moved in (by_rank(events, rank), together(events)):
+    for moved in (by_rank(events, rank), by_subject(events)):
         assert Counter(e.id for e in moved) == Counter(e.id for e in events)
         check_order([_at(e, i) for i, e in enumerate(moved)])
     firsts = [rank[e.id] for e in by_rank(events, rank) if e.revises is None]
     assert firsts == sorted(firsts)
-    subjects = [e.subject for e in together(events)]
+    subjects = [e.subject for e in by_subject(events)]
     assert sum(a != b for a, b in pairwise(subjects)) == max(0, len(set(subjects)) - 1)
 
 
