@@ -120,7 +120,7 @@ def _with_flag(t: Timeline, flag: FilePicture) -> Timeline:
         held_out=("The leader of the country with this flag is", "Who is in charge of this country?"),
         train=("Name the leader of this country.", "Which person leads the country with this flag?"),
         image=flag,
-        by_name=t.prompt,
+        prompt_by_name=t.prompt,
     )
 
 

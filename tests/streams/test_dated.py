@@ -44,7 +44,7 @@ def test_a_change_starts_from_the_value_installed_before() -> None:
     a, b = ("a", (1990, 0, 0), (1991, 0, 0)), ("b", (1991, 0, 0), (1996, 0, 0))
     c, d = ("c", (1992, 0, 0), (1993, 0, 0)), ("d", (1994, 0, 0), (1995, 0, 0))
     found = certain_changes(line(a, b, c, d), skipped)
-    assert [(m.previous, m.target, m.also) for m in found] == [("a", "b", ()), ("b", "d", ())]
+    assert [(m.previous, m.target, m.aliases) for m in found] == [("a", "b", ()), ("b", "d", ())]
     assert len(skipped) == 1
 
 
