@@ -32,7 +32,6 @@ EVERYWHERE = {
     "twin": "near-duplicate, device copy, scoring variant: say which",
     "twins": "near-duplicates, device copies, scoring variants: say which",
     "readings": "scoring modes",
-    "heights": "layer outputs",
 }
 """Words to avoid in names and in pages, with the word to write instead."""
 IN_NAMES = {
@@ -49,6 +48,8 @@ IN_NAMES = {
     "moments": "checkpoints, second moments",
 }
 """Words to avoid in the names of classes, functions and parameters. Pages may use them in their everyday sense."""
+IN_MODELS = {"heights": "layer outputs"}
+"""Words to avoid in the names of `testbed`, where no figure is drawn."""
 IN_CLASSES = {
     "tail": "ModelSuffix",
     "behind": "ModelSuffix",
@@ -88,9 +89,9 @@ def names(path: Path) -> Iterator[tuple[str, int, bool]]:
             yield node.arg, node.lineno, False
 
 
-def words_to_avoid(name: str, of_class: bool) -> dict[str, str]:
+def words_to_avoid(name: str, of_class: bool, in_testbed: bool = True) -> dict[str, str]:
     """Words of a name that are to be avoided, with what to write instead."""
-    avoided = {**EVERYWHERE, **IN_NAMES, **(IN_CLASSES if of_class else {})}
+    avoided = {**EVERYWHERE, **IN_NAMES, **(IN_CLASSES if of_class else {}), **(IN_MODELS if in_testbed else {})}
     return {w: avoided[w] for w in sorted(parts(name) & avoided.keys())}
 
 
@@ -101,7 +102,8 @@ def prose(text: str) -> str:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_names_of_classes_functions_and_parameters_use_the_fields_words(path: Path) -> None:
-    found = [(line, name, words_to_avoid(name, of_class)) for name, line, of_class in names(path)]
+    in_testbed = path.is_relative_to(ROOT / "testbed")
+    found = [(line, name, words_to_avoid(name, of_class, in_testbed)) for name, line, of_class in names(path)]
     wrong = [f"line {line}: {name}: for {w} write {instead}" for line, name, words in found for w, instead in words.items()]
     assert wrong == []
 
@@ -118,6 +120,7 @@ def test_a_word_is_found_in_every_form_of_a_name() -> None:
     assert words_to_avoid("make_wording", False) == {"wording": EVERYWHERE["wording"]}
     assert words_to_avoid("AnswerTail", True) == {"tail": "ModelSuffix"}
     assert words_to_avoid("detail", False) == words_to_avoid("tail", False) == {}
-    assert words_to_avoid("second_moments", False) == {}
+    assert words_to_avoid("second_moments", False) == words_to_avoid("heights", False, in_testbed=False) == {}
+    assert words_to_avoid("heights", False) == IN_MODELS
     assert words_to_avoid("moments", False) == {"moments": IN_NAMES["moments"]}
     assert "ledger" not in prose("Text with `ledger` in code.\n```\nledger\n```\n")
