@@ -144,8 +144,8 @@ def _run_editors(run: PreparedRun, folder: RunFolder, shown: Bars, say: Callable
             editor = resolved.create()
             stop.check(f"stopped before {name}")
             with tracking(config.track, TrackedRun(run.out, context.run, name, config.stored())) as saved:
-                place = folder.editor(name, phase, saved)
-                run_editor(context, editor, place, phase, lambda *now, name=name: shown.advance(name, *now))
+                editor_folder = folder.editor(name, phase, saved)
+                run_editor(context, editor, editor_folder, phase, lambda *now, name=name: shown.advance(name, *now))
     except Stopped as e:
         raise Stopped(f"{e}; everything up to there is saved. Go on with --resume {run.out}") from e
 
@@ -177,11 +177,11 @@ def _save_models(run: PreparedRun, folder: RunFolder, say: Callable[[str], None]
             continue
         editor = run.editor(name)
         editor.load_state_dict(folder.editor(name).newest()[1])
-        place = run.config.save_model / folder_name(name)
+        target = run.config.save_model / folder_name(name)
         with run.handle.swapped(editor.edited_weights()):
-            run.handle.model.save_pretrained(place)
-        (run.handle.processor or run.handle.tokenizer).save_pretrained(place)
-        say(f"{name}: edited model written to {place}")
+            run.handle.model.save_pretrained(target)
+        (run.handle.processor or run.handle.tokenizer).save_pretrained(target)
+        say(f"{name}: edited model written to {target}")
 
 
 def _manifest(

@@ -187,7 +187,7 @@ def run_cell(cell: Cell, cpus: int) -> str | None:
             return None
         config = replace(cell.config, out=None, resume=cell.folder) if cell.begun else cell.config
         say = partial(_append, cell.log)
-        say(f"{'gone on with' if cell.begun else 'begun'} on {socket.gethostname()}, process {os.getpid()}")
+        say(f"{'resumed' if cell.begun else 'started'} on {socket.gethostname()}, process {os.getpid()}")
         try:
             runner.study(config, say)
         except user_errors() as e:

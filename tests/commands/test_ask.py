@@ -99,12 +99,12 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("given", "message"), WRONG, ids=range(len(WRONG)))
-def test_mistakes_are_told(given: dict, message: str) -> None:
+def test_mistakes_are_reported(given: dict, message: str) -> None:
     with pytest.raises(BadConfig, match=message):
         asked(**{"editor": "finetune", "question": "Who?", **given})
 
 
-def test_an_editor_that_is_told_the_truth_cannot_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_editor_that_is_reported_the_truth_cannot_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     noop = EDITORS.get("noop")
     monkeypatch.setattr(noop, "traits", replace(noop.traits, told_truth=True))
     with pytest.raises(BadConfig, match="is told the right answers of the run's own questions"):

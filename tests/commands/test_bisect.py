@@ -98,7 +98,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("given", "message"), WRONG, ids=range(len(WRONG)))
-def test_mistakes_are_told(given: dict[str, object], message: str) -> None:
+def test_mistakes_are_reported(given: dict[str, object], message: str) -> None:
     with pytest.raises(BadConfig, match=message):
         find(config(**given))
 

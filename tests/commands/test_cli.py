@@ -1,4 +1,4 @@
-"""The command line in real processes: what goes wrong is told in plain words, what goes right leaves a report."""
+"""The command line in real processes: a mistake is a plain line, a finished run leaves a report."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def test_list_names_every_plug_in_with_one_line() -> None:
             assert re.search(rf"^ +{re.escape(name)} +{re.escape(cls.summary[:40])}", done.stdout, re.MULTILINE), name
 
 
-def test_an_unknown_editor_is_told_in_one_line_with_near_matches() -> None:
+def test_an_unknown_editor_is_reported_in_one_line_with_near_matches() -> None:
     done = fresh("--editor", "balancdit")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: no editor is called 'balancdit'. Did you mean balancedit")
     assert "Traceback" not in done.stderr
 
 
-def test_all_mistakes_are_told_at_once() -> None:
+def test_all_mistakes_are_reported_at_once() -> None:
     done = run("--editor", "finetun", "--edits", 0, "--stream", "okedit", "--set", "x=1")
     assert done.code == 2
     assert len(done.err.splitlines()) == 4
@@ -107,7 +107,7 @@ def test_a_small_run_leaves_summary_report_figures_and_tables() -> None:
     assert f"report: {out / 'report.html'}" in done.out
 
 
-def test_what_stands_in_is_said_and_nothing_else_is_printed_where_nobody_looks() -> None:
+def test_stand_ins_are_reported_and_nothing_else_is_printed_off_a_terminal() -> None:
     """No bars, no loading notices: standard error holds the run's notes alone."""
     done, out = finished()
     notes = json.loads((out / "manifest.json").read_text())["notes"]
@@ -151,7 +151,7 @@ def test_a_run_goes_on_after_its_model_has_moved(tmp_path: Path) -> None:
     assert done.code == 0, done.err
 
 
-def test_a_full_disk_under_the_report_is_told_and_loses_no_answer(tmp_path: Path) -> None:
+def test_a_full_disk_under_the_report_is_reported_and_loses_no_answer(tmp_path: Path) -> None:
     _, out = finished()
     shutil.copytree(out, tmp_path / "run")
     figure = next((tmp_path / "run" / "figures").glob("*.png"))
@@ -163,7 +163,7 @@ def test_a_full_disk_under_the_report_is_told_and_loses_no_answer(tmp_path: Path
     assert "Every answer is stored; make it with python -m analysis" in done.err
 
 
-def test_a_dry_run_tells_what_and_how_much_and_writes_nothing(tmp_path: Path) -> None:
+def test_a_dry_run_shows_schedule_and_cost_and_writes_nothing(tmp_path: Path) -> None:
     done = run("--dry-run", *SMALL, "--set", "finetune.steps=2", cwd=tmp_path)
     assert done.code == 0, done.err
     assert done.err == ""

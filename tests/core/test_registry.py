@@ -39,7 +39,7 @@ def test_the_three_registries_are_not_empty_and_say_what_they_hold() -> None:
             assert "\n" not in cls.summary
 
 
-def test_an_unknown_name_is_told_with_near_matches_and_the_list() -> None:
+def test_an_unknown_name_is_reported_with_near_matches_and_the_list() -> None:
     with pytest.raises(UnknownName) as caught:
         EDITORS.get("balancedti")
     message = str(caught.value)

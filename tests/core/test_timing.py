@@ -1,4 +1,4 @@
-"""seconds by section: what is heard, by whom, and that what is not listened to stays silent."""
+"""Seconds by section: which section counts, for which collector, and nothing without a collector."""
 
 from __future__ import annotations
 

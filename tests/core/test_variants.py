@@ -1,4 +1,4 @@
-"""Variants of an editor: how they are named, configured, stored, and told apart in one run."""
+"""Variants of an editor: how they are named, configured, stored, and distinguished in one run."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", list(WRONG))
-def test_a_wrong_variant_is_told(name: str) -> None:
+def test_a_wrong_variant_is_reported(name: str) -> None:
     problems = RunConfig(editor=(name,)).problems()
     assert len(problems) == 1
     assert re.search(WRONG[name], problems[0]), problems

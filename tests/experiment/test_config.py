@@ -1,4 +1,4 @@
-"""The configuration: values as text, and every mistake told at once before anything is loaded."""
+"""The configuration: values as text, and every mistake reported at once before anything is loaded."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("changes", "message"), MISTAKES)
-def test_a_mistake_is_told(changes: dict[str, Any], message: str) -> None:
+def test_a_mistake_is_reported(changes: dict[str, Any], message: str) -> None:
     problems = RunConfig(**changes).problems()
     assert any(message in p for p in problems), problems
 
@@ -123,7 +123,7 @@ def test_the_defaults_are_fine() -> None:
     assert RunConfig().problems() == []
 
 
-def test_all_mistakes_are_told_at_once() -> None:
+def test_all_mistakes_are_reported_at_once() -> None:
     changes = {k: v for c, _ in MISTAKES[:5] for k, v in c.items()}
     config = RunConfig(**changes, editor=("finetun", "finetune"), stream="okedit", set=("finetune.steps=x", "wise.a=1"))
     with pytest.raises(BadConfig) as caught:
@@ -131,7 +131,7 @@ def test_all_mistakes_are_told_at_once() -> None:
     assert len(str(caught.value).splitlines()) == 5 + 4
 
 
-def test_a_batch_over_an_editors_limit_is_told_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_over_an_editors_limit_is_reported_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     from dataclasses import replace
 
     from testbed.core.registry import EDITORS

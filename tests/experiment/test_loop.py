@@ -59,7 +59,7 @@ def test_noop_gives_the_unedited_models_numbers_exactly(tmp_path: Path) -> None:
 
 
 def test_an_editor_that_changes_nothing_but_answers_itself_agrees_with_the_base(tmp_path: Path) -> None:
-    """As noop, but every question goes through the model again: the shortcut of noop tells no lie."""
+    """As noop, but every question goes through the model again: the shortcut of noop gives the same answers."""
     where = shared()
 
     class Still(Nudge):
@@ -79,7 +79,7 @@ def test_the_oracle_is_right_about_every_edit_and_leaves_the_rest_alone(tmp_path
     records = run(where, EDITORS.get("oracle")(), tmp_path)
     for r in of_split(records, *RIGHT, *LOCALITY_SPLITS):
         assert r.exact
-        if r.edit_id is None:  # what no edit is about it is not told, and answers as the unedited model does
+        if r.edit_id is None:  # without a truth the oracle answers as the unedited model
             assert answer(r)[0:2] == answer(where.base[r.question_id])[0:2]
             continue
         assert r.token_hits == r.n_tokens
@@ -130,8 +130,8 @@ def test_a_question_that_several_panels_ask_is_put_to_the_model_once(tmp_path: P
     distinct = {(r.probe_step, r.question_id) for r in records if r.split != "text"}
     assert sum(asked) == len(distinct) < sum(r.split != "text" for r in records)
     for a in records:
-        twins = {answer(b) for b in records if (b.probe_step, b.question_id) == (a.probe_step, a.question_id)}
-        assert len(twins) == 1
+        distinct_answers = {answer(b) for b in records if (b.probe_step, b.question_id) == (a.probe_step, a.question_id)}
+        assert len(distinct_answers) == 1
 
 
 def test_what_was_not_measured_is_absent(tmp_path: Path) -> None:
@@ -148,13 +148,13 @@ def test_what_was_not_measured_is_absent(tmp_path: Path) -> None:
     assert all((a.token_hits, a.n_tokens, a.logprob) == (None, None, None) for a in silent)
 
 
-def test_a_failed_edit_is_told_and_leaves_the_state_as_it_was(tmp_path: Path) -> None:
+def test_a_failed_edit_is_reported_and_leaves_the_state_as_it_was(tmp_path: Path) -> None:
     stream = PlainStream([Line(1.0), Line(1.1, target="bad"), Line(1.2)])
     editor = Nudge()
     run(context(stream), editor, tmp_path)
-    told = reports(tmp_path)
-    assert [list(r["failed"].items()) for r in told] == [[], [(stream.all[1].id, "the loss became nan")], []]
-    assert [r["notes"] for r in told] == [{"loss": 0.5}, {}, {"loss": 0.5}]
+    lines = reports(tmp_path)
+    assert [list(r["failed"].items()) for r in lines] == [[], [(stream.all[1].id, "the loss became nan")], []]
+    assert [r["notes"] for r in lines] == [{"loss": 0.5}, {}, {"loss": 0.5}]
     assert float((editor.weight - editor.handle.parameter(editor.handle.down_weight(-1)))[0, 0]) == 2.0
 
 
@@ -162,9 +162,9 @@ def test_one_bad_edit_of_a_batch_costs_itself_alone(tmp_path: Path) -> None:
     stream = PlainStream([Line(1.0), Line(1.1, target="bad"), Line(1.2)])
     editor = Nudge()
     run(context(stream, batch=2), editor, tmp_path)
-    told = reports(tmp_path)
-    assert [list(r["failed"]) for r in told] == [[stream.all[1].id], []]
-    assert [r["notes"] for r in told] == [{"loss": 0.5, "parts": 2.0}, {"loss": 0.5}]
+    lines = reports(tmp_path)
+    assert [list(r["failed"]) for r in lines] == [[stream.all[1].id], []]
+    assert [r["notes"] for r in lines] == [{"loss": 0.5, "parts": 2.0}, {"loss": 0.5}]
     assert float((editor.weight - editor.handle.parameter(editor.handle.down_weight(-1)))[0, 0]) == 2.0
 
 
@@ -244,12 +244,12 @@ def test_a_batch_over_the_limit_is_refused_with_the_number(tmp_path: Path) -> No
 def test_reports_say_what_an_edit_costs(tmp_path: Path) -> None:
     where = shared()
     run(where, Nudge(), tmp_path)
-    told = reports(tmp_path)
-    assert [r["step"] for r in told] == [s.checkpoint.step for s in where.schedule.steps]
-    assert [r["event_ids"] for r in told] == [[a.event.id for a in s.edits] for s in where.schedule.steps]
-    assert all(r["seconds"] > 0 and r["peak_bytes"] > 10**7 for r in told)
-    assert {r["state_bytes"] for r in told} == {where.handle.parameter(where.handle.down_weight(-1)).numel() * 4}
-    norms = [r["delta_norm"] for r in told]
+    lines = reports(tmp_path)
+    assert [r["step"] for r in lines] == [s.checkpoint.step for s in where.schedule.steps]
+    assert [r["event_ids"] for r in lines] == [[a.event.id for a in s.edits] for s in where.schedule.steps]
+    assert all(r["seconds"] > 0 and r["peak_bytes"] > 10**7 for r in lines)
+    assert {r["state_bytes"] for r in lines} == {where.handle.parameter(where.handle.down_weight(-1)).numel() * 4}
+    norms = [r["delta_norm"] for r in lines]
     assert norms == sorted(norms)
     assert norms[0] == pytest.approx(where.handle.width**0.5)
 
@@ -259,7 +259,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("kill", [("apply", 1), ("apply", 4), ("probe", 5), ("rename", 4), ("write", 7)])
-def test_stopped_and_gone_on_the_records_are_the_same(tmp_path: Path, kill: tuple[str, int]) -> None:
+def test_stopped_and_resumed_the_records_are_the_same(tmp_path: Path, kill: tuple[str, int]) -> None:
     where = shared()
     whole = run(where, Nudge(), tmp_path / "whole")
 
@@ -292,7 +292,7 @@ def test_a_finished_editor_is_left_alone(tmp_path: Path) -> None:
     assert run(where, Untouchable(), tmp_path) == first
 
 
-def test_progress_tells_edits_and_success(tmp_path: Path) -> None:
+def test_progress_gives_edits_and_success(tmp_path: Path) -> None:
     seen: list[tuple[Any, ...]] = []
     run(shared(), EDITORS.get("oracle")(), tmp_path, progress=lambda *a: seen.append(a))
     assert [(done, total) for done, total, _ in seen] == [(i, 7) for i in range(1, 8)]

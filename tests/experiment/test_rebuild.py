@@ -30,7 +30,7 @@ def test_an_editor_comes_back_and_any_step_is_made_again() -> None:
     assert torch.equal(early.edited_weights()[name], saved.edited_weights()[name])
 
 
-def test_what_a_run_does_not_have_is_told() -> None:
+def test_what_a_run_does_not_have_is_reported() -> None:
     stored = rebuild(small_run())
     assert stored.names() == ("noop", "finetune", "balancedit")
     with pytest.raises(BadConfig, match="has no editor 'memit'; it has noop, finetune, balancedit"):
@@ -50,7 +50,7 @@ def test_another_model_or_data_is_refused_and_moved_ones_are_not(tmp_path: Path)
         rebuild(tmp_path)
 
 
-def test_a_folder_without_answers_of_the_unedited_model_is_told(tmp_path: Path) -> None:
+def test_a_folder_without_answers_of_the_unedited_model_is_reported(tmp_path: Path) -> None:
     out = tmp_path / "run"
     shutil.copytree(small_run(), out)
     (out / "base" / "answers.parquet").unlink()

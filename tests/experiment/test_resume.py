@@ -31,17 +31,17 @@ def test_killed_again_and_again(tmp_path: Path, name: str) -> None:
 def test_sigterm_ends_after_the_batch_in_hand_saved_and_says_how_to_go_on(tmp_path: Path) -> None:
     """First in the middle of an editor, between two saves; then in its last step, so that the next has not begun."""
     out = tmp_path / "run"
-    for kill, told in (("apply 7 term", "finetune: stopped after step 7 of 20"), ("probe 20 term", "stopped before balancedit")):
+    for kill, message in (("apply 7 term", "finetune: stopped after step 7 of 20"), ("probe 20 term", "stopped before balancedit")):
         done = go_on(out, kill) if out.exists() else run(out, kill)
         assert done.code == 143
-        assert f"{told}; everything up to there is saved. Go on with --resume {out}" in done.err
+        assert f"{message}; everything up to there is saved. Go on with --resume {out}" in done.err
         assert [p.name for p in (out / "finetune/state").iterdir()] == [f"step-{int(kill.split()[1]):06d}.safetensors"]
         assert not (out / "summary.json").exists()
     assert go_on(out).code == 0
     assert_same(out)
 
 
-def test_the_log_tells_every_phase_in_order() -> None:
+def test_the_log_has_every_phase_in_order() -> None:
     """With save_every 5: apply and probe of each step, then two files written and renamed, three where there are monitors."""
     lines = uninterrupted().with_suffix(".log").read_text().splitlines()
     once = ["resume 0"]
@@ -51,7 +51,7 @@ def test_the_log_tells_every_phase_in_order() -> None:
     assert lines == once * 2
 
 
-def test_a_finished_run_can_be_gone_on_with_and_stays_as_it_is(tmp_path: Path) -> None:
+def test_a_finished_run_can_be_resumed_and_stays_as_it_is(tmp_path: Path) -> None:
     whole = uninterrupted()
     before = {p: p.stat().st_mtime_ns for e in EDITORS for p in (whole / e).rglob("*") if p.is_file()}
     assert go_on(whole).code == 0

@@ -1,7 +1,7 @@
 """Opt-in (`pytest -m soak`): thousands of edits, killed at a hundred instants, equal to the run that was left alone.
 
 TESTBED_SOAK_EDITS (10,000), TESTBED_SOAK_KILLS (100) and TESTBED_SOAK_LOG (a file for the log) change its size and
-where it tells what happened.
+where it writes what happened.
 """
 
 from __future__ import annotations
@@ -53,17 +53,17 @@ def test_a_long_run_killed_at_many_instants_equals_the_one_left_alone(tmp_path: 
     whole, out = tmp_path / "whole", tmp_path / "run"
     assert start(whole).code == 0
     met: Counter[str] = Counter()
-    with log.open("w", encoding="utf-8") as told:
+    with log.open("w", encoding="utf-8") as written:
         for i, (phase, kill) in enumerate(instants(), 1):
             done = go_on(out, kill) if (out / "manifest.json").exists() else start(out, kill)
             newest = {e: max((p.name for p in (out / e / "state").glob("step-*")), default="nothing") for e in EDITORS}
-            print(f"{i} of {KILLS}: ended at '{kill}' with {done.code}; saved: {newest}", file=told, flush=True)
+            print(f"{i} of {KILLS}: ended at '{kill}' with {done.code}; saved: {newest}", file=written, flush=True)
             assert done.code == (143 if phase == "term" else -9), done.err
             assert not (out / "summary.json").exists()
             met[phase] += 1
         done = go_on(out)
-        print(f"went on to the end with {done.code}; kills by phase: {dict(met)}", file=told)
+        print(f"went on to the end with {done.code}; kills by phase: {dict(met)}", file=written)
         assert done.code == 0, done.err
         assert_same(out, whole)
-        print(f"equal to the run left alone: {EDITS} edits by each of {', '.join(EDITORS)}", file=told)
+        print(f"equal to the run left alone: {EDITS} edits by each of {', '.join(EDITORS)}", file=written)
     assert set(met) == set(PHASES[:KILLS])

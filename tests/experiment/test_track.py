@@ -32,7 +32,7 @@ def found(*rows: dict[str, Any], reports: list[EditReport] | None = None) -> Ste
     return StepResults([Record(**{**blank, **record(**r)}) for r in rows], [MonitorRow(2, "entropy", 0.5)], reports or [])
 
 
-def test_readings_are_kept_apart_and_weighted_by_inclusion() -> None:
+def test_scoring_modes_are_kept_apart_and_weighted_by_inclusion() -> None:
     both = {"split": "edit", "panel": "immediate", "probe_step": 2, "n_tokens": 2}
     one = {**both, "exact": True, "token_hits": 2, "incl_prob": 1.0}
     two = {**both, "exact": False, "token_hits": 1, "incl_prob": 0.5}
@@ -187,7 +187,7 @@ def test_a_tracker_changes_no_answer_and_no_manifest(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize("name", list(NEEDS))
-def test_a_missing_library_is_told_before_anything_is_loaded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_library_is_reported_before_anything_is_loaded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda package: None)
     (problem,) = [p for p in RunConfig(track=name).problems() if "--track" in p]  # type: ignore[arg-type]
     assert problem.startswith(f"--track {name} needs {NEEDS[name][0]}")

@@ -1,6 +1,6 @@
 """Command lines in real processes without paying for the imports each time.
 
-One process imports everything and then forks for every command; a command may be told to kill itself with
+One process imports everything and then forks for every command; a command can kill itself with
 SIGKILL at an exact place, so that no test has to race a clock.
 """
 

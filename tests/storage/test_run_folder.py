@@ -209,7 +209,7 @@ def full_disk(*_: Any, **__: Any) -> None:
 
 
 @pytest.mark.parametrize(("where", "name"), [(files.pq, "write_table"), (files.os, "fsync"), (files.os, "replace"), (Path, "write_text")])
-def test_a_full_disk_is_told_and_the_state_before_it_stays_good(
+def test_a_full_disk_is_reported_and_the_state_before_it_stays_good(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: Any, name: str
 ) -> None:
     folder, complete = EditorFolder(tmp_path / "a"), EditorFolder(tmp_path / "b")
@@ -224,7 +224,7 @@ def test_a_full_disk_is_told_and_the_state_before_it_stays_good(
     assert content(folder) == content(complete)
 
 
-def test_a_full_disk_under_the_state_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_under_the_state_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import safetensors.torch
 
     def full(*_: Any, **__: Any) -> None:
@@ -235,7 +235,7 @@ def test_a_full_disk_under_the_state_is_told(tmp_path: Path, monkeypatch: pytest
         write_state(tmp_path / "step-000001.safetensors", {"a": torch.zeros(1)})
 
 
-def test_a_place_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+def test_a_place_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(StoreError, match="cannot be written"):
         write_json(tmp_path / "file" / "under" / "x.json", {})
@@ -281,7 +281,7 @@ def test_two_processes_do_not_write_one_folder(tmp_path: Path) -> None:
         folder.create({"run": "x"})
 
 
-def test_absent_and_broken_manifests_are_told(tmp_path: Path) -> None:
+def test_absent_and_broken_manifests_are_reported(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="is not a run folder"):
         RunFolder(tmp_path).manifest()
     (tmp_path / "manifest.json").write_text('{"run": ')

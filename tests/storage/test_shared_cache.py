@@ -100,7 +100,7 @@ def test_one_at_a_time(tmp_path: Path) -> None:
         assert lock.is_locked
 
 
-def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match=r"cannot be written: .*choose another --cache"), exclusive(tmp_path / "file" / "x"):
         pass

@@ -1,4 +1,4 @@
-"""Grids: every combination once, by ids that nothing but the cell moves; sweeps: what is done, told, skipped and compared."""
+"""Grids: every combination once, by ids that nothing but the cell moves; sweeps: done, failed, skipped and compared cells."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def test_an_interrupted_sweep_says_how_to_go_on(
     assert "Go on with the same command." in capsys.readouterr().err
 
 
-def test_the_table_tells_cells_apart_and_how_far_they_are(tmp_path: Path) -> None:
+def test_the_table_distinguishes_cells_and_shows_their_steps(tmp_path: Path) -> None:
     grid = expand({"editor": ["balancedit[w_pos=0.25]", "noop"], "batch": [1, 10]}, tmp_path / "out")
     board = Board(tmp_path / "out", grid)
     first = next(iter(grid.cells.values()))
@@ -224,7 +224,7 @@ def test_without_an_address_this_machine_is_used_and_given_back(tmp_path: Path, 
     assert [c.config.device for c in board.grid.cells.values()] == ["cpu"]
 
 
-def test_a_cluster_that_is_not_there_or_too_small_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cluster_that_is_not_there_or_too_small_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = SweepConfig(tmp_path / "x.yaml", out=tmp_path / "out", address="nowhere:1", gpus=2)
     monkeypatch.setattr(sweeps, "_import_ray", lambda: FakeRay(error=ConnectionError("no one answers")))
     with pytest.raises(BadConfig, match="Ray cannot be reached at --address nowhere:1: no one answers"):
@@ -316,14 +316,14 @@ def test_where_nothing_is_done_the_page_says_so(tmp_path: Path) -> None:
 def test_failed_cells_end_with_1_and_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, _, board = done_sweep(tmp_path, fail=("noop", 0))
     assert sweeps._finish(board, 1.0) == 1
-    told = capsys.readouterr()
-    assert "3 of 4 cells done in 1 s, 1 failed" in told.out
-    assert "failed: noop-0-" in told.err
-    assert "ValueError: <b>broken</b>" in told.err
+    printed = capsys.readouterr()
+    assert "3 of 4 cells done in 1 s, 1 failed" in printed.out
+    assert "failed: noop-0-" in printed.err
+    assert "ValueError: <b>broken</b>" in printed.err
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_a_cell_is_made_gone_on_with_and_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cell_is_made_resumed_and_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     facts = ({"prompt": f"Who owns the ship {i}?", "target": f"Ann {i}"} for i in range(9))
     (tmp_path / "facts.jsonl").write_text("".join(json.dumps(f) + "\n" for f in facts))
     quick = {"edits": 4, "save_every": 2, "probe_budget": 10, "max_new_tokens": 1, "set": ["finetune.steps=1"]}
@@ -337,7 +337,7 @@ def test_a_cell_is_made_gone_on_with_and_left_alone(tmp_path: Path, monkeypatch:
     assert (cell.begun, cell.done, cell.step) == (True, False, 4)
     assert run_cell(cell, 1) is None
     assert cell.done
-    assert [line.split(" on ")[0] for line in cell.log.read_text().splitlines() if "process" in line] == ["begun", "gone"]
+    assert [line.split(" on ")[0] for line in cell.log.read_text().splitlines() if "process" in line] == ["started", "resumed"]
     before = cell.log.read_text()
     assert run_cell(cell, 1) is None
     assert cell.log.read_text() == before
