@@ -1,4 +1,4 @@
-"""What a stream holds and how long it takes to read, without a model.
+"""Command line that shows what a stream holds and how long it takes to read; it loads no model.
 
 python -m streams mmedit-yearly --data-root DIR
 python -m streams jsonl:facts.jsonl --fields prompt=question target=new
@@ -23,7 +23,7 @@ from testbed.core.registry import STREAMS, UnknownName
 
 @dataclass(frozen=True)
 class InspectConfig:
-    """Read a stream's files and say what they give."""
+    """Read a stream's files and show what they hold."""
 
     stream: Annotated[str, tyro.conf.Positional]
     """Name of a stream."""
@@ -38,25 +38,25 @@ class InspectConfig:
 
 
 def inspect_stream(config: InspectConfig) -> list[str]:
-    """Lines about a stream. Raises `BadStream` or `UnknownName`."""
+    """Lines of text about a stream. Raises `BadStream` or `UnknownName`."""
     settings = StreamConfig(data_root=config.data_root, missing_images=config.missing_images, fields=config.fields)
     began = time.process_time()
     stream = STREAMS.get(config.stream)(settings)
     loaded = time.process_time()
     events = stream.events(config.edits)
     made = time.process_time()
-    known = stream.manifest()
+    manifest = stream.manifest()
     kinds = ", ".join(f"{n:,} {kind}" for kind, n in sorted(Counter(e.kind for e in events).items()))
     lines = [f"{stream.name}: {stream.origin}", f"time: {stream.time_axis}; licence: {stream.licence}"]
     lines += [f"edits: {len(events):,} ({kinds})"] + [f"year {e.year}: {e.prompt} -> {e.target}" for e in events[:3]]
-    lines += [f"skipped: {n:,} x {reason}" for reason, n in sorted(known["skipped_by_reason"].items(), key=lambda r: -r[1])[:10]]
-    lines += [f"no picture for {field}: {n:,}" for field, n in known.get("missing_images", {}).items()]
+    lines += [f"skipped: {n:,} x {reason}" for reason, n in sorted(manifest["skipped_by_reason"].items(), key=lambda r: -r[1])[:10]]
+    lines += [f"no picture for {field}: {n:,}" for field, n in manifest.get("missing_images", {}).items()]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     return [*lines, f"read in {loaded - began:.1f} s of CPU, edits made in {made - loaded:.1f} s, {peak:.2f} GB at most"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; 2 where the stream cannot be used."""
+    """Run the command line; the exit code is 2 where the stream cannot be used."""
     config = tyro.cli(InspectConfig, args=None if argv is None else list(argv), prog="python -m streams")
     try:
         lines, code = inspect_stream(config), 0

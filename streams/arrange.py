@@ -1,8 +1,8 @@
-"""Another order of the edits that a run takes: easy or hard ones first, or those of one subject together.
+"""Reorder the edits that a run takes: easy or hard ones first, or those of one subject together.
 
-The same edits come in another order, so two orders of one run can be compared edit by edit: ids stay, and the
-changes of one fact stay in their own order. Unlike what `streams.transforms` draws, the result depends on how
-many edits are taken: a longer run is no extension of a shorter one.
+Ids stay, and the changes of one fact keep their own order, so two orders of one run can be compared edit by edit.
+Unlike the order that `streams.transforms` draws, the result depends on how many edits are taken: a longer run is no
+extension of a shorter one.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from streams.base import Stream
 from testbed.core.events import EditEvent
 
 Losses = Callable[[Sequence[EditEvent]], Mapping[str, float]]
-"""For the first event of each fact: what the unedited model loses on its target, by event id."""
+"""Function from the first event of each fact to the unedited model's loss on its target, by event id."""
 
 
 def arrange(stream: Stream, events: Sequence[EditEvent], losses: Losses) -> list[EditEvent]:
-    """The events in the order that the stream's configuration asks for.
+    """The events in the order of the stream's configuration.
 
-    A dated stream that is put in another order loses its dates: its years are then numbered like those of a
-    schedule, and its `time_axis` becomes "scheduled".
+    A dated stream loses its dates in another order: its years are then numbered like those of a schedule, and its
+    `time_axis` becomes "scheduled".
     """
     order = stream.config.order
     if order == "drawn":
@@ -42,10 +42,10 @@ def arrange(stream: Stream, events: Sequence[EditEvent], losses: Losses) -> list
 
 
 def by_rank(events: Sequence[EditEvent], rank: Mapping[str, float]) -> list[EditEvent]:
-    """Facts by rising rank of their first event (an id to a number).
+    """The events with their facts by rising rank of the first event; `rank` maps the id of a first event to a number.
 
-    The k-th fact begins about where the k-th fact began, and its changes keep their distances from that.
-    Raises KeyError for a first event without a rank.
+    The k-th fact by rank begins where the k-th fact began before, and its changes keep their distances from its first
+    event. Raises KeyError for a first event without a rank.
     """
     first = _first_positions(events)
     additions = [i for i, e in enumerate(events) if e.revises is None]
@@ -66,7 +66,7 @@ def by_subject(events: Sequence[EditEvent]) -> list[EditEvent]:
 
 
 def _first_positions(events: Sequence[EditEvent]) -> list[int]:
-    """For each event the position of its fact's first one."""
+    """For each event the position of the first event of its fact."""
     at: dict[str, int] = {}
     for i, e in enumerate(events):
         at[e.id] = at[e.revises] if e.revises is not None else i

@@ -29,7 +29,7 @@ class StreamConfig:
     """Everything a stream depends on besides its data."""
 
     data_root: Path | None = None
-    """Folder of the official files; without it the simulated world stands in, and says so."""
+    """Folder of the official files; without it a stream that can uses the simulated world, and its `origin` says so."""
     seed: int = 0
     """Seed of the schedule (and of the simulated world's history)."""
     edits_per_year: PositiveInt = 50
@@ -54,12 +54,12 @@ class StreamConfig:
     hash of their names, so the same ones under every seed: a small model can be taught only so many beliefs. 0 is all
     of them; other streams refuse a number."""
     since: NonNegativeInt = 0
-    """First year of a dated stream: a model is taught what was so before it, and what changed earlier is no edit.
+    """First year of a dated stream: changes before it are no edits, and the model is taught their outcome instead.
     0 begins with the first change; streams without dates refuse a year."""
     missing_images: MissingImages = "skip"
-    """What to do with a record whose picture is absent: skip it, ask without, or put its caption."""
+    """What to do with a record whose picture is absent: skip it, ask without a picture, or put its caption in the prompt."""
     fields: tuple[str, ...] = ()
-    """For `jsonl:` and `hub:`: which of the source's fields is which of ours, as OURS=THEIRS, separated by commas."""
+    """For `jsonl:` and `hub:`: the source's name of a field of ours, as OURS=THEIRS, separated by commas."""
     world_seed: int = 0
     """Which simulated world; the committed tiny model knows world 0."""
     world_size: int = 0
@@ -77,7 +77,7 @@ class StreamConfig:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A record that could not be used: where it stands and why (shown in the manifest and the summary)."""
+    """A record that could not be used: its position in its file, and the reason (shown in the manifest and the summary)."""
 
     where: str
     reason: str
@@ -85,10 +85,10 @@ class Skipped:
 
 @dataclass(frozen=True)
 class TrainPool:
-    """What editors may learn from before and during a run; no probe asks anything of it.
+    """What editors may learn from before and during a run; no probe asks a question of it.
 
-    questions: un-edited questions with the answers that the base model should give (null banks, locality
-        samples); texts: running text (second moments).
+    questions: questions about unedited facts with the answers that the base model should give, for editors that sample
+        what must stay; texts: running text, for estimates of second moments.
     """
 
     questions: tuple[Question, ...] = ()
@@ -100,16 +100,19 @@ class BadStream(ValueError):
 
 
 class Stream(ABC):
-    """Base class of every stream; one subclass a name, registered with `STREAMS.register(name)`."""
+    """Base class of every stream. A subclass is registered with `STREAMS.register(name)`.
+
+    Raises `BadStream` where the configuration cannot be used.
+    """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     """One line for --list."""
     time_axis: TimeAxis
-    """A class attribute; a stream that stands on files or on the world sets it again on the instance."""
+    """A class attribute; a stream that reads either files or the simulated world sets it again on the instance."""
     licence: ClassVar[str]
     size: ClassVar[str]
-    """How much the published source holds, for --list; what a run could use of it stands in `origin`."""
+    """How much the published source holds, for --list; `origin` says how much of it a run could use."""
 
     supports: ClassVar[frozenset[str]] = frozenset()
     """Which of the settings `records` and `since` this stream understands; it refuses the others."""
@@ -119,7 +122,7 @@ class Stream(ABC):
         self.skipped: list[Skipped] = []
         for name in sorted({"records", "since"} - self.supports):
             if getattr(config, name):
-                raise BadStream(f"stream.{name} means nothing to this stream: leave it out, or take one that heeds it (docs/schedules.md)")
+                raise BadStream(f"this stream does not support stream.{name}: leave it out, or choose another stream (docs/schedules.md)")
         if problems := config.problems():
             raise BadStream("; ".join(problems))
 
@@ -149,6 +152,7 @@ class Stream(ABC):
         return ()
 
     def train_pool(self) -> TrainPool:
+        """What editors may learn from. Empty by default."""
         return TrainPool()
 
     def beliefs(self) -> Iterator[Question]:

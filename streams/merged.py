@@ -24,14 +24,16 @@ from testbed.core.events import LOCALITY_SPLITS, EditEvent, Question, content_id
 from testbed.core.registry import STREAMS
 
 ALL = 10**6
+"""More events than any finite stream has."""
 
 
 @STREAMS.register("merged:")
 class Merged(Stream):
-    """Dated streams are merged by their dates; others take turns, and the years of the whole are drawn anew.
+    """Several streams as one. Dated streams are merged by their dates; other streams alternate by their drawn times, and
+    the years of the merged stream are drawn anew.
 
-    A question (its picture and its words) that two streams edit is the earlier one's alone, and no stream asks for
-    what must stay where another edits it. Raises `BadStream` for streams that have no common time.
+    Where two streams edit one question (picture and prompt), only the earlier-named stream keeps it, and no stream
+    asks a locality question that another one edits. Raises `BadStream` for streams that have no common time.
     """
 
     summary = "Several streams in one order of time: merged:A+B, each as NAME or NAME@FOLDER under --data-root"
@@ -98,7 +100,7 @@ class Merged(Stream):
         return tuple(q for q in self.parts[self._part_of(event)].questions(event) if self._may_ask(q))
 
     def _may_ask(self, q: Question) -> bool:
-        """Whether no other part edits or trains on what a question asks."""
+        """Whether no part trains on the question, nor edits it where it is a locality question."""
         if q.split in ("edit", "stale"):
             return True
         key = _content_key(q)
@@ -119,7 +121,7 @@ class Merged(Stream):
         return self.parts[self._part_of(event)].paraphrases(event)
 
     def train_pool(self) -> TrainPool:
-        """What all parts give, without what another part edits."""
+        """The train pools of all parts, without the questions that another part edits."""
         texts = dict.fromkeys(t for p in self.parts for t in p.train_pool().texts)
         return TrainPool(tuple(self._pool.values()), tuple(texts))
 
@@ -129,7 +131,7 @@ class Merged(Stream):
         return {key: q for key, q in found.items() if key not in self._all_edited}
 
     def beliefs(self) -> Iterator[Question]:
-        """Those of all parts; of one question that two believe about, the earlier part's."""
+        """The beliefs of all parts; where two parts have one about the same question, the earlier part's."""
         given: set[QuestionKey] = set()
         for part in self.parts:
             found = [q for q in part.beliefs() if _content_key(q) not in given]

@@ -1,10 +1,10 @@
-"""From facts to a dated stream: small functions that compose, each deterministic in its generator.
+"""Functions that turn facts into a schedule of edits; each is deterministic in its generator, and they compose.
 
     order  = shuffled(n, rng)  or  drifting(categories, rng)
     events = dated(changes((facts[i] for i in order), shares, values, rng), calendar(per_year, bursts, rng))
 
-`scheduled` is the composition for a configuration. Everything is lazy and draws as it goes, so the first k
-events never depend on how many are taken. What needs the edits that a run takes is in `streams.arrange`.
+`scheduled` is the composition for a configuration. Every function is a generator and draws as it goes, so the first k
+events never depend on how many are taken. Orders that depend on that number are in `streams.arrange`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ often one fact is rewritten."""
 
 @dataclass(frozen=True, slots=True)
 class EditableFact:
-    """A fact that can be edited: what was believed (`previous`) and the first value it gets (`target`).
+    """A fact that can be edited: its answer before any edit (`previous`), and the first value that it gets (`target`).
 
     `source` names the record and is unique in a stream. `aliases` are as right as `previous` and never drawn as a
     new target. `relation` is the category whose values may replace the target.
@@ -46,8 +46,10 @@ class EditableFact:
 
 @dataclass(frozen=True)
 class Shares:
-    """Shares of all edits, each in [0, 1), together under 1; the rest are `add`, each with `repeats` - 1 revisions
-    right behind it."""
+    """Shares of the kinds among all edits, each in [0, 1), together under 1.
+
+    The rest are of kind `add`; each of those is followed at once by `repeats` - 1 revisions of its fact.
+    """
 
     revise: float = 0.0
     revert: float = 0.0
@@ -65,7 +67,7 @@ class Shares:
 
 @dataclass(frozen=True)
 class FactChange:
-    """One step in the life of a fact, not yet dated; `target` is empty for a retire."""
+    """One change of a fact, without a date yet; `target` is empty for a retire."""
 
     kind: Kind
     fact: EditableFact
@@ -75,7 +77,7 @@ class FactChange:
 
 @dataclass
 class _FactHistory:
-    """A fact that has been added: every value it had, oldest first, and the number of its events."""
+    """A fact that has been added: every value that it had, oldest first, and the number of its events."""
 
     fact: EditableFact
     values: list[str]
@@ -84,12 +86,12 @@ class _FactHistory:
 
 
 def generator(seed: int, name: str) -> np.random.Generator:
-    """A generator of its own for each purpose, so that one purpose's draws never move another's."""
+    """A separate random generator for each named purpose, so that the draws of one purpose never move those of another."""
     return np.random.default_rng([seed, int(content_id(name), 16)])
 
 
 def hash_fraction(*parts: object) -> float:
-    """A number in [0, 1) that depends on the content alone: which side of a split a record falls on."""
+    """A number in [0, 1) from a hash of the content, uniform over contents; splits of records use it, so no seed moves them."""
     return int(content_id(*parts)[:13], 16) / 16**13
 
 
@@ -99,8 +101,11 @@ def shuffled(n: int, rng: np.random.Generator) -> Iterator[int]:
 
 
 def drifting(categories: Sequence[str], rng: np.random.Generator, strength: float = 2.0) -> Iterator[int]:
-    """The positions of `categories` in an order whose mix moves: at share t of the way the next category is
-    drawn from softmax((1 - t) a + t b) over those not used up, with a, b normal of deviation `strength`."""
+    """The positions of `categories` in an order whose mix of categories moves over time.
+
+    At fraction t of the way the next category is drawn from softmax((1 - t) a + t b) over the categories that are not
+    used up; a and b hold a normal draw with standard deviation `strength` for each category.
+    """
     left: dict[str, list[int]] = {}
     for i in rng.permutation(len(categories)).tolist():
         left.setdefault(str(categories[i]), []).append(i)
@@ -120,10 +125,9 @@ def drifting(categories: Sequence[str], rng: np.random.Generator, strength: floa
 def changes(facts: Iterable[EditableFact], shares: Shares, values: Values, rng: np.random.Generator) -> Iterator[FactChange]:
     """Add the facts in order and, at the given shares, revise, revert or retire facts already added.
 
-    A revision takes a value of the same relation from `values` that the fact never had; it also takes the
-    place of a revert or retire that would change nothing. When no fresh fact
-    is left, revisions take the place of additions, until every fact has had `MAX_CHANGES` events, is
-    retired, or has no new value left: then the stream ends. A retired fact stays retired.
+    A revision takes a value of the same relation from `values` that the fact never had; it also replaces a revert or
+    retire that would change nothing. When no new fact is left, revisions replace additions, until every fact has had
+    `MAX_CHANGES` events, is retired, or has no new value left: then the stream ends. A retired fact stays retired.
     """
     most = max(MAX_CHANGES, shares.repeats)
     fresh = iter(facts)
@@ -152,7 +156,7 @@ def changes(facts: Iterable[EditableFact], shares: Shares, values: Values, rng: 
 
 
 def calendar(per_year: int, bursts: float, rng: np.random.Generator) -> Iterator[float]:
-    """Times of events without end; years count from 1, the place within the year is the fraction.
+    """Times of events in years, without end; years count from 1, and the fraction is the position within the year.
 
     A year holds `per_year` events or, with `bursts` > 0, a number drawn from a gamma distribution with that mean
     and `bursts` times that as standard deviation, at least 1.
@@ -165,7 +169,7 @@ def calendar(per_year: int, bursts: float, rng: np.random.Generator) -> Iterator
 
 
 def dated(stream: Iterable[FactChange], times: Iterable[float]) -> Iterator[EditEvent]:
-    """Changes as events at these times."""
+    """The changes as events at these times, in years."""
     newest: dict[str, str] = {}
     for seq, (change, time) in enumerate(zip(stream, times)):
         fact = change.fact
@@ -187,7 +191,7 @@ def dated(stream: Iterable[FactChange], times: Iterable[float]) -> Iterator[Edit
 
 
 def scheduled(facts: Sequence[EditableFact], values: Values, config: StreamConfig, purpose: str = "") -> Iterator[EditEvent]:
-    """The events of undated facts under a configuration. `purpose` sets a source's draws apart from another's."""
+    """The events of undated facts under a configuration; `purpose` prefixes the names of the random generators."""
 
     def draws(name: str) -> np.random.Generator:
         return generator(config.seed, purpose + name)
@@ -207,7 +211,7 @@ def _new_history(fact: EditableFact) -> _FactHistory:
 
 
 def _change(kind: Kind, history: _FactHistory, values: Values, rng: np.random.Generator) -> FactChange | None:
-    """The next change of a fact, its life brought up to date; None when a revision finds no new value."""
+    """The next change of a fact, which is added to its history; None when a revision finds no new value."""
     current = history.values[-1]
     history.changes += 1
     if kind == "retire" and current != history.fact.previous:
@@ -226,7 +230,7 @@ def _change(kind: Kind, history: _FactHistory, values: Values, rng: np.random.Ge
 
 
 def _new_value(history: _FactHistory, pool: Sequence[str], rng: np.random.Generator) -> str | None:
-    """A value of the pool that the fact never had: the first fit from a random place on."""
+    """A value of the pool that the fact never had: the first one from a random position on."""
     if not pool:
         return None
     start = int(rng.integers(len(pool)))

@@ -1,4 +1,4 @@
-"""Country codes of the Correlates of War project, with English names and ISO 3166 codes: a table of ours.
+"""Table of the country codes of the Correlates of War project, with English names and ISO 3166 codes.
 
 `iso` is empty where the state has none today (it ended, or is not recognised); `since` is the first year from
 which today's flag stands for the state.

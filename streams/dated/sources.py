@@ -21,7 +21,7 @@ from streams.files.records import BadField, clean, kind_of, parse_json, text_of
 
 @dataclass(frozen=True)
 class PromptTemplates:
-    """How a relation is asked, "{}" for the subject: in the edit, held out, and for training."""
+    """Prompts for a relation with "{}" for the subject: of the edit, held out for probes, and for training."""
 
     prompt: str
     held_out: tuple[str, ...]
@@ -61,9 +61,9 @@ PROMPT_TEMPLATES = {
         "Who leads {}?", ("{} is led by", "Who is the leader of {}?"), ("Name the leader of {}.", "The leader of {} is")
     ),
 }
-"""Ours, but for TempLAMA's own sentences, which are the first held-out templates."""
+"""Written for this project, except that the first held-out template of each is TempLAMA's own sentence."""
 YAGO = {"playsFor": "plays for", "worksAt": "works for", "isAffiliatedTo": "is affiliated to", "isMarriedTo": "is married to"}
-"""YAGO's relations that are states of which one follows another, and ours for them."""
+"""YAGO's relations whose states follow one another, and our names for them."""
 _ESCAPE = re.compile(r"\\u([0-9a-fA-F]{4})")
 
 
@@ -147,13 +147,13 @@ def _dyknow_facts(value: object, names: tuple[str, ...]) -> Iterator[tuple[tuple
 
 
 def _dyknow_fact(names: tuple[str, ...], fact: Mapping[str, Any], more: Mapping[str, Any], states: list[State]) -> Timeline:
-    asked = _prompts(fact)
-    if not asked:
+    prompts = _prompts(fact)
+    if not prompts:
         raise BadField("questions holds no question")
-    others = [w for w in _prompts(more) if w != asked[0]]
+    others = [p for p in _prompts(more) if p != prompts[0]]
     group, subject, relation = (*names, "", "", "")[:3]
     subject, relation = subject or group, relation or _GROUPS.get(group, group)
-    return Timeline(subject, relation, asked[0], tuple(states), tuple(others[:2]), tuple(others[2:]), source="DyKnow")
+    return Timeline(subject, relation, prompts[0], tuple(states), tuple(others[:2]), tuple(others[2:]), source="DyKnow")
 
 
 _GROUPS = {"athletes_byPayment": "plays for", "companies_byRevenue": "chief executive officer"}
@@ -205,7 +205,7 @@ def _entity(name: str) -> str:
 
 
 def _table(path: Path, width: int, data: SourceData) -> Iterator[tuple[str, list[str]]]:
-    """Lines of a table with at least `width` columns between tabs, with their places; others are skipped and named."""
+    """The first `width` columns of each line of a tab-separated table, with the line's name; shorter lines are skipped."""
     for number, line in enumerate(data.read(path).decode("utf-8", "surrogateescape").split("\n"), 1):
         if not line.strip():
             continue

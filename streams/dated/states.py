@@ -1,4 +1,4 @@
-"""Facts with real dates: states of a fact in time, and the changes between them that the dates make certain."""
+"""The states of a fact over time, and the changes between them that their dates make certain."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _UNKNOWN = re.compile(r"#*(-##)*")
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """A value of a fact from `start` to `end` (None: not known, or still so). `where` names the record."""
+    """A value of a fact from `start` to `end` (None where the end is unknown or has not come). `where` names the record."""
 
     value: str
     start: Day
@@ -31,7 +31,7 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """A fact with its states. `prompt_by_name` is the same question in words alone, where `prompt` needs its picture."""
+    """A fact with its states. Where `prompt` needs its picture, `prompt_by_name` is the same question without one."""
 
     subject: str
     relation: str
@@ -50,8 +50,10 @@ class Timeline:
 
 @dataclass(frozen=True, slots=True)
 class DatedChange:
-    """One certain change: `previous` ended no later than `target` began, at `time` in years. `aliases` are other values
-    of the fact that held then."""
+    """One certain change: `previous` ended no later than `target` began, at `time` in years.
+
+    `aliases` are other values of the fact that held at that time.
+    """
 
     previous: str
     target: str
@@ -61,7 +63,7 @@ class DatedChange:
 
 @dataclass
 class SourceData(RecordReader):
-    """What a source of dated facts gave: besides the records' number and what was left out, the facts."""
+    """The facts of one source, with the number of its records and those that were skipped."""
 
     timelines: list[Timeline] = field(default_factory=list)
 
@@ -90,19 +92,19 @@ def read_day(text: object, name: str) -> Day | None:
 
 
 def day(year: int, month: int, number: int, name: str) -> Day:
-    """A date from numbers. Raises `BadField` where they are none."""
+    """A date from numbers. Raises `BadField` where they are no date."""
     if not (1 <= year <= 9999 and 0 <= month <= 12 and 0 <= number <= 31):
         raise BadField(f"{name} {year}-{month}-{number} is no date")
     return year, month, number if month else 0
 
 
 def years(d: Day) -> float:
-    """A date in years: 2014-07-01 is 2014.5; what is not known counts as its beginning."""
+    """A date in years: 2014-07-01 is 2014.5; an unknown month or day counts as the first."""
     return d[0] + (max(d[1], 1) - 1) / 12 + (max(d[2], 1) - 1) / 372
 
 
 def not_after(a: Day, b: Day) -> bool:
-    """Whether a lies no later than b, as far as both are known."""
+    """Whether a is no later than b, compared as far as both are known."""
     for x, y in zip(a, b):
         if x == 0 or y == 0:
             return True

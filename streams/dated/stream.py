@@ -57,7 +57,7 @@ class Leaders(DatedStream):
 
 @STREAMS.register("dated-facts")
 class DatedFacts(DatedStream):
-    """The union: of a fact that two sources have, the one with more states stays."""
+    """The union of all sources; of a fact that two sources have, the one with more states is kept."""
 
     summary = "Dated facts: TempLAMA, DyKnow, YAGO11k and REIGN together, without repeats (needs --data-root)"
     licence = "as its sources: TempLAMA Apache-2.0, DyKnow MIT, YAGO CC BY 3.0, REIGN open data; Wikidata CC0"
@@ -84,7 +84,7 @@ class DatedFacts(DatedStream):
 
 @STREAMS.register("leaders-flags")
 class LeadersFlags(DatedStream):
-    """A flag, the question who leads this country, the real answer of each date."""
+    """The question who leads the country whose flag is shown, with the real answer of each date."""
 
     summary = "REIGN by flags: a country's flag, who leads it, 1950-2021 (needs --data-root)"
     licence = "REIGN: open data without a stated licence; flags (GoSquared): MIT"

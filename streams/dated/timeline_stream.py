@@ -22,8 +22,8 @@ class DatedStream(EntryStream):
     """Real changes, old value to new, ordered by date. A subclass gives `reader`, or overrides `timelines`.
 
     The first change of a fact is its `add`, each later one a `revise`. `seed` orders changes of the same date;
-    the shares of kinds, `edits_per_year` and `drift` have no meaning here. 15 % of the facts, by a hash of
-    their names, are never edited: what they were before their first change is what must stay.
+    the shares of kinds, `edits_per_year` and `drift` have no effect. 15 % of the facts, by a hash of their names,
+    are never edited: their value before their first change must stay.
     """
 
     time_axis = "dated"
@@ -47,7 +47,7 @@ class DatedStream(EntryStream):
         return EntryData(self.summary.split(":")[0], entries, tuple(source.skipped), content_id(source.digests))
 
     def _changing(self, source: SourceData) -> Iterator[FactEntry]:
-        """Facts with at least one certain change; of two facts with one name or question the first stays."""
+        """Facts with at least one certain change; of two facts with one name or question the first is kept."""
         seen: set[object] = set()
         for t in source.timelines:
             keys = {t.name, question_key(t.image, t.prompt)}

@@ -44,10 +44,6 @@ class EntryStream(Stream):
         self._by_source = {e.source: e for e in self._edited}
         self._reserved = {e.key for e in self._data.entries if e.role != "probe"}
         self._controls = tuple(e for e in self._data.entries if e.role == "probe" and e.previous and e.key not in self._reserved)
-        self._siblings: dict[str, list[FactEntry]] = {}
-        for e in self._controls:
-            if e.image is not None:
-                self._siblings.setdefault(e.image.name, []).append(e)
 
     @abstractmethod
     def read(self, config: StreamConfig) -> EntryData:
@@ -109,7 +105,7 @@ class EntryStream(Stream):
         for question in own:
             if self.is_unaffected(collector, question):
                 collector.add_unreserved(question)
-        for other in self._siblings.get(entry.image.name if entry.image else "", []):
+        for other in (c for c in self._controls if c.image and entry.image and c.image.name == entry.image.name):
             if normalize(other.prompt) != normalize(entry.prompt) and collector.reveals_leak(other.previous):
                 collector.add_unreserved(other.as_control("locality_sibling"))
         if self.far_controls and not any(q.split == "locality_far" for q in own):

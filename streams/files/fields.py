@@ -1,6 +1,6 @@
-"""Rows of any source as entries: a map from our fields to theirs, and typed reading of what lies there.
+"""Read the records of any source as entries, through a map from our field names to the source's.
 
-A map is a plain dictionary from our name ("prompt") to a path in the record ("requested_rewrite.prompt").
+A map is a dictionary from our name ("prompt") to a path in the record ("requested_rewrite.prompt").
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def first_text(record: object, path: str) -> str:
 
 
 def texts_at(record: object, path: str | None) -> tuple[str, ...]:
-    """The answers at a path, equal ones once; () without a path."""
+    """The texts at a path, equal ones once; () without a path."""
     return distinct(texts_in(value_at(record, path), path)) if path else ()
 
 
@@ -78,10 +78,8 @@ def nested_questions(record: object, path: str | None, split: Split) -> Iterator
                 continue
             if not isinstance(row, Mapping):
                 raise BadField(f"{path} must hold objects with prompt and ground_truth, found {kind_of(row)}")
-            prompts, golds = (
-                texts_in(row.get("prompt"), f"{path}.prompt"),
-                distinct(texts_in(row.get("ground_truth"), f"{path}.ground_truth")),
-            )
+            prompts = texts_in(row.get("prompt"), f"{path}.prompt")
+            golds = distinct(texts_in(row.get("ground_truth"), f"{path}.ground_truth"))
             if prompts and (golds or split.startswith("locality_")):
                 yield EntryQuestion(split, prompts[0], golds[0] if golds else None, aliases=golds[1:])
 
@@ -93,16 +91,18 @@ def must_differ(target: str, previous: str | None, names: tuple[str, str] = ("ta
 
 
 def read_entry(row: Mapping[str, Any], form: FieldMap, name: str, guess: tuple[str, str] | None = None) -> FactEntry:
-    """One row as an entry. Raises `BadField` for what cannot be used.
+    """One row as an entry. Raises `BadField` where it cannot be used.
 
-    guess: (subject, frame) found from the prompt, used where the form has no subject.
+    Args:
+        form: our field names to paths in the row.
+        name: the entry's `source`.
+        guess: (subject, frame) found from the prompt, used where the form has no subject.
     """
     prompt, target = first_text(row, form["prompt"]), first_text(row, form["target"])
-    said = texts_at(row, form.get("subject"))
-    subject = said[0] if said else (guess[0] if guess else None)
+    subject = next(iter(texts_at(row, form.get("subject"))), guess[0] if guess else None)
     prompt = prompt.replace("{}", subject) if subject and "{}" in prompt else prompt
-    before = texts_at(row, form.get("previous"))
-    previous = before[0] if before else None
+    old = texts_at(row, form.get("previous"))
+    previous = old[0] if old else None
     if "previous" in form and previous is None:
         raise BadField(f"{form['previous']} is absent or empty")
     must_differ(target, previous, (form["target"], form.get("previous", "")))
@@ -115,7 +115,7 @@ def read_entry(row: Mapping[str, Any], form: FieldMap, name: str, guess: tuple[s
         previous=previous,
         subject=subject,
         relation=relation_of(row, form, prompt, subject, guess),
-        aliases=tuple(a for a in before[1:] if normalize(a) != normalize(target)),
+        aliases=tuple(a for a in old[1:] if normalize(a) != normalize(target)),
         held_out=held_out,
         train=train,
         questions=tuple(questions_of(row, form)),
@@ -133,7 +133,11 @@ def relation_of(row: Mapping[str, Any], form: FieldMap, prompt: str, subject: st
 
 
 def paired_questions(record: object, split: Split, prompts: str | None, golds: str | None) -> list[EntryQuestion]:
-    """Questions under `prompts` with the answers under `golds`: one by one where both have as many, else all the same."""
+    """Questions from the prompts at one path and the answers at another.
+
+    They are paired one by one where there are as many of both; else the first answer is that of all questions, and the
+    others are its aliases.
+    """
     if not prompts:
         return []
     texts, right = texts_in(value_at(record, prompts), prompts), texts_in(value_at(record, golds), golds) if golds else ()
@@ -152,7 +156,7 @@ def questions_of(row: Mapping[str, Any], form: FieldMap) -> list[EntryQuestion]:
 
 
 def columns(row: object) -> str:
-    """The fields of a row, for a message."""
+    """The fields of a row, for an error message."""
     if not isinstance(row, Mapping):
         return kind_of(row)
     return "the fields " + (_shortened([str(k) for k in row], 30) or "none")
@@ -223,7 +227,7 @@ def find_parts(root: Path | None, parts: Sequence[Sequence[str]], stream: str) -
 
 
 def suffixes(path: str) -> tuple[str, ...]:
-    """The name of a file, then its path from each folder above it, up to the whole path: where a user may point the data root."""
+    """The file's name, and its path from each folder above it: the user may give any of these folders as the data root."""
     steps = path.split("/")
     return tuple("/".join(steps[i:]) for i in reversed(range(len(steps))))
 
@@ -234,7 +238,7 @@ def first_file(root: Path | None, names: Sequence[str]) -> Path | None:
 
 
 def listing(folder: Path) -> str:
-    """The first names in a folder, for a message."""
+    """The first names in a folder, for an error message."""
     return _shortened([e.name for e in list_folder(folder)], 8) or "nothing"
 
 
@@ -253,6 +257,12 @@ class RecordReader:
     digests: list[object] = field(default_factory=list)
     total: int = 0
     taken: set[object] = field(default_factory=set)
+
+    def rows(self, path: Path) -> list[Any]:
+        """The records of a file as `read_rows` gives them; its name and hash are kept."""
+        rows, digest = read_rows(path, self.skipped)
+        self.digests.append((path.name, digest))
+        return rows
 
     def usable(self, rows: Iterable[R], make: Callable[[R, str], T], where: Callable[[int, R], str] | str) -> Iterator[T]:
         """What `make(row, name)` gives for each row; a row for which it raises `BadField` or `BadPicture` is skipped.

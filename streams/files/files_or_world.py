@@ -11,9 +11,9 @@ from testbed.core.events import EditEvent, Question
 
 
 class FilesOrWorld(Stream):
-    """Hands everything to its source; `origin` and `time_axis` say which of the two a run has seen."""
+    """Delegates to one of two streams; `origin` and `time_axis` say which of the two a run has used."""
 
-    supports = frozenset({"records", "since"})  # or not, as its source does
+    supports = frozenset({"records", "since"})  # the source refuses what it does not support
     form: ClassVar[str]
     """Form of the simulated world (see `streams.world.stream.FORMS`)."""
     files: ClassVar[type[Stream]]

@@ -26,14 +26,14 @@ FIELDS = (
     *("prompt", "target", "previous", "subject", "relation", "rephrase", "train", "image"),
     *("hard", "hard_answer", "text", "text_answer", "locality", "portability"),
 )
-"""What can be mapped; `prompt` and `target` are needed. `hard` and `text` are locality questions, `locality` and
-`portability` lists of objects with prompt and ground_truth."""
+"""Our field names; `prompt` and `target` are required. `hard` and `text` are locality questions; `locality` and
+`portability` are lists of objects with prompt and ground_truth."""
 
 
 def field_map(given: Sequence[str], row: object, where: str) -> dict[str, str]:
-    """Our fields to the source's; a field that is not given has its own name, where the source has that.
+    """A map from our field names to the source's; a field that is not given keeps its name, where the source has that.
 
-    Raises `BadStream` for a mapping that cannot be, with the fields that exist.
+    Raises `BadStream`, with the fields that exist, for a map that names others.
     """
     out = {name: name for name in FIELDS if value_at(row, name) is not ABSENT}
     wrong = []
@@ -79,7 +79,7 @@ class MappedStream(EntryStream):
 
     @abstractmethod
     def rows(self, config: StreamConfig, skipped: list[Skipped]) -> tuple[Sequence[Any], str, str, Path | None]:
-        """The records, what to call them, a hash of their content, and the folder that picture names start from."""
+        """The records, their title for `origin`, a hash of their content, and the folder that picture names start from."""
 
 
 def _picture(row: Mapping[str, Any], form: Mapping[str, str], folder: Path | None) -> AnyPicture | None:
@@ -149,7 +149,7 @@ def _roots(name: str) -> list[Path]:
 
 
 def _rows(table: Any, columns: Sequence[str], roots: Sequence[Path]) -> list[dict[str, Any]]:
-    """The rows of these columns; cells of a column of pictures as pictures that are decoded when asked for."""
+    """The rows of these columns; the cells of a column of pictures are `StoredPicture`s, which decode at `load`."""
     import datasets
 
     shown = [c for c in columns if isinstance(table.features[c], datasets.Image)]
@@ -163,7 +163,7 @@ def _rows(table: Any, columns: Sequence[str], roots: Sequence[Path]) -> list[dic
 
 
 def _stored(table: Any, column: str, i: int, roots: Sequence[Path]) -> StoredPicture | BadPicture | None:
-    """The picture of a cell, why its file cannot be read, or None for an empty cell."""
+    """The picture of a cell, the error where its file cannot be read, or None for an empty cell."""
     where = f"in {column} of record {i}"
 
     def read() -> bytes:

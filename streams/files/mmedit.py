@@ -29,13 +29,15 @@ _PREFIX = "nq question: "
 
 @dataclass(frozen=True)
 class Layout:
-    """What one release looks like.
+    """The layout of one data set's release.
 
-    parts: for each part of the set the paths where its file may lie; every part that is there is read.
-    pictures: where the pictures' own paths may start, under the data root or a folder above it.
-    beside: files of a part that carry train paraphrases for the same records.
-    bare: whether the prompt means something without its picture.
-    names: what the paper calls our metrics, and how it defines them.
+    parts: for each part of the set the paths where its file may lie; every part that is found is read.
+    pictures: folders that the paths of pictures may start from, under the data root or a folder above it.
+    category: gives the category of a record from its question and target.
+    beside: suffixes of the names of files that hold train paraphrases for the records of a part.
+    bare: whether the prompt can be asked without its picture.
+    names: for each of our metrics the paper's name and definition.
+    tidy: rewrites the answer before the edit.
     """
 
     name: str
@@ -53,7 +55,7 @@ class MMEditForm(EntryStream):
 
     layout: Layout
     far_controls = False
-    """`locality_far` is the set's own unrelated picture and nothing else."""
+    """Only the data set's own unrelated picture is asked as `locality_far`."""
 
     def read(self, config: StreamConfig) -> EntryData:
         """Read the parts that lie under the data root. No picture is decoded."""
@@ -63,9 +65,8 @@ class MMEditForm(EntryStream):
         reader = _MMEditReader(layout=layout, policy=config.missing_images, index=index)
         entries: list[FactEntry] = []
         for path in files:
-            rows, digest = read_rows(path, reader.skipped)
+            rows = reader.rows(path)
             reader.more_train = reader.train_paraphrases(path)
-            reader.digests.append((path.name, digest))
             reader.total += len(rows)
             entries += reader.usable(rows, reader.entry, path.name)
         pictures = (p for e in entries for p in (e.image, *(q.image for q in e.questions)))
@@ -121,7 +122,8 @@ class _MMEditReader(RecordReader):
     def entry(self, row: Any, name: str) -> FactEntry:
         """One row as an entry. Raises `BadField` or `BadPicture` where it cannot be used."""
         src, target = text_of(as_object(row), "src"), text_of(row, "alt")
-        previous = self._tidy(optional_text(row, "pred"))
+        previous = optional_text(row, "pred")
+        previous = self.layout.tidy(previous) if previous else None
         photo, rephrased, local = (self._picture(row, f) for f in PICTURES)
         must_differ(target, previous, ("alt", "pred"))
         train = (*texts_of(row, "rephrased_questions_train"), *self.more_train.get((clean(row.get("image"), "image"), normalize(src)), ()))
@@ -143,11 +145,8 @@ class _MMEditReader(RecordReader):
         self.take(entry.key, f"the same question{where}")
         return entry
 
-    def _tidy(self, text: str | None) -> str | None:
-        return self.layout.tidy(text) if text else None
-
     def _picture(self, row: Mapping[str, Any], name: str) -> FilePicture | None:
-        """The picture a field names; None, and counted, where there is no file."""
+        """The picture that a field names; None, and counted as missing, where there is no file."""
         value = text_of(row, name) if name == "image" else optional_text(row, name)
         picture = self.index.find(value) if value else None
         if picture is None:
@@ -155,7 +154,7 @@ class _MMEditReader(RecordReader):
         return picture
 
     def _stand_in(self, row: Mapping[str, Any], src: str, previous: str | None) -> str:
-        """What goes before a prompt whose picture is absent. Raises `BadField` where the policy has no way to ask."""
+        """The text before a prompt whose picture is absent. Raises `BadField` where the policy allows no such prompt."""
         if self.policy == "text" and self.layout.bare:
             return ""
         if self.policy == "text":
@@ -169,7 +168,7 @@ class _MMEditReader(RecordReader):
 
 
 def _questions(row: Mapping[str, Any], prompt: str, target: str, pictures: tuple[FilePicture | None, ...]) -> list[EntryQuestion]:
-    """The questions a record brings: new picture, unrelated text, unrelated picture, one hop further."""
+    """The questions that a record brings: with a new picture, about unrelated text and an unrelated picture, one hop further."""
     photo, rephrased, local = pictures
     out = []
     if photo is not None and rephrased is not None:

@@ -1,7 +1,7 @@
 """`okedit-yearly`: counterfactual answers about photos, installed one after another.
 
 With a data root, the OKEDIT files (Guo et al., ICML 2025) on a drawn schedule: they have no dates. Without
-one, the simulated world in the same form. `origin` and `time_axis` say which of the two a run has seen.
+one, the simulated world in the same form. `origin` and `time_axis` say which of the two a run has used.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _EXPECTED = (
 
 
 class Details(NamedTuple):
-    """What OKEDIT says about a record besides its `FactEntry`."""
+    """Fields of an OKEDIT record that its `FactEntry` does not hold."""
 
     question_id: int
     image_id: int
@@ -40,8 +40,8 @@ class Details(NamedTuple):
 class OkeditFiles(EntryStream):
     """The official files. Raises `BadStream` where they, or the configuration, cannot be used.
 
-    Three steps differ from other sources. A record's pictures lie in folders that are listed when they are needed. Copies
-    of a photo are found by their pixels. Probes ask every held-out paraphrase, also one that equals an edited question.
+    Three steps differ from other sources: the pictures of a record lie in folders, which are listed when they are needed;
+    copies of a photo are found by their pixels; probes ask every held-out paraphrase, even one that equals an edited question.
     """
 
     name = "okedit-yearly"
@@ -53,7 +53,7 @@ class OkeditFiles(EntryStream):
 
     def __init__(self, config: StreamConfig) -> None:
         super().__init__(config)
-        self._reserved = set()
+        self._reserved = set()  # `own_questions` compares pixels instead
         edited = {self._details[e.source].image_id for e in self._edited}
         self._far_pool = [e for e in self._controls if self._details[e.source].image_id not in edited]
 
@@ -64,12 +64,12 @@ class OkeditFiles(EntryStream):
         annotations, questions, split = find_split(Path(config.data_root))
         root = annotations.parent
         top, rows, annotations_digest = read_table(annotations, "annotations")
-        _, asked, questions_digest = read_table(questions, "questions")
+        _, question_rows, questions_digest = read_table(questions, "questions")
         photos, self._total = coco_photos(root, split), len(rows)
         reader = _OkeditReader(
             root=root, split=split, missing=config.missing_images, photos=photos, categories=_categories(top), total=len(rows)
         )
-        reader.index(asked, questions.name)
+        reader.index(question_rows, questions.name)
         entries = list(reader.usable(rows, reader.entry, lambda i, row: f"{annotations.name} annotations[{i}]{_named(row)}"))
         for question_id in sorted(reader.questions.keys() - reader.ids):
             reader.skip(f"{questions.name} question {question_id}", "no annotation has this question_id")
@@ -105,7 +105,7 @@ class OkeditFiles(EntryStream):
 
     @cached_property
     def _reserved_photos(self) -> dict[str, list[FilePicture]]:
-        """By question, the photos that it is edited or trained on with."""
+        """For each question the photos about which it is edited or trained on."""
         out: dict[str, list[FilePicture]] = {}
         for e in self._data.entries:
             if e.role != "probe" and isinstance(e.image, FilePicture):
@@ -272,7 +272,7 @@ def _new_id(row: object, taken: set[int]) -> int:
 
 
 def _answers(a: Mapping[str, Any], target: str) -> tuple[str, tuple[str, ...]]:
-    """What most annotators said (the first mentioned of equals), and the other answers given at least twice."""
+    """The most frequent answer of the annotators (the first mentioned of equals), and the others given at least twice."""
     votes = votes_of(a, "answers")
     pred = votes.most_common(1)[0][0]
     if normalize(pred) == normalize(target):

@@ -1,4 +1,4 @@
-"""Pictures in files: decoded when asked for, named by their content, bounded in size."""
+"""Pictures in files: decoded at `load` and not before, named by their content, bounded in size."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import numpy as np
 from testbed.core.events import BadPicture
 
 MAX_PIXELS = 50_000_000
-"""Largest picture that is decoded, in pixels: its header is read first, so a bomb costs nothing."""
+"""Largest picture that is decoded, in pixels; the header is read first, so a decompression bomb is never unpacked."""
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 _COCO = re.compile(r"COCO_\w+_(\d{12})$")
 
@@ -35,7 +35,7 @@ class FilePicture:
 
     @property
     def path(self) -> Path:
-        """Where the file lies. Raises `BadPicture` for a name that leaves the root."""
+        """Path of the file. Raises `BadPicture` for a name that leaves the root."""
         if not stays_inside(self.name):
             raise BadPicture(f"picture {self.name!r} leaves the folder {self.root}: expected a relative path without '..'")
         return self.root / self.name

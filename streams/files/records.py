@@ -1,7 +1,7 @@
-"""Reading records other people wrote: JSON files, typed fields, and what to say when they are wrong.
+"""Read the JSON files and typed fields of published data sets, which hold mistakes.
 
-Trouble with a whole file raises `BadStream`. Trouble with one record raises `BadField`, which a loader
-turns into a `Skipped` entry, so that one bad record never costs the other ten thousand.
+A file that cannot be read raises `BadStream`. A record that cannot be used raises `BadField`, which a loader turns into
+a `Skipped` record, so that one bad record never costs the others.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ class BadField(ValueError):
 
 @lru_cache(maxsize=1 << 16)
 def normalize(text: str) -> str:
-    """The text without case, punctuation, English articles and extra space: equal answers have equal `normalize`."""
+    """The text without case, punctuation, English articles and extra space; answers count as equal where this is equal."""
     base = unicodedata.normalize("NFKC", text).casefold().strip()
     return " ".join(_ARTICLES.sub(" ", base.translate(_PUNCTUATION)).split()) or base
 
 
 def distinct(texts: Iterable[str], taken: Iterable[str] = ()) -> tuple[str, ...]:
-    """The texts in order, without those that equal (`normalize`) an earlier one or one of `taken`."""
+    """The texts in order, without those that equal an earlier one or one of `taken` after `normalize`."""
     seen = {normalize(t) for t in taken}
     out = []
     for text in texts:

@@ -1,4 +1,4 @@
-"""Which words of a question are its subject, where a source does not say: found from the questions around it.
+"""Find the subject of a question by comparing many questions, for sources that do not name it.
 
 "What university did Watts Humphrey attend?" shares "What university did ... attend?" with other questions, so
 the words between are its subject. Used for zsRE files without a subject field; editors that look for the
@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 MAX_WORDS = 8
-"""Longest subject that is looked for, in words."""
+"""Longest subject, in words."""
 _WORD = re.compile(r"\S+")
 _TAIL = ",.?!:;"
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any, ClassVar
 
 from streams.base import BadStream, StreamConfig
@@ -22,7 +21,6 @@ from streams.files.fields import (
     first_text,
     nested_questions,
     read_entry,
-    read_rows,
     suffixes,
     texts_at,
     value_at,
@@ -36,17 +34,19 @@ from testbed.core.registry import STREAMS
 
 @dataclass(frozen=True)
 class Source:
-    """One set: its files (every part that is found is read), the layouts of a record, a file of questions beside it.
+    """One data set.
 
-    `further`: where another set may lie whose records of the same question and target lend their portability, and
-    its fields.
+    parts: for each part the paths where its file may lie; every part that is found is read.
+    forms: the layouts of a record, by name.
+    queries: name of a file of paraphrases and unrelated questions beside a part.
+    portability: the paths where another set may lie that has portability questions about the same facts, and its fields.
     """
 
     name: str
     parts: tuple[tuple[str, ...], ...]
     forms: Mapping[str, FieldMap]
     queries: str = ""
-    further: tuple[tuple[str, ...], FieldMap] | None = None
+    portability: tuple[tuple[str, ...], FieldMap] | None = None
 
 
 def choose_form(row: object, forms: Mapping[str, FieldMap], where: str) -> FieldMap:
@@ -64,14 +64,8 @@ class TextReader(RecordReader):
 
     entries: list[FactEntry] = field(default_factory=list)
 
-    def rows(self, path: Path) -> list[Any]:
-        """The records of a file, whose hash is kept."""
-        rows, digest = read_rows(path, self.skipped)
-        self.digests.append((path.name, digest))
-        return rows
-
     def read(self, file: str, form: FieldMap, rows: Sequence[Any]) -> None:
-        """Append the entries of one file. Where the form has no subject, it is found from the questions around it."""
+        """Append the entries of one file. Where the form has no subject, the subject is found by comparing all questions."""
         guesses = [None] * len(rows) if "subject" in form else _guess_subjects(rows, form)
 
         def entry(item: tuple[Any, tuple[str, str] | None], where: str) -> FactEntry:
@@ -84,7 +78,7 @@ class TextReader(RecordReader):
         self.entries += self.usable(list(zip(rows, guesses)), entry, file)
 
     def add_queries(self, file: str, rows: Sequence[Any], records: Sequence[Any]) -> None:
-        """Paraphrases and unrelated questions from a file of questions; a record without one is asked another's.
+        """Add paraphrases and unrelated questions from a file; a record without an unrelated question gets another's.
 
         Fields: edit_id, query, query_type (paraphrase, neighbor, naive), query_target.
         """
@@ -99,16 +93,16 @@ class TextReader(RecordReader):
         pool = list(own.values())
         self.entries = [_with_queries(e, held_out, own, pool) for e in self.entries]
 
-    def add_further(self, file: str, rows: Sequence[Any], form: FieldMap) -> str:
-        """Portability questions from another set's records with the same prompt and target; says how many have some."""
-        lent: dict[tuple[str, str], list[EntryQuestion]] = {}
+    def add_portability(self, file: str, rows: Sequence[Any], form: FieldMap) -> str:
+        """Add the portability questions of another set's records with the same prompt and target; a note says how many have one."""
+        by_fact: dict[tuple[str, str], list[EntryQuestion]] = {}
 
-        def lend(row: Any, _: str) -> None:
+        def add(row: Any, _: str) -> None:
             key = normalize(first_text(as_object(row), form["prompt"])), normalize(first_text(row, form["target"]))
-            lent.setdefault(key, []).extend(nested_questions(row, form["portability"], "portability"))
+            by_fact.setdefault(key, []).extend(nested_questions(row, form["portability"], "portability"))
 
-        list(self.usable(rows, lend, file))
-        found = [lent.get((normalize(e.prompt), normalize(e.target)), []) for e in self.entries]
+        list(self.usable(rows, add, file))
+        found = [by_fact.get((normalize(e.prompt), normalize(e.target)), []) for e in self.entries]
         self.entries = [replace(e, questions=(*e.questions, *more)) for e, more in zip(self.entries, found, strict=True)]
         return f"; portability of {sum(map(bool, found)):,} from {file}"
 
@@ -172,7 +166,7 @@ ZSRE = Source(
         "MEND": _MEND | {"text_answer": "loc_ans"},
     },
     queries="query_data.json",
-    further=(_KNOWEDIT_ZSRE, _KNOWEDIT | _NESTED),
+    portability=(_KNOWEDIT_ZSRE, _KNOWEDIT | _NESTED),
 )
 KNOWEDIT = Source(
     "KnowEdit",
@@ -188,7 +182,7 @@ class TextFacts(EntryStream):
 
     def read(self, config: StreamConfig) -> EntryData:
         """Read the set under the data root."""
-        source, reader, borrowed = self.source, TextReader(), ""
+        source, reader, note = self.source, TextReader(), ""
         files = find_parts(config.data_root, source.parts, source.name)
         for path in files:
             rows = reader.rows(path)
@@ -199,10 +193,10 @@ class TextFacts(EntryStream):
             queries = path.parent / source.queries
             if queries.is_file():
                 reader.add_queries(queries.name, reader.rows(queries), rows)
-        if source.further and (path := first_file(config.data_root, source.further[0])):
-            borrowed = reader.add_further(path.name, reader.rows(path), source.further[1])
+        if source.portability and (path := first_file(config.data_root, source.portability[0])):
+            note = reader.add_portability(path.name, reader.rows(path), source.portability[1])
         title = f"{source.name} files {' and '.join(p.name for p in files)}"
-        return reader.entry_data(reader.entries, title, str(files[0]), content_id(reader.digests), borrowed)
+        return reader.entry_data(reader.entries, title, str(files[0]), content_id(reader.digests), note)
 
     @cached_property
     def _old_answers(self) -> dict[str, set[str]]:

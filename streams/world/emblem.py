@@ -1,7 +1,7 @@
-"""Emblems: a compositional picture code, and photos of it that are drawn when they are needed.
+"""Emblems: a compositional picture code, and photos of it that are rendered when they are needed.
 
 An emblem is a field (colour), a pattern in a second colour, and a charge (shape, colour) on a white
-roundel. Without the roundel the shape is not learnt by a small vision tower (.56 against .97).
+roundel. Without the roundel a small vision tower does not learn the shape (accuracy .56 against .97).
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def _masks() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _blend(code: Code, row: np.ndarray, column: np.ndarray) -> np.ndarray:
-    """Colours of the flat emblem at places of its 96x96 grid: float32 (*places, 3), 0 to 255."""
+    """Colours of the flat emblem at positions of its 96x96 grid: float32 (*positions, 3), 0 to 255."""
     patterns, charges, roundel = _masks()
     colours = np.array(list(COLOURS.values()), np.float32)
     image = np.broadcast_to(colours[code.field], (*row.shape, 3))
@@ -105,7 +105,7 @@ def _blend(code: Code, row: np.ndarray, column: np.ndarray) -> np.ndarray:
 
 
 def photograph(code: Code, rng: np.random.Generator) -> np.ndarray:
-    """A new photo of an emblem: uint8 (48, 48, 3), with background, place, scale, turn, light and noise."""
+    """A new photo of an emblem: uint8 (48, 48, 3), with random background, position, scale, rotation, light and noise."""
     scale, turn, light = rng.uniform(0.74, 0.98), rng.uniform(-0.2, 0.2), rng.uniform(0.75, 1.12)
     shift = rng.uniform(-0.08, 0.08, 2)
     ends, direction = rng.uniform(20, 235, (2, 3)), rng.uniform(0, 2 * math.pi)
@@ -125,7 +125,7 @@ def photograph(code: Code, rng: np.random.Generator) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True)
 class Photo:
-    """One photo of an emblem, drawn at `load`; a `Picture` of `testbed.core.events`.
+    """One photo of an emblem, rendered at `load`; a `Picture` of `testbed.core.events`.
 
     `seed` is the photo's own number: equal code and seed mean equal pixels, on any machine.
     """

@@ -20,11 +20,12 @@ from testbed.core.events import content_id
 DEFAULT_SIZE = 600
 FAMILY = 5
 NEAR_DUPLICATES = 3
+"""Entities of a family whose emblem differs from the control's in one part."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entity:
-    """A pictured thing. `index` is its number in the world; `frozen` the slots of relations never edited."""
+    """An entity with its emblem. `index` is its number in the world; `frozen` holds the slots of relations never edited."""
 
     index: int
     kind: str
@@ -112,7 +113,7 @@ class World:
         return [self.fact(e, s) for e in self.entities for s in range(SLOTS)]
 
     def near_duplicate(self, entity: Entity) -> Entity:
-        """The control of the entity's family: for most entities its emblem differs in one part only."""
+        """The control of the entity's family; for most entities its emblem differs in one part only."""
         return self.entities[entity.index - entity.index % FAMILY]
 
     def has_near_duplicate(self, entity: Entity) -> bool:
@@ -141,7 +142,7 @@ def _fresh_code(base: Code | None, used: set[Code], rng: np.random.Generator) ->
 
 @lru_cache(maxsize=4)
 def world(seed: int, size: int) -> World:
-    """The world, made once (a world is never changed)."""
+    """The world, cached: no function changes a world."""
     return World(seed, size or DEFAULT_SIZE)
 
 

@@ -1,4 +1,4 @@
-"""Panels of the simulated world that no edit should touch, and the train pool of editors."""
+"""General questions of the simulated world, which no edit should touch, and the train pool of editors."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What happens to the facts of the world: dated changes, drawn one after another.
+"""The history of the simulated world: changes of its facts, drawn one after another.
 
-Each change is drawn from what came before it alone, so the first k changes do not depend on how many are
-taken. An event may be followed by one about the same entity (a new leader brings a new ally).
+Each change depends only on the changes before it, so the first k changes do not depend on how many are taken. A change
+may cause another one of the same entity (a new leader brings a new ally).
 """
 
 from __future__ import annotations
@@ -17,15 +17,17 @@ from streams.world.facts import World, WorldFact
 from testbed.core.events import Kind
 
 CASCADE = 0.2
+"""Probability that a change whose relation has a `cascade` causes another one."""
 DRIFT_EDITS = 500
-"""With `drift`, the mix of relations has moved from its first state to its last after so many changes."""
+"""With `drift`, the number of changes over which the mix of relations moves from its first state to its last."""
 
 
 @dataclass(frozen=True, slots=True)
 class WorldChange:
-    """One change: the fact at the start, the values around it, and the number of the change it replaces.
+    """One change of a fact.
 
-    `value` after a retire is the start value, to which the answer falls back.
+    `fact` is the fact at the start, `previous` and `value` are its values before and after the change (after a retire
+    the start value), `revises` is the number of the change that this one replaces, `cascade_of` that of its cause.
     """
 
     number: int
@@ -39,7 +41,7 @@ class WorldChange:
 
 @dataclass
 class _FactValues:
-    """What has happened to one fact: its values so far (the last is the present one), its last change."""
+    """The values of one fact so far (the last is the present one), and the number of its last change, -1 before it."""
 
     values: list[str]
     last: int
@@ -47,21 +49,21 @@ class _FactValues:
 
 @dataclass
 class _Pool:
-    """Facts with hazards as weights; draws in O(1) by rejection, removes in O(1)."""
+    """A set of facts from which one is drawn with its hazard as weight, by rejection; every operation takes O(1)."""
 
     items: list[WorldFact] = field(default_factory=list)
-    _place: dict[tuple[int, int], int] = field(default_factory=dict)
+    _position: dict[tuple[int, int], int] = field(default_factory=dict)
 
     def add(self, fact: WorldFact) -> None:
-        self._place[_key(fact)] = len(self.items)
+        self._position[_key(fact)] = len(self.items)
         self.items.append(fact)
 
     def remove(self, fact: WorldFact) -> None:
-        at = self._place.pop(_key(fact))
+        at = self._position.pop(_key(fact))
         last = self.items.pop()
         if at < len(self.items):
             self.items[at] = last
-            self._place[_key(last)] = at
+            self._position[_key(last)] = at
 
     def draw(self, rng: np.random.Generator, top: float, mix: Mapping[str, float]) -> WorldFact:
         """A fact with probability in proportion to its hazard times the weight (at most 1) of its relation."""
@@ -100,13 +102,13 @@ class History:
         self._drift = (names, drift)
 
     def first(self, n: int) -> list[WorldChange]:
-        """The first n changes; there is no last one."""
+        """The first n changes; the history has no end."""
         while (number := len(self._changes)) < n:
             self._changes.append(self._repeat(number) or self._cascade(number) or self._independent(number))
         return self._changes[:n]
 
     def _repeat(self, number: int) -> WorldChange | None:
-        """Another value for a fact that was just edited for the first time, as often as `repeats` says."""
+        """A revision of a fact that was just edited for the first time, until it has had `repeats` values."""
         if self._changes and self._changes[-1].kind == "add":
             self._again = self.config.repeats - 1
         if not self._again:
@@ -116,7 +118,7 @@ class History:
         return self._change(number, last.fact, last.cascade_of)
 
     def _mix(self, number: int) -> dict[str, float]:
-        """Weights of the relations, the largest 1: at share t of the way from softmax((1 - t) a + t b)."""
+        """Weights of the relations, proportional to softmax((1 - t) a + t b) at fraction t of the way, the largest 1."""
         names, drift = self._drift
         if drift is None:
             return {}
@@ -125,7 +127,7 @@ class History:
         return dict(zip(names, np.exp(logits - logits.max()).tolist()))
 
     def _cascade(self, number: int) -> WorldChange | None:
-        """A change that follows from the one before it, if that one brings one."""
+        """A change that the one before it causes; None where it causes none."""
         cause = self._changes[-1] if self._changes else None
         if cause is None or cause.kind not in ("add", "revise") or cause.cascade_of is not None:
             return None
@@ -143,14 +145,11 @@ class History:
             if track.values[-1] != fact.value and share < c.retire:
                 return self._record(number, "retire", fact, fact.value, None)
             if len(track.values) > 1:
-                return self._revert(number, fact, track)
+                track.values.pop()
+                return self._record(number, "revert", fact, track.values[-1], None, popped=True)
         again = self._edited.items and (share < c.retire + c.revert + c.revise or not self._fresh.items)
         pool = self._edited if again else self._fresh
         return self._change(number, pool.draw(self._rng, self._top, mix), None)
-
-    def _revert(self, number: int, fact: WorldFact, track: _FactValues) -> WorldChange:
-        track.values.pop()
-        return self._record(number, "revert", fact, track.values[-1], None, popped=True)
 
     def _change(self, number: int, fact: WorldFact, cascade_of: int | None) -> WorldChange:
         values = self.world.vocabularies[fact.relation.values]

@@ -1,4 +1,4 @@
-"""Questions about one change of the world, in the form that a stream wants."""
+"""Make the prompts and questions about changes of the simulated world, in one of several forms."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ POOL_EVERY = 4
 
 @dataclass(frozen=True, slots=True)
 class QuestionForm:
-    """How the world's changes come out.
+    """The form of edits and questions.
 
-    `pictures`: edits and questions show a photo (else they name the entity); `captions`: the target is a
-    sentence; `slots`: relations that may change; `new_photos`: image rephrases an edit.
+    `pictures`: they show a photo (else they name the entity); `captions`: the target is a sentence; `slots`: the
+    relations that may change; `new_photos`: the number of image rephrases of an edit.
     """
 
     name: str
@@ -55,7 +55,7 @@ class QuestionMaker:
         self.world, self.form = world, form
         last = SLOTS - 1
         self._pointing = {world.value(e, last): e for e in reversed(world.entities) if last in e.frozen}
-        """By name of an entity: the first one whose fourth relation points at it for good."""
+        """For the name of an entity the first entity whose fourth relation has it as its value and never changes."""
         self._controls = {kind: probe_controls(world, kind) for kind in KINDS}
 
     def ref(self, entity: Entity) -> str:
@@ -77,15 +77,14 @@ class QuestionMaker:
         return CAPTION_TRAIN if self.form.captions else phrasings(fact.relation, self.ref(fact.entity), held_out=False)
 
     def held_out_prompts(self, fact: WorldFact) -> tuple[str, ...]:
-        """Two wordings that neither training nor an editor sees, the same for a fact at every date."""
+        """Two paraphrases that neither training nor an editor sees, the same for a fact at every date."""
         every = CAPTION_HELD if self.form.captions else phrasings(fact.relation, self.ref(fact.entity), held_out=True)
         first = stable_index(len(every), "held", fact.entity.name, fact.slot)
         return every[first], every[(first + 1) % len(every)]
 
     def questions(self, change: WorldChange, event_id: str) -> tuple[Question, ...]:
-        """All questions about a change; the answer to its fact is the value after it."""
-        follows = self._cross_modal(change) if self.form.pictures else self._hops(change)
-        questions = [*self._about(change), *self._around(change.fact), *follows]
+        """All questions about a change; the right answer about the changed fact is the value after the change."""
+        questions = [*self._about(change), *self._around(change.fact), *self._portability(change)]
         return tuple(replace(q, event_id=event_id, id="") for q in questions)
 
     def _about(self, change: WorldChange) -> Iterator[Question]:
@@ -132,16 +131,15 @@ class QuestionMaker:
         prompt = canonical(near.relations[fact.slot], near.name)
         return Question("locality_text", prompt, self.world.value(near, fact.slot), topic="fact by name")
 
-    def _cross_modal(self, change: WorldChange) -> Iterator[Question]:
-        """The fact edited by picture, asked by name."""
-        prompt = canonical(change.fact.relation, change.fact.entity.name)
-        yield Question("portability", prompt, change.value, topic="cross_modal")
+    def _portability(self, change: WorldChange) -> Iterator[Question]:
+        """With pictures, the edited fact by the entity's name; else two-hop questions, with the edited fact first or second.
 
-    def _hops(self, change: WorldChange) -> Iterator[Question]:
-        """What follows from the change and one fact that never changes: the edited fact first, or second.
-
-        Training shows no such composition. One whose answer the change leaves as it was is not asked.
+        The other hop is a fact that never changes. Training shows no such composition, and a question whose answer the
+        change leaves as it was is left out.
         """
+        if self.form.pictures:
+            yield Question("portability", canonical(change.fact.relation, change.fact.entity.name), change.value, topic="cross_modal")
+            return
         fact, names = change.fact, self.world.by_name
         if fact.slot == SLOTS - 1:
             middle, before = names[change.value], names[change.previous]

@@ -1,6 +1,6 @@
-"""What the tiny model can do besides knowing facts: perception, small sums, comparison, grammar, running text.
+"""Questions of general ability for the tiny model: perception, small sums, comparison, grammar; and running text.
 
-Each maker draws one (prompt, answer) from a generator; `held_out` draws from what training never shows.
+Each function draws one (prompt, answer) from a generator; `held_out` draws from what training never shows.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ SENTENCES = ("The {noun} of {name} is {value}.", "As {noun}, {name} has {value}.
 
 
 def text_orders(entity: Entity) -> list[tuple[int, int]]:
-    """Ordered pairs of slots that a text about the entity may tell; the first is kept from training."""
+    """Ordered pairs of slots that a text about the entity may state; the first is kept from training."""
     orders = [(a, b) for a in range(SLOTS) for b in range(SLOTS) if a != b]
     start = stable_index(len(orders), "text", entity.name)
     return orders[start:] + orders[:start]
@@ -108,13 +108,13 @@ def running_text(world: World, entity: Entity, order: tuple[int, int], rng: np.r
 
 
 def two_hop(world: World, entity: Entity, slot: int) -> tuple[str, str]:
-    """The fact `slot` of the entity that the fourth relation of `entity` points at, asked through it."""
+    """A two-hop question, with its answer: the fact `slot` of the entity that is the value of the fourth relation of `entity`."""
     middle = world.by_name[world.value(entity, SLOTS - 1)]
     return through(entity, middle.relations[slot]), world.value(middle, slot)
 
 
 def through(entity: Entity, relation: Relation) -> str:
-    """The question for a relation of what the fourth relation of `entity` points at, which it does not name."""
+    """The question for a relation of the value of the fourth relation of `entity`, which the question does not name."""
     return canonical(relation, f"the {entity.relations[SLOTS - 1].nouns[0]} of {entity.name}")
 
 
@@ -124,5 +124,5 @@ def two_hop_held_out(entity: Entity, slot: int) -> bool:
 
 
 def caption(entity: Entity, person: str) -> str:
-    """The caption of the entity's emblem, as the E-IC form wants it: who it belongs to and who is in charge."""
+    """The caption of the entity's emblem in the E-IC form: the entity's name and the person in charge."""
     return f"the emblem of {entity.name}, {LED_BY[entity.kind]} {person}"

@@ -1,8 +1,8 @@
-"""Words of the simulated world: invented names, typed vocabularies, relations and the ways to ask for them.
+"""Words of the simulated world: invented names, typed vocabularies, relations and prompt templates for them.
 
 Every paraphrase is a combination of a structure and a noun for the relation. The canonical question of a
 relation is the prompt of its edits; the other combinations fall, by a fixed rule, into *train* paraphrases
-(seen by the tiny model, handed to editors) and *held-out* ones (asked by probes, seen by nobody).
+(the tiny model has seen them, editors get them) and *held-out* ones (only probes ask them).
 """
 
 from __future__ import annotations
