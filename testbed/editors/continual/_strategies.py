@@ -119,8 +119,8 @@ class AnswerDistillation(SupervisedPlugin):
 class FlatReplay(ReplayPlugin):
     """Replay from one reservoir of all edits; Avalanche's default divides the buffer among the past experiences."""
 
-    def __init__(self, memory: int, sample: int) -> None:
-        super().__init__(memory, batch_size_mem=sample, storage_policy=ReservoirSamplingBuffer(memory))
+    def __init__(self, size: int, sample: int) -> None:
+        super().__init__(size, batch_size_mem=sample, storage_policy=ReservoirSamplingBuffer(size))
 
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         self.storage_policy.post_adapt(strategy, strategy.experience)  # the inherited method calls a deprecated one, which warns each time
@@ -129,18 +129,18 @@ class FlatReplay(ReplayPlugin):
 class FlatAGEM(AGEMPlugin):
     """A-GEM with one reservoir of all edits, as in its paper; Avalanche's loader needs a sample for each past experience."""
 
-    def __init__(self, memory: int, sample: int) -> None:
-        super().__init__(memory, sample)
-        self.storage_policy = ReservoirSamplingBuffer(memory)
+    def __init__(self, size: int, sample: int) -> None:
+        super().__init__(size, sample)
+        self.storage_policy = ReservoirSamplingBuffer(size)
 
     def update_memory(self, dataset: Any, *args: Any, **kwargs: Any) -> None:
         self.storage_policy.update_from_dataset(dataset)
         self.buffers = [self.storage_policy.buffer]
 
     def sample_from_memory(self) -> list[Tensor]:
-        memory = self.storage_policy.buffer
-        chosen = torch.randperm(len(memory))[: self.sample_size]
-        return collate_rows([memory[int(i)] for i in chosen])
+        buffer = self.storage_policy.buffer
+        chosen = torch.randperm(len(buffer))[: self.sample_size]
+        return collate_rows([buffer[int(i)] for i in chosen])
 
 
 class CopyingSI(SynapticIntelligencePlugin):

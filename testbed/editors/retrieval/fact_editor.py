@@ -114,11 +114,10 @@ class FactEditor(Editor):
         return Retriever(self.handle, self.store.log, self.store.alive(step), self.index, *images)
 
     def _state(self) -> dict[str, Any]:
-        store = self.store
-        state: dict[str, Any] = {"facts": list(store.log), "gone": dict(store.gone), "encoder": self.encoder, "step": self.newest_step}
-        state["pictured"] = self.image_rows
+        state: dict[str, Any] = {"facts": list(self.store.log), "gone": dict(self.store.gone)}
+        state |= {"encoder": self.encoder, "step": self.newest_step, "pictured": self.image_rows}
         if isinstance(self.index, VectorIndex):
-            state["vectors"] = torch.from_numpy(self.index.rows.first(len(store.log)))
+            state["vectors"] = torch.from_numpy(self.index.rows.first(len(self.store.log)))
         if self.handle.reads_pictures:
             state["looks"] = torch.from_numpy(self.image_embeddings.first(len(self.image_rows)))
         return state

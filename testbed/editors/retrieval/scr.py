@@ -1,6 +1,6 @@
 """SCR, selective contextual reasoning (He, Song and Sun 2025, arXiv 2503.05212): no weight changes, facts in the prompt.
 
-The paper's three steps for a question x and a store F of facts, with the place of each in this file:
+The paper's three steps for a question x and a store F of facts, with the function that does each:
 
 1. Semantic filtering: the k facts of F that are nearest to x by the similarity of an encoder (`Retriever.nearest`).
 2. Confirmation: the same model names the one fact among them that answers x, or says that none does (`confirmed`).
@@ -166,12 +166,9 @@ def every_fact(predictor: ScrPredictor, asks: Sequence[Ask], retrieved: Sequence
 
 def near_fact(predictor: ScrPredictor, asks: Sequence[Ask], retrieved: Sequence[list[Retrieved]]) -> list[Accepted]:
     """The nearest fact, where its similarity reaches the threshold for questions with or without a picture."""
-    out = []
-    for ask, facts in zip(asks, retrieved):
-        least = predictor.threshold[ask.image is not None]
-        accepted = [facts[0].fact] if facts and facts[0].similarity >= least else []
-        out.append((accepted, {"threshold": round(least, 4)}))
-    return out
+    least = [predictor.threshold[ask.image is not None] for ask in asks]
+    accepted = [[r.fact for r in facts[:1] if r.similarity >= t] for facts, t in zip(retrieved, least)]
+    return [(facts, {"threshold": round(t, 4)}) for facts, t in zip(accepted, least)]
 
 
 def confirmed(predictor: ScrPredictor, asks: Sequence[Ask], retrieved: Sequence[list[Retrieved]]) -> list[Accepted]:

@@ -97,19 +97,19 @@ class EditorStrategy(BaseTemplate):
         return self.evaluator.get_last_metrics()
 
     def _train_exp(self, experience: EditExperience, eval_streams: Any, **kwargs: Any) -> None:
-        seen = experience.train()
-        self.dataloader = [seen.edits[i : i + self.batch] for i in range(0, len(seen.edits), self.batch)]
+        view = experience.train()
+        self.dataloader = [view.edits[i : i + self.batch] for i in range(0, len(view.edits), self.batch)]
         reports = []
         trigger_plugins(self, "before_training_epoch", **kwargs)
         for edits in self.dataloader:
             with torch.enable_grad():
-                reports.append(self._apply(edits, seen.paraphrases))
+                reports.append(self._apply(edits, view.paraphrases))
             self._show([EvalItem(_question(e), e.target, (e.target,)) for e in edits if e.kind != "retire"])
             if self._items:
                 trigger_plugins(self, "before_training_iteration", **kwargs)
                 trigger_plugins(self, "after_training_iteration", **kwargs)
         trigger_plugins(self, "after_training_epoch", **kwargs)
-        self.recorder.add_edits(seen.edits, _joined(reports))
+        self.recorder.add_edits(view.edits, _joined(reports))
 
     def _apply(self, edits: Sequence[EditEvent], paraphrases: Any) -> EditReport:
         self.applied += 1
