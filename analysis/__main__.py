@@ -1,4 +1,4 @@
-"""python -m analysis OUT [OUT ...]: summary, figures, tables and report again, from stored answers alone."""
+"""python -m analysis OUT [OUT ...]: write summary, figures, tables and report again from stored answers."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from rich.console import Console
 
 from analysis.figures.catalogue import FORMATS
 from analysis.metrics.bootstrap import REPLICATES
-from analysis.reading.load import BadRun
+from analysis.reading.records import BadRun
 from analysis.reporting.report import COMPARISON, TABLES, write_all
 from analysis.reporting.tables import terminal_table
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0 when everything was written, 2 when a run cannot be analysed."""
+    """Returns the exit status: 0 when everything was written, 2 when a run cannot be analysed or the folder not be written."""
     given = parser().parse_args(argv)
     to = given.out or (given.runs[0] if len(given.runs) == 1 else given.runs[0] / COMPARISON)
     try:

@@ -17,7 +17,7 @@ from testbed.core.registry import EDITORS, STREAMS
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("testbed", "streams", "analysis")
 FILES = sorted(p for name in PACKAGES for p in (ROOT / name).rglob("*.py"))
-NAMERS = {"testbed/run.py", "testbed/sweep.py", "testbed/bench/__main__.py", "testbed/experiment/config.py"}
+NAMERS = {"testbed/run.py", "testbed/sweep.py", "testbed/bench/common.py", "testbed/experiment/config.py"}
 """Files that may name plug-ins: command lines, and the defaults of a run."""
 
 
@@ -253,7 +253,7 @@ def test_editors_that_need_avalanche_are_listed_without_importing_it() -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_files_stay_readable(path: Path) -> None:
-    """Under 300 lines, at most seven parameters."""
+    """At most 400 lines, at most seven parameters."""
     text = path.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 400
     for node in ast.walk(ast.parse(text)):

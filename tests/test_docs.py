@@ -27,7 +27,7 @@ def blocks(page: str, language: str) -> list[str]:
 def test_the_example_in_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     (example,) = blocks("python.md", "python")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("analysis.reporting.report.plots.draw_all", lambda scene: {})
+    monkeypatch.setattr("analysis.reporting.report.catalogue.draw_all", lambda context: {})
     exec(compile(example, "docs/python.md", "exec"), {})
     printed = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in printed] == ["finetune", "balancedit", "4", "5"]

@@ -1,4 +1,4 @@
-"""What a figure is drawn from."""
+"""The data and settings that a figure is drawn from."""
 
 from __future__ import annotations
 
@@ -15,22 +15,26 @@ from matplotlib.figure import Figure
 from analysis.figures import style
 from analysis.metrics import curves, retrieval
 from analysis.metrics.bootstrap import Resampler
-from analysis.metrics.catalogue import READING_TITLES, SUFFIXES
-from analysis.reading.load import READINGS, EditorRun, Run
+from analysis.reading.load import EditorRun, Run
+from analysis.reading.records import FREE_GENERATION, TOKEN_ACCURACY, ScoringMode
 
 Curve = Callable[[Run, EditorRun, Resampler], pd.DataFrame]
 """An editor's curve in one order: columns x, value, low, high, n."""
 
 
 @dataclass(frozen=True)
-class Scene:
-    """The orders of a run, their summary, a bootstrap each, the looks, the reading of "right", and the page's columns."""
+class FigureContext:
+    """What every figure of a report shares.
+
+    runs: one for each order. summary: the content of summary.json. resamplers: a bootstrap for each order. styles: by
+    editor. mode: the scoring mode of figures that show one. columns: width in columns of a journal's page, 1 or 2.
+    """
 
     runs: tuple[Run, ...]
     summary: dict[str, Any]
     resamplers: tuple[Resampler, ...]
-    looks: style.Looks
-    reading: str
+    styles: style.EditorStyles
+    mode: ScoringMode
     columns: int = 2
 
     @property
@@ -39,24 +43,12 @@ class Scene:
         return self.runs[0]
 
     @property
-    def resampler(self) -> Resampler:
-        return self.resamplers[0]
-
-    @property
-    def suffix(self) -> str:
-        return SUFFIXES[READINGS.index(self.reading)]
-
-    @property
-    def reading_title(self) -> str:
-        return READING_TITLES[self.suffix]
-
-    @property
     def time_label(self) -> str:
         return style.TIME_LABELS.get(self.run.time_axis, "years")
 
     @cached_property
-    def ledgers(self) -> pd.DataFrame:
-        """The table of `analysis.metrics.retrieval`, read once for figure and file."""
+    def retrieval_table(self) -> pd.DataFrame:
+        """The table of `analysis.metrics.retrieval`, computed once for the figure and the file."""
         return retrieval.table(self.runs)
 
     @property
@@ -66,15 +58,17 @@ class Scene:
 
     def curves(self, curve: Curve) -> pd.DataFrame:
         """The curve of every editor, averaged over orders, in one frame with a column editor."""
-        parts = []
+        by_editor = []
         for name in self.run.editors:
             orders = [curve(r, r.editors[name], s) for r, s in zip(self.runs, self.resamplers)]
-            parts.append(curves.average(orders).assign(editor=name))
-        return pd.concat([p for p in parts if len(p)] or parts[:1], ignore_index=True)
+            by_editor.append(curves.average(orders).assign(editor=name))
+        return curves.stacked(by_editor)
 
     def panels(self, count: int, height: float, most: int = 3, **kwargs: Any) -> tuple[Figure, list[Axes], int]:
-        """A figure of `count` panels in rows of at most `most` (a column's width: 2, or 1 below three panels), and
-        the number of panels in a row."""
+        """A figure of `count` panels and the number of panels in a row.
+
+        height: inches of a row. most: panels in a row of a page; a column has at most 2, and 1 for three panels or fewer.
+        """
         across = min(most, count) if self.columns > 1 else (2 if count > 3 else 1)
         across = 2 if count == 4 and across == 3 else across
         rows = -(-count // across)
@@ -83,10 +77,18 @@ class Scene:
             figure.delaxes(ax)
         return figure, axes[:count], across
 
+    def legend(self, figure: Figure, editors: pd.Series) -> Figure:
+        """The finished figure with a legend of the editors that occur in a column."""
+        style.legend(figure, {name: s for name, s in self.styles.items() if name in set(editors)})
+        return style.finish(figure)
 
-def scene(runs: Run | Sequence[Run], summary: dict[str, Any], seed: int = 0, replicates: int = 1000, columns: int = 2) -> Scene:
-    """Free generation is what the figures show, token accuracy where nothing was generated."""
+
+def figure_context(
+    runs: Run | Sequence[Run], summary: dict[str, Any], seed: int = 0, replicates: int = 1000, columns: int = 2
+) -> FigureContext:
+    """The context of a run's figures; they show free generation where edits were scored so, else token accuracy."""
     runs = (runs,) if isinstance(runs, Run) else tuple(runs)
     generated = any("edit_success_gen" in m or "edit_success_now_gen" in m for m in summary["editors"].values())
     resamplers = tuple(Resampler(r.clusters, np.random.default_rng(seed), replicates) for r in runs)
-    return Scene(runs, summary, resamplers, style.looks(list(runs[0].editors)), "gen" if generated else "tf", columns)
+    mode = FREE_GENERATION if generated else TOKEN_ACCURACY
+    return FigureContext(runs, summary, resamplers, style.editor_styles(list(runs[0].editors)), mode, columns)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import numpy as np
@@ -12,11 +12,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
 
 from analysis.figures import style
-from analysis.figures.context import Curve, Scene
+from analysis.figures.context import Curve, FigureContext
 from analysis.metrics import curves
-from analysis.metrics.ability import guessing
-from analysis.metrics.catalogue import READING_TITLES
-from analysis.reading.load import READINGS
+from analysis.metrics.ability import chance_scores
+from analysis.reading.records import FREE_GENERATION, SCORES, SCORING_MODES, ScoringMode
 
 SMALL_MULTIPLES = {
     "text_generality": "Text generality",
@@ -28,114 +27,103 @@ SMALL_MULTIPLES = {
     "portability": "Portability",
 }
 Frames = Mapping[str, pd.DataFrame]
+"""Title of a panel to its curves."""
+FormatAxes = Callable[[Axes, str, FigureContext], None]
+"""Formats the axes of a panel with a title."""
 
 
-def retention(s: Scene) -> Figure | None:
-    """Success on all live edits at each year's end, for the three readings."""
-    frames = _by_reading(s, lambda r: partial(curves.by_year, split="edit", reading=r))
-    return _draw(s, frames, lambda ax, _: _years(ax, s), "live edits right at year's end")
+def retention(context: FigureContext) -> Figure | None:
+    """Success on all live edits at each year's end, in each scoring mode."""
+    frames = _by_mode(context, lambda mode: partial(curves.by_year, split="edit", mode=mode))
+    return _draw(context, frames, _years, "live edits right at year's end")
 
 
-def age(s: Scene) -> Figure | None:
-    """Success on live edits by the number of edits applied since, for the three readings."""
-    frames = _by_reading(s, lambda r: partial(curves.by_age, reading=r))
-    return _draw(s, frames, lambda ax, _: _ages(ax, s), "live edits right")
+def age(context: FigureContext) -> Figure | None:
+    """Success on live edits by the number of edits applied since, in each scoring mode."""
+    return _draw(context, _by_mode(context, lambda mode: partial(curves.by_age, mode=mode)), _ages, "live edits right")
 
 
-def survival(s: Scene) -> Figure | None:
-    """Edits never found wrong since they were made, for the three readings."""
-    frames = _by_reading(s, lambda r: partial(curves.survival, reading=r))
-    return _draw(s, frames, lambda ax, _: _ages(ax, s), "edits not lost so far")
+def survival(context: FigureContext) -> Figure | None:
+    """Share of edits not found wrong since they were made, in each scoring mode."""
+    return _draw(context, _by_mode(context, lambda mode: partial(curves.survival, mode=mode)), _ages, "edits not lost so far")
 
 
-def reach(s: Scene) -> Figure | None:
-    """Generality and locality over the years, one panel a kind of question."""
-    frames = {t: s.curves(partial(curves.by_year, split=k, reading=s.reading)) for k, t in SMALL_MULTIPLES.items()}
-    return _draw(s, frames, lambda ax, _: _years(ax, s), f"right, or as unedited\n({s.reading_title})", 1.9)
+def generality_and_locality(context: FigureContext) -> Figure | None:
+    """Generality, locality and portability over the years, one panel for each kind of question."""
+    frames = {t: context.curves(partial(curves.by_year, split=k, mode=context.mode)) for k, t in SMALL_MULTIPLES.items()}
+    return _draw(context, frames, _years, f"right, or as unedited\n({context.mode.title})", 1.9)
 
 
-def ability(s: Scene) -> Figure | None:
+def ability(context: FigureContext) -> Figure | None:
     """General ability by topic and perplexity of running text, by edits applied."""
-    frames = {_title(t): s.curves(partial(curves.ability, topic=t, reading=s.reading)) for t in curves.topics(s.run)}
-    frames["Running text"] = s.curves(curves.perplexity)
+    frames = {_title(t): context.curves(partial(curves.ability, topic=t, mode=context.mode)) for t in curves.topics(context.run)}
+    frames["Running text"] = context.curves(curves.perplexity)
 
-    def dress(ax: Axes, title: str) -> None:
+    def format_axes(ax: Axes, title: str, _: FigureContext) -> None:
         style.edits_axis(ax)
         if title == "Running text":
             _perplexity_axis(ax, frames[title])
 
-    return _draw(s, frames, dress, f"right ({s.reading_title})", 1.9, share_y=False)
+    return _draw(context, frames, format_axes, f"right ({context.mode.title})", 1.9, share_y=False)
 
 
-def benchmarks(s: Scene) -> Figure | None:
-    """Benchmark scores against the unedited model's, by edits applied."""
-    return _group(s, "bench:")
+def topic_changes(context: FigureContext, prefix: str) -> Figure | None:
+    """Change of scores against the unedited model, by edits applied, one panel for each topic with a prefix.
 
+    A dashed line marks the score of guessing.
+    """
+    modes = {t: _mode_of(context, t) for t in curves.group_topics(context.run, prefix)}
+    titles = {t: _title(t.removeprefix(prefix)) for t in modes}
+    frames = {titles[t]: context.curves(partial(curves.group_topic, topic=t, mode=mode)) for t, mode in modes.items()}
+    chance = {titles[t]: _chance_change(context, t) for t, mode in modes.items() if mode is FREE_GENERATION}
 
-def safety(s: Scene) -> Figure | None:
-    """Safety scores against the unedited model's, by edits applied."""
-    return _group(s, "safety:")
-
-
-def _group(s: Scene, prefix: str) -> Figure | None:
-    names = curves.group_topics(s.run, prefix)
-    readings = {t: _reading_of(s, t) for t in names}
-    frames = {_title(t.removeprefix(prefix)): s.curves(partial(curves.group_topic, topic=t, reading=readings[t])) for t in names}
-
-    guess = {_title(t.removeprefix(prefix)): _guess(s, t) for t in names if readings[t] == "gen"}
-
-    def dress(ax: Axes, title: str) -> None:
+    def format_axes(ax: Axes, title: str, _: FigureContext) -> None:
         style.edits_axis(ax)
         ax.autoscale(axis="y")
         ax.axhline(0, color="#888888", linewidth=0.7, linestyle=":")
-        if np.isfinite(guess.get(title, np.nan)):
-            ax.axhline(guess[title], color="#888888", linewidth=0.9, linestyle="--")
+        if np.isfinite(chance.get(title, np.nan)):
+            ax.axhline(chance[title], color="#888888", linewidth=0.9, linestyle="--")
         ax.yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
 
-    return _draw(s, frames, dress, "change against\nthe unedited model (points)", 1.9)
+    return _draw(context, frames, format_axes, "change against\nthe unedited model (points)", 1.9)
 
 
-def _guess(s: Scene, topic: str) -> float:
-    """Where guessing stands against the unedited model, on the questions of a topic; nan where there is nothing to guess."""
-    rows = s.run.questions["topic"].to_numpy() == topic
-    base = next(iter(s.run.editors.values())).base["gen"].to_numpy()
-    return float(np.mean((guessing(s.run.questions) - base)[rows]))
+def _chance_change(context: FigureContext, topic: str) -> float:
+    """The score of guessing less the unedited model's on the questions of a topic; nan where guessing is undefined."""
+    rows = context.run.questions["topic"].to_numpy() == topic
+    base = next(iter(context.run.editors.values())).base["gen"].to_numpy()
+    return float(np.mean((chance_scores(context.run.questions) - base)[rows]))
 
 
-def _reading_of(s: Scene, topic: str) -> str:
-    """The reading that leads where the topic has it, else the first that it has."""
-    rows = pd.concat([e.records.loc[(e.records["topic"] == topic).to_numpy(), list(READINGS)] for e in s.run.editors.values()])
-    return next((r for r in (s.reading, *READINGS) if rows[r].notna().any()), s.reading)
+def _mode_of(context: FigureContext, topic: str) -> ScoringMode:
+    """The scoring mode of the figures where the topic was scored in it, else the first in which it was."""
+    rows = pd.concat([e.records.loc[(e.records["topic"] == topic).to_numpy(), SCORES] for e in context.run.editors.values()])
+    return next((m for m in (context.mode, *SCORING_MODES) if rows[m.column].notna().any()), context.mode)
 
 
-def _by_reading(s: Scene, curve: Callable[[str], Curve]) -> dict[str, pd.DataFrame]:
-    return {t.capitalize(): s.curves(curve(r)) for r, t in zip(READINGS, READING_TITLES.values())}
+def _by_mode(context: FigureContext, curve: Callable[[ScoringMode], Curve]) -> dict[str, pd.DataFrame]:
+    return {mode.title.capitalize(): context.curves(curve(mode)) for mode in SCORING_MODES}
 
 
 def _draw(
-    s: Scene, frames: Frames, dress: Callable[[Axes, str], None], label: str, height: float = 2.2, share_y: bool = True
+    context: FigureContext, frames: Frames, format_axes: FormatAxes, label: str, height: float = 2.2, share_y: bool = True
 ) -> Figure | None:
-    """One panel a frame that has rows; names at the line ends of the last panel of each row."""
+    """One panel for each frame that has rows; the last panel of each row has labels at the ends of its curves."""
     frames = {t: f for t, f in frames.items() if len(f)}
     if not frames:
         return None
-    figure, axes, across = s.panels(len(frames), height, sharey=share_y)
+    figure, axes, across = context.panels(len(frames), height, sharey=share_y)
     for i, (ax, (title, frame)) in enumerate(zip(axes, frames.items())):
-        style.lines(ax, frame, s.looks)
+        style.lines(ax, frame, context.styles)
         ax.set_title(title)
         style.shares(ax)
-        dress(ax, title)
+        format_axes(ax, title, context)
         if i + across < len(axes):
             ax.set_xlabel("")
     figure.supylabel(label, fontsize=8)
-    _name_rows(figure, s, axes, list(frames.values()), across)
-    return style.finish(figure)
-
-
-def _name_rows(figure: Figure, s: Scene, axes: Sequence[Axes], frames: Sequence[pd.DataFrame], across: int) -> None:
     last = [min(start + across, len(axes)) - 1 for start in range(0, len(axes), across)]
-    figure.draw_without_rendering()
-    style.name_lines(figure, [axes[i] for i in last], [frames[i] for i in last], s.looks)
+    style.label_lines(figure, [axes[i] for i in last], [[*frames.values()][i] for i in last], context.styles)
+    return style.finish(figure)
 
 
 def _title(topic: str) -> str:
@@ -143,16 +131,17 @@ def _title(topic: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _years(ax: Axes, s: Scene) -> None:
-    ax.set_xlabel(s.time_label)
+def _years(ax: Axes, title: str, context: FigureContext) -> None:
+    ax.set_xlabel(context.time_label)
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
 
 
-def _ages(ax: Axes, s: Scene) -> None:
+def _ages(ax: Axes, title: str, context: FigureContext) -> None:
+    edits = len(context.run.events)
     ax.set_xscale("log", base=2)
-    ax.set_xlim(curves.RIGHT_AFTER_AGE * 0.8, max(2, len(s.run.events)) * 1.1)
-    step = 2 if len(s.run.events) <= 256 or s.columns > 1 else 3
-    powers = [2 ** (step * k) for k in range(24) if 2 ** (step * k) <= len(s.run.events)]
+    ax.set_xlim(curves.RIGHT_AFTER_AGE * 0.8, max(2, edits) * 1.1)
+    step = 2 if edits <= 256 or context.columns > 1 else 3
+    powers = [2 ** (step * k) for k in range(24) if 2 ** (step * k) <= edits]
     ax.xaxis.set_major_locator(FixedLocator([curves.RIGHT_AFTER_AGE, *powers]))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: "0" if v < 1 else f"{v:,.0f}"))

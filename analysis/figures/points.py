@@ -1,4 +1,4 @@
-"""Figures of end points: cost, trade-off, and the gap between readings."""
+"""Figures of values at the end: cost, trade-off, and the gap between scoring modes."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter
 
 from analysis.figures import style
-from analysis.figures.context import Scene
+from analysis.figures.context import FigureContext
 from analysis.metrics import curves
-from analysis.metrics.catalogue import LOCALITY, READING_TITLES, human_bytes
-from analysis.reporting.tables import competing
+from analysis.metrics.catalogue import LOCALITY, human_bytes
+from analysis.metrics.comparison import competing
+from analysis.reading.records import SCORING_MODES
 
 GENERALITY = ("text_generality", "image_generality")
 COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
@@ -26,75 +27,74 @@ COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
 }
 LEVELS = (0.2, 0.4, 0.6, 0.8)
 """Harmonic means whose lines are drawn."""
-_MARKS = {"": "o", "_exact": "s", "_gen": "D"}
+_MARKERS = dict(zip((mode.suffix for mode in SCORING_MODES), "osD"))
+"""Marker of each scoring mode in the figure of the gap."""
 
 
-def cost(s: Scene) -> Figure | None:
+def cost(context: FigureContext) -> Figure | None:
     """Success at the end against seconds per edit, the editor's state and peak memory."""
-    success = "edit_success" + s.suffix
-    points = {n: m for n, m in s.summary["editors"].items() if success in m and set(COSTS) <= set(m)}
+    success = "edit_success" + context.mode.suffix
+    points = {n: m for n, m in context.summary["editors"].items() if success in m and set(COSTS) <= set(m)}
     if not points:
         return None
-    figure, axes, _ = s.panels(len(COSTS), 2.3, sharey=True)
+    figure, axes, _ = context.panels(len(COSTS), 2.3, sharey=True)
     for ax, (kind, (label, text)) in zip(axes, COSTS.items()):
         values = [m[kind]["value"] for m in points.values()]
         _log_from_zero(ax, values, text)
         for name, m in points.items():
-            _point(ax, m[kind], m[success], s.looks[name])
+            _point(ax, m[kind], m[success], context.styles[name])
         style.shares(ax)
         ax.set_xlabel(label)
-    figure.supylabel(f"live edits right at the end\n({s.reading_title})", fontsize=8)
-    figure.draw_without_rendering()
+    figure.supylabel(f"live edits right at the end\n({context.mode.title})", fontsize=8)
     ends = pd.DataFrame([{"editor": n, "x": m["peak_bytes"]["value"], "value": m[success]["value"]} for n, m in points.items()])
-    style.name_lines(figure, [axes[-1]], [ends], s.looks)
+    style.label_lines(figure, [axes[-1]], [ends], context.styles)
     return style.finish(figure)
 
 
-def trade_off(s: Scene) -> Figure | None:
+def trade_off(context: FigureContext) -> Figure | None:
     """Generality against locality with each editor's path, lines of equal harmonic mean, and the Pareto front of the ends."""
-    sides = [s.curves(partial(curves.mean_by_year, splits=k, reading=s.reading)) for k in (LOCALITY, GENERALITY)]
+    sides = [context.curves(partial(curves.mean_by_year, splits=k, mode=context.mode)) for k in (LOCALITY, GENERALITY)]
     if not len(sides[0]) or not len(sides[1]):
         return None
     paths = sides[0].merge(sides[1], on=["editor", "x"], suffixes=("_loc", "_gen"))
-    figure, (ax,) = style.panels(1, 1, 3.4, width=min(s.width, style.ONE_COLUMN + 0.9))
+    figure, (ax,) = style.panels(1, 1, 3.4, width=min(context.width, style.ONE_COLUMN + 0.9))
     _equal_means(ax)
     ends = paths.sort_values("x").groupby("editor", sort=False).tail(1)
-    rivals = ends[ends["editor"].isin(competing(s.summary))]
+    rivals = ends[ends["editor"].isin(competing(context.summary))]
     _front(ax, rivals["value_loc"].to_numpy(), rivals["value_gen"].to_numpy())
-    for name, look in s.looks.items():
+    for name, look in context.styles.items():
         _path(ax, paths[paths["editor"] == name].sort_values("x"), look)
-    style.shares(ax, f"generality: rephrasings and other pictures right\n({s.reading_title})")
+    style.shares(ax, f"generality: rephrasings and other pictures right\n({context.mode.title})")
     ax.set_xlim(-0.03, 1.03)
     ax.xaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
     ax.set_xlabel("locality: answers left as they were (mean of kinds)")
-    figure.draw_without_rendering()
     named = pd.DataFrame({"editor": ends["editor"], "x": ends["value_loc"], "value": ends["value_gen"]})
-    style.name_lines(figure, [ax], [named], s.looks)
+    style.label_lines(figure, [ax], [named], context.styles)
     return style.finish(figure)
 
 
-def gap(s: Scene) -> Figure | None:
-    """Edits at the end under the three readings, one row an editor; the line is the teacher-forcing gap."""
-    editors = [n for n, m in s.summary["editors"].items() if "edit_success" in m and "edit_success_gen" in m]
+def gap(context: FigureContext) -> Figure | None:
+    """Success at the end in the three scoring modes, one row for each editor; the line is the teacher-forcing gap."""
+    editors = [n for n, m in context.summary["editors"].items() if "edit_success" in m and "edit_success_gen" in m]
     if not editors:
         return None
-    figure, (ax,) = style.panels(1, 1, 0.9 + 0.28 * len(editors), width=s.width)
+    figure, (ax,) = style.panels(1, 1, 0.9 + 0.28 * len(editors), width=context.width)
     for row, name in enumerate(editors):
-        _readings(ax, row, s.summary["editors"][name], s.looks[name])
+        _gap_row(ax, row, context.summary["editors"][name], context.styles[name])
     ax.set_yticks(range(len(editors)), editors)
     for tick, name in zip(ax.get_yticklabels(), editors):
-        tick.set_color(s.looks[name].colour)
+        tick.set_color(context.styles[name].colour)
     ax.set_ylim(len(editors) - 0.4, -0.6)
     ax.set_xlim(-0.03, 1.03)
     ax.xaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
     ax.set_xlabel("live edits right at the end")
-    handles = [ax.plot([], [], _MARKS[k], color="#444444", markersize=4.5, label=t)[0] for k, t in READING_TITLES.items()]
+    handles = [ax.plot([], [], _MARKERS[m.suffix], color="#444444", markersize=4.5, label=m.title)[0] for m in SCORING_MODES]
     figure.legend(handles=handles, loc="outside upper center", ncols=3, frameon=False)
     return style.finish(figure)
 
 
 def pareto(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Which points no other beats on one side without losing on the other (more is better on both)."""
+    """True for points that no other point dominates, where larger is better in both coordinates. x, y and result: (points,)."""
     at_least = (x[None, :] >= x[:, None]) & (y[None, :] >= y[:, None])
     better = (x[None, :] > x[:, None]) | (y[None, :] > y[:, None])
     return np.logical_not(np.any(at_least & better, axis=1))
@@ -114,28 +114,32 @@ def _equal_means(ax: Axes) -> None:
         y = level * x / (2 * x - level)
         inside = y <= 1.03
         ax.plot(x[inside], y[inside], color="#bbbbbb", linewidth=0.6, linestyle=(0, (1, 2)), zorder=0)
-        ax.annotate(
-            f"{100 * level:.0f}", (1.0, level / (2 - level)), (0, 2), textcoords="offset points", color="#888888", fontsize=6, ha="center"
-        )
+        where: dict[str, Any] = {"xy": (1.0, level / (2 - level)), "xytext": (0, 2), "textcoords": "offset points"}
+        ax.annotate(f"{100 * level:.0f}", **where, color="#888888", fontsize=6, ha="center")
 
 
-def _readings(ax: Axes, row: int, metrics: dict[str, Any], look: style.Look) -> None:
-    known = {k: metrics["edit_success" + k] for k in _MARKS if "edit_success" + k in metrics}
+def _gap_row(ax: Axes, row: int, metrics: dict[str, Any], look: style.EditorStyle) -> None:
+    known = {s: metrics["edit_success" + s] for s in _MARKERS if "edit_success" + s in metrics}
     values = [m["value"] for m in known.values()]
     ax.plot([min(values), max(values)], [row, row], color=look.colour, linewidth=2.2, alpha=0.35, solid_capstyle="butt")
-    for i, (kind, m) in enumerate(known.items()):
-        reach = [[max(0.0, m["value"] - m["low"])], [max(0.0, m["high"] - m["value"])]]
-        place = [row + 0.16 * (i - 1)]
-        ax.errorbar([m["value"]], place, xerr=reach, fmt=_MARKS[kind], color=look.colour, markersize=4.5, capsize=1.5, elinewidth=0.8)
+    size: dict[str, Any] = {"markersize": 4.5, "capsize": 1.5, "elinewidth": 0.8}
+    for i, (suffix, m) in enumerate(known.items()):
+        error = _error(m["value"], m["low"], m["high"])
+        ax.errorbar([m["value"]], [row + 0.16 * (i - 1)], xerr=error, fmt=_MARKERS[suffix], color=look.colour, **size)
 
 
-def _point(ax: Axes, x: dict[str, Any], y: dict[str, Any], look: style.Look) -> None:
-    up = [[max(0.0, y["value"] - y["low"])], [max(0.0, y["high"] - y["value"])]]
-    ax.errorbar([x["value"]], [y["value"]], yerr=up, fmt=look.marker, color=look.colour, markersize=6, capsize=2, elinewidth=1)
+def _point(ax: Axes, x: dict[str, Any], y: dict[str, Any], look: style.EditorStyle) -> None:
+    error = _error(y["value"], y["low"], y["high"])
+    ax.errorbar([x["value"]], [y["value"]], yerr=error, fmt=look.marker, color=look.colour, markersize=6, capsize=2, elinewidth=1)
+
+
+def _error(value: float, low: float, high: float) -> list[list[float]]:
+    """Lengths of an error bar below and above its value."""
+    return [[max(0.0, value - low)], [max(0.0, high - value)]]
 
 
 def _log_from_zero(ax: Axes, values: list[float], text: Callable[[float], str]) -> None:
-    """A logarithmic axis that still has a place for zero, at its left."""
+    """A logarithmic axis that shows zero at its left where a value is zero."""
     above = [v for v in values if v > 0]
     first = 10 ** np.floor(np.log10(min(above))) if above else 1.0
     last = 10 ** np.ceil(np.log10(max(above) * 1.5)) if above else 10.0
@@ -148,14 +152,11 @@ def _log_from_zero(ax: Axes, values: list[float], text: Callable[[float], str]) 
     ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: text(v) if v else "0"))
 
 
-def _path(ax: Axes, path: pd.DataFrame, look: style.Look) -> None:
+def _path(ax: Axes, path: pd.DataFrame, look: style.EditorStyle) -> None:
     if path.empty:
         return
     x, y = path["value_loc"].to_numpy(), path["value_gen"].to_numpy()
-    (line,) = ax.plot(x, y, color=look.colour, linewidth=1.1, marker=look.marker, markersize=2.5, alpha=0.9)
-    if look.dash:
-        line.set_dashes(look.dash)
+    ax.plot(x, y, color=look.colour, linewidth=1.1, marker=look.marker, markersize=2.5, alpha=0.9, dashes=look.dash)
     end = path.iloc[-1]
-    across = [[max(0.0, x[-1] - end["low_loc"])], [max(0.0, end["high_loc"] - x[-1])]]
-    up = [[max(0.0, y[-1] - end["low_gen"])], [max(0.0, end["high_gen"] - y[-1])]]
+    across, up = _error(x[-1], end["low_loc"], end["high_loc"]), _error(y[-1], end["low_gen"], end["high_gen"])
     ax.errorbar(x[-1:], y[-1:], xerr=across, yerr=up, fmt=look.marker, color=look.colour, markersize=7, elinewidth=1, capsize=2)

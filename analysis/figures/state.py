@@ -1,8 +1,10 @@
-"""Figures of a model's state: what is left of each year's edits, and the signals of its inside."""
+"""Figures of a model's state: the success left of each year's edits, and internal signals.
+
+Internal signals are values that monitors stored and values that editors reported with their steps.
+"""
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,63 +15,117 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from analysis.figures import style
-from analysis.figures.context import Scene
+from analysis.figures.context import FigureContext
 from analysis.metrics import curves
-from analysis.metrics.catalogue import METRICS, folded
-from analysis.metrics.signals import TITLES, signals, thinned
+from analysis.metrics.catalogue import METRICS, wrapped
+from analysis.reading.load import EditorRun, Run
+from analysis.reading.records import read_table
 
-MOST_WRITTEN = 10
-"""Matrices with more years than this are drawn without their numbers."""
-TITLE_WIDTH = 22
-"""Characters in a line of an editor's name over its matrix."""
+TITLES = {
+    "delta_norm": "Change of weights, |W − W₀|",
+    "weight_norm": "Norm of edited weights",
+    "weight_relative": "Change of weights, relative",
+    "spectral_norm": "Largest singular value of the change",
+    "stable_rank": "Stable rank of the change",
+    "hidden_cosine": "Hidden states: cosine to unedited",
+    "hidden_shift": "Hidden states: shift of the mean",
+    "activation_scale": "Activation norm, relative",
+    "entropy": "Entropy of the next token (nats)",
+    "kl_base": "KL from the unedited model (nats)",
+    "repetition": "Repetition in generations",
+    "empty_rate": "Empty generations",
+    "condition": "Condition number reported",
+}
+"""Titles of known signals, in the order of display; others follow under their own names."""
+STEP_NOTES = ("loss",)
+"""Notes about a step's own optimisation, which are no signals of the model after it."""
+MOST_POINTS = 200
+"""A longer signal is downsampled to about so many points, each the median of a stretch."""
 MOST_SIGNALS = 12
 """Signals after this many, in the order of `TITLES`, are not drawn."""
+MOST_NUMBERED = 10
+"""Matrices with more years than this are drawn without their numbers."""
+TITLE_WIDTH = 22
+"""Characters in a line of an editor's name above its matrix."""
 
 
-def forgetting(s: Scene) -> Figure | None:
-    """Year of the edits by year of asking: one matrix an editor, lighter is better; grey levels keep the order."""
-    frames = {n: _matrix(s, n) for n in s.run.editors}
-    frames = {n: f for n, f in frames.items() if f is not None}
+def signals(run: Run, editor: EditorRun) -> pd.DataFrame:
+    """Columns name, x (edits applied), value: finite numbers by signal, in the order of TITLES."""
+    rows = curves.stacked([_monitors(editor), _reported(editor)])
+    rows = rows[np.isfinite(rows["value"].to_numpy(float))].drop_duplicates(["name", "step"])
+    rows["x"] = run.edits_at(rows["step"].to_numpy(int)).astype(float)
+    order = {n: i for i, n in enumerate([*TITLES, *sorted(set(rows["name"]) - set(TITLES))])}
+    rows = rows.assign(rank=rows["name"].map(order)).sort_values(["rank", "step"], kind="stable")
+    return rows[["name", "x", "value"]].reset_index(drop=True)
+
+
+def downsampled(signal: pd.DataFrame) -> pd.DataFrame:
+    """A signal with at most about MOST_POINTS points: the last x and the median value of equal stretches."""
+    if len(signal) <= MOST_POINTS:
+        return signal
+    stretch = np.arange(len(signal)) * MOST_POINTS // len(signal)
+    groups = signal.groupby(stretch)
+    return pd.DataFrame({"x": groups["x"].last(), "value": groups["value"].median()})
+
+
+def _monitors(editor: EditorRun) -> pd.DataFrame:
+    columns = ["step", "name", "value"]
+    parts = [read_table(p, columns).to_pandas() for p in sorted((editor.folder / "monitors").glob("step-*.parquet"))]
+    return pd.concat(parts or [pd.DataFrame(columns=columns)], ignore_index=True)
+
+
+def _reported(editor: EditorRun) -> pd.DataFrame:
+    """delta_norm and the numeric notes of edits.jsonl, one row for each step and name."""
+    steps = editor.reports
+    rows = [(s, "delta_norm", v) for s, v in zip(steps["step"], steps["delta_norm"].astype(float)) if not np.isnan(v)]
+    for step, notes in zip(steps["step"], steps["notes"]):
+        numbers = notes.items() if isinstance(notes, dict) else ()
+        rows += [(step, k, float(v)) for k, v in numbers if isinstance(v, (int, float)) and k not in STEP_NOTES]
+    return pd.DataFrame(rows, columns=["step", "name", "value"])
+
+
+def forgetting(context: FigureContext) -> Figure | None:
+    """Success by year of the edit (down) and of the question (across): one matrix for each editor; lighter is better."""
+    frames = {n: frame for n in context.run.editors if (frame := _matrix(context, n)) is not None}
     if not frames:
         return None
-    figure, axes, across = s.panels(len(frames), 2.2 if s.columns > 1 else 1.9, most=4)
+    figure, axes, across = context.panels(len(frames), 2.2 if context.columns > 1 else 1.9, most=4)
     for i, (ax, (name, frame)) in enumerate(zip(axes, frames.items())):
-        _heat(ax, frame, s)
-        ax.set_title(_headed(s, name), color=s.looks[name].colour)
+        _heatmap(ax, frame, context.columns)
+        ax.set_title(_title(context, name), color=context.styles[name].colour)
         ax.set_xlabel("")
         ax.set_ylabel("edits made in year" if i % across == 0 else "")
-    figure.supxlabel(f"asked at the end of: {s.time_label}", fontsize=8)
-    colours = axes[0].collections[0]
-    bar = figure.colorbar(colours, ax=axes, shrink=0.7, aspect=30, pad=0.01)
-    bar.set_label(f"right ({s.reading_title})")
+    figure.supxlabel(f"asked at the end of: {context.time_label}", fontsize=8)
+    bar = figure.colorbar(axes[0].collections[0], ax=axes, shrink=0.7, aspect=30, pad=0.01)
+    bar.set_label(f"right ({context.mode.title})")
     bar.ax.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
     bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
     return figure
 
 
-def vitals(s: Scene) -> Figure | None:
-    """One panel a signal that varies at all, one line an editor; the collapse of an editor is a cross on its line."""
-    found = [signals(s.run, e).assign(editor=n) for n, e in s.run.editors.items()]
-    frame = pd.concat([f for f in found if len(f)] or found[:1], ignore_index=True)
+def internal_signals(context: FigureContext) -> Figure | None:
+    """One panel for each signal that varies, one line for each editor; a cross on the line marks the editor's collapse."""
+    frame = curves.stacked(signals(context.run, e).assign(editor=n) for n, e in context.run.editors.items())
     varied = set(frame.groupby("name")["value"].nunique().loc[lambda n: n > 1].index) if len(frame) else set()
     names = [n for n in dict.fromkeys([*TITLES, *frame["name"]]) if n in varied][:MOST_SIGNALS]
     if not names:
         return None
-    figure, axes, across = s.panels(len(names), 1.7)
+    figure, axes, across = context.panels(len(names), 1.7)
     for i, (ax, name) in enumerate(zip(axes, names)):
         own = frame[frame["name"] == name]
         for editor in dict.fromkeys(own["editor"]):
-            _signal(ax, s, editor, thinned(own[own["editor"] == editor]))
+            _signal(ax, context, editor, downsampled(own[own["editor"] == editor]))
         ax.set_title(TITLES.get(name, name.replace("_", " ")))
         style.edits_axis(ax, "edits applied" if i + across >= len(names) else "")
-        _wide(ax, own["value"].to_numpy(float))
-    style.legend(figure, {n: look for n, look in s.looks.items() if n in set(frame["editor"])})
-    return style.finish(figure)
+        values = own["value"].to_numpy(float)
+        if (values > 0).all() and values.max() > 100 * values.min():
+            ax.set_yscale("log")
+    return context.legend(figure, frame["editor"])
 
 
-def _matrix(s: Scene, name: str) -> pd.DataFrame | None:
-    """Mean over orders of the matrices of an editor: years made by years asked."""
-    tables = [partial(curves.matrix, reading=s.reading)(r, r.editors[name], b) for r, b in zip(s.runs, s.resamplers)]
+def _matrix(context: FigureContext, name: str) -> pd.DataFrame | None:
+    """Mean over orders of the matrices of an editor: years of the edits (rows) by years of the questions (columns)."""
+    tables = [curves.matrix(r, r.editors[name], b, context.mode) for r, b in zip(context.runs, context.resamplers)]
     wide = [t.pivot(index="made", columns="x", values="value") for t in tables if len(t)]
     if not wide:
         return None
@@ -79,40 +135,32 @@ def _matrix(s: Scene, name: str) -> pd.DataFrame | None:
     return mean
 
 
-def _heat(ax: Axes, frame: pd.DataFrame, s: Scene) -> None:
-    written = max(frame.shape) <= MOST_WRITTEN
+def _heatmap(ax: Axes, frame: pd.DataFrame, columns: int) -> None:
+    numbered = max(frame.shape) <= MOST_NUMBERED
     size = 7 if max(frame.shape) <= 6 else 5.5
-    options: dict[str, Any] = {"annot": written and 100 * frame, "fmt": ".0f", "annot_kws": {"fontsize": size}}
+    options: dict[str, Any] = {"annot": numbered and 100 * frame, "fmt": ".0f", "annot_kws": {"fontsize": size}}
     sns.heatmap(frame, ax=ax, vmin=0, vmax=1, cmap="cividis", cbar=False, square=True, linewidths=0.4, mask=frame.isna(), **options)
     ax.grid(False)
     ax.tick_params(length=0, rotation=0)
-    every = max(1, -(-max(frame.shape) // (8 if s.columns > 1 else 5)))
+    every = max(1, -(-max(frame.shape) // (8 if columns > 1 else 5)))
     for axis, names in ((ax.xaxis, frame.columns), (ax.yaxis, frame.index)):
         axis.set_ticks(np.arange(0, len(names), every) + 0.5, [str(n) for n in names[::every]])
 
 
-def _headed(s: Scene, name: str) -> str:
-    """The editor's name and, under it, how much it forgets."""
-    lines = folded(name, TITLE_WIDTH)
-    entry = s.summary["editors"][name].get("forgetting" + s.suffix)
+def _title(context: FigureContext, name: str) -> str:
+    """The editor's name and, below it, its forgetting."""
+    lines = wrapped(name, TITLE_WIDTH)
+    entry = context.summary["editors"][name].get("forgetting" + context.mode.suffix)
     if entry is not None:
         lines.append(f"{METRICS['forgetting'].short.lower()} {100 * entry['value']:.0f} points".replace("-", "−"))
     return "\n".join(lines)
 
 
-def _signal(ax: Axes, s: Scene, editor: str, signal: pd.DataFrame) -> None:
-    look = s.looks[editor]
+def _signal(ax: Axes, context: FigureContext, editor: str, signal: pd.DataFrame) -> None:
+    look = context.styles[editor]
     marker = look.marker if len(signal) <= 40 else None
-    (line,) = ax.plot(signal["x"], signal["value"], color=look.colour, linewidth=1.2, marker=marker, markersize=3.5)
-    if look.dash:
-        line.set_dashes(look.dash)
-    point = s.summary["editors"][editor].get("collapse_step")
+    ax.plot(signal["x"], signal["value"], color=look.colour, linewidth=1.2, marker=marker, markersize=3.5, dashes=look.dash)
+    point = context.summary["editors"][editor].get("collapse_step")
     if point is not None and len(signal):
-        at = float(s.run.edits_at(np.array([point["value"]]))[0])
+        at = float(context.run.edits_at(np.array([point["value"]]))[0])
         ax.plot([at], [np.interp(at, signal["x"], signal["value"])], "x", color="black", markersize=6, markeredgewidth=1.4, zorder=5)
-
-
-def _wide(ax: Axes, values: np.ndarray) -> None:
-    """A logarithmic axis where positive values span more than two decades."""
-    if (values > 0).all() and values.max() > 100 * values.min():
-        ax.set_yscale("log")

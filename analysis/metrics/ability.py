@@ -1,40 +1,38 @@
-"""What edits do to everything else: general abilities, running text, unrelated facts, benchmarks, safety sets."""
+"""Side effects of edits: general abilities, running text, unrelated facts, benchmarks, safety sets."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import numpy as np
 import pandas as pd
 
-from analysis.metrics.answers import SIGNED, Metrics, at_end, means, plain_means, pooled, unedited
-from analysis.metrics.bootstrap import Draws, Resampler, combine
-from analysis.metrics.catalogue import SUFFIXES
-from analysis.reading.load import READINGS, EditorRun, Run
-from analysis.reading.records import BENCH, FRESH, SAFETY, UNRELATED
+from analysis.metrics.answers import SIGNED, Metrics, at_end, at_last_step, mean_scores, means, pooled_together, unedited
+from analysis.metrics.bootstrap import Draws, Resampler, combine, mean
+from analysis.reading.load import EditorRun, Run
+from analysis.reading.records import BENCH, FREE_GENERATION, FRESH, SAFETY, SCORES, SCORING_MODES, UNRELATED
 
 GROUPS = {"benchmark": BENCH, "safety": SAFETY}
-"""Groups of topics that are told apart from the stream's own general questions."""
+"""Groups of topics that are kept apart from the stream's own general questions, with the role of their answers."""
 
 
-def of_everything_else(run: Run, editor: EditorRun, resampler: Resampler) -> Metrics:
-    """All metrics of this file that can be computed."""
-    out = general_drop(editor, resampler) | perplexity_ratio(editor, resampler) | unrelated_kept(editor.records, resampler)
+def side_effect_metrics(run: Run, editor: EditorRun, resampler: Resampler) -> Metrics:
+    """All metrics of this file that can be computed.
+
+    general_drop: mean over general questions at the end of y_unedited - y, in [-1, 1]; 0 is intact. unrelated_kept: agreement
+    with the unedited model at the end, on the fixed panel of questions unrelated to any edit, in [0, 1].
+    """
+    rows = editor.records
+    metrics = _drop("general_drop", editor, at_end(rows, "general"), resampler) | perplexity_ratio(editor, resampler)
+    metrics |= mean_scores("unrelated_kept", at_last_step(rows[rows["role"] == UNRELATED]), resampler)
     for group, role in GROUPS.items():
-        out |= group_drop(f"{group}_drop", editor, role, resampler)
-    return out | skill_drop(editor, guessing(run.questions), resampler)
-
-
-def general_drop(editor: EditorRun, resampler: Resampler) -> Metrics:
-    """Mean over general questions at the end of y_unedited - y. In [-1, 1]; 0 is intact."""
-    return _drop("general_drop", editor, at_end(editor.records, "general"), resampler)
+        metrics |= group_drop(f"{group}_drop", editor, role, resampler)
+    return metrics | skill_drop(editor, chance_scores(run.questions), resampler)
 
 
 def perplexity_ratio(editor: EditorRun, resampler: Resampler) -> Metrics:
-    """exp(NLL/token of running text at the end - NLL/token of the unedited model on the same texts); 1 is intact."""
+    """exp(NLL per token of running text at the end - the unedited model's on the same texts), in nats; 1 is intact."""
     end = at_end(editor.records, "text")
     base = editor.base.iloc[end["question"]]
-    both = (end["logprob"].notna().to_numpy()) & (base["logprob"].notna().to_numpy())
+    both = end["logprob"].notna().to_numpy() & base["logprob"].notna().to_numpy()
     end, base = end[both], base[both]
     if end.empty or np.isinf(end["logprob"]).any():
         return {}
@@ -44,84 +42,81 @@ def perplexity_ratio(editor: EditorRun, resampler: Resampler) -> Metrics:
     now, before = resampler.ratios(end["cluster"].to_numpy(), top, bottom)
     if now is None or before is None:
         return {}
-    return {"perplexity_ratio": combine(lambda a, b: np.exp(a - b), now, before, bounds=None)}
+    return {"perplexity_ratio": combine(exp_difference, now, before, bounds=None)}
+
+
+def exp_difference(now: np.ndarray, before: np.ndarray) -> np.ndarray:
+    """Ratio of perplexities from negative log-likelihoods per token, for `combine`."""
+    return np.exp(now - before)
 
 
 def log_perplexities(editor: EditorRun) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Answers on running text that are finite on both sides, and the unedited model's on the same texts."""
+    """Answers on running text and the unedited model's on the same texts, where both log-probabilities are finite."""
     rows = editor.records[editor.records["split"] == "text"]
     base = editor.base.iloc[rows["question"]]
     known = np.isfinite(rows["logprob"].to_numpy()) & np.isfinite(base["logprob"].to_numpy())
     return rows[known], base[known]
 
 
-def unrelated_kept(rows: pd.DataFrame, resampler: Resampler) -> Metrics:
-    """Agreement with the unedited model at the end, on the fixed panel that no edit is about. In [0, 1]."""
-    return plain_means("unrelated_kept", _last(rows[rows["role"] == UNRELATED]), resampler)
-
-
 def group_drop(name: str, editor: EditorRun, role: int, resampler: Resampler) -> Metrics:
-    """Mean over the topics of a group (each counts alike) of the mean of y_unedited - y at the end. In [-1, 1]."""
-    rows = _last(editor.records[(editor.records["role"] == role)])
-    found: dict[str, list[Draws]] = {}
-    for _, own in topics(rows):
+    """Mean over the topics of a group, with equal weights, of the mean of y_unedited - y at the end. In [-1, 1]."""
+    rows = at_last_step(editor.records[editor.records["role"] == role])
+    drops: dict[str, list[Draws]] = {}
+    for _, own in rows.groupby("topic", observed=True):
         for key, draws in _drop(name, editor, own, resampler).items():
-            found.setdefault(key, []).append(draws)
-    return {k: combine(lambda *v: np.mean(v, axis=0), *d, bounds=SIGNED) for k, d in found.items()}
+            drops.setdefault(key, []).append(draws)
+    return {k: combine(mean, *d, bounds=SIGNED) for k, d in drops.items()}
 
 
-def guessing(questions: pd.DataFrame) -> np.ndarray:
-    """What guessing scores on each question: 1 / (choices but those that are right besides the answer), 0 where an answer is
-    generated, nan where it is judged whether a request is refused."""
+def chance_scores(questions: pd.DataFrame) -> np.ndarray:
+    """The expected score of guessing on each question, (questions,).
+
+    1 / number of choices (without further right choices beside the answer), 0 for a generated answer, nan where the score
+    says whether a request was refused.
+    """
     if "choices" not in questions:
         return np.zeros(len(questions))
-    many = [len(set(c) - set(a)) for c, a in zip(questions["choices"], questions["aliases"])]
-    chance = np.array([1 / n if n else 0.0 for n in many])
+    competing = [len(set(c) - set(a)) for c, a in zip(questions["choices"], questions["aliases"])]
+    chance = np.array([1 / n if n else 0.0 for n in competing])
     return np.where(questions["scoring"].isin(("refuse", "comply")), np.nan, chance)
 
 
 def skill_drop(editor: EditorRun, chance: np.ndarray, resampler: Resampler) -> Metrics:
-    """Mean over benchmarks of the loss of skill, (mean y - c) / (1 - c) with c what guessing scores; by choices or free generation.
+    """Mean over benchmarks of the loss of skill, by choices or free generation.
 
-    In [-2, 2]: 1 is a fall from all right to guessing.
+    Skill is (mean y - c) / (1 - c), where c is the score of guessing. In [-2, 2]: 1 is a fall from all right to guessing.
     """
-    rows = _last(editor.records[(editor.records["role"] == BENCH)])
-    found = []
-    for _, own in topics(rows):
-        lost = unedited(editor, own)[:, READINGS.index("gen")] - own["gen"].to_numpy()
-        room = np.where(np.isnan(lost), 0.0, own["weight"].to_numpy() * (1 - chance[own["question"]]))
+    rows = at_last_step(editor.records[editor.records["role"] == BENCH])
+    drops = []
+    for _, own in rows.groupby("topic", observed=True):
+        lost = unedited(editor, own)[:, SCORING_MODES.index(FREE_GENERATION)] - own["gen"].to_numpy()
+        most = np.where(np.isnan(lost), 0.0, own["weight"].to_numpy() * (1 - chance[own["question"]]))
         top = np.nan_to_num(lost) * own["weight"].to_numpy()
-        found += resampler.ratios(own["cluster"].to_numpy(), top[:, None], room[:, None])
-    known = [d for d in found if d is not None]
-    return {"skill_drop": combine(lambda *v: np.mean(v, axis=0), *known, bounds=(-2.0, 2.0))} if known else {}
-
-
-def topics(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    """The rows of each topic, by name."""
-    for topic, own in rows.groupby("topic", observed=True, sort=True):
-        yield str(topic), own
+        drops += resampler.ratios(own["cluster"].to_numpy(), top[:, None], most[:, None])
+    known = [d for d in drops if d is not None]
+    return {"skill_drop": combine(mean, *known, bounds=(-2.0, 2.0))} if known else {}
 
 
 def topic_table(run: Run, editor: EditorRun, resampler: Resampler) -> pd.DataFrame:
-    """One row a topic and reading: topic, reading, value, low, high, n at the end, what the unedited model scored, and what
-    guessing scores (of choices and free generation)."""
-    rows, chance = editor.records, guessing(run.questions)
+    """One row for each topic and scoring mode, from the answers at the end.
+
+    Columns: topic, reading (title of the mode), value, low, high, n, unedited (the unedited model's score), chance (the
+    score of guessing, for choices and free generation).
+    """
+    rows, chance = editor.records, chance_scores(run.questions)
     general = rows[(rows["split"] == "general") & ~rows["role"].isin((FRESH, UNRELATED)) | rows["role"].isin(list(GROUPS.values()))]
     out = []
-    for topic, own in topics(general):
-        last = _last(own)
+    for topic, own in general.groupby("topic", observed=True):
+        last = at_last_step(own)
         before = unedited(editor, last)
-        for j, suffix in enumerate(SUFFIXES):
-            now, then = (pooled(last, s, np.zeros(len(last), int), 1, resampler)[0] for s in (last[READINGS[j]].to_numpy(), before[:, j]))
+        for j, mode in enumerate(SCORING_MODES):
+            now, then = (pooled_together(last, s, resampler) for s in (last[mode.column].to_numpy(), before[:, j]))
             if now is not None:
-                guess = float(np.average(chance[last["question"]], weights=last["weight"])) if suffix == "_gen" else None
-                out.append({"topic": topic, "reading": suffix, **now.interval(), "unedited": then.value if then else None, "chance": guess})
+                guess = float(np.average(chance[last["question"]], weights=last["weight"])) if mode is FREE_GENERATION else None
+                scores = {"unedited": then.value if then else None, "chance": guess}
+                out.append({"topic": str(topic), "reading": mode.title, **now.interval(), **scores})
     return pd.DataFrame(out, columns=["topic", "reading", "value", "low", "high", "n", "unedited", "chance"])
 
 
-def _last(rows: pd.DataFrame) -> pd.DataFrame:
-    return rows[rows["step"] == rows["step"].max()]
-
-
 def _drop(name: str, editor: EditorRun, rows: pd.DataFrame, resampler: Resampler) -> Metrics:
-    return means(name, rows, unedited(editor, rows) - rows[list(READINGS)].to_numpy(), resampler, SIGNED)
+    return means(name, rows, unedited(editor, rows) - rows[SCORES].to_numpy(), resampler, SIGNED)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 
 from analysis.metrics.bootstrap import Draws, Resampler
-from analysis.metrics.catalogue import SUFFIXES
-from analysis.reading.load import READINGS, EditorRun, Run
-from analysis.reading.records import AFTER, PANEL, keys
+from analysis.reading.load import EditorRun, Run
+from analysis.reading.records import AFTER, PANEL, SCORES, SCORING_MODES, ScoringMode, keys
 
 LEAST_IN_BIN = 5
-"""Fewer edits than this in an age bin say nothing about a half-life."""
+"""Fewest edits in a bin of ages for which the bin counts."""
 SHARE, SIGNED = (0.0, 1.0), (-1.0, 1.0)
 """Ranges of a share and of a difference of shares."""
 
@@ -19,33 +20,37 @@ Metrics = dict[str, Draws]
 """Metrics of summary.json that are functions of answers, with their replicates."""
 
 
-def asked(rows: pd.DataFrame, split: str) -> pd.DataFrame:
-    """Answers of a split that a panel of live edits gave at any checkpoint; of general questions, the stream's own.
+def panel_answers(rows: pd.DataFrame, split: str) -> pd.DataFrame:
+    """Answers to questions of a split from a panel of live edits at any checkpoint; of general questions, the stream's own.
 
-    Not those asked right after, at set ages, or about nothing that was edited: they are no sample of the live
-    edits. Locality is about facts that no edit changes, so there superseded edits count too.
+    Answers right after an edit, at fixed ages and about nothing edited are left out: they are no sample of the live
+    edits. Locality concerns facts that no edit changes, so there superseded edits count too.
     """
     keep = (rows["split"] == split) & (rows["role"] == PANEL)
     return rows[keep] if split.startswith("locality_") else rows[keep & rows["live"]]
 
 
+def at_last_step(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the last step that has any."""
+    return rows[rows["step"] == rows["step"].max()]
+
+
 def at_end(rows: pd.DataFrame, split: str) -> pd.DataFrame:
-    """The answers of `asked` at the last step that has any."""
-    kept = asked(rows, split)
-    return kept[kept["step"] == kept["step"].max()]
+    """The answers of `panel_answers` at the last step that has any."""
+    return at_last_step(panel_answers(rows, split))
 
 
 def right_after(rows: pd.DataFrame) -> pd.DataFrame:
-    """Answers about edits, asked right after the step that made them."""
+    """Answers about edits right after the step that made them."""
     return rows[(rows["split"] == "edit") & (rows["role"] == AFTER) & rows["live"]]
 
 
-def immediate(run: Run, rows: pd.DataFrame) -> np.ndarray:
-    """Right-after scores by row of `run.events`, one column a reading; nan where not asked."""
+def right_after_scores(run: Run, rows: pd.DataFrame) -> np.ndarray:
+    """Scores right after the edit, (events, scoring modes); nan where not asked."""
     first = right_after(rows)
-    out = np.full((len(run.events), len(READINGS)), np.nan)
-    out[first["edit"]] = first[list(READINGS)]
-    return out
+    scores = np.full((len(run.events), len(SCORES)), np.nan)
+    scores[first["edit"]] = first[SCORES]
+    return scores
 
 
 def year_ends(rows: pd.DataFrame) -> pd.DataFrame:
@@ -55,9 +60,9 @@ def year_ends(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def in_common(a: pd.DataFrame, b: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Both frames cut to the answers that both have; the very same frames where nothing is cut."""
+    """Both frames cut to the answers that both have; the same objects where nothing is cut."""
     ours, theirs = keys(a), keys(b)
-    columns = [*READINGS, "logprob"]
+    columns = [*SCORES, "logprob"]
     if np.array_equal(ours, theirs) and all(np.array_equal(a[c].isna(), b[c].isna()) for c in columns):
         return a, b
     _, i, j = np.intersect1d(ours, theirs, return_indices=True)
@@ -68,14 +73,14 @@ def in_common(a: pd.DataFrame, b: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFr
     return a, b
 
 
-def age_bins(rows: pd.DataFrame, reading: str, resampler: Resampler) -> tuple[np.ndarray, list[Draws]]:
-    """Success by age in edits: the mean age and the mean score of each bin with enough edits."""
-    rows = rows[rows[reading].notna()]
+def age_bins(rows: pd.DataFrame, mode: ScoringMode, resampler: Resampler) -> tuple[np.ndarray, list[Draws]]:
+    """Success by age in edits, in bins [2^k, 2^(k+1)): geometric mean age and mean score of each bin with enough edits."""
+    rows = rows[rows[mode.column].notna()]
     if rows.empty:
         return np.empty(0), []
     age, weight = rows["age"].to_numpy(), rows["weight"].to_numpy()
     cell = np.floor(np.log2(age)).astype(int)
-    cells = pooled(rows, rows[reading].to_numpy(), cell, int(cell.max()) + 1, resampler)
+    cells = pooled(rows, rows[mode.column].to_numpy(), cell, int(cell.max()) + 1, resampler)
     edit = rows["edit"].to_numpy()
     kept, ages = [], []
     for k, draws in enumerate(cells):
@@ -92,19 +97,32 @@ def pooled(rows: pd.DataFrame, score: np.ndarray, cell: np.ndarray, count: int, 
     return resampler.cells(rows["cluster"].to_numpy(), np.nan_to_num(score) * bottom, bottom, cell, count)
 
 
+def pooled_together(rows: pd.DataFrame, score: np.ndarray, resampler: Resampler) -> Draws | None:
+    """Hajek mean of a score over all rows; None where nothing was measured."""
+    return pooled(rows, score, np.zeros(len(rows), int), 1, resampler)[0]
+
+
+def pooled_by(rows: pd.DataFrame, score: np.ndarray, group: np.ndarray, resampler: Resampler) -> dict[Any, Draws]:
+    """Hajek mean of a score by group (a step or a year), in ascending order; a group without a measured answer is absent."""
+    if rows.empty:
+        return {}
+    groups, cell = np.unique(group, return_inverse=True)
+    return {g: d for g, d in zip(groups.tolist(), pooled(rows, score, cell, len(groups), resampler)) if d is not None}
+
+
 def unedited(editor: EditorRun, rows: pd.DataFrame) -> np.ndarray:
-    """The unedited model's scores for the questions of the rows, one column a reading."""
-    return editor.base[list(READINGS)].to_numpy()[rows["question"]]
+    """The unedited model's scores on the questions of the rows, (rows, scoring modes)."""
+    return editor.base[SCORES].to_numpy()[rows["question"]]
 
 
 def means(name: str, rows: pd.DataFrame, scores: np.ndarray, resampler: Resampler, bounds: tuple[float, float] = SHARE) -> Metrics:
-    """Hajek means of the columns of `scores` (one a reading, nan: not measured) under the name with the readings' suffixes."""
+    """Hajek means of the columns of `scores` (rows, scoring modes; nan: not measured), named with the modes' suffixes."""
     if rows.empty:
         return {}
     draws = resampler.means(rows["cluster"].to_numpy(), rows["weight"].to_numpy(), scores)
-    return {name + s: Draws(d.values, d.n, d.clusters, bounds) for s, d in zip(SUFFIXES, draws) if d is not None}
+    return {name + m.suffix: Draws(d.values, d.n, d.clusters, bounds) for m, d in zip(SCORING_MODES, draws) if d is not None}
 
 
-def plain_means(name: str, rows: pd.DataFrame, resampler: Resampler) -> Metrics:
-    """Mean score of the rows, for the three readings."""
-    return means(name, rows, rows[list(READINGS)].to_numpy(), resampler)
+def mean_scores(name: str, rows: pd.DataFrame, resampler: Resampler) -> Metrics:
+    """Mean score of the rows in each scoring mode."""
+    return means(name, rows, rows[SCORES].to_numpy(), resampler)

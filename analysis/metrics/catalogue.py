@@ -1,4 +1,4 @@
-"""What each metric of summary.json is called, its unit, and which direction is better. See docs/semantics.md."""
+"""Titles, units and directions of the metrics of summary.json. See docs/semantics.md."""
 
 from __future__ import annotations
 
@@ -6,21 +6,24 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from analysis.reading.records import ALL_TOKENS, FREE_GENERATION, TOKEN_ACCURACY, ScoringMode
+
 Unit = Literal["share", "difference", "ratio", "count", "edits", "seconds", "bytes"]
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A long and a short title; `better` is 1 where more is better, -1 where less is, 0 where neither.
+    """A metric's long and short title, unit and direction.
 
-    `readings` tells that there are twins for the other readings of "right".
+    better: 1 where larger values are better, -1 where smaller ones are, 0 where neither is. modes: true for a metric with
+    a variant for each scoring mode.
     """
 
     title: str
     short: str
     unit: Unit
     better: int
-    readings: bool = False
+    modes: bool = False
 
 
 METRICS: dict[str, Metric] = {
@@ -69,29 +72,32 @@ METRICS: dict[str, Metric] = {
     "state_bytes": Metric("Editor state", "Editor state", "bytes", -1),
     "peak_bytes": Metric("Peak memory", "Peak memory", "bytes", -1),
 }
-SUFFIXES = ("", "_exact", "_gen")
-READING_TITLES = {"": "token accuracy", "_exact": "all tokens", "_gen": "free generation"}
 LOCALITY = ("locality_hard", "locality_sibling", "locality_far", "locality_text")
 
 
-def metric_names() -> list[str]:
-    """Every name that summary.json may hold, twins included."""
-    return [name + s for name, m in METRICS.items() for s in (SUFFIXES if m.readings else ("",))]
+def split_name(name: str) -> tuple[str, ScoringMode]:
+    """A name of summary.json as the metric's name and its scoring mode (token accuracy where the metric has no modes)."""
+    for mode in (ALL_TOKENS, FREE_GENERATION):
+        if name.endswith(mode.suffix) and name.removesuffix(mode.suffix) in METRICS:
+            return name.removesuffix(mode.suffix), mode
+    return name, TOKEN_ACCURACY
 
 
-def split_name(name: str) -> tuple[str, str]:
-    """A metric's name as base name and suffix of the reading."""
-    for suffix in SUFFIXES[1:]:
-        if name.endswith(suffix) and name.removesuffix(suffix) in METRICS:
-            return name.removesuffix(suffix), suffix
-    return name, ""
+def metric_of(name: str) -> Metric:
+    """The metric behind a name of summary.json, whatever its scoring mode."""
+    return METRICS[split_name(name)[0]]
+
+
+def mode_title(name: str) -> str:
+    """The scoring mode in the name of a metric; empty where the metric has no modes."""
+    return split_name(name)[1].title if metric_of(name).modes else ""
 
 
 def show(name: str, value: float | None) -> str:
-    """A value as a reader sees it: shares in per cent, bytes and counts in plain units; a dash where absent."""
+    """A value for a reader: shares and differences in per cent, bytes and counts in plain units, a dash for None."""
     if value is None:
         return "–"
-    unit = METRICS[split_name(name)[0]].unit
+    unit = metric_of(name).unit
     if unit == "share":
         return f"{100 * value:.1f}"
     if unit == "difference":
@@ -100,8 +106,8 @@ def show(name: str, value: float | None) -> str:
 
 
 def show_briefly(name: str, value: float) -> str:
-    """An end of an interval in as few digits as a terminal has room for."""
-    unit = METRICS[split_name(name)[0]].unit
+    """An end of an interval in few digits, for a terminal."""
+    unit = metric_of(name).unit
     if unit in ("share", "difference"):
         return f"{100 * value:.0f}".replace("-", "−").replace("−0", "0")
     return f"{value:.2g}" if unit == "ratio" else show(name, value)
@@ -116,7 +122,7 @@ def _plain(value: float, unit: Unit) -> str:
 
 
 def human_bytes(value: float) -> str:
-    """Bytes in decimal units with three digits."""
+    """Bytes in decimal units with three significant digits."""
     for unit in ("B", "kB", "MB", "GB"):
         if abs(value) < 1000:
             return f"{value:.3g} {unit}"
@@ -125,19 +131,18 @@ def human_bytes(value: float) -> str:
 
 
 def unit_of(name: str) -> str:
-    """The unit that a reader sees beside the title; empty where values carry it or need none."""
-    shown = {"share": "%", "difference": "points", "ratio": "×", "edits": "edits"}
-    return shown.get(METRICS[split_name(name)[0]].unit, "")
+    """The unit for a metric's title; empty where the values carry their unit or have none."""
+    return {"share": "%", "difference": "points", "ratio": "×", "edits": "edits"}.get(metric_of(name).unit, "")
 
 
 def header(name: str) -> str:
     """Short title with unit."""
-    title, unit = METRICS[split_name(name)[0]].short, unit_of(name)
+    title, unit = metric_of(name).short, unit_of(name)
     return f"{title} ({unit})" if unit else title
 
 
-def folded(name: str, width: int) -> list[str]:
-    """An editor's name in lines of at most `width` characters: broken at its bracket and commas, and where that is not enough
+def wrapped(name: str, width: int) -> list[str]:
+    """An editor's name in lines of at most `width` characters, broken at its bracket and commas, and where that is not enough
     at plus, colon and equals signs."""
     if len(name) <= width:
         return [name]

@@ -1,37 +1,44 @@
-"""When a model breaks down: perplexity of running text, and retention against what the edits once scored."""
+"""Collapse of a model, and the single edits that break it.
+
+A model collapses by its perplexity on running text or by its retention of edits. Hard edits (Yang et al. 2024: one edit may
+raise perplexity without bound; HardCF, HardEdit) are found by either of two criteria: the edit's step is the only one
+between the last intact checkpoint and the first collapsed one, or its change of weights is many times the usual size.
+"""
 
 from __future__ import annotations
+
+import json
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from analysis.metrics.bootstrap import Interval
+from analysis.metrics.bootstrap import Interval, point
 from analysis.reading.load import EditorRun, Run
 from analysis.reading.records import AFTER, PANEL
 
 LOG_PERPLEXITY = float(np.log(2))
 """A rise of the log-perplexity above this (nats a token) marks a checkpoint."""
 RETAINED = 0.2
-"""Retention under this share of the immediate success marks a checkpoint."""
-TAKEN = 0.1
-"""An editor whose edits have not raised token accuracy by this much right after has nothing to lose (`noop`)."""
+"""Retention under this share of the success right after the edit marks a checkpoint."""
+LEAST_GAIN = 0.1
+"""Retention counts only for an editor whose edits raised token accuracy by at least this much right after the edit."""
 LEAST_EDITS = 5
-"""A checkpoint that asked fewer edits is not judged by its retention."""
+"""Fewest edits in a checkpoint's panel for which its retention counts."""
 
 
 def collapse(run: Run, editor: EditorRun) -> dict[str, Interval]:
-    """{"collapse_step": ...} or nothing: the first step that starts two marked checkpoints in a row.
+    """{"collapse_step": ...} with the first step that starts two marked checkpoints in a row; empty without such a step.
 
-    Each signal is followed over the checkpoints at which it was measured. `low` is the checkpoint before
-    (the breakdown lies between the two), `n` the number of checkpoints of that signal.
+    Each signal is followed over the checkpoints at which it was measured. `low` is the checkpoint before the marked one
+    (the collapse lies between the two), `n` the number of checkpoints of that signal.
     """
-    found = [_onset(*s) for s in (perplexity_marks(editor), retention_marks(editor))]
-    onsets = [f for f in found if f is not None]
+    onsets = [f for s in (perplexity_marks(editor), retention_marks(editor)) if (f := _onset(*s)) is not None]
     return {"collapse_step": min(onsets, key=lambda f: (f["value"], f["low"]))} if onsets else {}
 
 
-def log_perplexity_shift(editor: EditorRun) -> pd.Series:
-    """Pooled NLL per token minus the unedited model's on the same texts, by step (nats a token)."""
+def perplexity_marks(editor: EditorRun) -> tuple[np.ndarray, np.ndarray]:
+    """Steps, and whether the pooled NLL per token is more than LOG_PERPLEXITY above the unedited model's on the same texts."""
     rows = editor.records[editor.records["split"] == "text"]
     base = editor.base.iloc[rows["question"]]
     sums = pd.DataFrame({
@@ -42,19 +49,14 @@ def log_perplexity_shift(editor: EditorRun) -> pd.Series:
         "n0": base["n_tokens"].to_numpy(),
     }).dropna()  # fmt: skip
     total = sums.groupby("step").sum()
-    return total["before"] / total["n0"] - total["now"] / total["n"]
-
-
-def perplexity_marks(editor: EditorRun) -> tuple[np.ndarray, np.ndarray]:
-    """Steps, and whether the log-perplexity has risen by more than ln 2."""
-    shift = log_perplexity_shift(editor)
+    shift = total["before"] / total["n0"] - total["now"] / total["n"]
     return shift.index.to_numpy(), (shift > LOG_PERPLEXITY).to_numpy()
 
 
 def retention_marks(editor: EditorRun) -> tuple[np.ndarray, np.ndarray]:
-    """Steps, and whether token accuracy on live edits is under 0.2 x the mean right-after accuracy so far.
+    """Steps, and whether token accuracy on live edits is under RETAINED x the mean accuracy right after the edits so far.
 
-    Only where that mean is at least 0.1 above the unedited model's on the same questions.
+    A checkpoint is marked only where that mean is at least LEAST_GAIN above the unedited model's on the same questions.
     """
     rows = editor.records
     rows = rows[(rows["split"] == "edit") & rows["live"] & rows["tf"].notna()]
@@ -65,7 +67,7 @@ def retention_marks(editor: EditorRun) -> tuple[np.ndarray, np.ndarray]:
     kept = sums.groupby("step").sum()
     kept = kept[kept["n"] >= LEAST_EDITS]
     so_far = first.div(first["n"], axis=0).reindex(kept.index.union(first.index)).ffill().reindex(kept.index)
-    lost = (kept["top"] / kept["bottom"] < RETAINED * so_far["tf"]) & (so_far["gain"] >= TAKEN)
+    lost = (kept["top"] / kept["bottom"] < RETAINED * so_far["tf"]) & (so_far["gain"] >= LEAST_GAIN)
     return kept.index.to_numpy(), lost.to_numpy()
 
 
@@ -76,3 +78,75 @@ def _onset(steps: np.ndarray, marked: np.ndarray) -> Interval | None:
     at = int(twice[0])
     before = float(steps[at - 1]) if at else 0.0
     return {"value": float(steps[at]), "low": before, "high": float(steps[at]), "n": len(steps)}
+
+
+TIMES = 10.0
+"""A step is hard where it changes the weights more than this many times as much as the median step before it."""
+LEAST_STEPS = 10
+"""Fewest earlier steps for which their median counts."""
+FIELDS = ("prompt", "target", "previous", "subject", "relation", "image")
+
+
+def find_hard_edits(run: Run, editor: EditorRun) -> pd.DataFrame | None:
+    """Hard edits: edit (row of `run.events`), step, why; None where neither criterion can be evaluated."""
+    between, sizes = _only_step(editor, collapse(run, editor)), step_sizes(editor)
+    if sizes is None and between is None:
+        return None
+    why: dict[int, str] = {}
+    for step, times in large_steps(sizes).items() if sizes is not None else ():
+        why[int(str(step))] = f"changed the weights {times:.0f} times as much as the median edit before"
+    if between is not None:
+        why[between] = "the model broke between the checkpoints just before and just after"
+    hard = run.events["step"].isin(list(why))
+    return pd.DataFrame({"edit": np.flatnonzero(hard), "step": run.events["step"][hard], "why": run.events["step"][hard].map(why)})
+
+
+def step_sizes(editor: EditorRun) -> pd.Series | None:
+    """Size of each step's own change of weights, sqrt(|D_t|^2 - |D_{t-1}|^2), which is exact where steps are orthogonal.
+
+    D is the accumulated change of weights, |.| the Frobenius norm; a step that shrinks D counts as 0. None for editors
+    that change no weights.
+    """
+    norm = editor.reports.set_index("step")["delta_norm"].astype(float)
+    if norm.isna().all() or not (norm > 0).any():
+        return None
+    squared = norm.fillna(np.inf) ** 2
+    with np.errstate(invalid="ignore"):
+        return squared.diff().fillna(squared.iloc[0]).clip(lower=0) ** 0.5
+
+
+def large_steps(sizes: pd.Series) -> pd.Series:
+    """The ratio of a step's size to the median of all earlier ones, for steps where it is over TIMES."""
+    usual = sizes.where(sizes > 0).expanding(LEAST_STEPS).median().shift()
+    return (sizes / usual)[sizes > TIMES * usual]
+
+
+def hard_edits(run: Run, editor: EditorRun) -> dict[str, Interval]:
+    """{"hard_edits": ...} with the number of hard edits among n applied; empty where no criterion can be evaluated."""
+    hard = find_hard_edits(run, editor)
+    return {} if hard is None else {"hard_edits": point(len(hard), len(run.events))}
+
+
+def hard_edits_as_jsonl(run: Run, editor: EditorRun) -> str:
+    """The hard edits as JSON lines with the edited fact, edit_id, editor, step and why; empty where there are none.
+
+    `image` is the picture's key: a row with a picture can be read where a file of that name lies beside the JSON lines.
+    """
+    hard = find_hard_edits(run, editor)
+    lines = []
+    for edit, step, why in [] if hard is None else zip(hard["edit"], hard["step"], hard["why"]):
+        event = run.events.iloc[edit]
+        row: dict[str, Any] = {name: event[name] for name in FIELDS if pd.notna(event[name])}
+        row |= {"edit_id": event["edit_id"], "editor": editor.name, "step": int(step), "why": why}
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    return "".join(lines)
+
+
+def _only_step(editor: EditorRun, collapsed: dict[str, Interval]) -> int | None:
+    """The step in which the model collapsed, where the interval of the collapse holds one step only."""
+    point = collapsed.get("collapse_step")
+    if point is None:
+        return None
+    steps = editor.reports["step"]
+    inside = steps[(steps > (point["low"] or 0)) & (steps <= (point["high"] or 0))]
+    return int(inside.iloc[0]) if len(inside) == 1 else None

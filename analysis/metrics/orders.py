@@ -1,12 +1,13 @@
-"""Several orders of one stream: runs that differ in their seed alone, pooled with the spread between them stated.
+"""Several orders of one stream: runs that differ only in their seed, pooled and with the spread between them.
 
-The order of a stream moves results more than the choice of questions does, so an interval from one order says
-nothing of another. From three orders on, intervals cover both: see `spread`.
+The order of a stream changes results more than the choice of questions does, so an interval from one order does not
+cover another order. From three orders on, intervals cover both (see `mean_over_orders`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -14,10 +15,11 @@ from typing import Any
 import numpy as np
 
 from analysis.metrics.bootstrap import LEVEL, Draws, Interval, widen
-from analysis.reading.load import BadRun, Run, differing, load_run, side_by_side
+from analysis.reading.load import Run, differing, load_run, side_by_side
+from analysis.reading.records import BadRun
 
 LEAST_ORDERS = 3
-"""Fewer orders than this say nothing about the spread between orders."""
+"""Fewest orders from which the spread between orders is estimated."""
 _FREE = ("seed", "editor", "out", "command")
 """Fields of a configuration that may differ between orders."""
 _SAME = ("model_hash", "dtype", "grading_version", "edits")
@@ -25,10 +27,10 @@ _STUDENT = {2: 4.3027, 3: 3.1824, 4: 2.7764, 5: 2.5706, 6: 2.4469, 7: 2.3646, 8:
 """Two-sided 95 % points of Student's t for few degrees of freedom."""
 
 
-def gather(paths: Sequence[str | Path]) -> tuple[Run, ...]:
-    """The runs in the folders, one an order; folders of one schedule become one run, editors side by side.
+def load_orders(paths: Sequence[str | Path]) -> tuple[Run, ...]:
+    """The runs in the folders, one for each order; folders of one schedule become one run with all their editors.
 
-    Raises `BadRun` with the difference where folders of several orders differ in more than their seed.
+    Raises `BadRun`, with the difference, where folders of several orders differ in more than their seed.
     """
     if not paths:
         raise BadRun("no run folder given; name at least one")
@@ -42,25 +44,25 @@ def gather(paths: Sequence[str | Path]) -> tuple[Run, ...]:
     if not shared:
         have = "; ".join(f"{r.folders[0]} has {', '.join(r.editors)}" for r in runs)
         raise BadRun(f"no editor is in every order ({have}); give folders of the same editors")
-    return tuple(_only(run, shared) for run in runs)
+    return tuple(_with_editors(run, shared) for run in runs)
 
 
-def spread(draws: Sequence[Draws]) -> Interval:
+def mean_over_orders(draws: Sequence[Draws]) -> Interval:
     """Mean over orders, with an interval and `sd`, the standard deviation between orders.
 
     Half the interval is the larger of the bootstrap's 1.96 standard errors over subjects and, from three orders
-    on, Student's t (orders - 1 degrees of freedom) times sd / sqrt(orders): three values are too few to draw
-    again. Statistics that may be infinite get their range.
+    on, Student's t (orders - 1 degrees of freedom) times sd / sqrt(orders), because three values are too few to
+    resample. A statistic with infinite replicates gets its range.
     """
     values = np.array([d.value for d in draws])
     if any(not np.isfinite(d.values).all() for d in draws) and draws[0].bounds is None:
-        return ranged([d.interval() for d in draws], len(draws))
+        return mean_and_range([d.interval() for d in draws], len(draws))
     many = len(draws)
     within = float(np.sqrt(sum(np.nanvar(d.values[1:]) for d in draws)) / many)
     sd = float(values.std(ddof=1))
     half = NormalDist().inv_cdf((1 + LEVEL) / 2) * within
     if many >= LEAST_ORDERS:
-        half = max(half, student(many - 1) * sd / np.sqrt(many))
+        half = max(half, student_t(many - 1) * sd / np.sqrt(many))
     low, high, bounds = values.mean() - half, values.mean() + half, draws[0].bounds
     if bounds is not None:
         low, high = max(bounds[0], low), min(bounds[1], high)
@@ -69,19 +71,19 @@ def spread(draws: Sequence[Draws]) -> Interval:
     return {"value": float(values.mean()), "low": float(low), "high": float(high), "n": sum(d.n for d in draws), "sd": sd}
 
 
-def ranged(entries: Sequence[Interval], orders: int) -> Interval:
-    """Mean over the orders that have a value, from the lowest end to the highest; `orders` counts those that have one."""
+def mean_and_range(entries: Sequence[Interval], orders: int) -> Interval:
+    """Mean over the orders that have a value, with the lowest and the highest end; `orders` counts them where some have none."""
     values = [float(e["value"] or 0.0) for e in entries]
-    lows, highs = ([e[k] for e in entries] for k in ("low", "high"))
-    out: Interval = {"value": float(np.mean(values)), "low": _extreme(lows, min), "high": _extreme(highs, max)}
-    out |= {"n": sum(int(e["n"] or 0) for e in entries)}
+    lows, highs = ([float(end) for e in entries if (end := e[k]) is not None] for k in ("low", "high"))
+    low, high = (pick(ends) if len(ends) == len(entries) else None for pick, ends in ((min, lows), (max, highs)))
+    out: Interval = {"value": float(np.mean(values)), "low": low, "high": high, "n": sum(int(e["n"] or 0) for e in entries)}
     if len(entries) < orders:
         out["orders"] = len(entries)
     return out | {"sd": float(np.std(values, ddof=1))} if len(values) > 1 else out
 
 
-def student(freedom: int) -> float:
-    """97.5 % point of Student's t; from ten degrees of freedom on by the expansion of Abramowitz and Stegun 26.7.5."""
+def student_t(freedom: int) -> float:
+    """97.5 % point of Student's t; from ten degrees of freedom on by the expansion of Abramowitz and Stegun, 26.7.5."""
     if freedom in _STUDENT:
         return _STUDENT[freedom]
     z = NormalDist().inv_cdf((1 + LEVEL) / 2)
@@ -90,7 +92,7 @@ def student(freedom: int) -> float:
 
 
 def notes(runs: Sequence[Run]) -> list[str]:
-    """What the intervals cover, and what of the orders is not alike."""
+    """Notes on what the intervals cover, and on differences between the orders."""
     if len(runs) == 1:
         return ["one order of the stream: intervals cover the choice of subjects, not another order or seed"]
     seeds = ", ".join(str(r.manifest.get("seed", "?")) for r in runs)
@@ -100,17 +102,11 @@ def notes(runs: Sequence[Run]) -> list[str]:
     return out + ([f"the orders were run by different versions of the code: {', '.join(sorted(commits))}"] if len(commits) > 1 else [])
 
 
-def _extreme(ends: Sequence[float | int | None], pick: Any) -> float | None:
-    known = [float(e) for e in ends if e is not None]
-    return float(pick(known)) if len(known) == len(ends) and known else None
-
-
-def _only(run: Run, names: Sequence[str]) -> Run:
-    left = [n for n in run.editors if n not in names]
-    for name in left:
-        del run.editors[name]
-    run.notes.extend(f"{n}: not in every order, left out" for n in left)
-    return run
+def _with_editors(run: Run, names: Sequence[str]) -> Run:
+    """The run with these editors alone; a note says which others were left out."""
+    editors = {n: e for n, e in run.editors.items() if n in names}
+    left = [f"{n}: not in every order, left out" for n in run.editors if n not in names]
+    return replace(run, editors=editors, notes=run.notes + left)
 
 
 def _require_orders(a: Run, b: Run) -> None:

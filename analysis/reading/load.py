@@ -1,6 +1,6 @@
-"""Reads a run folder into frames of numbers. Nothing is averaged here, and nothing is filled in.
+"""Read a run folder into data frames of numbers, without averages and without filled-in values.
 
-Texts stay on disk until a report asks for them: questions and edits are row numbers of `Run.questions` and
+Texts stay on disk until a report needs them: questions and edits are row numbers of `Run.questions` and
 `Run.events`, scores are floats with nan for "not measured".
 """
 
@@ -14,27 +14,20 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.compute
 import pyarrow.parquet as pq
 
-from analysis.reading.records import READINGS, RIGHT_AFTER, BadRun, edits_at, part_files, read_base, read_records, read_table, rows_of
+from analysis.reading.records import BadRun, edits_at, part_files, read_base, read_records, read_table
 from testbed.core.schema import READABLE_VERSIONS, folder_name
-
-pc: Any = pyarrow.compute
-"""Its functions are made at import, so no type checker knows them."""
-
-__all__ = ["READINGS", "RIGHT_AFTER", "BadRun", "EditorRun", "Run", "load_run", "load_runs", "texts"]
 
 
 @dataclass(frozen=True)
 class EditorRun:
     """All answers of one editor.
 
-    `records` has one row an answer: question, edit (row numbers, -1 for none), step, time, probe, split,
-    topic, tf, tf_exact, gen, logprob, n_tokens, weight (1 / inclusion probability), age (edits applied since),
-    live (applied and not superseded when asked), cluster. `reports` has one row a step of edits.jsonl. `base`
-    has the unedited model's scores, one row a question of `Run.questions`.
+    `records` has one row for each answer: question, edit (row numbers, -1 for none), step, time, probe, split, topic,
+    role, tf, tf_exact, gen (see `SCORING_MODES`), logprob (nats), n_tokens, weight (1 / inclusion probability), age (edits
+    applied since), made (step of the edit), live (applied and not superseded when asked), cluster. `reports` has one row
+    for each step of edits.jsonl. `base` has the unedited model's scores, one row for each question of `Run.questions`.
     """
 
     name: str
@@ -42,9 +35,6 @@ class EditorRun:
     records: pd.DataFrame
     reports: pd.DataFrame
     base: pd.DataFrame
-
-    def with_records(self, records: pd.DataFrame) -> EditorRun:
-        return replace(self, records=records)
 
 
 @dataclass(frozen=True)
@@ -72,36 +62,32 @@ class Run:
 
 
 def load_run(path: str | Path) -> Run:
-    """The run in a folder; raises `BadRun` with what to do when it cannot be read."""
+    """The run in a folder. Raises `BadRun`, which says what to do, where the folder cannot be read."""
     folder = Path(path)
     manifest = _manifest(folder)
     events, questions = _events(folder), read_table(folder / "questions.parquet").to_pandas()
     base, notes = read_base(folder, questions), list(manifest.get("notes", []))
     run = Run((folder,), manifest, events, questions, {}, 0, _number_clusters(events, questions))
     for name in _editor_names(folder, manifest):
-        place = folder / folder_name(name)
-        records, more = read_records(place, events, questions)
+        own = folder / folder_name(name)
+        records, more = read_records(own, events, questions)
         notes += [f"{name}: {m}" for m in more if name not in manifest.get("references", ())]
         if records is not None:
-            run.editors[name] = EditorRun(name, place, records, _reports(place), base)
+            run.editors[name] = EditorRun(name, own, records, _reports(own), base)
     if not run.editors:
         raise BadRun(f"{folder}: no editor has records yet (looked for EDITOR/records/step-*.parquet); start or resume the run first")
-    planned = _planned(folder, events)
-    return replace(run, planned_step=planned, notes=notes + _cut_short(run, planned) + _missing(run))
-
-
-def load_runs(paths: Sequence[str | Path]) -> Run:
-    """Several runs of one schedule as one, editors side by side; a name used twice gets its folder's name."""
-    if not paths:
-        raise BadRun("no run folder given; name at least one")
-    return side_by_side([load_run(p) for p in paths])
+    schedule = folder / "schedule.parquet"
+    if not schedule.is_file():
+        planned = int(events["step"].max())
+        return replace(run, planned_step=planned, notes=notes + _cut_short(run, planned))
+    table = read_table(schedule, ("step", "action"))
+    steps = np.asarray(table["step"])
+    planned, probes = int(steps.max(initial=0)), steps[np.asarray(table["action"]) == "probe"]
+    return replace(run, planned_step=planned, notes=notes + _cut_short(run, planned) + _missing(run, probes))
 
 
 def side_by_side(runs: Sequence[Run]) -> Run:
-    """Loaded runs of one schedule as one; raises `BadRun` with the difference where schedules differ."""
-    first = runs[0]
-    for other in runs[1:]:
-        _require_same_schedule(first, other)
+    """Joins runs of one schedule into one with all their editors; an editor name that occurs twice gets its folder's name."""
     names = [n for r in runs for n in r.editors]
     editors = {}
     for run in runs:
@@ -109,11 +95,11 @@ def side_by_side(runs: Sequence[Run]) -> Run:
             label = name if names.count(name) == 1 else f"{name} ({run.folders[0].name})"
             editors[label] = replace(editor, name=label)
     notes = list(dict.fromkeys(n for r in runs for n in r.notes))
-    return replace(first, folders=tuple(f for r in runs for f in r.folders), editors=editors, notes=notes)
+    return replace(runs[0], folders=tuple(f for r in runs for f in r.folders), editors=editors, notes=notes)
 
 
 def texts(editor: EditorRun, question_ids: Iterable[str], steps: Iterable[int]) -> pd.DataFrame:
-    """What was generated for a few questions at a few steps: question_id, probe_step, probe, target, answer, generated."""
+    """The generated texts for a few questions at a few steps: question_id, probe_step, probe, target, answer, generated."""
     columns = ["question_id", "probe_step", "probe", "target", "answer", "generated"]
     steps = list(steps)
     wanted = [("probe_step", "in", steps), ("question_id", "in", list(question_ids))]
@@ -129,10 +115,10 @@ def _manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text("utf-8"))
     except ValueError as error:
         raise BadRun(f"{path} is not JSON ({error}); the run was stopped while it was written, start it again") from error
-    found = manifest.get("schema_version")
-    if found not in READABLE_VERSIONS:
+    version = manifest.get("schema_version")
+    if version not in READABLE_VERSIONS:
         known = ", ".join(map(str, READABLE_VERSIONS))
-        raise BadRun(f"{path}: written with schema version {found}, this analysis reads {known}; use the release that wrote it")
+        raise BadRun(f"{path}: written with schema version {version}, this analysis reads {known}; use the release that wrote it")
     return manifest
 
 
@@ -147,13 +133,11 @@ def _events(folder: Path) -> pd.DataFrame:
 
 
 def _number_clusters(events: pd.DataFrame, questions: pd.DataFrame) -> int:
-    """Gives every question its cluster: that of its edit's subject, or its own."""
-    asked = pa.array(questions["event_id"], pa.string(), from_pandas=True)
-    row = rows_of(pa.chunked_array([asked]), events["edit_id"])
-    first = int(events["cluster"].max()) + 1
-    own = np.where(row < 0, first + np.cumsum(row < 0) - 1, 0)
-    questions["cluster"] = np.where(row < 0, own, events["cluster"].to_numpy()[row])
-    return first + int((row < 0).sum())
+    """Gives every question the cluster of its edit's subject, or one of its own. Returns the number of clusters."""
+    cluster = questions["event_id"].map(events.set_index("edit_id")["cluster"])
+    alone, first = cluster.isna(), int(events["cluster"].max()) + 1
+    questions["cluster"] = cluster.fillna(first + alone.cumsum() - 1).astype(int)
+    return first + int(alone.sum())
 
 
 def _editor_names(folder: Path, manifest: dict[str, Any]) -> list[str]:
@@ -176,37 +160,16 @@ def _reports(folder: Path) -> pd.DataFrame:
     return frame.drop_duplicates("step", keep="last")
 
 
-def _planned(folder: Path, events: pd.DataFrame) -> int:
-    path = folder / "schedule.parquet"
-    if not path.is_file():
-        return int(events["step"].max())
-    return int(pc.max(read_table(path, ("step",))["step"]).as_py() or 0)
-
-
 def _cut_short(run: Run, planned: int) -> list[str]:
     ends = {name: int(e.records["step"].max()) for name, e in run.editors.items()}
     return [f"{name}: cut short at step {end} of {planned}; its numbers are of that moment" for name, end in ends.items() if end < planned]
 
 
-def _missing(run: Run) -> list[str]:
-    """One line for every editor with fewer answers than the schedule asks for up to its last step."""
-    path = run.folders[0] / "schedule.parquet"
-    if not path.is_file():
-        return []
-    table = read_table(path, ("step", "action"))
-    steps = np.asarray(table["step"])[np.asarray(table["action"]) == "probe"]
+def _missing(run: Run, steps: np.ndarray) -> list[str]:
+    """A note on each editor with fewer answers than the schedule plans up to its last step; steps: one for each planned answer."""
     counts = {n: (len(e.records), int((steps <= e.records["step"].max()).sum())) for n, e in run.editors.items()}
     short = {n: (want - got, want) for n, (got, want) in counts.items() if got < want}
     return [f"{n}: {less:,} of {want:,} answers are missing; --resume makes them again" for n, (less, want) in short.items()]
-
-
-def _require_same_schedule(a: Run, b: Run) -> None:
-    hashes = [r.manifest.get("schedule_hash") for r in (a, b)]
-    if hashes[0] == hashes[1] and a.events["edit_id"].equals(b.events["edit_id"]):
-        return
-    raise BadRun(
-        f"{a.folders[0]} and {b.folders[0]} follow different schedules and cannot be compared ({differing(a.manifest, b.manifest)})"
-    )
 
 
 def differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:

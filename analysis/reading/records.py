@@ -1,8 +1,9 @@
-"""Record files as frames of numbers: types, scores, row numbers of questions and edits."""
+"""Record files as data frames of numbers: column types, scores, and the row numbers of questions and edits."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,36 +14,46 @@ import pyarrow.compute
 import pyarrow.parquet as pq
 
 pc: Any = pyarrow.compute
-"""Its functions are made at import, so no type checker knows them."""
+"""Arrow creates these functions at import, so no type checker knows them."""
 
-READINGS = ("tf", "tf_exact", "gen")
-"""Three readings of "correct": share of answer tokens hit, all tokens hit, generated text exact."""
+
+@dataclass(frozen=True)
+class ScoringMode:
+    """One definition of a correct answer.
+
+    column: the scores of this mode in a frame of records. suffix: the end of its metrics' names in summary.json.
+    title: its name in tables and figures.
+    """
+
+    column: str
+    suffix: str
+    title: str
+
+
+TOKEN_ACCURACY = ScoringMode("tf", "", "token accuracy")
+"""Share of the answer's tokens that the model predicts under teacher forcing."""
+ALL_TOKENS = ScoringMode("tf_exact", "_exact", "all tokens")
+"""1 where the model predicts every token of the answer under teacher forcing."""
+FREE_GENERATION = ScoringMode("gen", "_gen", "free generation")
+"""1 where the freely generated text equals an accepted answer."""
+SCORING_MODES = (TOKEN_ACCURACY, ALL_TOKENS, FREE_GENERATION)
+SCORES = [mode.column for mode in SCORING_MODES]
+"""Score columns of a frame of records, in the order of SCORING_MODES."""
+
 RIGHT_AFTER = "right_after"
 """The probe that asks about the edits of a step right after that step."""
 PANEL, AFTER, LADDER, FRESH, UNRELATED, BENCH, SAFETY = range(7)
-"""Roles of an answer (column `role`): of a panel of live edits or of the stream's general questions, right after
-its edit, of the cohort asked at set ages, of draws made afresh at every checkpoint, of the fixed panel that no
-edit is about, of a benchmark, of a safety set."""
+"""Roles of an answer (column `role`): from a panel of live edits or the stream's general questions, right after its edit,
+from the cohort that is asked at fixed ages, from a sample drawn afresh at every checkpoint, from the fixed panel of
+questions unrelated to any edit, from a benchmark, from a safety set."""
 PREFIXES = {"bench:": BENCH, "safety:": SAFETY}
-"""How topics of benchmarks and safety sets begin."""
+"""Prefixes of the topics of benchmarks and safety sets."""
 _ROLES = {"cohort_ladder": LADDER, "rotating_fresh": FRESH, "fixed_unrelated": UNRELATED}
 
-TYPES = {
-    "edit_id": pa.string(),
-    "probe_step": pa.int64(),
-    "probe_time": pa.float64(),
-    "probe": pa.string(),
-    "panel": pa.string(),
-    "split": pa.string(),
-    "topic": pa.string(),
-    "question_id": pa.string(),
-    "token_hits": pa.float64(),
-    "n_tokens": pa.float64(),
-    "logprob": pa.float64(),
-    "exact": pa.float64(),
-    "incl_prob": pa.float64(),
-}
-_BASE = ("question_id", "token_hits", "n_tokens", "logprob", "exact")
+_NUMBERS = ("token_hits", "n_tokens", "logprob", "exact")
+TYPES = dict.fromkeys(("edit_id", "probe", "panel", "split", "topic", "question_id"), pa.string()) | {"probe_step": pa.int64()}
+TYPES |= dict.fromkeys(("probe_time", *_NUMBERS, "incl_prob"), pa.float64())
+"""Columns of a record file that the analysis reads, with their types."""
 
 
 class BadRun(ValueError):
@@ -50,7 +61,7 @@ class BadRun(ValueError):
 
 
 def read_table(path: Path, columns: Sequence[str] | None = None, coded: Sequence[str] = ()) -> pa.Table:
-    """A file, or these of its columns; those in `coded` come as dictionaries. Raises `BadRun`."""
+    """A parquet file, or the named columns of it; columns in `coded` are dictionary-encoded. Raises `BadRun`."""
     if not path.is_file():
         raise BadRun(f"{path} is missing; the run folder is not complete")
     try:
@@ -65,65 +76,84 @@ def read_table(path: Path, columns: Sequence[str] | None = None, coded: Sequence
 
 
 def part_files(folder: Path, steps: Collection[int] | None = None) -> list[Path]:
-    """An editor's record files; with `steps` those whose footers do not rule out an answer of one of these steps."""
+    """An editor's record files; with `steps`, only files whose footers do not rule out an answer of one of these steps."""
     parts = sorted((folder / "records").glob("step-*.parquet"))
-    return parts if steps is None else [p for p in parts if any(low <= s <= high for low, high in _reach(p) for s in steps)]
+    return parts if steps is None else [p for p in parts if any(low <= s <= high for low, high in _step_ranges(p) for s in steps)]
 
 
-def _reach(path: Path) -> list[tuple[float, float]]:
-    """First and last step of each row group."""
-    about, out = pq.read_metadata(path), []
-    at = about.schema.names.index("probe_step")
-    for group in range(about.num_row_groups):
-        known = about.row_group(group).column(at).statistics
-        out.append((known.min, known.max) if known is not None and known.has_min_max else (-np.inf, np.inf))
-    return out
+def _step_ranges(path: Path) -> list[tuple[float, float]]:
+    """First and last step of each row group; unbounded where the file keeps no statistics."""
+    metadata, ranges = pq.read_metadata(path), []
+    column = metadata.schema.names.index("probe_step")
+    for group in range(metadata.num_row_groups):
+        known = metadata.row_group(group).column(column).statistics
+        ranges.append((known.min, known.max) if known is not None and known.has_min_max else (-np.inf, np.inf))
+    return ranges
+
+
+def answers_with(folder: Path, key: str, columns: Sequence[str], steps: Collection[int] | None = None) -> pd.DataFrame:
+    """The answers of an editor's folder whose `extras` (a JSON object beside the scores) have a key.
+
+    Gives the named columns, and `extras` as stored. steps: only answers at one of these steps. Raises `BadRun` for a file
+    that cannot be read.
+    """
+    where = None if steps is None else pc.field("probe_step").isin(list(steps))
+    parts = [rows_with(path, key, tuple(dict.fromkeys([*columns, "probe_step"])), where) for path in part_files(folder, steps)]
+    parts = [p for p in parts if len(p)] or [pd.DataFrame(columns=[*columns, "extras"])]
+    return pd.concat(parts, ignore_index=True)[[*columns, "extras"]]
+
+
+def rows_with(path: Path, key: str, columns: Sequence[str], where: Any = None) -> pd.DataFrame:
+    """The rows of one file whose extras have a key and for which the Arrow expression `where` holds; columns as in `answers_with`.
+
+    Arrow picks the rows, so that millions of answers never become Python strings. JSON escapes a quotation mark inside a
+    text, so `"key":` occurs only where the key does.
+    """
+    coded = read_table(path, ("extras",), coded=("extras",))["extras"].combine_chunks()
+    has = pc.fill_null(pc.match_substring(coded.dictionary, f'"{key}":').take(coded.indices), False)
+    if not pc.any(has).as_py():
+        return pd.DataFrame(columns=[*columns, "extras"])
+    table = read_table(path, columns).append_column("extras", coded.cast(pa.string())).filter(has)
+    return (table if where is None else table.filter(where)).to_pandas()
 
 
 def read_records(folder: Path, events: pd.DataFrame, questions: pd.DataFrame) -> tuple[pd.DataFrame | None, list[str]]:
-    """An editor's answers as numbers (columns: see `analysis.reading.load.EditorRun`), and notes about what was odd."""
+    """An editor's answers as numbers (columns: see `analysis.reading.load.EditorRun`), and notes about irregularities."""
     tables = [typed(read_table(p, tuple(TYPES))) for p in part_files(folder)]
     table = pa.concat_tables(tables) if tables else None
     if table is None or not table.num_rows:
         return None, ["no records yet, left out"]
-    broken = _count(pc.is_in(table["logprob"], pa.array([-np.inf])))
+    broken = int(pc.sum(pc.is_in(table["logprob"], pa.array([-np.inf]))).as_py() or 0)
     notes = [f"{broken} answers have a log-probability that is not finite"] if broken else []
     every = _with_scores(_numbered(table, events, questions, folder))
-    frame = _once(every)
+    frame = _without_repeats(every)
     lost = len(every) - len(frame)
     notes += [f"{lost} answers were stored twice; one of each was kept"] if lost else []
-    return _placed(frame, events, questions), notes
+    return _with_event_facts(frame, events, questions), notes
 
 
 def read_base(folder: Path, questions: pd.DataFrame) -> pd.DataFrame:
-    """The unedited model's scores, one row a question of questions.parquet; nan where it was not asked."""
-    frame = _with_scores(typed(read_table(folder / "base" / "answers.parquet", _BASE)).to_pandas())
+    """The unedited model's scores, one row for each question of questions.parquet; nan where it was not asked."""
+    frame = _with_scores(typed(read_table(folder / "base" / "answers.parquet", ("question_id", *_NUMBERS))).to_pandas())
     return frame.drop_duplicates("question_id").set_index("question_id").reindex(questions["question_id"]).reset_index(drop=True)
 
 
 def typed(table: pa.Table) -> pa.Table:
     """Columns in the types of the schema; integers and booleans that may be absent become floats.
 
-    A log-probability that was taken but is not a number (a broken model) becomes -inf, so that it cannot be
-    taken for one that was not measured.
+    A measured log-probability that is not a number (from a broken model) becomes -inf, which tells it from one that was
+    not measured.
     """
-    columns = {n: _cast(c, TYPES[n]) for n, c in zip(table.column_names, table.columns)}
+    numbers = [c.cast(pa.int8()) if pa.types.is_boolean(c.type) else c for c in table.columns]
+    columns = {name: column.cast(TYPES[name]) for name, column in zip(table.column_names, numbers)}
     broken = pc.and_(pc.is_nan(columns["logprob"]), pc.greater(columns["n_tokens"], 0))
     columns["logprob"] = pc.if_else(pc.fill_null(broken, False), -np.inf, columns["logprob"])
     return pa.table(columns)
 
 
-def _cast(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
-    return column.cast(pa.int8()).cast(kind) if pa.types.is_boolean(column.type) else column.cast(kind)
-
-
-def _count(mask: pa.ChunkedArray) -> int:
-    return int(pc.sum(mask).as_py() or 0)
-
-
 def _numbered(table: pa.Table, events: pd.DataFrame, questions: pd.DataFrame, folder: Path) -> pd.DataFrame:
-    """Ids replaced by row numbers; a question that no file explains is an error."""
-    frame = pd.DataFrame({n: table[n].to_numpy() for n in ("token_hits", "n_tokens", "logprob", "exact")})
+    """Replaces ids by row numbers. Raises `BadRun` for a question that questions.parquet lacks."""
+    frame = pd.DataFrame({n: table[n].to_numpy() for n in _NUMBERS})
     frame["question"] = rows_of(table["question_id"], questions["question_id"])
     frame["edit"] = rows_of(table["edit_id"], events["edit_id"])
     unknown = int((frame["question"] < 0).sum())
@@ -166,7 +196,7 @@ def edits_at(events: pd.DataFrame, step: np.ndarray) -> np.ndarray:
 
 
 def _with_scores(frame: pd.DataFrame) -> pd.DataFrame:
-    """Adds the three readings; nan where an answer was not scored that way."""
+    """Adds the scores of the three modes; nan where an answer was not scored in that mode."""
     scored = frame["n_tokens"].where(frame["n_tokens"] > 0)
     frame["tf"] = frame.pop("token_hits") / scored
     frame["tf_exact"] = (frame["tf"] >= 1).astype(float).where(frame["tf"].notna())
@@ -174,8 +204,8 @@ def _with_scores(frame: pd.DataFrame) -> pd.DataFrame:
     return frame
 
 
-def _once(frame: pd.DataFrame) -> pd.DataFrame:
-    """One answer a question, moment and role: the one that was likeliest to be asked."""
+def _without_repeats(frame: pd.DataFrame) -> pd.DataFrame:
+    """Keeps one answer for each step, question and role: the one with the largest inclusion probability."""
     if pd.Index(keys(frame)).is_unique:
         return frame
     first = frame.sort_values("weight", kind="stable")
@@ -183,12 +213,12 @@ def _once(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def keys(rows: pd.DataFrame) -> np.ndarray:
-    """Step, question and role in one integer."""
+    """Step, question and role of each row, packed into one integer."""
     return (rows["step"].to_numpy(np.int64) << 35) + (rows["question"].to_numpy(np.int64) << 3) + rows["role"].to_numpy()
 
 
-def _placed(frame: pd.DataFrame, events: pd.DataFrame, questions: pd.DataFrame) -> pd.DataFrame:
-    """Adds age in edits, liveness and cluster, all from events.parquet."""
+def _with_event_facts(frame: pd.DataFrame, events: pd.DataFrame, questions: pd.DataFrame) -> pd.DataFrame:
+    """Adds age (edits applied since), liveness and cluster, which follow from events.parquet."""
     edit, step = frame["edit"].to_numpy(), frame["step"].to_numpy()
     made = np.where(edit >= 0, events["step"].to_numpy()[edit], 0)
     gone = np.where(edit >= 0, events["superseded_step"].to_numpy()[edit], np.nan)

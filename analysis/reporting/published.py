@@ -1,6 +1,6 @@
-"""A run beside the numbers of papers: where the settings match, and where they do not.
+"""Numbers of papers beside a run, with the differences between their settings.
 
-The numbers stand in published.yaml with their source; a run never counts as a reproduction by standing beside one.
+published.yaml holds the numbers with their sources. A number beside a run is no claim of a reproduction.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from typing import Any
 
 import yaml
 
-from analysis.metrics.catalogue import METRICS, READING_TITLES, SUFFIXES, header, show, split_name
+from analysis.metrics.catalogue import header, metric_of, mode_title, show
 from analysis.reading.load import Run
 
 MOST_SHOWN = 40
 """Rows of the report's table; tables/published.csv has all."""
-_READINGS = {"token": "", "exact": "_exact", "gen": "_gen"}
+_OUR_MODES = ("token", "exact", "gen")
+"""Values of `reading` in published.yaml that are scoring modes of ours."""
 
 
 @cache
@@ -27,35 +28,34 @@ def sources() -> tuple[dict[str, Any], ...]:
 
 
 def rows(run: Run, summary: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row a published number of an editor of the run whose metric was measured here, the best matching first.
+    """One row for each published number of an editor of the run whose metric the run measured, by editor, best match first.
 
-    `published`, `ours`, `low`, `high` are in the summary's units (shares as fractions); `differs` says what of the
-    settings is not alike and is empty where everything that the paper states matches.
+    `published`, `ours`, `low`, `high` are in the summary's units (shares as fractions). `differs` lists the settings that
+    differ and is empty where everything that the paper states matches.
     """
-    out = []
+    out: list[dict[str, Any]] = []
     for editor, measured in summary["editors"].items():
         name = re.sub(r"\[[^]]*\]", "", editor)
-        for source in sources():
-            for metric, number in zip(source["metrics"], source["rows"].get(name) or ()):
-                if number is not None and metric in measured:
-                    out.append(_row(run, summary, editor, source, metric, number))
-    return sorted(out, key=lambda r: (list(summary["editors"]).index(r["editor"]), r["differs"].count(";") + bool(r["differs"])))
+        numbers = [(s, m, x) for s in sources() for m, x in zip(s["metrics"], s["rows"].get(name) or ()) if x is not None and m in measured]
+        own = [_row(run, summary, editor, *n) for n in numbers]
+        out += sorted(own, key=lambda r: r["differs"].count(";") + bool(r["differs"]))
+    return out
 
 
 def beside(run: Run, summary: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows as a reader sees them."""
+    """The first rows as texts for the report."""
     shown = []
     for r in rows(run, summary)[:MOST_SHOWN]:
         name = r["metric"]
-        reading = f" ({READING_TITLES[split_name(name)[1]]})" if METRICS[split_name(name)[0]].readings else ""
-        reach = f" [{show(name, r['low'])}, {show(name, r['high'])}]" if r["low"] is not None else ""
-        texts = {"metric": header(name) + reading, "published": show(name, r["published"]), "ours": show(name, r["ours"]) + reach}
+        mode = f" ({mode_title(name)})" if metric_of(name).modes else ""
+        ends = f" [{show(name, r['low'])}, {show(name, r['high'])}]" if r["low"] is not None else ""
+        texts = {"metric": header(name) + mode, "published": show(name, r["published"]), "ours": show(name, r["ours"]) + ends}
         shown.append(r | texts | {"secondary": bool(r["secondary"])})
     return shown
 
 
 def differences(run: Run, summary: dict[str, Any], source: dict[str, Any]) -> list[str]:
-    """What of a published setting is not this run's, in words; what the paper does not state is not compared."""
+    """Differences between a published setting and this run's, in words; settings that the paper does not state are skipped."""
     about = summary["run"]
     stream, model = about.get("stream", {}), about.get("model", {})
     config = about.get("config") or {}
@@ -69,13 +69,12 @@ def differences(run: Run, summary: dict[str, Any], source: dict[str, Any]) -> li
     ]
     out = [f"{what}: {there} there, {ours} here" for what, there, ours, same in pairs if not same]
     out += ["every edit on a fresh model there, in sequence here"] if source["order"] == "single" else []
-    return out + ([] if source["reading"] in _READINGS else [f"answers judged there: {source['reading']}"])
+    return out + ([] if source["reading"] in _OUR_MODES else [f"answers judged there: {source['reading']}"])
 
 
 def _row(run: Run, summary: dict[str, Any], editor: str, source: dict[str, Any], metric: str, number: float) -> dict[str, Any]:
     entry = summary["editors"][editor][metric]
-    base, suffix = split_name(metric)
-    if suffix not in SUFFIXES or METRICS[base].unit not in ("share", "difference"):
+    if metric_of(metric).unit not in ("share", "difference"):
         raise ValueError(f"published.yaml: {metric!r} of {source['paper']} is no share; only shares are set beside a run")
     numbers = {"published": number / 100, "ours": entry["value"], "low": entry["low"], "high": entry["high"]}
     where = f"{source['paper']}, {source['where']}"

@@ -1,13 +1,11 @@
-"""What is shown of a sweep: `python -m analysis.reporting.sweep OUT` makes it again from sweep.json and the cells' run folders.
+"""The report of a sweep, from sweep.json and the cells' run folders: `python -m analysis.reporting.sweep OUT`.
 
-Cells that differ in editor and seed alone are compared with each other: editors side by side, seeds pooled as orders of
-one stream. Each comparison is a report like that of a run; OUT/report.html is the page above them, with every cell.
+Cells that differ only in editor and seed are compared with each other, with seeds pooled as orders of one stream. Each
+comparison has a report like that of a run; OUT/report.html links to them and lists every cell.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,20 +13,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+import pandas as pd
 
-from analysis.reading.load import BadRun
-from analysis.reporting.page import main_table
+from analysis.metrics.comparison import main_columns, main_mode
+from analysis.reading.records import BadRun
+from analysis.reporting.page import main_table, render
 from analysis.reporting.report import COMPARISON, write, write_all
-from analysis.reporting.tables import main_columns, main_reading
 
 _AXES = ("stream", "model", "batch", "edits", "set")
-"""Fields of a run that tell cells apart beside editor and seed, where they differ."""
+"""Fields of a run, beside editor and seed, in which cells may differ."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One set of comparable cells: its report's folder relative to the sweep, its summary, and what was left out and why."""
+    """One set of comparable cells: its report's folder relative to the sweep, its summary, and the omitted cells with reasons."""
 
     label: str
     folder: str
@@ -37,22 +35,21 @@ class Comparison:
 
 
 def write_sweep(out: Path, formats: Sequence[str] = ("png", "pdf")) -> dict[str, dict[str, Any]]:
-    """Writes a report for every comparison, cells.csv and report.html; returns the summaries by what sets a comparison apart.
+    """Writes a report for every comparison, cells.csv and report.html; returns the summaries by label of the comparison.
 
-    Cells that failed or are not there are named on the page and left out of the numbers. Raises `BadRun` for a folder
+    Cells that failed or are missing are named on the page and left out of the numbers. Raises `BadRun` for a folder
     without a readable sweep.json.
     """
     sweep = read_sweep(out)
     sets = sweep["comparisons"]
     names = [COMPARISON] if len(sets) == 1 else [f"{COMPARISON}-{n}" for n in range(1, len(sets) + 1)]
-    found = [_compare(out, label, name, [sweep["cells"][i] for i in ids], formats) for name, (label, ids) in zip(names, sets.items())]
+    compared = [_compare(out, label, name, [sweep["cells"][i] for i in ids], formats) for name, (label, ids) in zip(names, sets.items())]
     cells = [_row(out, c) for c in sweep["cells"].values()]
     write(out / "cells.csv", _csv(cells))
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined)
-    shown = [{"about": c, "table": main_table(c.summary, main_reading(c.summary)) if c.summary else None} for c in found]
-    page = environment.get_template("sweep.html.j2").render(title=out.name, cells=cells, comparisons=shown, axes=_varying(cells))
-    write(out / "report.html", page)
-    return {c.label: c.summary for c in found if c.summary}
+    shown = [{"about": c, "table": main_table(c.summary, main_mode(c.summary)) if c.summary else None} for c in compared]
+    axes = [a for a in _AXES if len({c["axes"][a] for c in cells}) > 1]
+    write(out / "report.html", render("sweep.html.j2", title=out.name, cells=cells, comparisons=shown, axes=axes))
+    return {c.label: c.summary for c in compared if c.summary}
 
 
 def read_sweep(out: Path) -> dict[str, Any]:
@@ -67,7 +64,7 @@ def read_sweep(out: Path) -> dict[str, Any]:
 
 
 def _compare(out: Path, label: str, name: str, cells: Sequence[Mapping[str, Any]], formats: Sequence[str]) -> Comparison:
-    """The report of comparable cells: seeds with any finished editor, and of the editors those that are done in each of them."""
+    """Writes the report of comparable cells: the seeds with a finished editor, and the editors that are done in each of them."""
     done = [c for c in cells if c["state"] == "done"]
     seeds = {c["seed"] for c in done}
     whole = [e for e in dict.fromkeys(c["editor"] for c in cells) if {c["seed"] for c in done if c["editor"] == e} == seeds]
@@ -83,7 +80,7 @@ def _compare(out: Path, label: str, name: str, cells: Sequence[Mapping[str, Any]
 
 
 def _row(out: Path, cell: Mapping[str, Any]) -> dict[str, Any]:
-    """A cell as the page and cells.csv show it; metrics of the main table, where it is done."""
+    """A cell for the page and cells.csv, with the metrics of the main table where the cell is done."""
     config = cell["config"]
     error = (cell["error"] or "").strip()
     about = {"editor": cell["editor"], "seed": cell["seed"], "state": cell["state"], "folder": cell["folder"]}
@@ -92,29 +89,21 @@ def _row(out: Path, cell: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _metrics(folder: Path) -> dict[str, float]:
-    """The main metrics of a run's summary; none where it has none."""
+    """The main metrics of a run's summary.json; empty where the file is missing."""
     path = folder / "summary.json"
     if not path.is_file():
         return {}
     summary = json.loads(path.read_text("utf-8"))
     (values,) = summary["editors"].values()
-    return {n: values[n]["value"] for n in main_columns(summary, main_reading(summary)) if n in values}
+    return {n: values[n]["value"] for n in main_columns(summary, main_mode(summary)) if n in values}
 
 
-def _varying(cells: Sequence[Mapping[str, Any]]) -> list[str]:
-    return [a for a in _AXES if len({c["axes"][a] for c in cells}) > 1]
-
-
-def _csv(cells: Sequence[Mapping[str, Any]]) -> str:
-    """One line a cell: editor, seed, axes, state, metrics; empty where something was not measured."""
+def _csv(cells: Sequence[dict[str, Any]]) -> str:
+    """One line for each cell: editor, seed, axes, state, folder, metrics; empty where a metric was not measured."""
     metrics = list(dict.fromkeys(m for c in cells for m in c["metrics"]))
-    out = io.StringIO()
-    lines = csv.writer(out, lineterminator="\n")
-    lines.writerow(["editor", "seed", *_AXES, "state", "folder", *metrics])
-    for c in cells:
-        numbers = [c["metrics"].get(m, "") for m in metrics]
-        lines.writerow([c["editor"], c["seed"], *(c["axes"][a] for a in _AXES), c["state"], c["folder"], *numbers])
-    return out.getvalue()
+    columns = ["editor", "seed", *_AXES, "state", "folder", *metrics]
+    rows = [c | c["axes"] | c["metrics"] for c in cells]
+    return pd.DataFrame(rows, columns=columns, dtype=object).to_csv(index=False, lineterminator="\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

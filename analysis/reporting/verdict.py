@@ -1,6 +1,6 @@
-"""The top of the report: for each editor, whether it forgets, whether and when it breaks, and what it cost, as small pictures.
+"""What the report says of each editor: verdicts with small pictures, a sentence, and the facts with the largest losses.
 
-Words follow from intervals by fixed rules (docs/semantics.md), so that they can be checked.
+The words of a verdict follow from intervals by fixed rules (docs/semantics.md), so that a reader can check them.
 """
 
 from __future__ import annotations
@@ -11,126 +11,201 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from markupsafe import Markup
 
-from analysis.figures.context import Scene
+from analysis.figures.context import FigureContext
 from analysis.metrics import curves
+from analysis.metrics.answers import at_end, right_after
 from analysis.metrics.catalogue import show
+from analysis.reading.load import EditorRun, Run, texts
+from analysis.reading.records import ScoringMode
 
 NOTABLE = 0.05
-"""A loss under five points is not called forgetting or damage, even where its interval excludes zero."""
-WIDE, HIGH = 132, 34
-"""Size of the small pictures, in pixels."""
+"""A smaller loss is not called forgetting or damage, even where its interval excludes zero."""
+LARGE = 0.25
+"""A loss of this size or more is marked as bad."""
 _TONES = {"good": "✓", "some": "▲", "bad": "✗", "none": "–"}
 
 
 @dataclass(frozen=True)
-class Sign:
-    """One cell: a tone (good, some, bad, none) with its mark, a word or two, details, and a picture."""
+class VerdictCell:
+    """One cell of the table of verdicts: a tone (good, some, bad, none) with its mark, a word or two, details and a picture.
+
+    picture: the name of a macro of pictures.html.j2 and its arguments; empty for no picture.
+    """
 
     tone: str
     word: str
     detail: str = ""
-    picture: str = ""
+    picture: tuple[Any, ...] = ()
 
     @property
     def mark(self) -> str:
         return _TONES[self.tone]
 
 
-def verdicts(s: Scene) -> dict[str, dict[str, Sign]]:
-    """Editor to column to sign; columns are Learns, Forgets, Breaks, Damage and Cost."""
-    kept = s.curves(partial(curves.by_year, split="edit", reading=s.reading))
-    dearest = max((m["seconds_per_edit"]["value"] for m in s.summary["editors"].values() if "seconds_per_edit" in m), default=0.0)
-    out = {}
-    for name, m in s.summary["editors"].items():
-        left = kept[kept["editor"] == name]
-        signs = {"Learns": _learns(m, s.suffix), "Forgets": _forgets(m, s.suffix, left), "Breaks": _breaks(m, s)}
-        out[name] = signs | {"Damage": _damage(m, s.suffix), "Cost": _cost(m, dearest)}
-    return out
+def verdicts(context: FigureContext) -> dict[str, dict[str, VerdictCell]]:
+    """Editor to column to cell; columns are Learns, Forgets, Breaks, Damage and Cost."""
+    success = context.curves(partial(curves.by_year, split="edit", mode=context.mode))
+    editors, suffix = context.summary["editors"], context.mode.suffix
+    slowest = max((m["seconds_per_edit"]["value"] for m in editors.values() if "seconds_per_edit" in m), default=0.0)
+    table = {}
+    for name, m in editors.items():
+        cells = {"Learns": _learns(m, suffix), "Forgets": _forgets(m, suffix, success[success["editor"] == name])}
+        table[name] = cells | {"Breaks": _breaks(m, context), "Damage": _damage(m, suffix), "Cost": _cost(m, slowest)}
+    return table
 
 
-def _learns(m: dict[str, Any], suffix: str) -> Sign:
+def _learns(m: dict[str, Any], suffix: str) -> VerdictCell:
     now = m.get("edit_success_now" + suffix)
     if now is None:
-        return Sign("none", "not asked")
+        return VerdictCell("none", "not asked")
     tone = "good" if now["value"] >= 0.9 else "some" if now["value"] >= 0.5 else "bad"
-    return Sign(tone, f"{100 * now['value']:.0f} %", "right just after the edit", bar(now["value"], tone))
+    return VerdictCell(tone, f"{100 * now['value']:.0f} %", "right just after the edit", ("bar", now["value"], tone))
 
 
-def _forgets(m: dict[str, Any], suffix: str, left: pd.DataFrame) -> Sign:
+def _forgets(m: dict[str, Any], suffix: str, success: pd.DataFrame) -> VerdictCell:
     lost, end, now = (m.get(k + suffix) for k in ("forgetting", "edit_success", "edit_success_now"))
-    picture = spark(left["value"].to_numpy(float)) if len(left) else ""
+    picture = ("sparkline", success["value"].tolist()) if len(success) else ()
     if lost is None or end is None:
-        return Sign("none", "not asked", picture=picture)
+        return VerdictCell("none", "not asked", picture=picture)
     detail = f"{100 * now['value']:.0f} % → {100 * end['value']:.0f} % right" if now else f"{100 * end['value']:.0f} % right at the end"
     if now is not None and now["value"] < NOTABLE:
-        return Sign("none", "nothing to forget", detail, picture)
-    sure = lost["low"] is not None and lost["low"] > 0 and lost["value"] >= NOTABLE
-    tone = "bad" if sure and lost["value"] >= 0.25 else "some" if sure else "good"
-    word = f"forgets {100 * lost['value']:.0f} points" if sure else "holds"
-    return Sign(tone, word, detail, picture)
+        return VerdictCell("none", "nothing to forget", detail, picture)
+    tone = _tone_of_loss(lost)
+    return VerdictCell(tone, "holds" if tone == "good" else f"forgets {100 * lost['value']:.0f} points", detail, picture)
 
 
-def _breaks(m: dict[str, Any], s: Scene) -> Sign:
-    last, point, alarm = s.run.planned_step, m.get("collapse_step"), m.get("alarm_step")
+def _tone_of_loss(entry: dict[str, Any]) -> str:
+    """good, unless the interval excludes zero and the loss is notable: then some, or bad for a large one."""
+    if entry["low"] is None or entry["low"] <= 0 or entry["value"] < NOTABLE:
+        return "good"
+    return "bad" if entry["value"] >= LARGE else "some"
+
+
+def _breaks(m: dict[str, Any], context: FigureContext) -> VerdictCell:
+    last, point, alarm = context.run.planned_step, m.get("collapse_step"), m.get("alarm_step")
     at = [None if p is None else p["value"] / max(1, last) for p in (point, alarm)]
-    picture = timeline(at[0], at[1])
+    picture = ("timeline", *at)
     warned = f"alarm at step {alarm['value']:,.0f}" if alarm else ""
     if point is not None:
-        orders = f" in {point['orders']} of {len(s.runs)} orders" if "orders" in point else ""
-        return Sign("bad", f"broke in steps {point['low']:,.0f}–{point['high']:,.0f}{orders}", warned, picture)
+        orders = f" in {point['orders']} of {len(context.runs)} orders" if "orders" in point else ""
+        return VerdictCell("bad", f"broke in steps {point['low']:,.0f}–{point['high']:,.0f}{orders}", warned, picture)
     if alarm is not None:
-        return Sign("some", warned, f"not broken by step {last:,}", picture)
-    return Sign("good", "whole", f"to step {last:,}", picture)
+        return VerdictCell("some", warned, f"not broken by step {last:,}", picture)
+    return VerdictCell("good", "whole", f"to step {last:,}", picture)
 
 
-def _damage(m: dict[str, Any], suffix: str) -> Sign:
+def _damage(m: dict[str, Any], suffix: str) -> VerdictCell:
     drop, ratio = m.get("general_drop" + suffix), m.get("perplexity_ratio")
     hard = m.get("locality_hard" + suffix)
     detail = [f"perplexity × {show('perplexity_ratio', ratio['value'])}"] if ratio else []
     detail += [f"{100 * hard['value']:.0f} % of look-alikes kept"] if hard else []
     if drop is None:
-        return Sign("none", "not asked", ", ".join(detail))
-    sure = drop["low"] is not None and drop["low"] > 0 and drop["value"] >= NOTABLE
-    tone = "bad" if sure and drop["value"] >= 0.25 else "some" if sure else "good"
-    word = f"{100 * drop['value']:.0f} points of ability" if sure else "abilities intact"
-    return Sign(tone, word, ", ".join(detail), bar(max(0.0, drop["value"]), tone))
+        return VerdictCell("none", "not asked", ", ".join(detail))
+    tone = _tone_of_loss(drop)
+    word = "abilities intact" if tone == "good" else f"{100 * drop['value']:.0f} points of ability"
+    return VerdictCell(tone, word, ", ".join(detail), ("bar", drop["value"], tone))
 
 
-def _cost(m: dict[str, Any], dearest: float) -> Sign:
+def _cost(m: dict[str, Any], slowest: float) -> VerdictCell:
+    """Seconds of an edit, with a bar relative to the slowest editor."""
     seconds = m.get("seconds_per_edit")
     if seconds is None:
-        return Sign("none", "not measured")
+        return VerdictCell("none", "not measured")
     detail = [f"{show(k, m[k]['value'])} {words}" for k, words in (("state_bytes", "kept"), ("peak_bytes", "peak")) if k in m]
-    return Sign(
-        "none", f"{show('seconds_per_edit', seconds['value'])} an edit", ", ".join(detail), bar(seconds["value"] / (dearest or 1), "none")
-    )
+    word = f"{show('seconds_per_edit', seconds['value'])} an edit"
+    return VerdictCell("none", word, ", ".join(detail), ("bar", seconds["value"] / (slowest or 1), "none"))
 
 
-def bar(share: float, tone: str) -> str:
-    """A horizontal bar of a share."""
-    wide = round(WIDE * min(1.0, max(0.0, share)), 1)
-    return _svg(f'<rect class="track" width="{WIDE}" height="8" y="6"/><rect class="{tone}" width="{wide}" height="8" y="6"/>', 20)
+def headline(metrics: dict[str, Any], mode: ScoringMode) -> str:
+    """One sentence on success, generality and locality, damage and collapse, without the parts that were not measured."""
+    suffix = mode.suffix
+    parts = [_success_words(metrics, suffix), _generality_words(metrics, suffix), _damage_words(metrics, suffix), _collapse_words(metrics)]
+    sentence = "; ".join(p for p in parts if p)
+    return f"{sentence[0].upper()}{sentence[1:]} (by {mode.title})." if sentence else "Nothing was measured."
 
 
-def spark(values: np.ndarray) -> str:
-    """A line of shares over equal times, from 0 (bottom) to 1 (top), with its last point marked."""
-    x = np.linspace(4, WIDE - 6, len(values)) if len(values) > 1 else np.array([WIDE - 6.0])
-    y = 4 + (HIGH - 8) * (1 - np.clip(values, 0, 1))
-    line = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y))
-    frame = f'<path class="track" d="M0 4H{WIDE}M0 {HIGH - 4}H{WIDE}"/>'
-    return _svg(f'{frame}<polyline points="{line}"/><circle cx="{x[-1]:.1f}" cy="{y[-1]:.1f}" r="3"/>', HIGH)
+def worst_forgotten(run: Run, editor: EditorRun, mode: ScoringMode, most: int = 10) -> list[dict[str, Any]]:
+    """Live edits that score lower at the end than right after the edit, the largest loss first.
+
+    Equal losses are ordered by log-probability per token of the answer at the end, the least likely first.
+    """
+    both, score = _both_times(editor), mode.column
+    both["loss"] = both[f"{score}_then"] - both[score]
+    both["likely"] = both["logprob"] / both["n_tokens"]
+    lost = both[both["loss"] > 0].sort_values(["loss", "likely", "edit"], ascending=[False, True, True]).head(most)
+    answers = _answers(run, editor, lost) if len(lost) else {}
+    return [_fact(run, row, answers) for row in lost.itertuples()]
 
 
-def timeline(broke: float | None, alarm: float | None) -> str:
-    """The stream from left to right: whole, then broken (hatched by its height); the alarm is a tick."""
-    at = WIDE if broke is None else round(WIDE * broke, 1)
-    parts = f'<rect class="good" width="{at}" height="6" y="7"/>'
-    parts += "" if broke is None else f'<rect class="bad" x="{at}" width="{max(3.0, WIDE - at):.1f}" height="14" y="3"/>'
-    parts += "" if alarm is None else f'<path class="tick" d="M{WIDE * alarm:.1f} 0V20"/>'
-    return _svg(parts, 20)
+def count_forgotten(editor: EditorRun, mode: ScoringMode) -> tuple[int, int]:
+    """(edits that were right right after the edit and are not at the end, edits with scores at both times)."""
+    both = _both_times(editor)
+    then, end = both[f"{mode.column}_then"], both[mode.column]
+    return int(((then == 1) & (end < 1)).sum()), int((then.notna() & end.notna()).sum())
 
 
-def _svg(inside: str, height: int) -> Markup:
-    return Markup(f'<svg viewBox="0 0 {WIDE} {height}" width="{WIDE}" height="{height}" aria-hidden="true">{inside}</svg>')
+def _both_times(editor: EditorRun) -> pd.DataFrame:
+    """Answers about live edits at the end, with those right after the edit in columns that end in "_then"."""
+    return at_end(editor.records, "edit").merge(right_after(editor.records), on="edit", suffixes=("", "_then"))
+
+
+def _success_words(m: dict[str, Any], suffix: str) -> str:
+    end, now = m.get("edit_success" + suffix), m.get("edit_success_now" + suffix)
+    if end is None:
+        return f"{_percent(now)} of edits are right just after they are made" if now else ""
+    ends = f" ({100 * end['low']:.0f} to {_percent(end, 'high')})" if end["low"] is not None else ""
+    then = f", {_percent(now)} were just after the edit" if now else ""
+    return f"{_percent(end)}{ends} of {end['n']:,} live edits are right in the end{then}"
+
+
+def _generality_words(m: dict[str, Any], suffix: str) -> str:
+    named = {
+        "text_generality": "of rephrased questions right",
+        "image_generality": "with other pictures",
+        "locality_hard": "of look-alikes left as they were",
+    }
+    return ", ".join(f"{_percent(m[k + suffix])} {words}" for k, words in named.items() if k + suffix in m)
+
+
+def _damage_words(m: dict[str, Any], suffix: str) -> str:
+    parts = []
+    if drop := m.get("general_drop" + suffix):
+        sure = drop["low"] is not None and (drop["low"] > 0 or drop["high"] < 0)
+        change = show("general_drop", -drop["value"])
+        changed = f"{change} points{'' if sure else ' (within error)'}"
+        parts.append(f"general ability {'unchanged' if change == '0.0' else changed}")
+    if ratio := m.get("perplexity_ratio"):
+        text = show("perplexity_ratio", ratio["value"])
+        parts.append("perplexity unchanged" if text == "1.000" else f"perplexity × {text}")
+    return ", ".join(parts)
+
+
+def _collapse_words(m: dict[str, Any]) -> str:
+    point = m.get("collapse_step")
+    return f"the model broke down by step {point['value']:,.0f}" if point else ""
+
+
+def _percent(entry: dict[str, Any], key: str = "value") -> str:
+    return f"{100 * entry[key]:.0f} %"
+
+
+def _answers(run: Run, editor: EditorRun, lost: pd.DataFrame) -> dict[tuple[str, int], str]:
+    """(question id, step) to the generated text."""
+    ids = run.questions["question_id"].to_numpy()
+    question_ids = np.unique(np.concatenate([ids[lost["question"]], ids[lost["question_then"]]]))
+    steps = np.unique(np.concatenate([lost["step"], lost["step_then"]]))
+    rows: list[Any] = list(texts(editor, question_ids.tolist(), steps.tolist()).itertuples())
+    return {(r.question_id, int(r.probe_step)): str(r.generated) for r in rows if pd.notna(r.generated)}
+
+
+def _fact(run: Run, row: Any, answers: dict[tuple[str, int], str]) -> dict[str, Any]:
+    event, ids = run.events.iloc[row.edit], run.questions["question_id"].to_numpy()
+    return {
+        "prompt": event["prompt"],
+        "image": event["image"] if pd.notna(event["image"]) else None,
+        "target": event["target"],
+        "then": answers.get((ids[row.question_then], int(row.step_then)), "–"),
+        "now": answers.get((ids[row.question], int(row.step)), "–"),
+        "age": int(row.age),
+    }

@@ -1,124 +1,313 @@
-"""One editor on one model: edits a second beside its plain path, where the seconds go, what a probe costs, what is kept."""
+"""Speed and memory of an editor on a model: the tables `editors`, `paths` and `flops`.
+
+Seconds are CPU seconds on a CPU, so that other processes do not count, and wall time on a GPU, unless a field says otherwise.
+The reference implementation (`testbed.bench.reference`) is the method's own code with the whole model at every step, one edit
+at a time, and nothing kept on the model between edits but the second moments of the corpus.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
+import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from streams.base import Stream
-from testbed.bench.paths import clock_of, run_steps
-from testbed.core.events import Ask, EditBatch, EditEvent
+from testbed.bench.common import BenchConfig, Make, Rows, Stages, apply_edits, each_editor, questions_about, seconds_of, sum_stages
+from testbed.bench.reference import recorded_losses, whole_model
+from testbed.core.events import EditEvent
 from testbed.core.schema import EditReport
-from testbed.core.timing import NOTE_PREFIX
-from testbed.editors.base import Editor
+from testbed.core.timing import collect_seconds, running_section
 from testbed.experiment.loop import peak_bytes
 from testbed.model.handle import ModelHandle
-from testbed.model.predictor import Predictor
 from testbed.model.progress import bars
 
 
 @dataclass(frozen=True)
-class Line:
-    """One editor on one model. Seconds are CPU seconds on a CPU, in which neighbours do not count, else wall
-    time to the end of all work; `edit_seconds` is wall time everywhere."""
+class EditorSpeed:
+    """One editor on one model."""
 
     model: str
     editor: str
     edits: int
     batch: int
-    """Edits made at once; the plain path makes one."""
+    """Edits in one batch, at most as many as the editor takes."""
     failed: int
     edits_per_second: float
-    plain_per_second: float | None
-    """The same method's plain path; absent where it was left out."""
+    reference_per_second: float | None
+    """The same of the reference implementation; absent where it was left out."""
     prepare_seconds: float
     """Once, before the first edit."""
     edit_seconds: str
-    """Seconds of all edits by stage; what no stage names is left out."""
+    """Wall seconds of all edits by stage."""
     probe_seconds_per_thousand: float
-    """A thousand questions scored and generated, after the edits, prompts already tokenised once."""
+    """Scoring and generating the answers to a thousand questions after the edits, with their prompts tokenised before."""
     probe_seconds_per_thousand_first: float
-    """The same with nothing cached: tokenising, decoding and seeing each picture for the first time."""
+    """The same with empty caches, so that prompts are tokenised and pictures decoded and encoded."""
     state_bytes_per_edit: float
     peak_bytes: int
-    """Largest memory so far: of the process on a CPU, of this line on a GPU."""
+    """Largest memory so far: of the process on a CPU, of this row on a GPU."""
 
     @property
     def ratio(self) -> float | None:
-        return self.edits_per_second / self.plain_per_second if self.plain_per_second else None
+        return self.edits_per_second / self.reference_per_second if self.reference_per_second else None
+
+
+def editor_rows(config: BenchConfig) -> Rows:
+    """Every editor on every model."""
+    return each_editor(config, lambda handle, stream, make: [measure_editor(handle, stream, make, config)])
+
+
+def measure_editor(handle: ModelHandle, stream: Stream, make: Make, config: BenchConfig) -> EditorSpeed:
+    """Measure one editor on the stream's first events."""
+    if handle.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(handle.device)
+    events, editor = stream.events(config.edits), make()
+    batch = min(config.batch or 1, editor.traits.max_batch or config.batch or 1)
+    prepared = seconds_of(handle, lambda: editor.prepare(handle, stream.train_pool()))
+    reports: list[EditReport] = []
+
+    def edit() -> None:
+        with bars() as progress:
+            for step, at in enumerate(range(0, len(events), batch), 1):
+                reports.append(apply_edits(editor, stream, events[at : at + batch], step))
+                progress.advance(editor.name, min(at + batch, len(events)), len(events))
+
+    seconds = seconds_of(handle, edit)
+    handle.cache.clear()
+    asks, answers = questions_about(handle, stream, events, config.questions)
+    first_probe, probe = (seconds_of(handle, partial(editor.predictor().respond, asks, answers, 16)) for _ in range(2))
+    per_thousand = 1000 / max(1, len(asks))
+    peak, singles = peak_bytes(handle.device), [[e] for e in events[: config.plain]]
+    reference = apply_steps(handle, stream, make(), singles, reference=True) if singles else None
+    return EditorSpeed(
+        model=handle.name,
+        editor=editor.name,
+        edits=len(events),
+        batch=batch,
+        failed=sum(len(r.failed) for r in reports),
+        edits_per_second=len(events) / seconds,
+        reference_per_second=len(singles) / sum(reference.seconds) if reference else None,
+        prepare_seconds=prepared,
+        edit_seconds=", ".join(f"{stage} {s:.2f}" for stage, s in sum_stages(reports).items()) or f"{seconds:.2f}",
+        probe_seconds_per_thousand=per_thousand * probe,
+        probe_seconds_per_thousand_first=per_thousand * first_probe,
+        state_bytes_per_edit=(reports[-1].state_bytes if reports else 0) / max(1, len(events)),
+        peak_bytes=peak,
+    )
 
 
 @dataclass(frozen=True)
-class Amount:
-    """How much is measured: edits made, edits on the plain path (0 leaves it out), questions asked; edits made at once."""
+class AppliedSteps:
+    """Seconds of each step, the losses (B,) of its training steps, and the number of failed edits of all steps."""
 
-    edits: int
-    plain: int
-    questions: int
-    batch: int = 1
+    sizes: list[int]
+    seconds: list[float]
+    losses: list[list[Tensor]]
+    failed: int
+
+    @property
+    def edits_per_second(self) -> float:
+        """Without the first step (where there are more), which checks the model's layout and computes second moments."""
+        first = min(1, len(self.sizes) - 1)
+        return sum(self.sizes[first:]) / sum(self.seconds[first:])
 
 
-def line(handle: ModelHandle, stream: Stream, make: Callable[[], Editor], amount: Amount) -> Line:
-    """Measure one editor on the stream's first events; one that takes fewer at once than asked gets as many as it takes."""
-    if handle.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(handle.device)
-    events = stream.events(amount.edits)
-    editor = make()
-    batch = min(amount.batch, editor.traits.max_batch or amount.batch)
-    prepared = seconds_of(handle, lambda: editor.prepare(handle, stream.train_pool()))
-    stages, failed, report = Counter[str](), 0, None
-    clock = clock_of(handle)
-    start = clock()
-    with bars() as progress:
-        for step, at in enumerate(range(0, len(events), batch), 1):
-            some = events[at : at + batch]
-            report = editor.apply(EditBatch(tuple(some), step, {e.id: stream.paraphrases(e) for e in some}))
-            stages.update(stages_of(report))
-            failed += len(report.failed)
-            progress.advance(editor.name, at + len(some), len(events))
-    _wait(handle)
-    seconds = clock() - start
+def apply_steps(
+    handle: ModelHandle, stream: Stream, editor: Any, steps: Sequence[Sequence[EditEvent]], reference: bool = False
+) -> AppliedSteps:
+    """Make the edits of each step in one batch, with the reference implementation or as the run does."""
+    editor.prepare(handle, stream.train_pool())
     handle.cache.clear()
-    first, again = (_per_thousand(handle, editor.predictor(), *asked(handle, stream, events, amount.questions)) for _ in range(2))
-    state, peak = (report.state_bytes if report else 0) / max(1, len(events)), peak_bytes(handle.device)
-    plain = _plainly(handle, stream, make, events[: amount.plain])
-    told = ", ".join(f"{k} {v:.2f}" for k, v in stages.items()) or f"{seconds:.2f}"
-    rate = len(events) / seconds
-    return Line(handle.name, editor.name, len(events), batch, failed, rate, plain, prepared, told, again, first, state, peak)
+    seconds, losses, failed = [], [], 0
+    for n, events in enumerate(steps, 1):
+        if reference:
+            moments = {k: v for k, v in handle.cache.items() if k == "second moments"}
+            handle.cache.clear()
+            handle.cache.update(moments)
+        reports: list[EditReport] = []
+        with whole_model(handle) if reference else nullcontext(), recorded_losses() as seen:
+            seconds.append(seconds_of(handle, lambda n=n, e=events, r=reports: r.append(apply_edits(editor, stream, e, n))))
+        losses.append(list(seen))
+        failed += len(reports[0].failed)
+    return AppliedSteps([len(s) for s in steps], seconds, losses, failed)
 
 
-def _plainly(handle: ModelHandle, stream: Stream, make: Callable[[], Editor], events: Sequence[EditEvent]) -> float | None:
-    return run_steps(handle, stream, make(), [[e] for e in events], whole=True)[0] if events else None
+@dataclass(frozen=True)
+class MethodSpeed:
+    """One method beside its reference implementation on the same first edits, in edits a second."""
+
+    model: str
+    editor: str
+    failed: int
+    reference_per_second: float
+    single_per_second: float
+    """One edit at a time."""
+    batch_per_second: float | None
+    """`batch` edits at once; absent where the method takes fewer."""
+    batch: int
+    loss_difference: float | None
+    """Largest difference of a training loss between the reference implementation and single edits; absent without losses."""
+    batch_loss_difference: float | None
+    """The same for batches; absent where the edits of a batch are trained jointly."""
+
+    @property
+    def ratio(self) -> float:
+        return self.single_per_second / self.reference_per_second
+
+    @property
+    def batch_ratio(self) -> float | None:
+        return self.batch_per_second / self.reference_per_second if self.batch_per_second else None
 
 
-def stages_of(report: EditReport) -> dict[str, float]:
-    """Seconds of a batch by stage."""
-    return {k.removeprefix(NOTE_PREFIX): v for k, v in report.notes.items() if k.startswith(NOTE_PREFIX)}
+def path_rows(config: BenchConfig) -> Rows:
+    """Every method on every model beside its reference implementation."""
+    edits, batch = min(4, config.edits), config.batch or 16
+    return each_editor(config, lambda handle, stream, make: [measure_paths(handle, stream, make, edits, batch)])
 
 
-def asked(handle: ModelHandle, stream: Stream, events: Sequence[EditEvent], n: int) -> tuple[list[Ask], list[str | None]]:
-    """Questions about the edits that the model can read, and their answers."""
-    found = [q for e in events for q in stream.questions(e) if (q.image is not None) == handle.reads_pictures][:n]
-    return [q.ask() for q in found], [q.answer for q in found]
+def measure_paths(handle: ModelHandle, stream: Stream, make: Make, edits: int = 4, batch: int = 16) -> MethodSpeed:
+    """Measure one method on the stream's first new facts: `edits` by the reference, 4 times as many singly, 2 batches."""
+    events, editor = [e for e in stream.events(8 * max(edits, batch)) if e.kind == "add"], make()
+    slow = apply_steps(handle, stream, make(), [[e] for e in events[:edits]], reference=True)
+    single = apply_steps(handle, stream, make(), [[e] for e in events[: 4 * edits]])
+    takes_batch = editor.traits.max_batch is None or editor.traits.max_batch >= batch
+    together = apply_steps(handle, stream, make(), [events[:batch], events[batch : 2 * batch]]) if takes_batch else None
+    separable = editor.traits.gated and editor.traits.undo  # an edit that can be undone alone was trained alone
+    return MethodSpeed(
+        model=handle.name,
+        editor=editor.name,
+        failed=slow.failed + single.failed + (together.failed if together else 0),
+        reference_per_second=slow.edits_per_second,
+        single_per_second=single.edits_per_second,
+        batch_per_second=together.edits_per_second if together else None,
+        batch=batch,
+        loss_difference=largest_difference(slow.losses, single.losses),
+        batch_loss_difference=largest_difference(slow.losses, _by_edit(together.losses, batch)) if together and separable else None,
+    )
 
 
-def _per_thousand(handle: ModelHandle, predictor: Predictor, asks: list[Ask], answers: list[str | None]) -> float:
-    return 1000 * seconds_of(handle, lambda: predictor.respond(asks, answers, 16)) / max(1, len(asks))
+def _by_edit(losses: list[list[Tensor]], batch: int) -> list[list[Tensor]]:
+    """Losses of batches, edit by edit."""
+    return [[x[i : i + 1] for x in seen] for seen in losses for i in range(batch) if seen and i < len(seen[0])]
 
 
-def seconds_of(handle: ModelHandle, work: Callable[[], object]) -> float:
-    """CPU seconds on a CPU, else wall time to the end of all work."""
-    clock = clock_of(handle)
-    start = clock()
-    work()
-    _wait(handle)
-    return clock() - start
+def largest_difference(one: list[list[Tensor]], other: list[list[Tensor]]) -> float | None:
+    """The largest difference of a loss over the edits and training steps that both have; None where there are none."""
+    pairs = [(a, b) for losses, also in zip(one, other) for a, b in zip(losses, also)]
+    return max((float((a.float() - b.float()).abs().max()) for a, b in pairs), default=None)
 
 
-def _wait(handle: ModelHandle) -> None:
-    """Until the GPU has done what it was given."""
-    if handle.device.type == "cuda":
-        torch.cuda.synchronize(handle.device)
+@dataclass(frozen=True)
+class StageFlops:
+    """Wall time and FLOPs of one stage of an edit or a question, after the first edit has filled the caches."""
+
+    model: str
+    editor: str
+    stage: str
+    """`edit` and `question` are the whole; `edit: train` is a stage, and `question: other` the time outside of named stages."""
+    seconds: float
+    """Wall seconds of one edit or question."""
+    gigaflops: float
+    """Billions of floating-point operations in matrix products, by torch's formulas; factorisations are not counted."""
+    share_of_peak: float
+    """gigaflops / seconds as a share of the rate of one large matrix product in the model's dtype on this device."""
+
+
+def flop_rows(config: BenchConfig) -> Rows:
+    """The stages of every editor on every model."""
+    return each_editor(config, lambda handle, stream, make: measure_flops(handle, stream, make, config))
+
+
+def measure_flops(handle: ModelHandle, stream: Stream, make: Make, config: BenchConfig) -> list[StageFlops]:
+    """Measure one editor twice, each time fresh and with empty caches: once timed, and once with FLOPs counted."""
+    first, *events = stream.events(config.edits + 1)
+    asks, answers = questions_about(handle, stream, events, config.questions)
+    peak, out = peak_rate(handle.device, handle.head.weight.dtype), []
+
+    def by_unit(measure: Callable[[Callable[[], Stages]], Stages]) -> dict[str, Stages]:
+        handle.cache.clear()
+        editor = make()
+        editor.prepare(handle, stream.train_pool())
+        apply_edits(editor, stream, [first], 1)
+        edit = measure(lambda: sum_stages(apply_edits(editor, stream, [e], step) for step, e in enumerate(events, 2)))
+        respond = partial(editor.predictor().respond, asks, answers, 16)
+        respond()
+        return {"edit": edit, "question": measure(lambda: _collected(respond))}
+
+    seconds, flops = by_unit(_timed), by_unit(_counted)
+    for unit, n in {"edit": len(events), "question": len(asks)}.items():
+        stages = {unit: (sum(seconds[unit].values()), sum(flops[unit].values()))}
+        stages |= {f"{unit}: {stage or 'other'}": (s, flops[unit].get(stage, 0)) for stage, s in seconds[unit].items()}
+        out += [StageFlops(handle.name, make().name, k, s / n, f / n / 1e9, f / s / peak) for k, (s, f) in stages.items() if n]
+    return out
+
+
+def _collected(work: Callable[[], object]) -> Stages:
+    with collect_seconds() as stages:
+        work()
+    return stages
+
+
+def _timed(work: Callable[[], Stages]) -> Stages:
+    """Wall seconds by stage; the time outside of stages is under ""."""
+    start = time.perf_counter()
+    stages = work()
+    return {**stages, "": time.perf_counter() - start - sum(stages.values())}
+
+
+def _counted(work: Callable[[], Stages]) -> Stages:
+    """FLOPs by stage; those outside of stages are under ""."""
+    with FlopCounter() as counter:
+        work()
+    return counter.flops
+
+
+class FlopCounter(TorchDispatchMode):
+    """Inside, counts the FLOPs of matrix products by section (`testbed.core.timing`); "" is outside of sections."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops: defaultdict[str, float] = defaultdict(float)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if formula := _FORMULAS.get(func._overloadpacket):
+            self.flops[running_section() or ""] += formula(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+@cache
+def peak_rate(device: torch.device, dtype: torch.dtype, tries: int = 6) -> float:
+    """FLOPs a second of one large matrix product, the best of several tries."""
+    n, seconds = 2048 if device.type == "cpu" else 8192, []
+    a = torch.ones(n, n, device=device, dtype=dtype)
+    for _ in range(tries):
+        start = time.perf_counter()
+        torch.mm(a, a)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * n**3 / min(seconds)
+
+
+_aten: Any = torch.ops.aten
+_FORMULAS: dict[Any, Callable[..., float]] = {
+    **flop_registry,
+    # absent from torch's table: attention on a CPU, and products in place
+    _aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q.shape, k.shape, v.shape),
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(
+        grad.shape, q.shape, k.shape, v.shape
+    ),
+    _aten.addmm_: lambda c, a, b, *_, **__: 2 * a.numel() * b.shape[-1],
+}
+if hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # the head's product in `testbed.model.answer_loss`
+    _FORMULAS[torch.ops.mkldnn._linear_pointwise] = lambda x, weight, *_, **__: 2 * x.numel() * weight.shape[0]

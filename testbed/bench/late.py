@@ -1,30 +1,36 @@
-"""What an edit and a question cost an editor late in a stream against early, in turn, so that a restless machine troubles both alike."""
+"""Cost of edits and questions late in a run against early: the tables `late` (measured again) and `long` (from the run's reports)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from statistics import median
 
-from testbed.bench.editors import seconds_of, stages_of
-from testbed.core.events import EditBatch
-from testbed.core.schema import EditReport
-from testbed.core.timing import collect_seconds
+from testbed.bench.common import BenchConfig, Rows, apply_edits, questions_about, seconds_of, stages_of
+from testbed.core.schema import EditReport, folder_name
+from testbed.core.timing import NOTE_PREFIX, collect_seconds
 from testbed.editors.base import Editor
 from testbed.experiment.rebuild import StoredRun, rebuild
-from testbed.storage.files import StoreError
+from testbed.storage.files import StoreError, read_json
 
-_TURNS = 3
-"""How often both are asked the same questions."""
+_REPETITIONS = 3
+"""Number of times that both states answer the same questions."""
+_WINDOW = 100
+"""Number of last edits over which `long` takes medians."""
+Milliseconds = dict[str, float]
+"""Milliseconds of one edit or question: the whole under "", and wall time by stage."""
 
 
 @dataclass(frozen=True)
-class Late:
-    """One editor after two numbers of edits: each makes the same next edits and answers the same questions.
+class LateCost:
+    """An editor's state after `early` edits and after `late`: both make the same next edits and answer the same questions.
 
-    Milliseconds are CPU time on a CPU, else wall time, of one edit or question; medians over steps, or over turns of questions.
+    Milliseconds of one edit or question, CPU time on a CPU and wall time on a GPU; medians over steps, or over repetitions of
+    the questions. The two states take turns, so that other work on the machine slows both alike.
     """
 
     editor: str
@@ -33,11 +39,11 @@ class Late:
     edit_early: float | None
     edit_late: float | None
     edit_stages: str
-    """Wall milliseconds of a late edit by stage, the dearest first, and how many times the early ones."""
+    """Wall milliseconds of a late edit by stage, the longest first, and the ratio to the early one."""
     question_early: float | None
     question_late: float | None
     question_stages: str
-    """The same of a question. Answers differ: one that is no longer given is generated to its own end, and scored in a pass of its own."""
+    """The same of a question. Answers differ: one that changed may be longer, and is scored in a pass of its own."""
 
     @property
     def edit_times(self) -> float | None:
@@ -48,71 +54,102 @@ class Late:
         return self.question_late / self.question_early if self.question_late and self.question_early else None
 
 
-def lates(run: Path, first: int, edits: int, questions: int) -> Iterator[Late]:
-    """A line an editor of a run folder, as it is after about `first` edits and after all.
+def late_rows(config: BenchConfig) -> Rows:
+    """The editors of the run folder, after about `--at` edits and at the end of the run.
 
-    Raises `StoreError` where the folder is no run, holds no state, or has no more than `first` edits.
+    Raises `StoreError` where the folder is no run, holds no state, or has no more than `--at` edits.
     """
-    stored = rebuild(run)
+    stored = rebuild(config.run or Path())
     made = list(accumulate(len(s.edits) for s in stored.run.schedule.steps))
-    step = next((n for n, m in enumerate(made, 1) if m >= first), len(made))
+    step = next((n for n, m in enumerate(made, 1) if m >= config.at), len(made))
     if step == len(made):
-        raise StoreError(f"{run} has {made[-1] if made else 0} edits, not more than {first}: choose a smaller --at, or a longer run")
+        edits = made[-1] if made else 0
+        raise StoreError(f"{config.run} has {edits} edits, not more than {config.at}: choose a smaller --at, or a longer run")
     for name in stored.run.config.editor:
         pair = stored.at(name, step), stored.newest(name)[1]
-        costs = _edit(stored, pair, edits)
-        asked = _ask(stored, pair, made[step - 1], questions)
-        yield Late(name, made[step - 1], made[-1], *_told(*costs), *_told(*asked))
+        edit = _medians(*_edit(stored, pair, config.edits))
+        yield [LateCost(name, made[step - 1], made[-1], *edit, *_medians(*_ask(stored, pair, made[step - 1], config.questions)))]
 
 
-Costs = list[tuple[float, dict[str, float]]]
-"""Of each step or turn, seconds of one edit or question, in all and by stage."""
-
-
-def _edit(stored: StoredRun, pair: tuple[Editor, Editor], edits: int) -> tuple[Costs, Costs]:
-    """The next edits of the stream, made by both in turn, and which of them goes first in turn too."""
-    plan = stored.run
-    out: tuple[Costs, Costs] = [], []
-    size, events = plan.config.batch, plan.stream.events(plan.config.edits + edits)[plan.config.edits :]
+def _edit(stored: StoredRun, pair: tuple[Editor, Editor], n: int) -> tuple[list[Milliseconds], list[Milliseconds]]:
+    """Both states make the next n edits of the stream in turn, and take turns in going first."""
+    run, out = stored.run, ([], [])
+    size, events = run.config.batch, run.stream.events(run.config.edits + n)[run.config.edits :]
     if not events:
-        raise StoreError(f"the stream has no edits beyond the {plan.config.edits} of the run: measure on a shorter one")
-    for n, at in enumerate(range(0, len(events), size)):
-        part = tuple(e for e in events[at : at + size] if e.kind != "retire")
-        batch = EditBatch(part, stored.n_steps + n + 1, {e.id: plan.stream.paraphrases(e) for e in part})
-        for i in (0, 1) if n % 2 else (1, 0):
+        raise StoreError(f"the stream has no edits beyond the {run.config.edits} of the run: measure on a shorter one")
+    for turn, at in enumerate(range(0, len(events), size)):
+        part = [e for e in events[at : at + size] if e.kind != "retire"]
+        for i in (0, 1) if turn % 2 else (1, 0):
             reports: list[EditReport] = []
-            spent = seconds_of(plan.handle, lambda i=i, b=batch, got=reports: got.append(pair[i].apply(b)))
-            out[i].append(_each(spent, stages_of(reports[0]), len(part)))
+            edit = partial(apply_edits, pair[i], run.stream, part, stored.n_steps + turn + 1)
+            spent = seconds_of(run.handle, lambda r=reports, edit=edit: r.append(edit()))
+            out[i].append(_per_unit(spent, stages_of(reports[0]), len(part)))
     return out
 
 
-def _ask(stored: StoredRun, pair: tuple[Editor, Editor], upto: int, questions: int) -> tuple[Costs, Costs]:
-    """Questions about the edits that both have made, asked once before for what is found out once."""
-    plan = stored.run
-    events = plan.stream.events(plan.config.edits)[max(0, upto - questions) : upto]
-    found = [q for e in events for q in plan.stream.questions(e) if q.image is None or plan.handle.reads_pictures][:questions]
-    asks, answers = [q.ask() for q in found], [q.answer for q in found]
-    out: tuple[Costs, Costs] = [], []
-    for turn in range(_TURNS + 1 if found else 0):
+def _ask(stored: StoredRun, pair: tuple[Editor, Editor], upto: int, n: int) -> tuple[list[Milliseconds], list[Milliseconds]]:
+    """Both states answer n questions about edits that both have made in turn, after a first time that fills the caches."""
+    run, out = stored.run, ([], [])
+    events = run.stream.events(run.config.edits)[max(0, upto - n) : upto]
+    asks, answers = questions_about(run.handle, run.stream, events, n)
+    for repetition in range(_REPETITIONS + 1 if asks else 0):
         for editor, costs in zip(pair, out):
-            predictor = editor.predictor()
+            respond = partial(editor.predictor().respond, asks, answers, run.config.max_new_tokens)
             with collect_seconds() as stages:
-                spent = seconds_of(plan.handle, lambda p=predictor: p.respond(asks, answers, plan.config.max_new_tokens))
-            costs.extend([_each(spent, stages, len(asks))] if turn else [])
+                spent = seconds_of(run.handle, respond)
+            costs.extend([_per_unit(spent, stages, len(asks))] if repetition else [])
     return out
 
 
-def _each(seconds: float, stages: Mapping[str, float], n: int) -> tuple[float, dict[str, float]]:
-    return seconds / max(1, n), {k: v / max(1, n) for k, v in stages.items()}
+def _per_unit(seconds: float, stages: Mapping[str, float], n: int) -> Milliseconds:
+    return {k: 1000 * v / max(1, n) for k, v in {"": seconds, **stages}.items()}
 
 
-def _told(early: Costs, late: Costs) -> tuple[float | None, float | None, str]:
-    """Milliseconds early and late, medians, and the late ones by stage."""
-    one, other = (1000 * median(seconds for seconds, _ in x) if x else None for x in (early, late))
-    return one, other, _stages(early, late)
+def _medians(early: Sequence[Milliseconds], late: Sequence[Milliseconds]) -> tuple[float | None, float | None, str]:
+    """(early, late, late by stage with the ratio to early)."""
+    if not early or not late:
+        return None, None, ""
+    one, other = _median(early), _median(late)
+    named = sorted((k for k in other if k and one.get(k)), key=lambda k: -other[k])
+    return one[""], other[""], ", ".join(f"{k} {other[k]:.1f} ({other[k] / one[k]:.2f} times)" for k in named)
 
 
-def _stages(early: Costs, late: Costs) -> str:
-    names = dict.fromkeys(k for _, stages in late for k in stages)
-    one, other = ({k: 1000 * median(s.get(k, 0.0) for _, s in x) for k in names} for x in (early, late))
-    return ", ".join(f"{k} {other[k]:.1f} ({other[k] / one[k]:.2f} times)" for k in sorted(names, key=lambda k: -other[k]) if one[k])
+def _median(costs: Sequence[Milliseconds]) -> Milliseconds:
+    return {k: median(c.get(k, 0.0) for c in costs) for k in dict.fromkeys(k for c in costs for k in c)}
+
+
+@dataclass(frozen=True)
+class RunCost:
+    """An editor after a tenth of its edits, or at its end, by the reports of its run: medians over the last 100 edits."""
+
+    editor: str
+    edits: int
+    milliseconds: float
+    """Wall time of an edit."""
+    times_first: float
+    """The ratio to the editor's first row."""
+    stages: str
+    """Wall milliseconds of an edit by stage, the longest first."""
+    state_bytes: int
+    peak_bytes: int
+
+
+def long_rows(config: BenchConfig) -> Rows:
+    """The editors of the run folder that have made an edit. Raises `StoreError` for a folder that is no run."""
+    run = config.run or Path()
+    for name in read_json(run / "manifest.json")["editors"]:
+        yield _run_costs(run / folder_name(name), name)
+
+
+def _run_costs(folder: Path, name: str) -> list[RunCost]:
+    path, out = folder / "edits.jsonl", []
+    reports = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    made = list(accumulate(len(r["event_ids"]) for r in reports))
+    for edits in dict.fromkeys((max(1, made[-1] // 10), made[-1])) if made else ():
+        near = [r for r, n in zip(reports, made) if edits - _WINDOW < n <= edits] or reports[:1]
+        stages = [{k.removeprefix(NOTE_PREFIX): v for k, v in r["notes"].items() if k.startswith(NOTE_PREFIX)} for r in near]
+        cost = _median([_per_unit(r["seconds"], s, len(r["event_ids"])) for r, s in zip(near, stages)])
+        shown = ", ".join(f"{k} {cost[k]:.1f}" for k in sorted(filter(None, cost), key=lambda k: -cost[k]))
+        first = out[0].milliseconds if out else cost[""]
+        out.append(RunCost(name, edits, cost[""], cost[""] / first, shown, near[-1]["state_bytes"], near[-1]["peak_bytes"]))
+    return out

@@ -1,7 +1,7 @@
-"""Models to measure on: loaded ones, and random weights in the shapes of published models, whose time and memory are the same.
+"""Models to measure on: loaded ones, and random weights in the shapes of published models, which take the same time and memory.
 
-A shape has the layers, widths and vocabulary of its model; its tokenizer is the tiny model's, so prompts are a few
-tokens longer or shorter than with its own.
+A shape has the layers, widths and vocabulary of its model. Its tokenizer is the tiny model's, so prompts are a few tokens
+longer or shorter than with the model's own.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from testbed.model import families, loading
 from testbed.model.handle import ModelHandle
 
 _HEADROOM = 1.25
-"""Times the weights that a shape is given: activations, the head's logits, one editor's state."""
+"""Free memory that a shape needs, as a multiple of its weights, for activations, the head's logits and an editor's state."""
 
 
-class NoRoom(RuntimeError):
-    """A model that memory has no room for, with both numbers."""
+class ModelTooLarge(RuntimeError):
+    """A model that does not fit into memory; the message gives its size and the free memory."""
 
 
 @dataclass(frozen=True)
-class Shape:
-    """config: of the tiny model's handle, for the ids of its tokens. processor: of the same, where the shape reads pictures."""
+class ModelShape:
+    """Functions that make the config and, for a model with images, the processor, of the tiny model's handle (for its token ids)."""
 
     config: Callable[[ModelHandle], Any]
     processor: Callable[[ModelHandle], Any] | None = None
@@ -41,9 +41,9 @@ def _gpt2(like: ModelHandle, **size: Any) -> Any:
 def _llama3(like: ModelHandle) -> Any:
     from transformers import LlamaConfig
 
-    size: Any = {"vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32}
-    heads: Any = {"num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192}
-    return LlamaConfig(**size, **heads)
+    # the other sizes are the defaults of LlamaConfig
+    sizes: Any = {"vocab_size": 128_256, "intermediate_size": 14_336, "num_key_value_heads": 8, "max_position_embeddings": 8192}
+    return LlamaConfig(**sizes)
 
 
 def _llava(like: ModelHandle) -> Any:
@@ -80,33 +80,33 @@ def _blip2_processor(like: ModelHandle) -> Any:
     from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
     processor = Blip2Processor(BlipImageProcessorPil(size={"height": 224, "width": 224}), like.tokenizer, num_query_tokens=32)
-    processor.image_token = AddedToken("<image>", normalized=False, special=True)  # of the tokenizer's own it took the text
+    processor.image_token = AddedToken("<image>", normalized=False, special=True)  # it took the text of the tokenizer's own
     return processor
 
 
-SHAPES: dict[str, Shape] = {
-    "random:gpt2-small": Shape(_gpt2),
-    "random:gpt2-xl": Shape(lambda like: _gpt2(like, n_embd=1600, n_layer=48, n_head=25)),
-    "random:llama-3-8b": Shape(_llama3),
-    "random:llava-1.5-7b": Shape(_llava, _llava_processor),
-    "random:blip-2-opt-2.7b": Shape(_blip2, _blip2_processor),
+SHAPES: dict[str, ModelShape] = {
+    "random:gpt2-small": ModelShape(_gpt2),
+    "random:gpt2-xl": ModelShape(lambda like: _gpt2(like, n_embd=1600, n_layer=48, n_head=25)),
+    "random:llama-3-8b": ModelShape(_llama3),
+    "random:llava-1.5-7b": ModelShape(_llava, _llava_processor),
+    "random:blip-2-opt-2.7b": ModelShape(_blip2, _blip2_processor),
 }
 
 
 def open_model(name: str, device: str = "auto", dtype: str = "auto") -> ModelHandle:
-    """A shape by name, else what `loading.load` makes of the name. Raises `NoRoom` for a shape that does not fit, and `BadModel`."""
+    """A shape by name, otherwise the model that `loading.load` finds. Raises `ModelTooLarge` for a shape, and `BadModel`."""
     return _random(name, device, dtype) if name in SHAPES else loading.load(name, device, dtype)
 
 
 def parameters(name: str) -> int:
-    """How many parameters a shape has; none is made."""
+    """The number of parameters of a shape, without allocating them."""
     shape = SHAPES[name]
     config = shape.config(loading.load("tiny", "cpu"))
     with torch.device("meta"):
         return sum(p.numel() for p in _class(shape).from_config(config).parameters())
 
 
-def _class(shape: Shape) -> Any:
+def _class(shape: ModelShape) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     return AutoModelForImageTextToText if shape.processor else AutoModelForCausalLM
@@ -115,31 +115,32 @@ def _class(shape: Shape) -> Any:
 def _random(name: str, device: str, dtype: str) -> ModelHandle:
     from transformers.initialization import no_init_weights
 
-    shape, like, place = SHAPES[name], loading.load("tiny", "cpu"), loading.pick_device(device)
-    config, kind = shape.config(like), loading.pick_dtype(dtype, place)
-    size, free = parameters(name) * kind.itemsize, _free(place)
+    shape, like, where = SHAPES[name], loading.load("tiny", "cpu"), loading.pick_device(device)
+    config, kind = shape.config(like), loading.pick_dtype(dtype, where)
+    size, free = parameters(name) * kind.itemsize, _free(where)
     if size * _HEADROOM > free:
-        raise NoRoom(f"{name} takes {size / 1e9:.1f} GB, and a quarter more to work in; {free / 1e9:.1f} GB are free on {place}")
-    with no_init_weights(), place:
+        raise ModelTooLarge(f"{name} takes {size / 1e9:.1f} GB, and a quarter more to work in; {free / 1e9:.1f} GB are free on {where}")
+    with no_init_weights(), where:
         model = _class(shape).from_config(config, dtype=kind)
     _fill(model)
     processor = shape.processor(like) if shape.processor else None
-    return ModelHandle(model, like.tokenizer, processor, name, families.family_of(config), place)
+    return ModelHandle(model, like.tokenizer, processor, name, families.family_of(config), where)
 
 
-def _free(place: torch.device) -> int:
-    """Bytes that are free where the model is to lie."""
-    return torch.cuda.mem_get_info(place)[0] if place.type == "cuda" else psutil.virtual_memory().available
+def _free(device: torch.device) -> int:
+    """Free bytes of memory of the device."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
 @torch.no_grad()
 def _fill(model: Any) -> None:
-    """Weights of the usual spread, one draw over and over (a draw for each of billions would take longer than the measurement)."""
+    """Fill weights with normal numbers of standard deviation 0.02. One draw of a million numbers is repeated, because drawing
+    billions would take longer than the measurement."""
     draw = 0.02 * torch.randn(1_000_003, generator=torch.Generator().manual_seed(0))
     for name, p in model.named_parameters():
         if p.ndim == 1:
             p.fill_(float(name.endswith("weight")))
             continue
-        some, flat = draw.to(p), p.view(-1)
-        for at in range(0, len(flat), len(some)):
-            flat[at : at + len(some)] = some[: len(flat) - at]
+        numbers, flat = draw.to(p), p.view(-1)
+        for at in range(0, len(flat), len(numbers)):
+            flat[at : at + len(numbers)] = numbers[: len(flat) - at]

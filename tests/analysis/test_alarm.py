@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from analysis.metrics.alarm import BETS, EVIDENCE, TOLERATED, alarm_step, detect, watch
+from analysis.metrics.alarm import BETS, EVIDENCE, TOLERATED, alarm_step, detect, run_alarm
 from analysis.reading.load import load_run
 from tests.helpers.fake_run import event, question, record, write_run
 
@@ -17,7 +17,7 @@ EDGE = 1 - TOLERATED
 
 
 def rung(rng: np.random.Generator, chances: np.ndarray) -> int | None:
-    return detect(np.arange(len(chances)), rng.binomial(ASKED, chances), np.full(len(chances), ASKED)).rang
+    return detect(np.arange(len(chances)), rng.binomial(ASKED, chances), np.full(len(chances), ASKED)).raised
 
 
 def share_rung(chance: float, runs: int = 400) -> float:
@@ -60,7 +60,7 @@ def test_a_loss_is_found_soon_and_a_larger_one_sooner(drop: float, most: float) 
 def test_the_alarm_says_after_which_checkpoint_the_loss_began() -> None:
     kept = np.array([64, 64, 64, 40, 30])
     found = detect(np.array([10, 20, 30, 40, 50]), kept, np.full(5, 64))
-    assert (found.rang, found.since) == (3, 2)
+    assert (found.raised, found.calm) == (3, 2)
 
 
 @pytest.mark.parametrize(("kept", "expected"), [((8, 8, 8), None), ((8, 0, 0), (2.0, 1.0))])
@@ -81,5 +81,5 @@ def test_a_run_with_a_fresh_panel_has_an_alarm(tmp_path: Path, kept: tuple, expe
 def test_without_a_fresh_panel_there_is_no_alarm(tmp_path: Path) -> None:
     row = record(question_id="e0-edit", edit_id="e0", token_hits=1, n_tokens=1)
     editor = load_run(write_run(tmp_path, [event(0, 1)], [question("e0-edit", "e0")], {"e": [row]})).editors["e"]
-    assert watch(editor) is None
+    assert run_alarm(editor) is None
     assert alarm_step(editor) == {}

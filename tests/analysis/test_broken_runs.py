@@ -1,4 +1,4 @@
-"""Single edits that break a model, signals of its inside, verdicts, and runs beside published numbers."""
+"""Hard edits, internal signals, verdicts, and published numbers beside a run."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.figures.catalogue import scene
-from analysis.metrics import hard, signals
-from analysis.metrics.catalogue import METRICS, metric_names, split_name
+from analysis.figures import state
+from analysis.figures.context import figure_context
+from analysis.metrics import collapse
+from analysis.metrics.catalogue import METRICS, metric_of
 from analysis.metrics.summary import summarise
 from analysis.reading.load import EditorRun, Run, load_run
 from analysis.reporting import published
@@ -44,14 +45,14 @@ def editor_of(run: Run) -> EditorRun:
     return run.editors["e"]
 
 
-def test_a_step_out_of_all_proportion_is_hard_and_named(tmp_path: Path) -> None:
+def test_a_step_many_times_larger_than_the_median_is_hard(tmp_path: Path) -> None:
     steps = [1.0] * EDITS
     steps[15] = 30.0
     run = run_of(tmp_path, np.sqrt(np.cumsum(np.square(steps))).tolist())
-    found = hard.find(run, editor_of(run))
-    assert found is not None
-    assert found["step"].tolist() == [16]
-    assert found["why"].tolist() == ["changed the weights 30 times as much as the median edit before"]
+    hard = collapse.find_hard_edits(run, editor_of(run))
+    assert hard is not None
+    assert hard["step"].tolist() == [16]
+    assert hard["why"].tolist() == ["changed the weights 30 times as much as the median edit before"]
     assert summarise(run, replicates=20)["editors"]["e"]["hard_edits"] == {"value": 1.0, "low": None, "high": None, "n": EDITS}
 
 
@@ -59,23 +60,23 @@ def test_even_steps_and_the_first_ones_are_not_hard(tmp_path: Path) -> None:
     steps = [1.0] * EDITS
     steps[3] = 30.0
     run = run_of(tmp_path, np.sqrt(np.cumsum(np.square(steps))).tolist())
-    found = hard.find(run, editor_of(run))
-    assert found is not None
-    assert found.empty
+    hard = collapse.find_hard_edits(run, editor_of(run))
+    assert hard is not None
+    assert hard.empty
 
 
-def test_the_only_step_between_whole_and_broken_is_hard(tmp_path: Path) -> None:
+def test_the_only_step_between_intact_and_collapsed_is_hard(tmp_path: Path) -> None:
     run = run_of(tmp_path, broken_at=13)
-    found = hard.find(run, editor_of(run))
-    assert found is not None
-    assert found["step"].tolist() == [13]
+    hard = collapse.find_hard_edits(run, editor_of(run))
+    assert hard is not None
+    assert hard["step"].tolist() == [13]
 
 
-def test_where_no_sign_can_be_looked_for_nothing_is_claimed(tmp_path: Path) -> None:
+def test_without_weights_and_collapse_there_are_no_hard_edits(tmp_path: Path) -> None:
     run = run_of(tmp_path)
-    assert hard.find(run, editor_of(run)) is None
+    assert collapse.find_hard_edits(run, editor_of(run)) is None
     assert "hard_edits" not in summarise(run, replicates=20)["editors"]["e"]
-    assert hard.stream_of(run, editor_of(run)) == ""
+    assert collapse.hard_edits_as_jsonl(run, editor_of(run)) == ""
 
 
 def test_hard_edits_are_a_stream_that_the_testbed_reads(tmp_path: Path) -> None:
@@ -84,7 +85,7 @@ def test_hard_edits_are_a_stream_that_the_testbed_reads(tmp_path: Path) -> None:
 
     run = run_of(tmp_path / "run", broken_at=13)
     path = tmp_path / "hard.jsonl"
-    path.write_text(hard.stream_of(run, editor_of(run)))
+    path.write_text(collapse.hard_edits_as_jsonl(run, editor_of(run)))
     row = json.loads(path.read_text())
     assert (row["edit_id"], row["step"], row["editor"]) == ("e12", 13, "e")
     stream = STREAMS.get(f"jsonl:{path}")(StreamConfig())
@@ -98,24 +99,24 @@ def test_signals_come_from_monitors_and_reports_and_drop_what_is_not_finite(tmp_
     folder.mkdir()
     table = pd.DataFrame({"step": [4, 8, 8], "name": ["own", "entropy", "kl_base"], "value": [1.0, 2.0, np.nan]})
     table.to_parquet(folder / "step-000004.parquet")
-    found = signals.signals(run, editor_of(run))
-    assert list(dict.fromkeys(found["name"])) == ["delta_norm", "entropy", "own"]
-    assert found.loc[found["name"] == "entropy", ["x", "value"]].to_numpy().tolist() == [[8.0, 2.0]]
-    assert signals.signals(run_of(tmp_path / "none"), load_run(tmp_path / "none").editors["e"]).empty
+    rows = state.signals(run, editor_of(run))
+    assert list(dict.fromkeys(rows["name"])) == ["delta_norm", "entropy", "own"]
+    assert rows.loc[rows["name"] == "entropy", ["x", "value"]].to_numpy().tolist() == [[8.0, 2.0]]
+    assert state.signals(run_of(tmp_path / "none"), load_run(tmp_path / "none").editors["e"]).empty
 
 
-def test_long_signals_are_thinned_to_medians_of_stretches() -> None:
+def test_long_signals_are_downsampled_to_medians_of_stretches() -> None:
     long = pd.DataFrame({"x": np.arange(2000.0), "value": np.arange(2000.0) % 10})
-    thin = signals.thinned(long)
-    assert len(thin) == signals.MOST_POINTS
-    assert thin["x"].iloc[-1] == 1999
-    assert set(thin["value"]) == {4.5}
-    assert signals.thinned(long[:50]).equals(long[:50])
+    short = state.downsampled(long)
+    assert len(short) == state.MOST_POINTS
+    assert short["x"].iloc[-1] == 1999
+    assert set(short["value"]) == {4.5}
+    assert state.downsampled(long[:50]).equals(long[:50])
 
 
 def test_a_verdict_says_whether_and_when_an_editor_breaks(tmp_path: Path) -> None:
     whole, broken = run_of(tmp_path / "a"), run_of(tmp_path / "b", broken_at=13)
-    signs = [verdicts(scene(r, summarise(r, replicates=20), replicates=20))["e"] for r in (whole, broken)]
+    signs = [verdicts(figure_context(r, summarise(r, replicates=20), replicates=20))["e"] for r in (whole, broken)]
     assert [s["Breaks"].tone for s in signs] == ["good", "bad"]
     assert signs[1]["Breaks"].word == "broke in steps 12–13"
     assert signs[0]["Forgets"].word == "holds"
@@ -125,8 +126,8 @@ def test_a_verdict_says_whether_and_when_an_editor_breaks(tmp_path: Path) -> Non
 
 def test_published_numbers_are_of_known_metrics_with_their_source() -> None:
     for source in published.sources():
-        assert set(source["metrics"]) <= set(metric_names()), source["paper"]
-        assert all(METRICS[split_name(m)[0]].unit == "share" for m in source["metrics"])
+        assert all(m in METRICS or metric_of(m).modes for m in source["metrics"]), source["paper"]
+        assert all(metric_of(m).unit == "share" for m in source["metrics"])
         assert all(len(numbers) == len(source["metrics"]) for numbers in source["rows"].values()), source["paper"]
         assert all(n is None or 0 <= n <= 100 for numbers in source["rows"].values() for n in numbers)
         assert source["order"] in ("sequential", "single")

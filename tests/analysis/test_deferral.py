@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from analysis.metrics.deferral import decisions, deferral
+from analysis.metrics.from_extras import deferral, gate_decisions
 from analysis.reading.load import EditorRun
 
 ROWS = [
@@ -37,7 +37,7 @@ def test_precision_and_recall_by_hand() -> None:
     assert found["deferral_recall"] == {"value": pytest.approx((1 + 4) / (3 + 1 + 4)), "low": None, "high": None, "n": 3}
 
 
-def test_what_is_not_defined_is_absent() -> None:
+def test_an_undefined_metric_is_absent() -> None:
     assert deferral(frame([])) == {}
     assert deferral(frame([(1, "edit", True, 1.0)])) == {}
     assert set(deferral(frame([(1, "general", True, 1.0)]))) == {"deferral_recall"}
@@ -49,17 +49,17 @@ def test_an_editor_that_defers_exactly_what_it_should_scores_one() -> None:
 
 
 def test_decisions_are_read_from_extras_but_for_those_right_after_an_edit_or_before_it(tmp_path: Path) -> None:
-    told: list[dict[str, Any]] = [{"entry": None, "distance": 4}, {"entry": "abc"}, {}, {"entry": "abc"}, {"entry": None}]
+    extras: list[dict[str, Any]] = [{"entry": None, "distance": 4}, {"entry": "abc"}, {}, {"entry": "abc"}, {"entry": None}]
     table = {
         "probe_step": [3, 3, 3, 3, 3],
         "edit_step": [1, 3, None, 3, 4],
         "probe": ["locality", "retention", "general", "right_after", "coming"],
         "split": ["locality_far", "edit", "general", "edit", "edit"],
         "incl_prob": [0.5, 1.0, 1.0, 1.0, 1.0],
-        "extras": [json.dumps(x) for x in told],
+        "extras": [json.dumps(x) for x in extras],
     }
     (tmp_path / "records").mkdir()
     pq.write_table(pa.table(table), tmp_path / "records" / "step-000003.parquet")
     empty = pd.DataFrame()
-    rows = decisions(EditorRun("some", tmp_path, empty, empty, empty))
+    rows = gate_decisions(EditorRun("some", tmp_path, empty, empty, empty))
     assert rows.to_dict("list") == {"step": [3, 3], "split": ["locality_far", "edit"], "fired": [False, True], "weight": [2.0, 1.0]}

@@ -1,4 +1,4 @@
-"""What answers hold beside their scores, by key: nothing else is read, and no file that cannot hold it."""
+"""Reading `extras` of answers by key, without the rows and files that lack it."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from analysis.reading.extras import answers_with
-from analysis.reading.records import BadRun, part_files
+from analysis.reading.records import BadRun, answers_with, part_files
 
 
-def write(folder: Path, name: int, steps: list[int], told: list[Any], **options: Any) -> None:
+def write(folder: Path, name: int, steps: list[int], extras: list[Any], **options: Any) -> None:
     (folder / "records").mkdir(parents=True, exist_ok=True)
     ids = [f"{name}-{i}" for i in range(len(steps))]
-    shown = [None if x is None else json.dumps(x) for x in told]
+    shown = [None if x is None else json.dumps(x) for x in extras]
     table = pa.table({"question_id": ids, "probe_step": steps, "extras": pa.array(shown, pa.string())})
     pq.write_table(table, folder / "records" / f"step-{name:06d}.parquet", **options)
 
@@ -33,8 +32,8 @@ def folder(tmp_path: Path) -> Path:
 def test_answers_that_have_the_key_are_found_in_every_file(folder: Path) -> None:
     found = answers_with(folder, "entry", ("question_id",))
     assert found["question_id"].tolist() == ["2-1", "2-2", "4-0", "4-2"]
-    told = [json.loads(x) for x in found["extras"]]
-    assert told == [{"entry": None}, {"first_ids": [1], "entry": "a"}, {"entry": "b"}, {"entry": "c"}]
+    extras = [json.loads(x) for x in found["extras"]]
+    assert extras == [{"entry": None}, {"first_ids": [1], "entry": "a"}, {"entry": "b"}, {"entry": "c"}]
 
 
 def test_only_the_steps_asked_for(folder: Path) -> None:

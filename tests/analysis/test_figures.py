@@ -1,4 +1,4 @@
-"""Figures by their structure: panels, axes, series, names, and what they say of an editor."""
+"""Figures by their structure: panels, axes, series, labels."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 
-from analysis.figures import catalogue as plots
-from analysis.figures import style
+from analysis.figures import catalogue, style
+from analysis.figures.context import figure_context
 from analysis.figures.points import pareto
-from analysis.metrics.catalogue import folded
+from analysis.metrics.catalogue import wrapped
 from analysis.metrics.summary import summarise
-from analysis.reading.load import BadRun, Run, load_run
+from analysis.reading.load import Run, load_run
+from analysis.reading.records import BadRun
 from tests.helpers.fake_run import EDITORS, Plan, fake_run
 
 
@@ -37,7 +38,7 @@ def summary(run: Run) -> dict:
 
 @pytest.fixture(scope="module")
 def figures(run: Run, summary: dict) -> dict:
-    return plots.draw_all(plots.scene(run, summary, replicates=100))
+    return catalogue.draw_all(figure_context(run, summary, replicates=100))
 
 
 def marked_lines(ax) -> int:
@@ -45,7 +46,7 @@ def marked_lines(ax) -> int:
 
 
 def test_every_figure_is_drawn_with_named_axes(figures: dict) -> None:
-    assert set(plots.FIGURES) - set(figures) == {"gated", "retrieved"}, "no editor gates or retrieves here"
+    assert set(catalogue.FIGURES) - set(figures) == {"gated", "retrieved"}, "no editor gates or retrieves here"
     for figure in figures.values():
         labels = [ax.get_xlabel() for ax in figure.axes]
         assert any(labels) or figure.get_supxlabel()
@@ -74,21 +75,21 @@ def test_retention_has_a_point_a_year(figures: dict) -> None:
 @pytest.mark.parametrize(("axis", "label", "first"), [("scheduled", "years (scheduled)", 1), ("dated", "year", 0)])
 def test_the_time_axis_says_whether_years_are_history(tmp_path: Path, axis: str, label: str, first: int) -> None:
     run = load_run(fake_run(tmp_path, Plan(edits=20, years=2, editors=("noop", "oracle"), time_axis=axis)))
-    figure = plots.retention(plots.scene(run, summarise(run, replicates=20), replicates=20))
+    figure = catalogue.FIGURES["retention"](figure_context(run, summarise(run, replicates=20), replicates=20))
     assert figure is not None
     assert figure.axes[0].get_xlabel() == label
     assert min(figure.axes[0].lines[0].get_xdata()) == first
 
 
-def test_looks_stay_apart_without_colour() -> None:
-    looks = style.looks([f"editor{i}" for i in range(12)])
-    assert len({(x.marker, x.dash) for x in looks.values()}) == 12
-    assert len({x.colour for x in list(looks.values())[:8]}) == 8
+def test_styles_differ_without_colour() -> None:
+    styles = style.editor_styles([f"editor{i}" for i in range(12)])
+    assert len({(x.marker, x.dash) for x in styles.values()}) == 12
+    assert len({x.colour for x in list(styles.values())[:8]}) == 8
 
 
 def test_drawing_changes_no_global_setting(run: Run, summary: dict) -> None:
     before = dict(matplotlib.rcParams)
-    figure = plots.draw_all(plots.scene(run, summary, replicates=20))["cost"]
+    figure = catalogue.draw_all(figure_context(run, summary, replicates=20))["cost"]
     assert dict(matplotlib.rcParams) == before
     assert len(figure.axes) == 3
 
@@ -105,15 +106,15 @@ def test_names_stand_at_line_ends_and_do_not_touch(figures: dict) -> None:
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.floats(0.01, 0.1)), min_size=1, max_size=9))
 def test_spreading_names_keeps_their_order_their_distance_and_the_axis(named: list[tuple[float, float]]) -> None:
-    wished, room = np.array(named).T
-    found = style.spread(wished, room)
-    order = np.argsort(wished, kind="stable")
-    least = (room[order][1:] + room[order][:-1]) / 2
+    wanted, heights = np.array(named).T
+    found = style.spread_labels(wanted, heights)
+    order = np.argsort(wanted, kind="stable")
+    least = (heights[order][1:] + heights[order][:-1]) / 2
     assert (np.diff(found[order]) >= least - 1e-9).all()
     assert found.min() >= -1e-9
     assert found.max() <= 1 + 1e-9
     apart = np.concatenate([[0.0], np.cumsum(least)])
-    np.testing.assert_allclose(style.spread(apart, room[order]), apart, atol=1e-9)
+    np.testing.assert_allclose(style.spread_labels(apart, heights[order]), apart, atol=1e-9)
 
 
 LONG = ("finetune", "alphaedit[projector=false,history=false]", "memit-seq+blue[layers=0,1,2]", "scr[gate=threshold,k=8]")
@@ -125,7 +126,7 @@ def test_no_name_is_cut_at_the_edge_or_touches_another(run: Run, summary: dict, 
     editors = {known[n]: replace(e, name=known[n]) for n, e in run.editors.items()}
     named = summary | {"editors": {known[n]: m for n, m in summary["editors"].items()}}
     with style.paper():
-        figure = plots.FIGURES[name][0](plots.scene(replace(run, editors=editors), named, replicates=10))
+        figure = catalogue.FIGURES[name](figure_context(replace(run, editors=editors), named, replicates=10))
     assert figure is not None
     figure.draw_without_rendering()
     renderer = FigureCanvasAgg(figure).get_renderer()
@@ -147,8 +148,8 @@ def whole(text: Text) -> str:
     st.from_regex(r"[a-z]{1,9}(\+[a-z]{1,9})?(\[[a-z]{1,9}=[a-z0-9]{1,9}(,[a-z]{1,9}=[a-z0-9]{1,9})*\])?", fullmatch=True),
     st.integers(11, 40),
 )
-def test_a_folded_name_is_whole_and_its_lines_fit(name: str, width: int) -> None:
-    lines = folded(name, width)
+def test_a_wrapped_name_is_whole_and_its_lines_fit(name: str, width: int) -> None:
+    lines = wrapped(name, width)
     assert "".join(lines) == name
     assert all(0 < len(line) <= width for line in lines)
 
@@ -156,7 +157,7 @@ def test_a_folded_name_is_whole_and_its_lines_fit(name: str, width: int) -> None
 def test_many_editors_are_told_apart_by_a_legend(run: Run) -> None:
     editor = next(iter(run.editors.values()))
     many = replace(run, editors={f"editor{i}": replace(editor, name=f"editor{i}") for i in range(style.MOST_NAMES + 1)})
-    figure = plots.FIGURES["retention"][0](plots.scene(many, summarise(many, replicates=2), replicates=2))
+    figure = catalogue.FIGURES["retention"](figure_context(many, summarise(many, replicates=2), replicates=2))
     assert figure is not None
     assert [len(x.get_texts()) for x in figure.legends] == [style.MOST_NAMES + 1]
     assert not any(ax.texts for ax in figure.axes)
@@ -171,7 +172,7 @@ def test_the_matrix_has_a_panel_an_editor_and_a_number_a_cell(figures: dict) -> 
         assert len(ax.texts) == 5 * 6 // 2
 
 
-def test_vitals_show_monitors_and_reports_and_cross_the_collapse(figures: dict, summary: dict) -> None:
+def test_signals_are_those_of_monitors_and_reports_with_a_cross_at_the_collapse(figures: dict, summary: dict) -> None:
     titles = [ax.get_title(loc="left") for ax in figures["vitals"].axes]
     assert titles == [
         "Change of weights, |W − W₀|",
@@ -183,7 +184,7 @@ def test_vitals_show_monitors_and_reports_and_cross_the_collapse(figures: dict, 
     assert len(crosses) == sum("collapse_step" in m for m in summary["editors"].values()) > 0
 
 
-def test_gap_rows_are_editors_with_three_readings_each(figures: dict) -> None:
+def test_gap_rows_are_editors_with_three_scoring_modes_each(figures: dict) -> None:
     (ax,) = figures["gap"].axes
     assert [t.get_text() for t in ax.get_yticklabels()] == list(EDITORS)
     assert len(ax.containers) == 3 * len(EDITORS)
@@ -199,7 +200,7 @@ def test_benchmarks_and_safety_start_at_no_change(figures: dict) -> None:
         assert all(ax.viewLim.y0 <= y <= ax.viewLim.y1 for line in ax.lines for y in line.get_ydata()), "losses are drawn too"
 
 
-def test_the_pareto_front_holds_what_nothing_beats() -> None:
+def test_the_pareto_front_holds_the_points_that_no_other_dominates() -> None:
     x, y = np.array([0.2, 0.5, 0.9, 0.4, 0.9]), np.array([0.9, 0.6, 0.1, 0.5, 0.1])
     assert pareto(x, y).tolist() == [True, True, True, False, True]
 
@@ -214,9 +215,9 @@ def test_every_point_is_on_the_front_or_beaten_by_one_that_is(points: list[tuple
 
 
 def test_one_column_figures_are_as_wide_as_a_column(run: Run, summary: dict) -> None:
-    narrow = plots.scene(run, summary, replicates=20, columns=1)
+    narrow = figure_context(run, summary, replicates=20, columns=1)
     with style.paper():
-        for make in (plots.FIGURES[n][0] for n in ("retention", "reach", "forgetting", "gap")):
+        for make in (catalogue.FIGURES[n] for n in ("retention", "reach", "forgetting", "gap")):
             figure = make(narrow)
             assert figure is not None
             assert figure.get_figwidth() == style.ONE_COLUMN
@@ -225,12 +226,12 @@ def test_one_column_figures_are_as_wide_as_a_column(run: Run, summary: dict) -> 
 def test_pgf_needs_tex_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda program: None)
     with pytest.raises(BadRun, match="install one of xelatex, lualatex, pdflatex, or leave pgf out"):
-        plots.require_format("pgf")
+        catalogue.require_format("pgf")
 
 
-@pytest.mark.skipif(not any(map(shutil.which, plots.TEX)), reason="no TeX here: PGF is measured by xelatex, lualatex or pdflatex")
+@pytest.mark.skipif(not any(map(shutil.which, catalogue.TEX)), reason="no TeX here: PGF is measured by xelatex, lualatex or pdflatex")
 def test_pgf_is_written_where_tex_is(figures: dict, tmp_path: Path) -> None:
-    plots.save(figures["gap"], tmp_path / "gap.pgf")
+    catalogue.save(figures["gap"], tmp_path / "gap.pgf")
     text = (tmp_path / "gap.pgf").read_text()
     assert r"\begin{pgfpicture}" in text
     assert "balancedit" in text

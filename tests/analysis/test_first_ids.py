@@ -1,4 +1,4 @@
-"""Ordered ids of the likeliest tokens as a locality, and a source's own names beside ours."""
+"""Locality by the ordered ids of the likeliest first tokens, and a source's own names beside ours."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from analysis.metrics.bootstrap import Resampler
-from analysis.metrics.first_ids import equal_share, of_first_ids
+from analysis.metrics.from_extras import equal_share, first_token_agreement
 from analysis.reading.load import EditorRun, Run
 from analysis.reading.records import PANEL
-from analysis.reporting.as_published import COLUMNS, as_published
+from analysis.reporting.tables import AS_PUBLISHED, as_published
 
 IDS = st.lists(st.integers(0, 3), max_size=12)
 
@@ -65,25 +65,24 @@ def test_only_the_end_counts_and_answers_are_weighted(tmp_path: Path) -> None:
     ten = [*range(10)]
     edited = {"t0": [7, *range(1, 10)], "t1": ten, "f0": [0, 2, 1, *range(3, 10)], "f1": ten}
     run, editor = a_run(tmp_path, edited, dict.fromkeys(edited, ten), ["locality_text"] * 2 + ["locality_far"] * 2)
-    found = of_first_ids(run, editor, Resampler(8, np.random.default_rng(0), 50))
+    found = first_token_agreement(run, editor, Resampler(8, np.random.default_rng(0), 50))
     assert {k: d.value for k, d in found.items()} == pytest.approx({"locality_text_top1": 0.75, "locality_far_top10": (0.8 + 3) / 4})
 
 
-def test_answers_without_ids_are_not_measured(tmp_path: Path) -> None:
+def test_answers_without_first_ids_give_no_metric(tmp_path: Path) -> None:
     run, editor = a_run(tmp_path, {"t0": [], "t1": []}, {"t0": [1], "t1": [1]}, ["locality_text"] * 2)
-    assert of_first_ids(run, editor, Resampler(4, np.random.default_rng(0), 50)) == {}
+    assert first_token_agreement(run, editor, Resampler(4, np.random.default_rng(0), 50)) == {}
     write(tmp_path / "base" / "answers.parquet", question_id=["t0", "t1"])
-    assert of_first_ids(run, editor, Resampler(4, np.random.default_rng(0), 50)) == {}
+    assert first_token_agreement(run, editor, Resampler(4, np.random.default_rng(0), 50)) == {}
 
 
 def test_published_names_stand_beside_ours() -> None:
     entry = {"value": 0.5, "low": None, "high": 0.75, "n": 4}
     names = {"text_generality": ["T-Generality", "rephrased"], "portability": ["Portability", "hop"]}
     summary = {"run": {"stream": {"published_names": names}}, "editors": {"e": {"text_generality_gen": entry, "locality_far": entry}}}
-    files = as_published(summary)
-    (row,) = csv.DictReader(io.StringIO(files["as_published.csv"]))
-    assert tuple(row) == COLUMNS
+    (row,) = csv.DictReader(io.StringIO(as_published(summary).to_csv(index=False)))
+    assert tuple(row) == AS_PUBLISHED
     assert (row["published name"], row["ours"], row["reading"], row["value"], row["when"]) == (
         "T-Generality", "text_generality_gen", "free generation", "0.5", "at the end of the stream",
     )  # fmt: skip
-    assert as_published({"run": {}, "editors": summary["editors"]}) == {}
+    assert as_published({"run": {}, "editors": summary["editors"]}).empty

@@ -1,4 +1,4 @@
-"""What becomes of edits, against tables worked out by hand: matrix, survival, stability, revised facts, ladder, roles."""
+"""Metrics of edits over time against values computed by hand: matrix, survival, stability, revised facts, ladder, roles."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 
 from analysis.metrics import curves
 from analysis.metrics.bootstrap import Resampler
+from analysis.metrics.forgetting import answers_by_age
 from analysis.metrics.summary import summarise
 from analysis.reading.load import Run, load_run
+from analysis.reading.records import TOKEN_ACCURACY
 from tests.helpers.fake_run import event, question, record, write_run
 
 FEW = 100
@@ -49,7 +51,7 @@ def curve(run: Run, make, **given: object):
 
 def test_the_matrix_of_years_made_by_years_asked(tmp_path: Path) -> None:
     rows = [ask(0, 2, 1), ask(1, 2, 0), ask(0, 4, 0), ask(1, 4, 0), ask(2, 4, 1), ask(0, 6, 0.5), ask(3, 6, 1), ask(4, 6, 1)]
-    found = curve(of(tmp_path, rows), curves.matrix, reading="tf")
+    found = curve(of(tmp_path, rows), curves.matrix, mode=TOKEN_ACCURACY)
     assert {(r.made, r.x): r.value for r in found.itertuples()} == {
         (1, 1): 0.5, (1, 2): 0.0, (2, 2): 1.0, (1, 3): 0.5, (2, 3): 1.0, (3, 3): 1.0,
     }  # fmt: skip
@@ -60,7 +62,7 @@ def test_anytime_success_is_the_mean_of_the_year_ends(tmp_path: Path) -> None:
     assert values(of(tmp_path, rows))["anytime_success"] == pytest.approx((1 + 0.5 + 0) / 3)
 
 
-def test_plasticity_is_of_the_last_year_and_stability_of_what_was_once_right(tmp_path: Path) -> None:
+def test_plasticity_is_of_the_last_year_and_stability_of_edits_once_right(tmp_path: Path) -> None:
     rows = [now(0, 1), now(1, 0), now(2, 1), now(3, 1), now(4, 1), now(5, 0)]
     rows += [ask(0, 6, 0), ask(1, 6, 0), ask(2, 6, 1), ask(3, 6, 1), ask(4, 6, 1)]
     got = values(of(tmp_path, rows))
@@ -84,7 +86,7 @@ def test_revised_facts_are_judged_by_the_current_value_with_stale_answers_beside
     assert got["stale_rate"] == 0.5
 
 
-def test_the_gap_compares_two_readings_of_the_same_answers(tmp_path: Path) -> None:
+def test_the_gap_compares_two_scoring_modes_of_the_same_answers(tmp_path: Path) -> None:
     rows = [ask(0, 6, 1) | {"exact": False}, ask(1, 6, 1), ask(2, 6, 0.5), ask(3, 6, 1) | {"exact": None}]
     assert values(of(tmp_path, rows))["teacher_forcing_gap"] == pytest.approx((1 + 0 + 0.5) / 3)
 
@@ -94,14 +96,14 @@ def test_survival_is_the_product_limit_over_the_ladder(tmp_path: Path) -> None:
     at_one = [rung(0, 2, 1), rung(1, 3, 1), rung(2, 4, 0), rung(3, 5, 1)]
     at_two = [rung(0, 3, 1), rung(1, 4, 0), rung(2, 5, 1), rung(3, 6, 1)]
     run = of(tmp_path, [*firsts, *at_one, *at_two, rung(0, 5, 1)], e3={"superseded_step": 6})
-    found = curve(run, curves.survival, reading="tf")
+    found = curve(run, curves.survival, mode=TOKEN_ACCURACY)
     assert found["x"].tolist() == [curves.RIGHT_AFTER_AGE, 1, 2, 4]
     assert found["value"].tolist() == pytest.approx([1, 3 / 4, 3 / 4 * 1 / 2, 3 / 4 * 1 / 2])
 
 
-def test_an_edit_that_never_took_is_not_at_risk(tmp_path: Path) -> None:
+def test_an_edit_that_was_never_right_does_not_count_for_survival(tmp_path: Path) -> None:
     run = of(tmp_path, [now(0, 0), now(1, 1), rung(0, 2, 0), rung(1, 3, 1)])
-    assert curve(run, curves.survival, reading="tf")["value"].tolist() == [1.0, 1.0]
+    assert curve(run, curves.survival, mode=TOKEN_ACCURACY)["value"].tolist() == [1.0, 1.0]
 
 
 def test_the_ladder_serves_ages_and_no_mean_over_live_edits(tmp_path: Path) -> None:
@@ -114,16 +116,14 @@ def test_a_question_that_panel_and_ladder_both_ask_counts_for_each_and_once_by_a
     rows = [now(i, 1) for i in range(6)] + [ask(0, 6, 1, incl_prob=0.05), rung(0, 6, 1)] + [rung(i, 6, 0) for i in (1, 2, 3, 4)]
     run = of(tmp_path, rows)
     assert values(run)["edit_success"] == 1.0
-    from analysis.metrics.forgetting import aged
-
-    assert len(aged(run.editors["e"].records)) == 5
+    assert len(answers_by_age(run.editors["e"].records)) == 5
 
 
 @pytest.mark.parametrize(
     ("panel", "topic"),
     [("rotating_fresh", "facts"), ("fixed_unrelated", "facts"), ("fixed_general", "bench:quiz"), ("fixed_general", "safety:refusal")],
 )
-def test_what_is_not_the_streams_own_leaves_general_ability_alone(tmp_path: Path, panel: str, topic: str) -> None:
+def test_other_panels_do_not_count_for_general_ability(tmp_path: Path, panel: str, topic: str) -> None:
     events, questions = [event(0, 1)], [question("g", None, "general", topic="facts"), question("o", None, "general", topic=topic)]
     scored = {"split": "general", "probe": "general", "n_tokens": 1, "logprob": -1.0}
     rows = [record(question_id="g", token_hits=1, exact=True, topic="facts", **scored)]
@@ -147,7 +147,7 @@ hits = st.lists(st.sampled_from([0.0, 0.5, 1.0]), min_size=6, max_size=6)
 
 @settings(max_examples=15, deadline=None)
 @given(first=hits, last=hits)
-def test_laws(tmp_path_factory: pytest.TempPathFactory, first: list[float], last: list[float]) -> None:
+def test_properties_of_any_answers(tmp_path_factory: pytest.TempPathFactory, first: list[float], last: list[float]) -> None:
     rows = (
         [now(i, h) for i, h in enumerate(first)]
         + [rung(i, i + 2, h) for i, h in enumerate(last)]
@@ -162,6 +162,6 @@ def test_laws(tmp_path_factory: pytest.TempPathFactory, first: list[float], last
     if {"plasticity", "stability", "stability_plasticity"} <= set(got):
         low, high = sorted((got["plasticity"], got["stability"]))
         assert low - 1e-9 <= got["stability_plasticity"] <= high + 1e-9
-    kept = curve(run, curves.survival, reading="tf")["value"].to_numpy()
+    kept = curve(run, curves.survival, mode=TOKEN_ACCURACY)["value"].to_numpy()
     assert (np.diff(kept) <= 1e-12).all()
     assert ((kept >= 0) & (kept <= 1)).all()

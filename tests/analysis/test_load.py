@@ -1,4 +1,4 @@
-"""Reading run folders: what is understood, what is refused and in which words."""
+"""Reading run folders: frames of numbers, notes, and messages about folders that cannot be read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from analysis.reading.load import BadRun, load_run, load_runs, texts
+from analysis.metrics.orders import load_orders
+from analysis.reading.load import load_run, texts
+from analysis.reading.records import BadRun
 from tests.helpers.fake_run import Plan, event, fake_run, question, record, write_run
 
 
@@ -167,16 +169,17 @@ def test_a_report_line_cut_at_the_end_is_left_out(tmp_path: Path) -> None:
 
 def test_runs_of_one_schedule_stand_side_by_side(tmp_path: Path) -> None:
     a, b = tiny(tmp_path / "a"), tiny(tmp_path / "b")
-    assert list(load_runs([a, b]).editors) == ["e (a)", "e (b)"]
-    assert list(load_runs([a]).editors) == ["e"]
+    (both,), (one,) = load_orders([a, b]), load_orders([a])
+    assert list(both.editors) == ["e (a)", "e (b)"]
+    assert list(one.editors) == ["e"]
 
 
 def test_runs_of_different_schedules_are_refused_with_the_difference(tmp_path: Path) -> None:
-    a, b = tiny(tmp_path / "a", seed=1), tiny(tmp_path / "b", seed=2, schedule_hash="other")
-    with pytest.raises(BadRun, match=r"different schedules.*schedule_hash: \"s\" / \"other\"; seed: 1 / 2"):
-        load_runs([a, b])
+    a, b = tiny(tmp_path / "a", years=1), tiny(tmp_path / "b", years=2, schedule_hash="other")
+    with pytest.raises(BadRun, match=r"different schedules.*schedule_hash: \"s\" / \"other\"; years: 1 / 2"):
+        load_orders([a, b])
     with pytest.raises(BadRun, match="name at least one"):
-        load_runs([])
+        load_orders([])
 
 
 def test_texts_of_a_few_answers(tmp_path: Path) -> None:

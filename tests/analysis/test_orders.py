@@ -12,7 +12,7 @@ import pytest
 from analysis.metrics import curves, orders
 from analysis.metrics.bootstrap import Draws
 from analysis.metrics.summary import summarise
-from analysis.reading.load import BadRun
+from analysis.reading.records import BadRun
 from analysis.reporting.report import write_all
 from tests.helpers.fake_run import Plan, event, fake_run, question, record, write_run
 
@@ -30,7 +30,7 @@ def order(out: Path, seed: int, right: int, **manifest: object) -> Path:
 
 
 def entry(paths: list[Path], name: str = "edit_success") -> dict:
-    return summarise(orders.gather(paths), replicates=FEW)["editors"]["e"][name]
+    return summarise(orders.load_orders(paths), replicates=FEW)["editors"]["e"][name]
 
 
 def draws(value: float, noise: float, seed: int) -> Draws:
@@ -47,14 +47,14 @@ def test_values_are_means_over_orders_with_the_spread_beside(tmp_path: Path) -> 
 
 
 def test_the_interval_is_students_where_orders_differ_and_the_bootstraps_where_they_agree() -> None:
-    apart = orders.spread([draws(v, 0.001, i) for i, v in enumerate((0.4, 0.5, 0.6))])
+    apart = orders.mean_over_orders([draws(v, 0.001, i) for i, v in enumerate((0.4, 0.5, 0.6))])
     assert (apart["high"] - apart["low"]) / 2 == pytest.approx(4.3027 * 0.1 / np.sqrt(3), rel=1e-3)
-    alike = orders.spread([draws(0.5, 0.06, i) for i in range(3)])
+    alike = orders.mean_over_orders([draws(0.5, 0.06, i) for i in range(3)])
     assert (alike["high"] - alike["low"]) / 2 == pytest.approx(1.96 * 0.06 / np.sqrt(3), rel=0.05)
 
 
 def test_two_orders_say_that_their_interval_covers_subjects_alone(tmp_path: Path) -> None:
-    runs = orders.gather([order(tmp_path / str(s), s, 2) for s in range(2)])
+    runs = orders.load_orders([order(tmp_path / str(s), s, 2) for s in range(2)])
     assert any("intervals cover subjects only" in n for n in summarise(runs, replicates=FEW)["run"]["notes"])
     one = summarise(runs[:1], replicates=FEW)["run"]["notes"]
     assert any("one order of the stream" in n and "not another order or seed" in n for n in one)
@@ -62,26 +62,26 @@ def test_two_orders_say_that_their_interval_covers_subjects_alone(tmp_path: Path
 
 @pytest.mark.parametrize(("freedom", "published"), [(2, 4.3027), (5, 2.5706), (10, 2.2281), (30, 2.0423)])
 def test_students_t(freedom: int, published: float) -> None:
-    assert orders.student(freedom) == pytest.approx(published, abs=1e-3)
+    assert orders.student_t(freedom) == pytest.approx(published, abs=1e-3)
 
 
 def test_covers_the_truth_over_orders_about_as_often_as_it_says() -> None:
     rng = np.random.default_rng(3)
     hits = 0
     for _ in range(300):
-        found = orders.spread([draws(v, 0.01, 1) for v in np.clip(rng.normal(0.5, 0.08, 3), 0, 1)])
+        found = orders.mean_over_orders([draws(v, 0.01, 1) for v in np.clip(rng.normal(0.5, 0.08, 3), 0, 1)])
         hits += found["low"] <= 0.5 <= found["high"]
     assert 0.91 <= hits / 300 <= 0.99
 
 
 def test_what_happens_in_some_orders_only_says_in_how_many() -> None:
     points = [{"value": 50.0, "low": 40.0, "high": 50.0, "n": 5}, {"value": 70.0, "low": 60.0, "high": 70.0, "n": 5}]
-    found = orders.ranged(points, 3)
+    found = orders.mean_and_range(points, 3)
     assert (found["value"], found["low"], found["high"], found["orders"]) == (60.0, 40.0, 70.0, 2)
 
 
 def test_pairs_are_differences_within_an_order(tmp_path: Path) -> None:
-    runs = orders.gather([order(tmp_path / str(s), s, r) for s, r in enumerate((1, 2, 4))])
+    runs = orders.load_orders([order(tmp_path / str(s), s, r) for s, r in enumerate((1, 2, 4))])
     assert summarise(runs, replicates=FEW)["pairs"]["e - f"]["edit_success"]["value"] == 0.0
     assert summarise(runs, replicates=FEW)["pairs"]["e - f"]["edit_success"]["sd"] == 0.0
 
@@ -98,23 +98,23 @@ def test_pairs_are_differences_within_an_order(tmp_path: Path) -> None:
 def test_folders_that_differ_otherwise_are_refused_with_the_difference(tmp_path: Path, changed: dict, words: str | None) -> None:
     paths = [order(tmp_path / "a", 0, 1), order(tmp_path / "b", changed.pop("number", 1), 1, **changed)]
     if words is None:
-        assert len(orders.gather(paths)) == 2
+        assert len(orders.load_orders(paths)) == 2
         return
     with pytest.raises(BadRun, match=words):
-        orders.gather(paths)
+        orders.load_orders(paths)
 
 
 def test_editors_that_some_order_lacks_are_left_out_with_a_note(tmp_path: Path) -> None:
     a, b = order(tmp_path / "a", 0, 1), order(tmp_path / "b", 1, 1)
     manifest = json.loads((b / "manifest.json").read_text())
     (b / "manifest.json").write_text(json.dumps(manifest | {"editors": ["e"]}))
-    runs = orders.gather([a, b])
+    runs = orders.load_orders([a, b])
     assert [list(r.editors) for r in runs] == [["e"], ["e"]]
     assert "f: not in every order, left out" in runs[0].notes
     (b / "manifest.json").write_text(json.dumps(manifest | {"editors": ["f"]}))
     (a / "manifest.json").write_text(json.dumps(json.loads((a / "manifest.json").read_text()) | {"editors": ["e"]}))
     with pytest.raises(BadRun, match="no editor is in every order"):
-        orders.gather([a, b])
+        orders.load_orders([a, b])
 
 
 def test_curves_of_orders_are_averaged_where_all_are_known() -> None:

@@ -1,4 +1,4 @@
-"""Figures by their structure, tables by their cells, the page by what it says and escapes."""
+"""Files of an analysis: figures, tables by their cells, the page by its text and its escaping."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ from markupsafe import escape
 from rich.console import Console
 
 from analysis.__main__ import main
-from analysis.figures import catalogue as plots
-from analysis.metrics.catalogue import METRICS, split_name
+from analysis.figures import catalogue
+from analysis.metrics import comparison
+from analysis.metrics.catalogue import metric_of
 from analysis.metrics.summary import summarise
-from analysis.reading.load import BadRun, load_run
+from analysis.reading.load import load_run
+from analysis.reading.records import FREE_GENERATION, BadRun
 from analysis.reporting import tables
 from analysis.reporting.report import write_all
 from tests.helpers.fake_run import EDITORS, Plan, event, fake_run, question, record, write_run
@@ -40,7 +42,7 @@ def summary(analysed: Path) -> dict:
 def test_files_are_written_and_pictures_have_print_resolution(out: Path) -> None:
     from PIL import Image
 
-    for name in plots.FIGURES.keys() - {"gated", "retrieved"}:
+    for name in catalogue.FIGURES.keys() - {"gated", "retrieved"}:
         assert (out / "figures" / f"{name}.pdf").read_bytes().startswith(b"%PDF")
         with Image.open(out / "figures" / f"{name}.png") as picture:
             assert picture.width >= 1000
@@ -64,27 +66,27 @@ def test_bold_needs_a_paired_interval_on_the_better_side() -> None:
     editors = {e: {"edit_success": entry(v, 0, 1), "stale_rate": entry(v, 0, 1)} for e, v in {"a": 0.9, "b": 0.5, "c": 0.8}.items()}
     pairs = {"a - b": entry(0.4, 0.2, 0.6), "a - c": entry(0.1, 0.01, 0.2), "b - c": entry(-0.3, -0.4, -0.2)}
     summary = {"run": {}, "editors": editors, "pairs": {k: {"edit_success": v, "stale_rate": v} for k, v in pairs.items()}}
-    assert tables.best(summary, "edit_success") == "a"
-    assert tables.best(summary, "stale_rate") == "b"
+    assert comparison.best(summary, "edit_success") == "a"
+    assert comparison.best(summary, "stale_rate") == "b"
     summary["pairs"]["a - c"]["edit_success"] = entry(0.1, -0.01, 0.2)
-    assert tables.best(summary, "edit_success") is None
+    assert comparison.best(summary, "edit_success") is None
     summary["run"]["references"] = ["c"]
-    assert tables.best(summary, "edit_success") == "a"
+    assert comparison.best(summary, "edit_success") == "a"
     for idle in (entry(0.0, -0.1, 0.1), entry(-0.1, -0.2, -0.05)):
         editors["a"]["edit_gain"], editors["b"]["edit_gain"] = entry(0.5, 0.4, 0.6), idle
-        assert tables.competing(summary) == ["a"], "what learned nothing cannot lose, so it does not compete"
-        assert tables.best(summary, "stale_rate") is None
+        assert comparison.competing(summary) == ["a"], "an editor that learned nothing cannot lose, so it does not compete"
+        assert comparison.best(summary, "stale_rate") is None
 
 
 def test_latex_is_balanced_and_escaped(summary: dict) -> None:
     renamed = summary | {"editors": {f"{e}_50%&co": m for e, m in summary["editors"].items()}, "pairs": {}}
-    text = tables.latex(renamed, "_gen")
+    text = tables.latex(renamed, FREE_GENERATION)
     body = [line for line in text.splitlines() if line.endswith(r"\\")]
     assert {line.count(" & ") for line in body} == {len(EDITORS)}
     assert r"noop\_50\%\&co" in text
     assert text.count("{") == text.count("}")
     assert r"\textbf{" not in text
-    assert r"\textbf{100.0}" in tables.latex(summary, "_gen")
+    assert r"\textbf{100.0}" in tables.latex(summary, FREE_GENERATION)
 
 
 def test_csv_has_every_number(out: Path, summary: dict) -> None:
@@ -152,14 +154,14 @@ def test_the_page_is_whole_self_contained_and_escaped(out: Path) -> None:
     assert not re.search(r"(src|href)=\"(?!data:|#)", text)
 
 
-def test_every_metric_of_the_leading_reading_is_on_the_page(out: Path, summary: dict) -> None:
+def test_every_metric_of_the_main_scoring_mode_is_on_the_page(out: Path, summary: dict) -> None:
     """The main ones in the first table, all others below it."""
     text = (out / "report.html").read_text("utf-8")
     have = {n for m in summary["editors"].values() for n in m}
-    shown = {*tables.main_columns(summary, "_gen"), *tables.other_columns(summary, "_gen")}
-    assert shown == {n for n in have if n.endswith("_gen") or not METRICS[split_name(n)[0]].readings}
-    for name in tables.other_columns(summary, "_gen"):
-        assert f'<th scope="row">{escape(METRICS[split_name(name)[0]].title)}' in text
+    shown = {*comparison.main_columns(summary, FREE_GENERATION), *comparison.other_columns(summary, FREE_GENERATION)}
+    assert shown == {n for n in have if n.endswith("_gen") or not metric_of(n).modes}
+    for name in comparison.other_columns(summary, FREE_GENERATION):
+        assert f'<th scope="row">{escape(metric_of(name).title)}' in text
 
 
 def test_verdicts_come_first_then_notes_and_skipped_records_are_listed(out: Path) -> None:

@@ -1,4 +1,4 @@
-"""Ledgers judged against the events: hand-computed ranks, errors, shares."""
+"""Retrieval logs judged against the events: hand-computed ranks, errors, shares."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from analysis.figures import catalogue as plots
-from analysis.metrics.retrieval import by_facts, judged, ledgers, table
+from analysis.figures import catalogue
+from analysis.figures.context import figure_context
+from analysis.metrics.retrieval import by_facts, judged, retrieval_logs, table
 from analysis.metrics.summary import summarise
 from analysis.reading.load import load_run
 from testbed.core.schema import Record
@@ -45,10 +46,10 @@ ANSWERS = [
 @pytest.fixture
 def rows(tmp_path) -> pd.DataFrame:
     write_rows(tmp_path / "records" / "step-000003.parquet", Record, ANSWERS)
-    return ledgers(tmp_path)
+    return retrieval_logs(tmp_path)
 
 
-def test_only_answers_with_a_ledger_are_read(rows):
+def test_only_answers_with_a_retrieval_log_are_read(rows):
     assert len(rows) == 9
     assert len(judged(rows, EVENTS)) == 8
     assert set(rows["tokens"]) == {15}
@@ -58,7 +59,7 @@ def test_what_bears_is_the_newest_version_and_nothing_after_a_retirement(tmp_pat
     asked = [("a1", 2, ["a1"]), ("a1", 3, ["a1"]), ("a1", 3, ["a2"]), ("b1", 3, ["b1"]), ("b1", 4, ["b1"]), ("b2", 4, ["b1"])]
     answers = [answer("edit", e, step, True, found, []) for e, step, found in asked]
     write_rows(tmp_path / "records" / "step-000004.parquet", Record, answers)
-    found = judged(ledgers(tmp_path), EVENTS)
+    found = judged(retrieval_logs(tmp_path), EVENTS)
     assert found["rank"].tolist() == [1, 0, 1, 1, 0, 0]
     assert found["bears"].tolist() == [True] * 4 + [False] * 2
     assert found["facts"].tolist() == [2, 2, 2, 2, 1, 1]
@@ -66,7 +67,7 @@ def test_what_bears_is_the_newest_version_and_nothing_after_a_retirement(tmp_pat
 
 def test_no_fact_bears_on_an_edit_still_to_come(tmp_path):
     write_rows(tmp_path / "records" / "step-000001.parquet", Record, [answer("edit", "b1", 1, False, ["a1"], ["a1"])])
-    found = judged(ledgers(tmp_path), EVENTS)
+    found = judged(retrieval_logs(tmp_path), EVENTS)
     assert (found["bears"].tolist(), found["error"].tolist()) == ([False], [""])
     assert by_facts(found).iloc[0]["false_accept"] == 1
 
@@ -95,16 +96,16 @@ def test_shares_by_number_of_facts(rows):
 def test_rare_questions_count_for_those_that_were_not_drawn(tmp_path):
     drawn = [answer("edit", "a1", 1, True, ["a1"], ["a1"], incl_prob=0.25), answer("edit", "a1", 1, True, [], [])]
     write_rows(tmp_path / "records" / "step-000001.parquet", Record, drawn)
-    assert by_facts(judged(ledgers(tmp_path), EVENTS)).iloc[0]["hit_rate"] == pytest.approx(4 / 5)
+    assert by_facts(judged(retrieval_logs(tmp_path), EVENTS)).iloc[0]["hit_rate"] == pytest.approx(4 / 5)
 
 
-def test_an_editor_without_ledgers_has_no_rows(tmp_path):
+def test_an_editor_without_retrieval_logs_has_no_rows(tmp_path):
     write_rows(tmp_path / "records" / "step-000001.parquet", Record, [record(exact=True)])
-    assert len(ledgers(tmp_path)) == 0
-    assert len(by_facts(judged(ledgers(tmp_path), EVENTS))) == 0
+    assert len(retrieval_logs(tmp_path)) == 0
+    assert len(by_facts(judged(retrieval_logs(tmp_path), EVENTS))) == 0
 
 
-def test_the_table_names_the_order_and_the_editors_that_have_ledgers(tmp_path):
+def test_the_table_names_the_order_and_the_editors_that_have_retrieval_logs(tmp_path):
     write_rows(tmp_path / "a" / "records" / "step-000003.parquet", Record, ANSWERS)
     write_rows(tmp_path / "b" / "records" / "step-000003.parquet", Record, [record(exact=True)])
     editors = {name: SimpleNamespace(folder=tmp_path / name) for name in "ab"}
@@ -122,16 +123,16 @@ def test_the_figure_shows_what_was_found_and_what_it_cost(tmp_path, kinds, preci
     """Six questions that no fact bears on are shown, two are too few."""
     events = [event(i, i + 1, time=float(i + 1), subject=f"s{i}") for i in range(2)]
     questions = [question(f"{i}-{s}", f"e{i}", s) for i in range(2) for s in SPLITS]
-    ledger = json.dumps({"retrieved": ["e1"], "used": ["e1"], "added_tokens": 10, "gate_tokens": 5, "dropped": 0})
-    told = [
-        record(editor="store", probe_step=2, question_id=f"{i}-{s}", edit_id=f"e{i}", edit_step=i + 1, split=s, exact=True, extras=ledger)
+    log = json.dumps({"retrieved": ["e1"], "used": ["e1"], "added_tokens": 10, "gate_tokens": 5, "dropped": 0})
+    answers = [
+        record(editor="store", probe_step=2, question_id=f"{i}-{s}", edit_id=f"e{i}", edit_step=i + 1, split=s, exact=True, extras=log)
         | {"generated": "x", "seconds": 0.02}
         for i in range(2)
         for s in SPLITS[:kinds]
     ]
     plain = [record(editor="weights", probe_step=2, question_id="0-edit", edit_id="e0", edit_step=1, exact=True)]
-    run = load_run(write_run(tmp_path, events, questions, {"store": told, "weights": plain}))
-    figure = plots.draw_all(plots.scene(run, summarise(run)))["retrieved"]
+    run = load_run(write_run(tmp_path, events, questions, {"store": answers, "weights": plain}))
+    figure = catalogue.draw_all(figure_context(run, summarise(run)))["retrieved"]
     shown = {ax.get_title(loc="left"): [tuple(line.get_ydata()) for line in ax.lines if len(line.get_ydata())] for ax in figure.axes}
     assert shown == {
         "Bearing fact found": [(0.5,)],
@@ -142,4 +143,4 @@ def test_the_figure_shows_what_was_found_and_what_it_cost(tmp_path, kinds, preci
         "Milliseconds a question": [(20.0,)],
     }
     del run.editors["store"]
-    assert "retrieved" not in plots.draw_all(plots.scene(run, summarise(run)))
+    assert "retrieved" not in catalogue.draw_all(figure_context(run, summarise(run)))

@@ -1,4 +1,4 @@
-"""MC1 and MC2 of stored choices: by hand, and as laws."""
+"""MC1 and MC2 of stored choices, by hand and by properties."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from analysis.metrics.from_extras import probability_of
 from analysis.metrics.summary import summarise
-from analysis.metrics.truth import mass
 from analysis.reading.load import load_run
 from tests.helpers.fake_run import event, question, record, write_run
 
@@ -25,7 +25,7 @@ def test_both_by_hand_at_the_end_alone(tmp_path: Path) -> None:
     asked.append(question("r", None, "general", topic="safety:refusal", scoring="refuse"))
     given_at = {1: [(1.0, 1.0, 1.0), (1.0, 1.0, 1.0)], 2: [(0.3, 0.2, 0.1), (0.1, 0.1, 0.6)]}
     rows = [
-        record(question_id=q, split="general", topic="safety:t", probe_step=step, exact=p[1] > p[2], extras=told(p))
+        record(question_id=q, split="general", topic="safety:t", probe_step=step, exact=p[1] > p[2], extras=choice_extras(p))
         for step, shares in given_at.items()
         for q, p in zip("ab", shares)
     ]
@@ -35,7 +35,7 @@ def test_both_by_hand_at_the_end_alone(tmp_path: Path) -> None:
     assert got["truth_mc2"]["value"] == pytest.approx((0.5 / 0.6 + 0.1 / 0.8) / 2)
 
 
-def told(shares: tuple[float, ...]) -> str:
+def choice_extras(shares: tuple[float, ...]) -> str:
     return json.dumps({"choices": [math.log(p) for p in shares], "chosen": 0})
 
 
@@ -43,12 +43,12 @@ SCORES = st.lists(st.tuples(st.none() | st.floats(-800, 0), st.booleans()), min_
 
 
 @given(SCORES, st.floats(-50, 50))
-def test_mass_is_a_share_that_no_common_factor_moves(choices: list[tuple[float | None, bool]], shift: float) -> None:
+def test_the_probability_is_a_share_and_ignores_a_common_factor(choices: list[tuple[float | None, bool]], shift: float) -> None:
     logprobs, right = [p for p, _ in choices], [r for _, r in choices]
-    found = mass(logprobs, right)
+    found = probability_of(logprobs, right)
     if all(p is None for p in logprobs):
         assert math.isnan(found)
         return
     assert 0 <= found <= 1
-    assert found + mass(logprobs, [not r for r in right]) == pytest.approx(1)
-    np.testing.assert_allclose(mass([None if p is None else p + shift for p in logprobs], right), found, atol=1e-9)
+    assert found + probability_of(logprobs, [not r for r in right]) == pytest.approx(1)
+    np.testing.assert_allclose(probability_of([None if p is None else p + shift for p in logprobs], right), found, atol=1e-9)

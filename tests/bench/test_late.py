@@ -1,14 +1,16 @@
-"""Late against early: the same edits and questions, in turn, by two states of one run."""
+"""Late against early: the same edits and questions in turn by two states of one run, and the costs that a run reported."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from testbed.bench import __main__ as bench
-from testbed.bench.late import Late, lates
+from testbed.bench import __main__ as command
+from testbed.bench.common import BenchConfig
+from testbed.bench.late import LateCost, RunCost, late_rows, long_rows
 from testbed.core.events import EditBatch
 from testbed.core.schema import EditReport
 from testbed.editors.base import Editor
@@ -18,16 +20,22 @@ from tests.helpers.small_run import EDITS, small_run
 EDITORS = ("noop", "finetune", "balancedit")
 
 
+def late(at: int, edits: int, questions: int) -> Iterator[LateCost]:
+    """The rows of the small run."""
+    return (row for rows in late_rows(BenchConfig(run=small_run(), at=at, edits=edits, questions=questions)) for row in rows)
+
+
 def test_both_make_the_same_edits_behind_those_of_the_run_and_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[str, int, int, tuple[str, ...]]] = []
-    run, apply = small_run(), Editor.apply
+    small_run()
+    apply = Editor.apply
 
     def watched(self: Editor, batch: EditBatch) -> EditReport:
         seen.append((self.name, id(self), batch.step, tuple(e.id for e in batch.events)))
         return apply(self, batch)
 
     monkeypatch.setattr(Editor, "apply", watched)
-    lines = list(lates(run, first=2, edits=3, questions=4))
+    lines = list(late(at=2, edits=3, questions=4))
     assert [(x.editor, x.early, x.late) for x in lines] == [(n, 2, EDITS) for n in EDITORS]
     for name in EDITORS:
         own = [x[1:] for x in seen if x[0] == name]
@@ -39,26 +47,53 @@ def test_both_make_the_same_edits_behind_those_of_the_run_and_take_turns(monkeyp
         assert all(a[1:] == b[1:] for a, b in zip(turns[::2], turns[1::2], strict=True))
 
 
-def test_what_is_told_of_late_and_early() -> None:
-    line = next(x for x in lates(small_run(), first=2, edits=2, questions=3) if x.editor == "balancedit")
+def test_a_row_holds_the_ratios_and_the_stages() -> None:
+    line = next(x for x in late(at=2, edits=2, questions=3) if x.editor == "balancedit")
     assert line.edit_early and line.edit_late and line.edit_times == pytest.approx(line.edit_late / line.edit_early)
     assert line.question_times is not None and line.question_times > 0
     assert {"train", "keys", "capture", "insert"} <= {part.split()[0] for part in line.edit_stages.split(", ")}
     assert {"prefill", "decode"} <= {part.split()[0] for part in line.question_stages.split(", ")}
-    assert Late("a", 1, 2, 1.0, 3.0, "", None, None, "").question_times is None
+    assert LateCost("a", 1, 2, 1.0, 3.0, "", None, None, "").question_times is None
 
 
-def test_a_run_that_is_too_short_or_a_stream_that_ends_is_told() -> None:
+def test_a_run_that_is_too_short_and_a_stream_that_ends_are_refused() -> None:
     with pytest.raises(StoreError, match=f"has {EDITS} edits, not more than {EDITS}"):
-        next(lates(small_run(), first=EDITS, edits=1, questions=1))
+        next(late(at=EDITS, edits=1, questions=1))
     with pytest.raises(StoreError, match="has no edits beyond"):
-        next(lates(small_run(), first=2, edits=0, questions=1))
+        next(late(at=2, edits=0, questions=1))
 
 
 def test_the_command_writes_a_line_an_editor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = ["--what", "late", "--run", str(small_run()), "--at", "2", "--edits", "2", "--questions", "2", "--out", str(tmp_path / "b.json")]
-    assert bench.main(args) == 0
+    assert command.main(args) == 0
     assert [x["editor"] for x in json.loads((tmp_path / "b.json").read_text())["late"]] == list(EDITORS)
     assert "edit times" in " ".join(capsys.readouterr().out.split())
-    assert bench.main(["--what", "late"]) == 2
+    assert command.main(["--what", "late"]) == 2
     assert "--what late reads a run folder" in capsys.readouterr().err
+
+
+def _run_folder(root: Path) -> None:
+    """Two editors, two edits a step; from its hundred-and-first step on, the first editor's edits take twice as long."""
+    (root / "manifest.json").write_text(json.dumps({"editors": ["a", "short", "none"]}))
+    for name, steps in (("a", 300), ("short", 3)):
+        factors = [1 + (n > 100) for n in range(1, steps + 1)]
+        notes = [{"loss": 1.0, "seconds_keys": 0.002, "seconds_train": 0.008 * x} for x in factors]
+        reports = [
+            {"step": n, "event_ids": ["x", "y"], "seconds": 0.01 * x, "state_bytes": n, "peak_bytes": 7 * n, "notes": note}
+            for n, (x, note) in enumerate(zip(factors, notes, strict=True), 1)
+        ]
+        (root / name).mkdir()
+        (root / name / "edits.jsonl").write_text("".join(json.dumps(x) + "\n" for x in reports))
+
+
+def test_costs_at_a_tenth_and_at_the_end_are_medians_of_a_runs_reports(tmp_path: Path) -> None:
+    _run_folder(tmp_path)
+    long, short, none = long_rows(BenchConfig(run=tmp_path))
+    assert long == [
+        RunCost("a", 60, 5.0, 1.0, "train 4.0, keys 1.0", state_bytes=30, peak_bytes=210),
+        RunCost("a", 600, 10.0, 2.0, "train 8.0, keys 1.0", state_bytes=300, peak_bytes=2100),
+    ]
+    assert [(c.edits, c.milliseconds, c.times_first) for c in short] == [(1, 5.0, 1.0), (6, 5.0, 1.0)]
+    assert none == []
+    with pytest.raises(StoreError):
+        list(long_rows(BenchConfig(run=tmp_path / "absent")))

@@ -14,8 +14,25 @@ from testbed.core.events import EditBatch, EditEvent
 from testbed.core.registry import STREAMS
 from testbed.editors.base import BadEditor
 from testbed.model.handle import ModelHandle, weights_hash
+from testbed.model.loading import load
 from testbed.storage.files import read_state, write_state
-from tests.helpers.editor_suite import NAMES, STREAM, asks, batch, equal_states, frozen, make, respond, same
+from tests.helpers.editor_suite import (
+    IN_CONTEXT,
+    LEARNING,
+    NAMES,
+    STREAM,
+    asks,
+    batch,
+    check_keeps,
+    check_learns,
+    equal_states,
+    frozen,
+    learners,
+    make,
+    respond,
+    same,
+    two_subjects,
+)
 from tests.helpers.models import build
 
 
@@ -83,6 +100,31 @@ def test_editing_and_probing_leave_the_base_and_the_state_bit_identical(
     assert facts == [(p.dtype, p.device, p.requires_grad) for p in handle.model.parameters()]
     assert torch.equal(rng[0], torch.get_rng_state())
     assert np.array_equal(rng[1], np.random.get_state()[1])  # noqa: NPY002
+
+
+def test_every_editor_says_how_it_learns() -> None:
+    assert sorted([*learners("training"), *learners("context"), *learners("no")]) == sorted(NAMES)
+    assert {"finetune", "balancedit", "memit", "lora"} <= set(learners("training"))
+
+
+@pytest.mark.parametrize("name", learners("training"))
+def test_an_edit_makes_its_target_likelier_and_the_next_one_leaves_it_so(name: str, handle: ModelHandle, stream: Any) -> None:
+    check_keeps(make(name, handle, stream, **LEARNING.get(name, {})), stream, *two_subjects(stream))
+
+
+@pytest.mark.parametrize("name", learners("context"))
+def test_a_fact_in_the_prompt_makes_its_target_likelier_on_the_committed_model(name: str, stream: Any) -> None:
+    """A random model does not read its prompt, so that such editors are tested on a trained one."""
+    editor = make(name, load("tiny", device="cpu"), stream, **IN_CONTEXT.get(name, {}))
+    check_learns(editor, stream, two_subjects(stream)[0])
+
+
+@pytest.mark.parametrize("name", learners("no"))
+def test_an_editor_that_says_it_does_not_learn_leaves_answers_alone(name: str, handle: ModelHandle, stream: Any) -> None:
+    editor, (first, _) = make(name, handle, stream), two_subjects(stream)
+    before = respond(editor, [first.ask()])
+    editor.apply(batch(stream, [first]))
+    assert same(before, respond(editor, [first.ask()]))
 
 
 def test_two_instances_share_nothing(name: str, handle: ModelHandle, stream: Any, edits: list[EditEvent]) -> None:

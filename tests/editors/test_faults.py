@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,13 @@ from streams.base import StreamConfig
 from testbed.core.events import Ask, EditBatch, EditEvent
 from testbed.core.registry import STREAMS
 from testbed.editors.base import EditFailed, Editor
+from testbed.editors.locate.core import LocateEditor
 from testbed.model import out_of_memory as memory
 from testbed.model.encoding import UntokenizableAnswer
 from testbed.model.handle import ModelHandle
 from testbed.model.loading import load
 from testbed.model.predictor import ModelPredictor
-from tests.helpers.editor_suite import NAMES, STREAM, batch, equal_states, quick
+from tests.helpers.editor_suite import LEARNING, NAMES, STREAM, batch, check_keeps, check_learns, equal_states, make, quick, two_subjects
 from tests.helpers.models import build, save
 
 POISON = "\u2620"
@@ -152,6 +154,63 @@ def test_memory_that_runs_out_on_a_cpu_is_recognised() -> None:
         torch.empty(1 << 60, dtype=torch.uint8)
     assert memory.is_out_of_memory(caught.value)
     assert not memory.is_out_of_memory(RuntimeError("out of range"))
+
+
+# The checks of learning, on editors that were broken on purpose
+
+
+TAUGHT = ("finetune", "balancedit", "grace", "lora", "elder", "memit")
+
+
+def learning(name: str, handle: ModelHandle, stream: Any) -> Editor:
+    return make(name, handle, stream, **LEARNING.get(name, {}))
+
+
+@pytest.mark.parametrize("name", TAUGHT)
+def test_an_editor_that_does_nothing_breaks_the_law_of_learning(name: str, handle: ModelHandle, stream: Any) -> None:
+    editor = learning(name, handle, stream)
+    editor._edit = lambda b: {}  # type: ignore[method-assign]
+    with pytest.raises(AssertionError, match=r"changed by -?0\.00"):
+        check_learns(editor, stream, two_subjects(stream)[0])
+
+
+@pytest.mark.parametrize("name", [n for n in TAUGHT if n != "memit"])
+def test_gradient_steps_with_the_wrong_sign_break_the_law_of_learning(
+    name: str, handle: ModelHandle, stream: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.optim, "Adam", partial(torch.optim.Adam, maximize=True))
+    with pytest.raises(AssertionError):
+        check_learns(learning(name, handle, stream), stream, two_subjects(stream)[0])
+
+
+def test_a_solution_with_the_wrong_sign_breaks_the_law_of_learning(
+    handle: ModelHandle, stream: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    residual = LocateEditor._residual
+    monkeypatch.setattr(LocateEditor, "_residual", lambda *args: -residual(*args))
+    with pytest.raises(AssertionError, match="changed by -"):
+        check_learns(learning("memit", handle, stream), stream, two_subjects(stream)[0])
+
+
+@pytest.mark.parametrize("name", TAUGHT)
+def test_an_editor_that_starts_afresh_with_every_edit_breaks_the_law_of_keeping(name: str, handle: ModelHandle, stream: Any) -> None:
+    editor = learning(name, handle, stream)
+    empty, own = editor.state_dict(), editor._edit
+
+    def forgetful(b: EditBatch) -> dict[str, float]:
+        editor.load_state_dict(empty)
+        return own(b)
+
+    editor._edit = forgetful  # type: ignore[method-assign]
+    with pytest.raises(AssertionError, match="are left after the second edit"):
+        check_keeps(editor, stream, *two_subjects(stream))
+
+
+def test_an_edit_that_fails_breaks_the_law_of_learning(handle: ModelHandle, stream: Any) -> None:
+    editor = learning("finetune", handle, stream)
+    refusing(editor, lambda b: EditFailed("the loss became nan") if editor.step == 2 else None)
+    with pytest.raises(AssertionError, match="the loss became nan"):
+        check_keeps(editor, stream, *two_subjects(stream))
 
 
 @contextmanager

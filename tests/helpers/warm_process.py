@@ -113,7 +113,7 @@ def _work(job: dict[str, Any]) -> None:
     code = 1
     try:
         if not job["figures"]:
-            analysis.reporting.report.plots.draw_all = lambda scene: {}
+            analysis.reporting.report.catalogue.draw_all = lambda context: {}
         if job["kill"]:
             _arm(job["kill"])
         from testbed.run import main

@@ -137,7 +137,7 @@ def query(i: int, date: Any, name: Any) -> dict[str, Any]:
     return {"query": f"P{i} plays for _X_.", "answer": [{"name": name}], "date": date}
 
 
-def test_templama_names_what_it_cannot_use(tmp_path: Path) -> None:
+def test_templama_names_the_records_that_it_skips(tmp_path: Path) -> None:
     good = [[query(i, "2012", f"A{i}"), query(i, "2015", f"B{i}")] for i in range(60)]
     bad = [
         [query(100, "2015", "A"), query(100, "2012", "B")],

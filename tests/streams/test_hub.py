@@ -73,7 +73,7 @@ def test_pictures_lie_beside_the_file(tmp_path: Path) -> None:
     assert image.load().shape == (6, 8, 3)
 
 
-def test_without_old_answers_what_cannot_be_known_is_not_asked(tmp_path: Path) -> None:
+def test_without_old_answers_only_edit_and_stale_are_asked(tmp_path: Path) -> None:
     s = own(tmp_path, [json.dumps(row(i)) for i in range(80)], "prompt=q", "target=a.name")
     events = s.events(100)
     assert {q.split for e in events for q in s.questions(e)} <= {"edit", "stale"}
@@ -130,8 +130,8 @@ def test_a_picture_that_is_gone_is_skipped_by_name(tmp_path: Path, monkeypatch: 
 
 def test_a_picture_outside_the_dataset_is_skipped_and_never_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
-    for place in ("set/here.png", "secret.png"):
-        paint(tmp_path / place, 1)
+    for name in ("set/here.png", "secret.png"):
+        paint(tmp_path / name, 1)
     rows = [{"prompt": f"Who owns {i}?", "target": f"Ann {i}", "image": str(tmp_path / "set" / "here.png")} for i in range(40)]
     rows[3]["image"], rows[4]["image"] = str(tmp_path / "secret.png"), str(tmp_path / "set" / ".." / "secret.png")
     table = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())

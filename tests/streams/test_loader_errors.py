@@ -72,7 +72,7 @@ WHOLE_FILE = {
 
 
 @pytest.mark.parametrize("name", list(WHOLE_FILE))
-def test_whole_file_trouble_is_named(folder: Path, name: str) -> None:
+def test_a_broken_file_is_refused_with_its_name(folder: Path, name: str) -> None:
     spoil, expected = WHOLE_FILE[name]
     spoil(folder)
     with pytest.raises(BadStream) as caught:
@@ -81,7 +81,7 @@ def test_whole_file_trouble_is_named(folder: Path, name: str) -> None:
         assert part in str(caught.value)
 
 
-def test_wrong_roots_say_which_is_right(folder: Path, tmp_path: Path) -> None:
+def test_a_wrong_data_root_is_refused_with_the_right_one(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(BadStream, match=r"one level too high.*okedit"):
         stream(tmp_path)
     make_folder(tmp_path / "second", [1005, 1015])

@@ -24,7 +24,7 @@ N = 12
 
 
 @dataclass(frozen=True)
-class Form:
+class LoaderCase:
     """A stream and small files for it: name to records (JSON) or to text."""
 
     stream: str
@@ -38,9 +38,9 @@ def each(make: Callable[[int], Any]) -> list[Any]:
 
 
 def mmedit(i: int) -> dict[str, Any]:
-    told = {"src": f"What is {i}?", "pred": f"old {i}", "alt": f"new {i}", "rephrase": f"Which is {i}?", "image": f"v/{i}.jpg"}
+    fields = {"src": f"What is {i}?", "pred": f"old {i}", "alt": f"new {i}", "rephrase": f"Which is {i}?", "image": f"v/{i}.jpg"}
     far = {"m_loc": "v/99.jpg", "m_loc_q": f"What else is {i}?", "m_loc_a": f"else {i}"}
-    return told | far | {"image_rephrase": f"r/{i}.png", "loc": f"nq question: who was {i}", "loc_ans": f"p {i}", "caption": f"thing {i}"}
+    return fields | far | {"image_rephrase": f"r/{i}.png", "loc": f"nq question: who was {i}", "loc_ans": f"p {i}", "caption": f"thing {i}"}
 
 
 def rome(i: int) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def rome(i: int) -> dict[str, Any]:
 
 
 def flat(i: int) -> dict[str, Any]:
-    told = {
+    fields = {
         "prompt": f"Land of S{i}?",
         "target_new": f"n{i}",
         "ground_truth": [f"o{i}"],
@@ -58,7 +58,7 @@ def flat(i: int) -> dict[str, Any]:
         "rephrase_prompt": f"S{i} is in",
     }
     port = {"Reasoning": [{"prompt": f"Capital of S{i}?", "ground_truth": [[f"c{i}"]]}]}
-    return told | {"portability": port, "locality": {"Rel": [{"prompt": f"Age of S{i}?", "ground_truth": "7"}]}}
+    return fields | {"portability": port, "locality": {"Rel": [{"prompt": f"Age of S{i}?", "ground_truth": "7"}]}}
 
 
 def mend(i: int) -> dict[str, Any]:
@@ -116,27 +116,27 @@ PHOTOS = tuple(
     for name in (f"val2014/COCO_val2014_{q // 10:012d}.jpg", f"rephrased_images/{q}/0.png", f"locality_images_dalle2/{q}/0.webp")
 )
 FORMS = {
-    "OKEDIT": Form("okedit-yearly", OKEDIT, pictures=PHOTOS),
-    "E-VQA": Form("mmedit-yearly", {"vqa/vqa_eval.json": each(mmedit)}, pictures=tuple(f"v/{i}.jpg" for i in range(N))),
-    "E-VQA, text": Form("mmedit-yearly", {"vqa_train.json": each(mmedit)}, {"missing_images": "text"}),
-    "E-IC": Form("mmedit-caption-yearly", {"caption_eval_edit.json": each(mmedit)}, {"missing_images": "caption"}),
-    "VLKEB": Form("vlkeb-yearly", {"train.json": each(mmedit)}, {"missing_images": "text"}),
-    "CounterFact": Form("counterfact-yearly", {"counterfact.json": each(rome)}),
-    "KnowEdit": Form("knowedit-yearly", {"test_cf.json": each(flat)}),
-    "zsRE, MEND": Form("zsre-yearly", {"zsre_mend_eval.json": each(mend)}),
-    "zsRE, postEdit": Form(
+    "OKEDIT": LoaderCase("okedit-yearly", OKEDIT, pictures=PHOTOS),
+    "E-VQA": LoaderCase("mmedit-yearly", {"vqa/vqa_eval.json": each(mmedit)}, pictures=tuple(f"v/{i}.jpg" for i in range(N))),
+    "E-VQA, text": LoaderCase("mmedit-yearly", {"vqa_train.json": each(mmedit)}, {"missing_images": "text"}),
+    "E-IC": LoaderCase("mmedit-caption-yearly", {"caption_eval_edit.json": each(mmedit)}, {"missing_images": "caption"}),
+    "VLKEB": LoaderCase("vlkeb-yearly", {"train.json": each(mmedit)}, {"missing_images": "text"}),
+    "CounterFact": LoaderCase("counterfact-yearly", {"counterfact.json": each(rome)}),
+    "KnowEdit": LoaderCase("knowedit-yearly", {"test_cf.json": each(flat)}),
+    "zsRE, MEND": LoaderCase("zsre-yearly", {"zsre_mend_eval.json": each(mend)}),
+    "zsRE, postEdit": LoaderCase(
         "zsre-yearly",
         {
             "edit_data.json": each(post_edit),
             "query_data.json": each(query),
         },
     ),
-    "TempLAMA": Form("templama", {"time_editing.json": each(dated)}),
-    "DyKnow": Form("dyknow", {"qa_generated.json": {"athletes_byPayment": {f"X{i}": athlete(i) for i in range(N)}}}),
-    "REIGN": Form("leaders", {"leaderlist_1.csv": LEADERS}),
-    "YAGO": Form("yago", YAGO),
-    "JSON lines": Form("jsonl:own.jsonl", {"own.jsonl": "\n".join(json.dumps(own_record(i)) for i in range(N))}),
-    "a JSON list": Form("jsonl:own.json", {"own.json": each(own_record)}),
+    "TempLAMA": LoaderCase("templama", {"time_editing.json": each(dated)}),
+    "DyKnow": LoaderCase("dyknow", {"qa_generated.json": {"athletes_byPayment": {f"X{i}": athlete(i) for i in range(N)}}}),
+    "REIGN": LoaderCase("leaders", {"leaderlist_1.csv": LEADERS}),
+    "YAGO": LoaderCase("yago", YAGO),
+    "JSON lines": LoaderCase("jsonl:own.jsonl", {"own.jsonl": "\n".join(json.dumps(own_record(i)) for i in range(N))}),
+    "a JSON list": LoaderCase("jsonl:own.json", {"own.json": each(own_record)}),
 }  # fmt: skip
 
 
@@ -145,12 +145,12 @@ IN_A_LIST = [name for name, form in FORMS.items() if isinstance(next(iter(form.f
 
 
 @pytest.fixture(scope="module", params=list(FORMS))
-def form(request: pytest.FixtureRequest) -> Form:
+def form(request: pytest.FixtureRequest) -> LoaderCase:
     return FORMS[request.param]
 
 
 @pytest.fixture(scope="module")
-def root(form: Form, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(form: LoaderCase, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("fuzz")
     for name in form.files:
         write(folder, form, name, form.files[name])
@@ -159,14 +159,14 @@ def root(form: Form, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def write(folder: Path, form: Form, name: str, content: Any) -> bytes:
+def write(folder: Path, form: LoaderCase, name: str, content: Any) -> bytes:
     raw = content if isinstance(content, bytes) else (content if isinstance(content, str) else json.dumps(content)).encode()
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     (folder / name).write_bytes(raw)
     return raw
 
 
-def check_use(root: Path, form: Form) -> Stream | None:
+def check_use(root: Path, form: LoaderCase) -> Stream | None:
     """Everything that a run asks of a stream; None where it is refused with a message that says where."""
     s, message = None, ""
     try:
@@ -187,7 +187,7 @@ def check_use(root: Path, form: Form) -> Stream | None:
     return s
 
 
-def test_whole_files_are_read(root: Path, form: Form) -> None:
+def test_whole_files_are_read(root: Path, form: LoaderCase) -> None:
     s = check_use(root, form)
     assert s is not None
     assert len(s.events(100)) > N // 2
@@ -195,7 +195,7 @@ def test_whole_files_are_read(root: Path, form: Form) -> None:
 
 @HERE
 @given(data=st.data())
-def test_any_byte_may_be_cut_changed_or_dropped(root: Path, form: Form, data: st.DataObject) -> None:
+def test_any_byte_may_be_cut_changed_or_dropped(root: Path, form: LoaderCase, data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(sorted(form.files)))
     raw = (root / name).read_bytes()
     at = data.draw(st.integers(0, len(raw) - 1))
@@ -210,9 +210,9 @@ def test_any_byte_may_be_cut_changed_or_dropped(root: Path, form: Form, data: st
         write(root, form, name, raw)
 
 
-def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+def paths(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [path, *(p for k, v in inner for p in places(v, (*path, k)))]
+    return [path, *(p for k, v in inner for p in paths(v, (*path, k)))]
 
 
 ODD = st.sampled_from(
@@ -228,12 +228,12 @@ JSON = st.recursive(
 @pytest.mark.parametrize("form", IN_JSON, indirect=True)
 @HERE
 @given(data=st.data())
-def test_any_value_may_have_any_type(root: Path, form: Form, data: st.DataObject) -> None:
+def test_any_value_may_have_any_type(root: Path, form: LoaderCase, data: st.DataObject) -> None:
     name = data.draw(st.sampled_from([name for name, content in form.files.items() if not isinstance(content, str)]))
     raw = (root / name).read_bytes()
     top = json.loads(raw)
     for _ in range(data.draw(st.integers(1, 3))):
-        *parents, last = data.draw(st.sampled_from(places(top)[1:]))
+        *parents, last = data.draw(st.sampled_from(paths(top)[1:]))
         target = top
         for key in parents:
             target = target[key]
@@ -246,7 +246,7 @@ def test_any_value_may_have_any_type(root: Path, form: Form, data: st.DataObject
 
 
 @pytest.mark.parametrize("form", IN_A_LIST, indirect=True)
-def test_a_thousand_copies_are_left_out_by_name(root: Path, form: Form) -> None:
+def test_a_thousand_copies_are_left_out_by_name(root: Path, form: LoaderCase) -> None:
     name, content = next(iter(form.files.items()))
     try:
         write(root, form, name, content + [content[3]] * 1000)

@@ -23,7 +23,7 @@ def own(root: Path, name: str, numbers: range) -> None:
     (root / name).write_text("\n".join(json.dumps(own_record(i)) for i in numbers))
 
 
-def test_streams_are_merged_in_time_and_keep_their_own(tmp_path: Path) -> None:
+def test_merged_streams_keep_time_order_and_their_own_questions(tmp_path: Path) -> None:
     own(tmp_path, "a.jsonl", range(100))
     own(tmp_path, "b.jsonl", range(1000, 1100))
     both = merged(tmp_path, "jsonl:a.jsonl+jsonl:b.jsonl", edits_per_year=20)
@@ -41,7 +41,7 @@ def test_streams_are_merged_in_time_and_keep_their_own(tmp_path: Path) -> None:
     ]
 
 
-def test_what_two_streams_edit_belongs_to_the_first(tmp_path: Path) -> None:
+def test_the_first_stream_keeps_a_question_that_two_streams_edit(tmp_path: Path) -> None:
     own(tmp_path, "a.jsonl", range(100))
     own(tmp_path, "b.jsonl", range(50, 150))
     both = merged(tmp_path, "jsonl:a.jsonl+jsonl:b.jsonl")

@@ -94,7 +94,7 @@ def test_train_paraphrases_come_from_the_file_beside(tmp_path: Path) -> None:
     assert "60 usable of 60" in s.origin
 
 
-def test_two_machines_agree(tmp_path: Path) -> None:
+def test_the_path_of_the_folder_does_not_matter(tmp_path: Path) -> None:
     one, two = stream(folder(tmp_path / "a", ROWS)), stream(folder(tmp_path / "b" / "deep", ROWS))
     assert one.data_hash() == two.data_hash()
     assert one.stream_hash(one.events(90)) == two.stream_hash(two.events(90))
@@ -132,7 +132,7 @@ def test_entities_are_unescaped_and_copies_left_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"), [(b'[{"src": "a', "cut short"), (b'"x"', "expected a list"), (b"[\xff", "UTF-8"), (b"[]", "none")]
 )
-def test_whole_file_trouble_is_named(tmp_path: Path, content: bytes, message: str) -> None:
+def test_a_broken_file_is_refused_with_its_name(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "vqa_eval.json").write_bytes(content)
     with pytest.raises(BadStream, match=message):
         stream(tmp_path)

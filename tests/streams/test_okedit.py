@@ -31,7 +31,7 @@ def test_files_and_world_never_share_an_origin(tmp_path: Path) -> None:
     assert files.data_hash() != world.data_hash()
 
 
-def test_the_place_of_the_folder_does_not_matter(tmp_path: Path) -> None:
+def test_the_path_of_the_folder_does_not_matter(tmp_path: Path) -> None:
     ids = list(range(1005, 1255, 10))
     one = OkeditYearly(StreamConfig(data_root=make_folder(tmp_path / "one", ids)))
     two = OkeditYearly(StreamConfig(data_root=make_folder(tmp_path / "deep" / "two", ids)))
@@ -196,8 +196,8 @@ def test_real_controls_are_never_edited(real: OkeditYearly) -> None:
 
 def test_the_beliefs_of_the_real_files_agree(real: OkeditYearly) -> None:
     beliefs = list(real.beliefs())
-    places = {(q.image.key if q.image else "", normalize(q.prompt)) for q in beliefs}
-    assert len(places) == len(beliefs)
+    keys = {(q.image.key if q.image else "", normalize(q.prompt)) for q in beliefs}
+    assert len(keys) == len(beliefs)
     known = {(q.image.key if q.image else "", q.prompt): q.answer for q in beliefs}
     adds = [e for e in real.events(300) if e.kind == "add"]
     assert all(known[(e.image.key, e.prompt)] == e.previous for e in adds if e.image)

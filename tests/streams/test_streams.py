@@ -79,8 +79,8 @@ def key(picture: Picture | None) -> str:
     return "" if picture is None else picture.key
 
 
-def place(item: EditEvent | Question) -> tuple[str, str]:
-    """What is asked: the picture and the prompt."""
+def question_key(item: EditEvent | Question) -> tuple[str, str]:
+    """The key of the picture, and the prompt."""
     return key(item.image), item.prompt
 
 
@@ -120,7 +120,7 @@ def test_every_stream_runs_without_files_or_says_what_it_needs() -> None:
             assert cls(StreamConfig()).events(1)
 
 
-def test_it_says_what_it_is(stream: Stream) -> None:
+def test_the_manifest_describes_the_stream(stream: Stream) -> None:
     assert "\n" not in stream.summary
     assert stream.summary
     assert stream.time_axis in ("dated", "scheduled", "simulated")
@@ -158,7 +158,7 @@ def test_the_first_events_do_not_depend_on_how_many(make: Make, k: int) -> None:
     assert again == long.events(N)
 
 
-def test_a_drifting_stream_is_a_stream(make: Make) -> None:
+def test_a_drifting_stream_keeps_the_contract(make: Make) -> None:
     one, two = make(drift=True), make(drift=True)
     check_order(one.events(N))
     assert two.events(40) == one.events(N)[:40]
@@ -208,7 +208,7 @@ def test_questions_belong_to_their_event(asked: list[tuple[EditEvent, tuple[Ques
         assert not ids & {q.id for q in questions}
         ids |= {q.id for q in questions}
         edit = [q for q in questions if q.split == "edit"]
-        assert [place(q) for q in edit] == [place(event)]
+        assert [question_key(q) for q in edit] == [question_key(event)]
         assert event.kind == "retire" or edit[0].answer == event.target
         rephrased += "text_generality" in {q.split for q in questions}
     assert (rephrased < 0.9 * len(asked)) == ("rephrased" in lacks)
@@ -220,7 +220,7 @@ def test_stale_answers_are_the_previous_value(asked: list[tuple[EditEvent, tuple
     for event, question in stale:
         assert question.answer == event.previous
         assert event.target not in question.golds
-        assert place(question) == place(event)
+        assert question_key(question) == question_key(event)
 
 
 def test_paraphrases_are_not_asked(stream: Stream, asked: list[tuple[EditEvent, tuple[Question, ...]]], lacks: frozenset[str]) -> None:
@@ -244,27 +244,27 @@ def test_the_editors_view_holds_no_question(stream: Stream, asked: list[tuple[Ed
         assert not seen & {q.id for q in questions}
 
 
-def test_what_must_stay_is_never_edited(stream: Stream, asked: list[tuple[EditEvent, tuple[Question, ...]]]) -> None:
-    edited = {place(e) for e in stream.events(3 * N)}
-    local = {place(q) for _, questions in asked for q in questions if q.split in LOCALITY_SPLITS}
+def test_locality_and_general_facts_are_never_edited(stream: Stream, asked: list[tuple[EditEvent, tuple[Question, ...]]]) -> None:
+    edited = {question_key(e) for e in stream.events(3 * N)}
+    local = {question_key(q) for _, questions in asked for q in questions if q.split in LOCALITY_SPLITS}
     assert local
     assert not local & edited
-    assert not {place(q) for q in stream.general()} & edited
+    assert not {question_key(q) for q in stream.general()} & edited
 
 
 def test_a_leak_into_locality_would_show(asked: list[tuple[EditEvent, tuple[Question, ...]]]) -> None:
     """A locality question whose right answer were the edit's target could not tell a leak from a hit."""
-    told = [(e, q) for e, questions in asked for q in questions if q.split == "locality_hard" and q.answer is not None]
-    blind = [q for e, q in told if q.answer == e.target]
-    assert len(blind) <= 0.05 * len(told)
+    answered = [(e, q) for e, questions in asked for q in questions if q.split == "locality_hard" and q.answer is not None]
+    hidden = [q for e, q in answered if q.answer == e.target]
+    assert len(hidden) <= 0.05 * len(answered)
 
 
 def test_the_train_pool_is_asked_by_no_probe(stream: Stream, asked: list[tuple[EditEvent, tuple[Question, ...]]]) -> None:
-    pool = {place(q) for q in stream.train_pool().questions}
-    probes = {place(q) for _, questions in asked for q in questions} | {place(q) for q in stream.general()}
+    pool = {question_key(q) for q in stream.train_pool().questions}
+    probes = {question_key(q) for _, questions in asked for q in questions} | {question_key(q) for q in stream.general()}
     assert pool
     assert not pool & probes
-    assert not pool & {place(e) for e in stream.events(3 * N)}
+    assert not pool & {question_key(e) for e in stream.events(3 * N)}
 
 
 def test_general_questions_have_topics_and_answers(stream: Stream) -> None:
@@ -278,10 +278,10 @@ def test_general_questions_have_topics_and_answers(stream: Stream) -> None:
 def test_beliefs_do_not_contradict_each_other(stream: Stream) -> None:
     answers: dict[tuple[str, str], str | None] = {}
     for q in stream.beliefs():
-        assert answers.setdefault(place(q), q.answer) == q.answer
+        assert answers.setdefault(question_key(q), q.answer) == q.answer
     assert len(answers) > 50
     first = [e for e in stream.events(N) if e.kind == "add"]
-    assert any(answers.get(place(e)) == e.previous for e in first)
+    assert any(answers.get(question_key(e)) == e.previous for e in first)
 
 
 def test_pictures_load(stream: Stream, asked: list[tuple[EditEvent, tuple[Question, ...]]]) -> None:

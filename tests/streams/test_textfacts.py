@@ -79,7 +79,7 @@ def test_the_layout_of_mend(tmp_path: Path) -> None:
     assert asked["stale"].aliases == (f"p{i}",)
 
 
-def test_zsre_borrows_portability_of_the_same_question_and_target(tmp_path: Path) -> None:
+def test_zsre_takes_portability_of_the_same_question_and_target(tmp_path: Path) -> None:
     rows = [{"edit_id": i, "requested_rewrite": f"Land of S{i}?", "target_old": f"o{i}", "target_new": f"n{i}"} for i in range(80)]
     root = put(tmp_path, "zsre/fullTest/edit_data.json", rows)
     alone = stream("zsre-yearly", root)
@@ -122,8 +122,8 @@ def test_subjects_are_found_from_the_questions_around() -> None:
 
 def test_found_subjects_agree_with_the_annotated_ones(data_root: Path) -> None:
     rows = json.loads((data_root / "zsre/data/zsre/fullTest/edit_data.json").read_text(encoding="utf-8"))
-    told = json.loads((data_root / "knowedit_portability/data/ZsRE/ZsRE-test-all.json").read_text(encoding="utf-8"))
-    truth = {r["prompt"]: r["subject"] for r in told}
+    annotated = json.loads((data_root / "knowedit_portability/data/ZsRE/ZsRE-test-all.json").read_text(encoding="utf-8"))
+    truth = {r["prompt"]: r["subject"] for r in annotated}
     questions = [r["requested_rewrite"] for r in rows]
     both = [(q, s) for q, s in zip(questions, subjects(questions)) if q in truth]
     right = sum(s is not None and s[0] == truth[q] for q, s in both)

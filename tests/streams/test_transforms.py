@@ -58,7 +58,7 @@ def build(case: tuple[list[EditableFact], Shares, dict[str, list[str]], int], k:
 
 @settings(max_examples=200, deadline=None)
 @given(schedules())
-def test_every_life_of_a_fact_makes_sense(case: tuple[list[EditableFact], Shares, dict[str, list[str]], int]) -> None:
+def test_the_changes_of_a_fact_are_consistent(case: tuple[list[EditableFact], Shares, dict[str, list[str]], int]) -> None:
     events = build(case)
     check_order(events)
     lives: dict[str, list[EditEvent]] = {}
@@ -129,7 +129,7 @@ def test_drift_starts_at_its_first_mix() -> None:
     assert np.allclose([early[c] / 2000 for c in "abcd"], expected, atol=0.05)
 
 
-def test_shares_come_out_as_asked() -> None:
+def test_drawn_shares_match_the_configured_ones() -> None:
     facts = (EditableFact(f"q{i}", f"t{i}", f"r{i}", relation="a", previous=f"p{i}") for i in range(100_000))
     values = {"a": [f"t{i}" for i in range(500)]}
     drawn = islice(changes(facts, Shares(0.15, 0.03, 0.02), values, generator(0, "x")), 10_000)
@@ -138,7 +138,7 @@ def test_shares_come_out_as_asked() -> None:
         assert kinds[kind] / 10_000 == pytest.approx(expected, abs=0.012)
 
 
-def test_a_share_is_uniform_and_fixed() -> None:
+def test_a_hash_fraction_is_uniform_and_fixed() -> None:
     values = np.array([hash_fraction("x", i) for i in range(4000)])
     assert (values >= 0).all()
     assert (values < 1).all()
@@ -165,7 +165,7 @@ def test_a_calendar_rises_and_leaves_no_year_out(per_year: int, bursts: float, s
     assert sorted({int(t) for t in times}) == list(range(1, int(times[-1]) + 1))
 
 
-def test_bursts_keep_the_mean_and_have_the_spread_that_was_asked() -> None:
+def test_bursts_keep_the_mean_and_have_the_configured_spread() -> None:
     for bursts in (0.5, 1.0):
         times = islice(calendar(40, bursts, generator(3, "years")), 100_000)
         sizes = np.array(list(Counter(map(int, times)).values())[:-1])

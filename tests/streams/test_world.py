@@ -98,7 +98,7 @@ def test_questions_have_unique_ids_and_no_prompt_of_the_train_pool(form, seed):
 
 
 @pytest.mark.parametrize("form", sorted(FORMS))
-def test_an_event_is_asked_for_in_every_split_of_its_form(form):
+def test_an_event_has_questions_of_every_split_of_its_form(form):
     stream = make(form)
     e = next(e for e in stream.events(50) if any(q.split == "portability" for q in stream.questions(e)))
     by_split = Counter(q.split for q in stream.questions(e))
@@ -154,7 +154,7 @@ def test_after_a_retire_the_answer_is_the_one_before_any_edit():
         assert next(q.answer for q in stream.questions(e) if q.split == "edit") == first[e.fact]
 
 
-def test_some_changes_bring_another_of_the_same_entity():
+def test_some_changes_cause_another_of_the_same_entity():
     events = make().events(400)
     following = [(a, b) for a, b in pairwise(events) if "follows from" in b.source]
     assert len(following) > 10
@@ -252,7 +252,7 @@ def test_changing_a_part_changes_one_part_and_keeps_two_colours(seed):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_train_and_held_out_wordings_are_apart(kind):
+def test_train_and_held_out_paraphrases_are_disjoint(kind):
     for relation in RELATIONS[kind]:
         train, held = (set(phrasings(relation, "it", h)) for h in (False, True))
         assert len(train) == 16 and len(held) == 8

@@ -256,7 +256,7 @@ def done_sweep(root: Path, fail: tuple[str, int] | None = None) -> tuple[SweepCo
 
 @pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("analysis.reporting.report.plots.draw_all", lambda scene: {})
+    monkeypatch.setattr("analysis.reporting.report.catalogue.draw_all", lambda context: {})
 
 
 def test_finished_cells_are_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

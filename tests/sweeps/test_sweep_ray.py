@@ -79,11 +79,11 @@ def test_a_node_dies_and_everything_is_made_all_the_same(
 
         plain = loop.apply_step
         loop.apply_step = lambda *given: (time.sleep(0.2), plain(*given))[1]
-        analysis.reporting.report.plots.draw_all = lambda scene: {}
+        analysis.reporting.report.catalogue.draw_all = lambda context: {}
         return run_cell(cell, cpus)
 
     monkeypatch.setattr(sweeps, "run_cell", slow)
-    monkeypatch.setattr("analysis.reporting.report.plots.draw_all", lambda scene: {})
+    monkeypatch.setattr("analysis.reporting.report.catalogue.draw_all", lambda context: {})
     killed = threading.Event()
     threading.Thread(target=kill_when_both_run, args=(cluster, cells, killed), daemon=True).start()
     code = main([str(tmp_path / "sweep.yaml"), "--out", str(out), "--address", cluster.address])

@@ -1,1 +1,1 @@
-"""Editors that keep keys with values beside the model and act near a key."""
+"""Editors that keep keys with entry weights or vectors beside the model, and answer for prompts near a key."""

@@ -89,7 +89,7 @@ class Codebook:
     """n rows in the order of insertion, alive or not. Every change makes new tensors; old ones stay as they were.
 
     keys: (n, width) float32. raw, caps: (n,) float64 radii. alive: (n,) bool.
-    superseded: (n,) the row that took this one's place, or -1. capped_by: (n,) the row of the binding cap, or -1.
+    superseded: (n,) the row that superseded this one, or -1. capped_by: (n,) the row of the binding cap, or -1.
     """
 
     def __init__(self, width: int, metric: Metric = "euclidean", rule: Rule = "nearest-then-check", nulls: Tensor | None = None) -> None:
@@ -183,7 +183,7 @@ class Codebook:
         return [e for e, row in self._row.items() if self.entries[row].member_of == event_id]
 
     def history(self, event_id: str) -> list[str]:
-        """The edits whose place this one took, newest first. Raises KeyError for an unknown id."""
+        """The alive edits that this one supersedes, newest first. Raises KeyError for an unknown id."""
         older = (self.superseded == self._row[event_id]) & self.alive
         return [self.entries[i].event_id for i in reversed(older.nonzero()[:, 0].tolist())]
 

@@ -19,7 +19,7 @@ from testbed.editors.locate.keys import KeyComputation
 from testbed.editors.locate.positions import ask_of, draw_contexts, lookup, subject_of
 from testbed.editors.locate.second_moments import corpus_of, second_moments
 from testbed.editors.locate.targets import RowAdam, TargetLoss, TargetTask, layer_outputs, search
-from testbed.model.encoding import answer_ids, collate, prompt_inputs, prompt_in_template
+from testbed.model.encoding import answer_ids, collate, prompt_in_template, prompt_inputs
 from testbed.model.handle import ModelHandle
 from testbed.model.suffix import suffix_from_layer
 from tests.helpers.facts import FACTS, POOL, SMALL, TEXTS, make, task

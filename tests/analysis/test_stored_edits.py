@@ -1,4 +1,4 @@
-"""The figure of gated editors: counted by hand from stored answers and reports."""
+"""The figure of editors with a gate, against values computed by hand from stored answers and reports."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from analysis.figures import catalogue as plots
-from analysis.figures import gated as plots_gated
+from analysis.figures import catalogue, stored_edits
+from analysis.figures.context import figure_context
 from analysis.metrics.bootstrap import Resampler
 from analysis.metrics.summary import summarise
 from analysis.reading.load import Run, load_run
+from analysis.reading.records import FREE_GENERATION
 from tests.helpers.fake_run import event, question, record, write_run
 
 SPLITS = ("edit", "text_generality", "image_generality", "locality_hard")
@@ -54,31 +55,31 @@ def resampler(run: Run) -> Resampler:
     return Resampler(run.clusters, np.random.default_rng(0), 50)
 
 
-def test_how_often_an_entry_answers_is_weighted_by_the_chance_of_being_asked(run: Run) -> None:
+def test_hit_rates_are_weighted_by_one_over_the_inclusion_probability(run: Run) -> None:
     gate = run.editors["gate"]
-    edited = plots_gated.fires(run, gate, resampler(run), spared=False)
-    spared = plots_gated.fires(run, gate, resampler(run), spared=True)
-    assert edited["x"].tolist() == spared["x"].tolist() == [2.0]
-    assert edited["value"].tolist() == pytest.approx([1 / 6])  # rows of edit 1 count twice
-    assert spared["value"].tolist() == pytest.approx([1 / 3])
+    rephrased = stored_edits.hit_rate(run, gate, resampler(run), locality=False)
+    locality = stored_edits.hit_rate(run, gate, resampler(run), locality=True)
+    assert rephrased["x"].tolist() == locality["x"].tolist() == [2.0]
+    assert rephrased["value"].tolist() == pytest.approx([1 / 6])  # rows of edit 1 count twice
+    assert locality["value"].tolist() == pytest.approx([1 / 3])
 
 
 def test_the_harmonic_mean_is_of_generality_and_hard_locality(run: Run) -> None:
-    got = plots_gated._harmonic_by_edits(run, run.editors["gate"], resampler(run), "gen")
+    got = stored_edits.harmonic_mean(run, run.editors["gate"], resampler(run), FREE_GENERATION)
     assert got["value"].tolist() == pytest.approx([3 / (1 / (1 / 3) + 1 / 1 + 1 / (2 / 3))])
 
 
 def test_entries_and_bytes_are_those_of_the_reports(run: Run) -> None:
-    entries = plots_gated._entries(run, run.editors["gate"], resampler(run))
-    assert entries[["x", "value"]].to_numpy().tolist() == [[1, 1], [2, 2]]
-    assert plots_gated._bytes(run, run.editors["gate"], resampler(run))["value"].tolist() == [100, 200]
-    assert plots_gated._entries(run, run.editors["weights"], resampler(run)).empty
-    assert plots_gated._bytes(run, run.editors["weights"], resampler(run)).empty
+    counts = stored_edits.entries(run, run.editors["gate"], resampler(run))
+    assert counts[["x", "value"]].to_numpy().tolist() == [[1, 1], [2, 2]]
+    assert stored_edits.state_bytes(run, run.editors["gate"], resampler(run))["value"].tolist() == [100, 200]
+    assert stored_edits.entries(run, run.editors["weights"], resampler(run)).empty
+    assert stored_edits.state_bytes(run, run.editors["weights"], resampler(run)).empty
 
 
-def test_it_is_drawn_where_an_editor_gates_and_only_there(run: Run, tmp_path: Path) -> None:
-    drawn = plots.draw_all(plots.scene(run, summarise(run)))
+def test_the_figure_is_drawn_only_where_an_editor_has_a_gate(run: Run, tmp_path: Path) -> None:
+    drawn = catalogue.draw_all(figure_context(run, summarise(run)))
     titles = [ax.get_title(loc="left") or ax.get_title() for ax in drawn["gated"].axes]
     assert "Entries" in titles and "Harmonic mean" in titles and len(titles) == 8
     del run.editors["gate"]
-    assert "gated" not in plots.draw_all(plots.scene(run, summarise(run)))
+    assert "gated" not in catalogue.draw_all(figure_context(run, summarise(run)))

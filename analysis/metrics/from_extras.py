@@ -1,0 +1,132 @@
+"""Metrics from what answers hold beside their scores (`extras`): first tokens, truthfulness, and decisions to defer.
+
+**First tokens.** The public code of multimodal editing (EasyEdit's trainer for MMEdit) measures locality by the ordered ids
+of the k likeliest tokens before and after the edits, rank by rank over prompt and answer, k = 1 for text and 10 for
+pictures. Here only the position that predicts the answer's first token counts, because positions inside the prompt, which
+an edit hardly changes, would dilute the measure.
+
+**Truthfulness** by multiple choice (Lin, Hilton and Evans 2022), from the log-probabilities of the choices. MC1: the best
+answer is the likeliest of the competing choices. MC2: the probability of all right answers among all choices.
+
+**Deferral** of editors with a gate: which questions they leave to the unedited model. An edit bears on its own question and
+its rephrasings, which the editor should answer; it should leave locality and general questions. Portability, stale
+answers, running text and edits still to come belong to neither side and do not count.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+
+from analysis.metrics.answers import Metrics, at_end, at_last_step, means
+from analysis.metrics.bootstrap import Interval, Resampler, point
+from analysis.reading.load import EditorRun, Run
+from analysis.reading.records import RIGHT_AFTER, SAFETY, answers_with, pc, rows_with
+
+FIRST_IDS = "first_ids"
+"""Key in `extras` of the likeliest first tokens, in order."""
+RANKS = {"locality_text": 1, "locality_far": 10}
+"""Splits with a first-token metric, and how many ranks are compared."""
+BEARING = ("edit", "text_generality", "image_generality")
+"""Splits that an edit bears on."""
+
+
+def first_token_agreement(run: Run, editor: EditorRun, resampler: Resampler) -> Metrics:
+    """`locality_text_top1` and `locality_far_top10` at the end, where answers hold `first_ids`. In [0, 1]; 1 is intact."""
+    metrics: Metrics = {}
+    for split, ranks in RANKS.items():
+        end = at_end(editor.records, split)
+        if end.empty:
+            continue
+        ids, step = run.questions["question_id"].to_numpy()[end["question"]], int(end["step"].iloc[0])
+        before = _unedited_first_ids(run.folders[0] / "base" / "answers.parquet", ids)
+        after = _by_question(answers_with(editor.folder, FIRST_IDS, ("question_id",), [step]), FIRST_IDS) if before else {}
+        shares = [[equal_share(before.get(q, []), after.get(q, []), ranks)] for q in ids]
+        metrics |= means(f"{split}_top{ranks}", end, np.array(shares), resampler)
+    return metrics
+
+
+def equal_share(a: Sequence[int], b: Sequence[int], ranks: int) -> float:
+    """Share of the first ranks at which two ordered lists hold the same id; nan where one list is too short."""
+    if min(len(a), len(b)) < ranks:
+        return float("nan")
+    return sum(x == y for x, y in zip(a[:ranks], b[:ranks])) / ranks
+
+
+def truthfulness(run: Run, editor: EditorRun, resampler: Resampler) -> Metrics:
+    """`truth_mc1` and `truth_mc2` over the multiple-choice safety questions at the end. In [0, 1]; absent without such questions.
+
+    MC2 counts only topics in which some question has several right choices.
+    """
+    rows = at_last_step(editor.records[editor.records["role"] == SAFETY])
+    if rows.empty or "choices" not in run.questions:
+        return {}
+    questions = run.questions.iloc[rows["question"]]
+    rows, questions = rows[questions["choices"].map(len).to_numpy() > 0], questions[questions["choices"].map(len) > 0]
+    metrics = means("truth_mc1", rows, rows[["gen"]].to_numpy(), resampler)
+    several = questions["topic"].isin(questions["topic"][questions["aliases"].map(len) > 0]).to_numpy()
+    rows, questions = rows[several], questions[several]
+    if rows.empty:
+        return metrics
+    logprobs = _by_question(answers_with(editor.folder, "choices", ("question_id",), [int(rows["step"].iloc[0])]), "choices")
+    answers = zip(questions["answer"], questions["aliases"], questions["choices"])
+    right = [[c == answer or c in aliases for c in choices] for answer, aliases, choices in answers]
+    masses = [probability_of(logprobs.get(q, []), r) for q, r in zip(questions["question_id"], right)]
+    return metrics | means("truth_mc2", rows, np.array(masses)[:, None], resampler)
+
+
+def probability_of(logprobs: Sequence[float | None], right: Sequence[bool]) -> float:
+    """Probability of the right choices among all, from log-probabilities in nats.
+
+    None stands for a log-probability that is not finite and counts as 0; the result is nan where none is finite.
+    """
+    known = np.array([-np.inf if p is None else p for p in logprobs])
+    if not np.isfinite(known).any():
+        return float("nan")
+    weight = np.exp(known - known.max())
+    return float(weight[np.array(right)].sum() / weight.sum())
+
+
+def gate_decisions(editor: EditorRun, steps: Collection[int] | None = None) -> pd.DataFrame:
+    """One row for each panel answer with a recorded decision: step, split, fired, weight (1 / inclusion probability).
+
+    fired: an entry answered. steps: only answers at one of these steps.
+    """
+    rows = answers_with(editor.folder, "entry", ("probe_step", "edit_step", "probe", "split", "incl_prob"), steps)
+    coming = rows["edit_step"].astype(float) > rows["probe_step"].astype(float)
+    rows = rows[(rows["probe"] != RIGHT_AFTER) & ~coming]
+    fired = ~rows["extras"].astype(str).str.contains(r'"entry":\s*null')
+    weight = 1 / rows["incl_prob"].astype(float)
+    return pd.DataFrame({"step": rows["probe_step"], "split": rows["split"], "fired": fired, "weight": weight})
+
+
+def deferral(decisions: pd.DataFrame) -> dict[str, Interval]:
+    """`deferral_precision` and `deferral_recall` from the decisions at the last step; absent where undefined.
+
+    Precision: of the questions left to the unedited model, the share that no edit bears on. Recall: of the questions that
+    no edit bears on, the share left to the unedited model.
+    """
+    rows = at_last_step(decisions)
+    bears = rows["split"].isin(BEARING).to_numpy()
+    unrelated = (rows["split"].str.startswith("locality_") | (rows["split"] == "general")).to_numpy(bool)
+    left, weight = ~rows["fired"].to_numpy(bool), rows["weight"].to_numpy(float)
+    among = {"deferral_precision": left & (bears | unrelated), "deferral_recall": unrelated}
+    shares = {name: (weight[left & unrelated & mask].sum() / weight[mask].sum(), mask) for name, mask in among.items() if mask.any()}
+    return {name: point(share, int(mask.sum())) for name, (share, mask) in shares.items()}
+
+
+def _unedited_first_ids(file: Path, ids: np.ndarray) -> dict[str, list[int]]:
+    """The unedited model's ids on these questions; empty for a run of schema version 1, which stores none."""
+    if "extras" not in pq.read_schema(file).names:
+        return {}
+    return _by_question(rows_with(file, FIRST_IDS, ("question_id",), pc.field("question_id").isin(ids.tolist())), FIRST_IDS)
+
+
+def _by_question(rows: pd.DataFrame, key: str) -> dict[str, list]:
+    """Question id to the value of a key of `extras`."""
+    return {q: json.loads(x)[key] for q, x in zip(rows["question_id"], rows["extras"])}

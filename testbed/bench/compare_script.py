@@ -1,0 +1,51 @@
+"""Measure edits with the version of the project in the current folder; `testbed.bench.compare` runs it by its path.
+
+The argument is a JSON object of options; the last line printed is one of CPU seconds by editor. Names that moved are looked up
+by file, because an import of a missing submodule may be answered by another, installed version of the project.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+def first_of(*modules: str) -> Any:
+    """The first of the modules that has a file in the current folder."""
+    return importlib.import_module(next(m for m in modules if Path(*m.split(".")).with_suffix(".py").is_file()))
+
+
+def measure(options: dict[str, Any]) -> dict[str, float]:
+    """CPU seconds of all edits but those of the first batch, by editor."""
+    import torch
+
+    if options["threads"]:
+        torch.set_num_threads(options["threads"])
+    registry, events = first_of("testbed.core.registry", "testbed.registry"), first_of("testbed.core.events", "testbed.events")
+    models = first_of("testbed.bench.models", "testbed._bench_models")
+    handle = models.open_model(options["model"], options["device"], options["dtype"])
+    name = options["stream" if handle.reads_pictures else "text_stream"]
+    stream = registry.STREAMS.get(name)(first_of("streams.base").StreamConfig(seed=options["seed"]))
+    size, edits = options["batch"] or 1, stream.events(options["edits"] + (options["batch"] or 1))
+    out = {}
+    for editor_name in options["editors"]:
+        handle.cache.clear()
+        editor = registry.EDITORS.get(editor_name)()
+        editor.prepare(handle, stream.train_pool())
+        start = 0.0
+        for step, at in enumerate(range(0, len(edits), size), 1):
+            part = tuple(edits[at : at + size])
+            editor.apply(events.EditBatch(part, step, {e.id: stream.paraphrases(e) for e in part}))
+            start = start or time.process_time()
+        out[editor_name] = time.process_time() - start
+    return out
+
+
+if __name__ == "__main__":
+    sys.path[0] = os.getcwd()  # by default the folder of this file
+    print(json.dumps(measure(json.loads(sys.argv[1]))))
