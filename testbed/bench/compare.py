@@ -33,7 +33,10 @@ class VersionComparison:
 
 
 def compare(config: BenchConfig) -> Rows:
-    """Every editor on every model. The two versions take turns in going first. Raises RuntimeError with the output of a process that fails."""
+    """Every editor on every model; the two versions take turns in going first.
+
+    Raises RuntimeError with the output of a process that fails.
+    """
     before = config.before or _HERE
     for model in config.model:
         seconds: dict[tuple[Path, str], list[float]] = defaultdict(list)

@@ -214,12 +214,12 @@ class StageFlops:
     editor: str
     stage: str
     """`edit` and `question` are the whole; `edit: train` is a stage, and `question: other` the time outside of named stages."""
-    seconds: float
-    """Wall seconds of one edit or question."""
+    milliseconds: float
+    """Wall time of one edit or question."""
     gigaflops: float
     """Billions of floating-point operations in matrix products, by torch's formulas; factorisations are not counted."""
     share_of_peak: float
-    """gigaflops / seconds as a share of the rate of one large matrix product in the model's dtype on this device."""
+    """gigaflops by wall time, as a share of the rate of one large matrix product in the model's dtype on this device."""
 
 
 def flop_rows(config: BenchConfig) -> Rows:
@@ -247,7 +247,7 @@ def measure_flops(handle: ModelHandle, stream: Stream, make: Make, config: Bench
     for unit, n in {"edit": len(events), "question": len(asks)}.items():
         stages = {unit: (sum(seconds[unit].values()), sum(flops[unit].values()))}
         stages |= {f"{unit}: {stage or 'other'}": (s, flops[unit].get(stage, 0)) for stage, s in seconds[unit].items()}
-        out += [StageFlops(handle.name, make().name, k, s / n, f / n / 1e9, f / s / peak) for k, (s, f) in stages.items() if n]
+        out += [StageFlops(handle.name, make().name, k, 1e3 * s / n, f / n / 1e9, f / s / peak) for k, (s, f) in stages.items() if n]
     return out
 
 
