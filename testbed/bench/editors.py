@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from streams.base import Stream
@@ -286,17 +287,11 @@ class FlopCounter(TorchDispatchMode):
 
 
 @cache
-def peak_rate(device: torch.device, dtype: torch.dtype, tries: int = 6) -> float:
-    """FLOPs a second of one large matrix product, the best of several tries."""
-    n, seconds = 2048 if device.type == "cpu" else 8192, []
-    a = torch.ones(n, n, device=device, dtype=dtype)
-    for _ in range(tries):
-        start = time.perf_counter()
-        torch.mm(a, a)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return 2 * n**3 / min(seconds)
+def peak_rate(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> float:
+    """FLOPs a second of one large matrix product; the median of as many as take these seconds."""
+    n = 2048 if device.type == "cpu" else 8192
+    timer = Timer("a @ a", globals={"a": torch.ones(n, n, device=device, dtype=dtype)}, num_threads=torch.get_num_threads())
+    return 2 * n**3 / timer.blocked_autorange(min_run_time=seconds).median
 
 
 _aten: Any = torch.ops.aten

@@ -23,8 +23,7 @@ from testbed.pretraining.beliefs import (
     reading_questions,
 )
 from testbed.pretraining.curriculum import Curriculum, ExampleMixture, corpus
-from testbed.pretraining.evaluation import AbilityScore, measure, share_right
-from testbed.pretraining.finetune_damage import sibling_damage
+from testbed.pretraining.evaluation import AbilityScore, measure, share_right, sibling_damage
 from testbed.pretraining.packing import Packer
 from testbed.pretraining.rewriting import RewritingExamples, rewriting_batches
 from testbed.pretraining.tiny_model import build_model, build_processor, build_tokenizer, load, save

@@ -19,8 +19,7 @@ from testbed.core.events import EditEvent, Question
 from testbed.core.registry import STREAMS
 from testbed.editors.retrieval import prompts
 from testbed.pretraining.curriculum import Curriculum, corpus, question_in_context
-from testbed.pretraining.evaluation import AbilityScore, EvaluationQuestion, ability_questions, generate, share_right
-from testbed.pretraining.finetune_damage import sibling_damage
+from testbed.pretraining.evaluation import AbilityScore, EvaluationQuestion, ability_questions, generate, share_right, sibling_damage
 from testbed.pretraining.packing import Example, Packer, packed_logits
 from testbed.pretraining.stages import evaluate_world, rng_of
 from testbed.pretraining.tiny_model import TEXT_ONLY, WITH_IMAGE, build_model, build_processor, build_tokenizer, load, save

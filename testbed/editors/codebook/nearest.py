@@ -11,12 +11,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from testbed.editors.buffers import appended
+
 Metric = Literal["euclidean", "cosine"]
 Rule = Literal["nearest-then-check", "containing-nearest"]
 _ROUNDING = 2.0**-23
 _CHUNK = 2**18
 """Numbers of one exact comparison held at once: few enough to stay in a processor's cache."""
-_GROWTH = 1.25
 
 
 def direct(a: Tensor, b: Tensor, metric: Metric) -> Tensor:
@@ -37,19 +38,6 @@ def to_all(keys: Tensor, key: Tensor, metric: Metric) -> Tensor:
 
 def unit(x: Tensor) -> Tensor:
     return x / x.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
-
-
-def appended(buffer: Tensor, at: int, new: Tensor) -> Tensor:
-    """A buffer that holds `new` from row `at` on: the same one where it is long enough, else a larger one with rows to spare.
-
-    Rows before `at` stay as they are, so that views of them never change.
-    """
-    if at + len(new) > len(buffer):
-        larger = buffer.new_zeros(max(16, int(_GROWTH * at), at + len(new)), *buffer.shape[1:])
-        larger[:at] = buffer[:at]
-        buffer = larger
-    buffer[at : at + len(new)] = new
-    return buffer
 
 
 class Keys:

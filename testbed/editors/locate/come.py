@@ -35,7 +35,7 @@ class ComeConfig(EditorConfig):
 class Come(Wrapper, LocateEditor):
     """Targets from which the old answer is unlearned."""
 
-    summary = "the old answer is unlearned from the target (CoME)"
+    summary = "the old answer is unlearnt from the target (CoME)"
     hosts = LocateEditor
     Config = ComeConfig
 

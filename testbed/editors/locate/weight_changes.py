@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from testbed.editors.base import BadEditor, need
-from testbed.editors.codebook.nearest import appended
+from testbed.editors.buffers import appended
 from testbed.model.handle import ModelHandle, as_matrix, as_stored
 
 
