@@ -104,3 +104,16 @@ def test_the_examples_name_editors_and_fields_that_exist() -> None:
     (example,) = blocks("python.md", "python")
     assert set(re.findall(r'editor="(\w+)"', example)) <= set(EDITORS.names())
     assert hasattr(RunConfig(), "probe_budget")
+
+
+def test_the_tree_in_the_layout_is_the_tree() -> None:
+    (block,) = re.findall(r"## The tree\n.*?```\n(.*?)```", (ROOT / "docs" / "layout.md").read_text("utf-8"), re.DOTALL)
+    told: dict[str, list[str]] = {}
+    for line in block.splitlines():
+        words = line.split()
+        folder = words.pop(0) if not line.startswith(" ") else list(told)[-1]
+        told.setdefault(folder, []).extend(words)
+    found: dict[str, list[str]] = {}
+    for path in (p for name in ("testbed", "streams", "analysis") for p in (ROOT / name).rglob("*.py") if p.name != "__init__.py"):
+        found.setdefault(f"{path.parent.relative_to(ROOT)}/", []).append(path.stem)
+    assert {k: sorted(v) for k, v in told.items()} == {k: sorted(v) for k, v in found.items()}
