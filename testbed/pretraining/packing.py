@@ -7,7 +7,7 @@ same as separate prompts, with about nine supervised answers for each photo inst
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -29,21 +29,14 @@ class Example:
     answer: str | None
 
 
-@dataclass
 class Row:
     """A row under construction. For each token: its id, the number of its block (0 is the prefix), its position id and its
     label (-100 where it is not supervised)."""
 
-    photo: np.ndarray | None
-    ids: list[int]
-    block: list[int] = field(default_factory=list)
-    position: list[int] = field(default_factory=list)
-    label: list[int] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        n = len(self.ids)
+    def __init__(self, photo: np.ndarray | None, prefix: list[int]) -> None:
+        n = len(prefix)
+        self.photo, self.ids, self.prefix = photo, list(prefix), n
         self.block, self.position, self.label = [0] * n, list(range(n)), [-100] * n
-        self.prefix = n
 
     def add(self, ids: list[int], first: int) -> None:
         """Append a block; its tokens from index `first` on are supervised."""
