@@ -45,7 +45,7 @@ def test_both_versions_are_measured_and_the_other_one_imports_itself(tmp_path: P
     assert rows[0].edits == 3 and rows[0].before_seconds > 3 * rows[0].after_seconds > 0
 
 
-def test_a_version_that_cannot_be_measured_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_version_that_cannot_be_measured_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["--what", "compare"]) == 2
     assert "--before" in capsys.readouterr().err
     (tmp_path / "testbed").mkdir()

@@ -233,7 +233,7 @@ WRONG: list[tuple[str, Any, str]] = [
 
 
 @pytest.mark.parametrize(("name", "content", "message"), WRONG, ids=[str(i) for i in range(len(WRONG))])
-def test_bad_files_are_told_with_their_place(tmp_path: Path, name: str, content: Any, message: str) -> None:
+def test_bad_files_are_refused_with_their_position(tmp_path: Path, name: str, content: Any, message: str) -> None:
     path = tmp_path / name
     if callable(content):
         content(path)
@@ -243,7 +243,7 @@ def test_bad_files_are_told_with_their_place(tmp_path: Path, name: str, content:
         load([path], BenchmarkConfig())
 
 
-def test_absent_empty_repeated_and_small_are_told(tmp_path: Path) -> None:
+def test_absent_empty_repeated_and_small_benchmarks_are_refused(tmp_path: Path) -> None:
     with pytest.raises(BadBenchmark, match=r"--benchmarks .*gone\.jsonl does not exist"):
         load([tmp_path / "gone.jsonl"], BenchmarkConfig())
     (tmp_path / "empty").mkdir()
@@ -256,7 +256,7 @@ def test_absent_empty_repeated_and_small_are_told(tmp_path: Path) -> None:
         load([path], BenchmarkConfig(shots=2))
 
 
-def test_mistakes_are_told_with_the_others_before_anything_is_loaded(tmp_path: Path) -> None:
+def test_mistakes_are_reported_with_the_others_before_anything_is_loaded(tmp_path: Path) -> None:
     bad = write(tmp_path / "x.jsonl", {"colour": 1})
     problems = RunConfig(edits=0, benchmarks=(bad,)).problems()
     assert len(problems) == 2

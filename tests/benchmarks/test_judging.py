@@ -23,7 +23,7 @@ def question(scoring: Any = "sum", answer: str = "green", choices: tuple[str, ..
 
 
 class Fixed(Predictor):
-    """Says and scores what it is told, by choice."""
+    """Generates and scores fixed values, by choice."""
 
     def __init__(self, logprobs: dict[str, list[float]], said: str = "") -> None:
         self.known, self.said = logprobs, said
@@ -38,7 +38,7 @@ class Fixed(Predictor):
         return [np.array(self.known[t]) for t in texts]
 
     def inspect(self, asks: Sequence[Ask], layers: Sequence[int] = (), top_k: int = 10, ids: Any = None) -> list[Inspection]:
-        raise AssertionError("nobody inspects here")
+        raise AssertionError("this predictor does not inspect")
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

@@ -145,7 +145,7 @@ def test_an_untouched_model_has_not_moved() -> None:
     assert "stable_rank" not in got
 
 
-def test_a_model_that_is_broken_is_told_and_nothing_is_made_up() -> None:
+def test_a_broken_model_is_reported_and_no_number_is_made_up() -> None:
     w = watch()
     predictor, weights = edited(w, torch.full((), float("nan")))
     got = values(w.rows(1, predictor, weights))
@@ -214,7 +214,7 @@ def test_without_general_questions_others_stand_in_and_without_any_nothing_is_du
     assert not MonitorPanel(build("llama"), [q for q in stream.general() if q.split == "text"], 0).due(checkpoint)
 
 
-def test_monitors_are_taken_at_full_moments_and_powers_of_two(tmp_path: Path) -> None:
+def test_monitors_are_taken_at_full_checkpoints_and_powers_of_two(tmp_path: Path) -> None:
     where = shared()
     due = [s.checkpoint.step for s in where.schedule.steps if s.checkpoint.full or s.checkpoint.step & (s.checkpoint.step - 1) == 0]
     run(where, Nudge(), tmp_path)
