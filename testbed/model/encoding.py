@@ -120,8 +120,18 @@ def _tokens(handle: ModelHandle, template: str, prompt: str) -> list[int]:
     if key not in cache:
         while len(cache) >= _CACHED:
             cache.pop(next(iter(cache)))
-        cache[key] = handle.tokenizer(_in_template(handle, template, prompt))["input_ids"]
+        cache[key] = without_end(handle, handle.tokenizer(_in_template(handle, template, prompt))["input_ids"])
     return cache[key]
+
+
+def without_end(handle: ModelHandle, ids: list[int]) -> list[int]:
+    """Tokens of a prompt without the end token that some tokenizers append: behind it no answer would be expected."""
+    return ids[:-1] if handle.appends_end and ids[-1:] == [handle.tokenizer.eos_token_id] else ids
+
+
+def text_tokens(handle: ModelHandle, text: str) -> list[int]:
+    """Tokens of running text as the tokenizer reads it, with the begin token where it adds one, cut to the model's window."""
+    return without_end(handle, handle.tokenizer(text)["input_ids"])[: handle.window]
 
 
 def _in_template(handle: ModelHandle, template: str, prompt: str) -> str:
@@ -145,7 +155,9 @@ def _process(handle: ModelHandle, text: str, picture: Picture) -> dict[str, torc
 
     processor: Any = handle.processor
     out = processor(images=[Image.fromarray(picture.load())], text=[text], return_tensors="pt")
-    return {k: v for k, v in out.items() if k != "attention_mask" and isinstance(v, torch.Tensor)}
+    kept = {k: v for k, v in out.items() if k != "attention_mask" and isinstance(v, torch.Tensor)}
+    n = len(without_end(handle, kept["input_ids"][0].tolist()))
+    return {k: v[:, :n] if v.shape == kept["input_ids"].shape else v for k, v in kept.items()}
 
 
 def _split(full: dict[str, torch.Tensor], short: list[int], token: int) -> _ProcessedPicture | None:
@@ -240,7 +252,7 @@ def _pad(
         prompt[i, start : start + n] = True
         answer[i, start + n : start + n + len(target)] = True
     inputs: dict[str, torch.Tensor] = {"input_ids": ids, "attention_mask": (prompt | answer).long()}
-    if any(starts) and handle.family.counts_positions:
+    if any(starts) and handle.takes_position_ids:
         inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
     if handle.family.needs_picture and all(len(r) == 1 for r in rows):
         blank = prompt_inputs(handle, Ask("", _Blank()))

@@ -25,8 +25,6 @@ class Family:
     """How the answer follows the prompt."""
     needs_picture: bool = False
     """The forward needs pixels even if no row has a picture: it is given a blank one that no position reads."""
-    counts_positions: bool = False
-    """Positions are learned and counted from the row's start, so that a left-padded forward needs position ids."""
 
 
 _CHAT_IMAGE = "USER: <image>\n{prompt} ASSISTANT:"
@@ -43,8 +41,7 @@ FAMILIES: dict[str, Family] = {
     "qwen2_5_vl": Family("qwen2_5_vl", text=_QWEN.format(body=""), image=_QWEN_IMAGE, answer="{answer}"),
     "idefics3": Family("idefics3", text="User:{prompt}\nAssistant:", image="User:<image>{prompt}\nAssistant:"),
     "smolvlm": Family("smolvlm", text="User:{prompt}\nAssistant:", image="User:<image>{prompt}\nAssistant:"),
-    "gpt2": Family("gpt2", counts_positions=True),
-    **{name: Family(name) for name in ("gptj", "gpt_neox", "opt", "llama", "mistral", "qwen2", "qwen3")},
+    **{name: Family(name) for name in ("gpt2", "gpt_neo", "gptj", "gpt_neox", "opt", "llama", "mistral", "qwen2", "qwen3")},
 }
 
 DOWN_PROJECTIONS = ("mlp.down_proj", "fc2", "mlp.fc2", "mlp.c_proj", "mlp.fc_out", "mlp.dense_4h_to_h")

@@ -6,9 +6,11 @@ The handle never changes the base weights: editors put their own in their place 
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +73,22 @@ class ModelHandle:
     @property
     def dtype(self) -> torch.dtype:
         return next(self.model.parameters()).dtype
+
+    @cached_property
+    def takes_position_ids(self) -> bool:
+        """Whether position ids counted from each row's first token may be given to the forward.
+
+        A model whose rotary embedding numbers the rows and columns of a picture apart counts its positions itself.
+        """
+        text = self.model.config.get_text_config()
+        scaling = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+        takes = "position_ids" in inspect.signature(self.model.forward).parameters
+        return takes and "mrope_section" not in scaling
+
+    @cached_property
+    def appends_end(self) -> bool:
+        """Whether the tokenizer appends its end token to every text."""
+        return self.tokenizer("a")["input_ids"][-1:] == [self.tokenizer.eos_token_id]
 
     @property
     def window(self) -> int:

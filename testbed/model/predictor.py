@@ -24,7 +24,7 @@ from testbed.core.events import Ask
 from testbed.core.grading import natural_stop
 from testbed.core.timing import timed
 from testbed.model.answer_scores import AnswerScorer, Score
-from testbed.model.encoding import Batch, answer_ids, collate, prompt_inputs, text_batch
+from testbed.model.encoding import Batch, answer_ids, collate, prompt_inputs, text_batch, text_tokens
 from testbed.model.handle import ModelHandle
 
 Around = Callable[[Batch], AbstractContextManager[Any]]
@@ -135,9 +135,7 @@ class ModelPredictor(Predictor):
 
     @torch.no_grad()
     def text_logprobs(self, texts: Sequence[str]) -> list[np.ndarray]:
-        tok = self.handle.tokenizer
-        start = [tok.bos_token_id] if tok.bos_token_id is not None else []
-        ids = [(start + tok(t, add_special_tokens=False)["input_ids"])[: self.handle.window] for t in texts]
+        ids = [text_tokens(self.handle, t) for t in texts]
         parts = [list(range(at, min(at + self.rows, len(ids)))) for at in range(0, len(ids), self.rows)]
         return [
             x for _, found in self.handle.memory_limit.fitting(parts, lambda part: self._running([ids[i] for i in part])) for x in found

@@ -20,7 +20,7 @@ from torch import Tensor
 from streams.base import TrainPool
 from testbed.core.events import Ask, content_id
 from testbed.editors.base import BadEditor
-from testbed.model.encoding import Batch, answer_ids, collate, text_batch
+from testbed.model.encoding import Batch, answer_ids, collate, text_batch, text_tokens
 from testbed.model.handle import ModelHandle
 from testbed.storage.files import replacing
 from testbed.storage.shared_cache import exclusive
@@ -200,13 +200,11 @@ class _StoppingRule:
 
 def _batches(handle: ModelHandle, corpus: Corpus) -> Iterator[Batch]:
     """Questions and texts in turn, so that a pass that ends early has seen both."""
-    tok = handle.tokenizer
-    start = [tok.bos_token_id] if tok.bos_token_id is not None else []
     n = max(len(corpus.asks), len(corpus.texts))
     for at in range(0, n, _ROWS):
         asks, answers = corpus.asks[at : at + _ROWS], corpus.answers[at : at + _ROWS]
         if asks:
             yield collate(handle, asks, [answer_ids(handle, a, x) for a, x in zip(asks, answers)])
-        ids = [(start + tok(t, add_special_tokens=False)["input_ids"])[: handle.window] for t in corpus.texts[at : at + _ROWS]]
+        ids = [text_tokens(handle, t) for t in corpus.texts[at : at + _ROWS]]
         if any(ids):
             yield text_batch(handle, [x for x in ids if x])
