@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 
 from testbed.model import families
 from testbed.model.handle import BadModel, ModelHandle
+from testbed.model.padding import verify_padding
 
 TINY = Path(__file__).parents[1] / "assets"
 PLANS = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -60,14 +61,16 @@ def load(name: str, device: str = "auto", dtype: str = "auto", device_map: str |
 
     device_map: spread the model over devices with accelerate (see `pick_map`); `device` is then where its inputs go.
     Raises `BadModel` for a folder without a model, a hub id that cannot be reached, an unknown device or
-    dtype, a model without a tokenizer, and one of which parts would be offloaded.
+    dtype, a model without a tokenizer, one of which parts would be offloaded, and one whose answers depend on padding.
     """
     place = pick_device(device)
     parts = None if device_map is None else pick_map(device_map)
     source = str(TINY) if name == "tiny" else name
     kind = pick_dtype(dtype, place)
     try:
-        return _load(name, source, place, kind, parts)
+        handle = _load(name, source, place, kind, parts)
+        verify_padding(handle)
+        return handle
     except (BadModel, families.UnknownLayout):
         raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as e:

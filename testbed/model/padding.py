@@ -10,12 +10,11 @@ from __future__ import annotations
 import torch
 
 from testbed.core.events import Ask
-from testbed.model.encoding import collate
+from testbed.model.encoding import Batch, collate
 from testbed.model.handle import BadModel, ModelHandle
 
-_PROBE = "The flag of the town is"
-_PADDED = 5
-"""Token positions of padding on each side that is padded."""
+_PROBE = Ask("The flag of the town is")
+_LONGER = Ask("The colour of the flag of the town, which lies in the far north of the land beside a wide river, is")
 
 
 @torch.no_grad()
@@ -24,24 +23,27 @@ def verify_padding(handle: ModelHandle) -> None:
 
     Raises `BadModel` for a model whose log-probabilities differ by more than rounding.
     """
-    ask = Ask(_PROBE)
-    alone = _logprobs(handle, ask, 0, 0)
+    alone = _logprobs(handle, collate(handle, [_PROBE]))
     if not torch.isfinite(alone).all():
-        return  # nothing to compare with; a model whose logits are not finite is refused elsewhere
+        return  # nothing to compare with
     tolerance = 0.02 if handle.dtype in (torch.float32, torch.float64) else 0.5
-    for side, left, right in (("left", _PADDED, 0), ("right", 0, _PADDED), ("both sides", _PADDED, _PADDED)):
-        apart = float((_logprobs(handle, ask, left, right) - alone).abs().max())
+    both, end = [_PROBE, _LONGER], int(collate(handle, [_PROBE]).prompt.sum()) - 1
+    padded = {
+        "left": collate(handle, both, side="left"),
+        "right": collate(handle, both),
+        "both sides": collate(handle, both, at=[end, 2 * end]),
+    }
+    for side, batch in padded.items():
+        apart = float((_logprobs(handle, batch) - alone).abs().max())
         if not apart <= tolerance:
             raise BadModel(
-                f"the scores of {handle.name} ({type(handle.model).__name__}) depend on the padding of a prompt: padded on the {side}, "
-                f"log-probabilities differ by up to {apart:.2g} nats. Its scores in a batch would not be those of the prompt alone, "
-                "so it cannot be measured here"
+                f"the scores of {handle.name} ({type(handle.model).__name__}) depend on padding: beside a longer prompt, padded on the "
+                f"{side}, log-probabilities of a prompt differ by up to {apart:.2g} nats from those of the prompt alone. What else stands "
+                "in a batch would change its answers, so it cannot be measured here"
             )
 
 
-def _logprobs(handle: ModelHandle, ask: Ask, left: int, right: int) -> torch.Tensor:
-    """(P, V) log-probabilities at the P positions of a prompt, with so many positions of padding on either side."""
-    n = int(collate(handle, [ask]).prompt.sum())
-    batch = collate(handle, [ask], at=[n - 1], pad=(left, right))
+def _logprobs(handle: ModelHandle, batch: Batch) -> torch.Tensor:
+    """(P, V) log-probabilities at the P positions of the batch's first prompt."""
     logits = handle.model(**batch.inputs, use_cache=False).logits
-    return logits[batch.prompt].float().log_softmax(-1)
+    return logits[0][batch.prompt[0]].float().log_softmax(-1)

@@ -153,8 +153,7 @@ def test_text_logprobs_equal_a_direct_computation(kind: str) -> None:
     got = ModelPredictor(handle, rows=2).text_logprobs(texts)
     for text, row in zip(texts, got):
         batch = collate(handle, [Ask("who?")])
-        start = [handle.tokenizer.bos_token_id]
-        ids = torch.tensor([start + handle.tokenizer(text, add_special_tokens=False)["input_ids"]])
+        ids = torch.tensor([handle.tokenizer(text)["input_ids"]])
         extra = {k: v for k, v in batch.inputs.items() if k not in ("input_ids", "attention_mask")}
         with torch.no_grad():
             logits = handle.model(input_ids=ids, attention_mask=torch.ones_like(ids), **extra).logits[0, :-1]
