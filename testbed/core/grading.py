@@ -43,7 +43,7 @@ def normalise(text: str, number_words: bool = False) -> str:
     """
     base = " ".join(_fold(_fold(_GROUPED.sub(_digits, text))).split())
     joined = _INITIALS.sub(_letters, _GROUPED.sub(_digits, base))
-    plain = " ".join("".join(_kept(joined, i) for i in range(len(joined))).split())
+    plain = " ".join(_fold("".join(_kept(joined, i) for i in range(len(joined)))).split())
     plain = re.sub(r" (?=%)", "", plain)
     plain = plain[match.end() :] if (match := _LEADING_ARTICLES.match(plain)) else plain
     if number_words:
