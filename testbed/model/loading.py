@@ -1,6 +1,6 @@
 """Load a model with its tokenizer or processor into a `ModelHandle`.
 
-The committed model `tiny`, a folder and a hub id go through the same transformers code.
+The committed model `tiny`, an alias, a GGUF file, a folder and a hub id go through the same transformers code.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from testbed.model import families
 from testbed.model.handle import BadModel, ModelHandle
 from testbed.model.padding import verify_padding
+from testbed.model.sources import Source, find_source
 
 TINY = Path(__file__).parents[1] / "assets"
 PLANS = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -57,7 +58,7 @@ def pick_map(name: str) -> str | dict[str, Any]:
 
 
 def load(name: str, device: str = "auto", dtype: str = "auto", device_map: str | None = None) -> ModelHandle:
-    """Load `tiny`, a folder or a hub id.
+    """Load `tiny`, an alias of aliases.yaml, a GGUF file, a folder or a hub id.
 
     device_map: spread the model over devices with accelerate (see `pick_map`); `device` is then where its inputs go.
     Raises `BadModel` for a folder without a model, a hub id that cannot be reached, an unknown device or
@@ -65,23 +66,25 @@ def load(name: str, device: str = "auto", dtype: str = "auto", device_map: str |
     """
     place = pick_device(device)
     parts = None if device_map is None else pick_map(device_map)
-    source = str(TINY) if name == "tiny" else name
     kind = pick_dtype(dtype, place)
+    source = Source(str(TINY)) if name == "tiny" else find_source(name, kind)
     try:
-        handle = _load(name, source, place, kind, parts)
+        handle = _load(name, source.place, place, kind, parts)
+        handle.notes += [source.note] if source.note else []
         verify_padding(handle)
         return handle
     except (BadModel, families.UnknownLayout):
         raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as e:
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise BadModel(f"model {name!r} cannot be loaded: {reason}. {_advice(source)}") from e
+        raise BadModel(f"model {name!r} cannot be loaded: {reason}. {_advice(source.place)}") from e
 
 
 def _load(name: str, source: str, place: torch.device, kind: torch.dtype, parts: str | dict[str, Any] | None) -> ModelHandle:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
     config = AutoConfig.from_pretrained(source)
+    _require_unquantised(name, config)
     family = families.family_of(config)
     cls = AutoModelForImageTextToText if family.image is not None else AutoModelForCausalLM
     loaded: Any = cls.from_pretrained(source, dtype=kind, output_loading_info=True, device_map=parts)
@@ -100,6 +103,18 @@ def _load(name: str, source: str, place: torch.device, kind: torch.dtype, parts:
     if parts is not None:
         return spread(ModelHandle(model, tokenizer, processor, name, family, place, notes))
     return ModelHandle(model.to(place), tokenizer, processor, name, family, place, notes)
+
+
+def _require_unquantised(name: str, config: Any) -> None:
+    """Raise `BadModel` for a model whose weights stay quantised after loading: they cannot be edited."""
+    found = getattr(config, "quantization_config", None)
+    if found is not None:
+        kind = found.get("quant_method", "unknown") if isinstance(found, dict) else getattr(found, "quant_method", "unknown")
+        method = getattr(kind, "value", kind)
+        raise BadModel(
+            f"model {name!r} stays quantised after loading ({method}), and quantised weights cannot be edited: use the model that it "
+            "was made from, or a GGUF file, which is dequantised"
+        )
 
 
 def spread(handle: ModelHandle) -> ModelHandle:
