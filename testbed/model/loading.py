@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from testbed.model import families
 from testbed.model.handle import BadModel, ModelHandle
 from testbed.model.padding import verify_padding
-from testbed.model.sources import Source, find_source
+from testbed.model.sources import ModelSource, find_source
 
 TINY = Path(__file__).parents[1] / "assets"
 PLANS = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -67,7 +67,7 @@ def load(name: str, device: str = "auto", dtype: str = "auto", device_map: str |
     place = pick_device(device)
     parts = None if device_map is None else pick_map(device_map)
     kind = pick_dtype(dtype, place)
-    source = Source(str(TINY)) if name == "tiny" else find_source(name, kind)
+    source = ModelSource(str(TINY)) if name == "tiny" else find_source(name, kind)
     try:
         handle = _load(name, source.place, place, kind, parts)
         handle.notes += [source.note] if source.note else []

@@ -29,7 +29,7 @@ INSTALL_GGUF = "pip install -e '.[gguf]'"
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelSource:
     """What `from_pretrained` is given for a model name, and a note for the manifest ("" for none)."""
 
     place: str
@@ -42,22 +42,22 @@ def aliases() -> dict[str, dict[str, str]]:
     return yaml.safe_load((Path(__file__).parent / "aliases.yaml").read_text(encoding="utf-8"))
 
 
-def find_source(name: str, dtype: torch.dtype) -> Source:
+def find_source(name: str, dtype: torch.dtype) -> ModelSource:
     """The folder or hub id behind a model name. Raises `BadModel` where an alias is not installed or a file cannot be used."""
     alias = aliases().get(name)
     if alias is not None and "hub" in alias:
-        return Source(alias["hub"], alias["note"])
+        return ModelSource(alias["hub"], alias["note"])
     if alias is not None:
-        return Source(str(dequantised(_inside_distribution(name, alias), dtype)), alias["note"])
+        return ModelSource(str(dequantised(_inside_distribution(name, alias), dtype)), alias["note"])
     path = Path(name)
     files = [path] if path.suffix == ".gguf" else sorted(path.glob("*.gguf")) if path.is_dir() else []
     if not files or (path.is_dir() and (path / "config.json").is_file()):
-        return Source(name)
+        return ModelSource(name)
     if len(files) > 1:
         raise BadModel(f"{name} holds {len(files)} GGUF files ({', '.join(f.name for f in files[:4])}): name one of them")
     if not files[0].is_file():
         raise BadModel(f"there is no file {files[0]}")
-    return Source(
+    return ModelSource(
         str(dequantised(files[0], dtype)), f"{files[0].name} was quantised: its weights went through fewer bits than those it came from"
     )
 
