@@ -13,8 +13,10 @@ from testbed.core.events import Ask
 from testbed.model.encoding import Batch, collate
 from testbed.model.handle import BadModel, ModelHandle
 
+_SHIFT = 3
+"""Token positions by which the shorter prompt is moved to the right where it is padded on both sides."""
 _PROBE = Ask("The flag of the town is")
-_LONGER = Ask("The colour of the flag of the town, which lies in the far north of the land beside a wide river, is")
+_LONGER = Ask("The flag of the town and the flag of the land is")
 
 
 @torch.no_grad()
@@ -23,15 +25,18 @@ def verify_padding(handle: ModelHandle) -> None:
 
     Raises `BadModel` for a model whose log-probabilities differ by more than rounding.
     """
+    lengths = [int(collate(handle, [ask]).prompt.sum()) for ask in (_PROBE, _LONGER)]
+    if max(lengths) + _SHIFT > handle.window:
+        return  # too short a window for two prompts side by side
     alone = _logprobs(handle, collate(handle, [_PROBE]))
     if not torch.isfinite(alone).all():
         return  # nothing to compare with
     tolerance = 0.02 if handle.dtype in (torch.float32, torch.float64) else 0.5
-    both, end = [_PROBE, _LONGER], int(collate(handle, [_PROBE]).prompt.sum()) - 1
+    both, end = [_PROBE, _LONGER], lengths[0] - 1
     padded = {
         "left": collate(handle, both, side="left"),
         "right": collate(handle, both),
-        "both sides": collate(handle, both, at=[end, 2 * end]),
+        "both sides": collate(handle, both, at=[end, end + _SHIFT]),
     }
     for side, batch in padded.items():
         apart = float((_logprobs(handle, batch) - alone).abs().max())

@@ -128,3 +128,16 @@ def test_running_text_is_cut_to_the_window() -> None:
     handle = build("gpt2")
     short: Any = SimpleNamespace(tokenizer=handle.tokenizer, window=3, appends_end=False)
     assert text_tokens(short, "the old bridge over the river") == text_tokens(handle, "the old bridge over the river")[:3]
+
+
+def test_a_padding_token_beyond_the_embedding_gives_way_to_the_end_token(tmp_path: Path) -> None:
+    save("llama", tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.add_special_tokens({"pad_token": "<far away>"})
+    tokenizer.save_pretrained(tmp_path)
+    handle = load(str(tmp_path), device="cpu")
+    if tokenizer.pad_token_id < 400:
+        pytest.fail("the test's own padding token lies within the embedding")
+    assert handle.tokenizer.pad_token_id == handle.tokenizer.eos_token_id
+    assert any("lies beyond the model's embedding" in note for note in handle.notes)
+    check_alone_and_beside(handle, SHORT, LONG)
