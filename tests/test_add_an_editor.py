@@ -52,7 +52,7 @@ def test_the_walk_makes_runs_plots_and_tests_an_editor(project: Path) -> None:
     assert summary["sgd-edit"]["edit_success_now"]["value"] > summary["noop"]["edit_success_now"]["value"] + 0.3
     assert (out / "report.html").stat().st_size > 10_000
     assert list((out / "figures").glob("*.png"))
-    assert re.search(r"(?m)^[1-9]\d* passed", run(suite + " -q -p no:cacheprovider", project).splitlines()[-1])
+    assert re.search(r"(?m)^[1-9]\d* passed", run(suite + " -p no:cacheprovider", project).splitlines()[-1])
 
 
 def test_every_function_that_the_page_names_exists() -> None:
