@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -26,8 +26,6 @@ SMALL_MULTIPLES = {
     "locality_text": "Locality: text only",
     "portability": "Portability",
 }
-Frames = Mapping[str, pd.DataFrame]
-"""Title of a panel to its curves."""
 FormatAxes = Callable[[Axes, str, FigureContext], None]
 """Formats the axes of a panel with a title."""
 
@@ -106,9 +104,9 @@ def _by_mode(context: FigureContext, curve: Callable[[ScoringMode], Curve]) -> d
 
 
 def _draw(
-    context: FigureContext, frames: Frames, format_axes: FormatAxes, label: str, height: float = 2.2, share_y: bool = True
+    context: FigureContext, frames: dict[str, pd.DataFrame], format_axes: FormatAxes, label: str, height: float = 2.2, share_y: bool = True
 ) -> Figure | None:
-    """One panel for each frame that has rows; the last panel of each row has labels at the ends of its curves."""
+    """One panel for each title whose frame has rows; the last panel of each row has labels at the ends of its curves."""
     frames = {t: f for t, f in frames.items() if len(f)}
     if not frames:
         return None

@@ -15,11 +15,10 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentF
 from analysis.figures import style
 from analysis.figures.context import FigureContext
 from analysis.metrics import curves
-from analysis.metrics.catalogue import LOCALITY, human_bytes
+from analysis.metrics.catalogue import GENERALITY, LOCALITY, human_bytes
 from analysis.metrics.comparison import competing
 from analysis.reading.records import SCORING_MODES
 
-GENERALITY = ("text_generality", "image_generality")
 COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
     "seconds_per_edit": ("seconds per edit (log)", lambda v: f"{v:g}"),
     "state_bytes": ("editor state (log)", human_bytes),
@@ -62,8 +61,8 @@ def trade_off(context: FigureContext) -> Figure | None:
     ends = paths.sort_values("x").groupby("editor", sort=False).tail(1)
     rivals = ends[ends["editor"].isin(competing(context.summary))]
     _front(ax, rivals["value_loc"].to_numpy(), rivals["value_gen"].to_numpy())
-    for name, look in context.styles.items():
-        _path(ax, paths[paths["editor"] == name].sort_values("x"), look)
+    for name, own in context.styles.items():
+        _path(ax, paths[paths["editor"] == name].sort_values("x"), own)
     style.shares(ax, f"generality: rephrasings and other pictures right\n({context.mode.title})")
     ax.set_xlim(-0.03, 1.03)
     ax.xaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
@@ -118,19 +117,19 @@ def _equal_means(ax: Axes) -> None:
         ax.annotate(f"{100 * level:.0f}", **where, color="#888888", fontsize=6, ha="center")
 
 
-def _gap_row(ax: Axes, row: int, metrics: dict[str, Any], look: style.EditorStyle) -> None:
+def _gap_row(ax: Axes, row: int, metrics: dict[str, Any], own: style.EditorStyle) -> None:
     known = {s: metrics["edit_success" + s] for s in _MARKERS if "edit_success" + s in metrics}
     values = [m["value"] for m in known.values()]
-    ax.plot([min(values), max(values)], [row, row], color=look.colour, linewidth=2.2, alpha=0.35, solid_capstyle="butt")
+    ax.plot([min(values), max(values)], [row, row], color=own.colour, linewidth=2.2, alpha=0.35, solid_capstyle="butt")
     size: dict[str, Any] = {"markersize": 4.5, "capsize": 1.5, "elinewidth": 0.8}
     for i, (suffix, m) in enumerate(known.items()):
         error = _error(m["value"], m["low"], m["high"])
-        ax.errorbar([m["value"]], [row + 0.16 * (i - 1)], xerr=error, fmt=_MARKERS[suffix], color=look.colour, **size)
+        ax.errorbar([m["value"]], [row + 0.16 * (i - 1)], xerr=error, fmt=_MARKERS[suffix], color=own.colour, **size)
 
 
-def _point(ax: Axes, x: dict[str, Any], y: dict[str, Any], look: style.EditorStyle) -> None:
+def _point(ax: Axes, x: dict[str, Any], y: dict[str, Any], own: style.EditorStyle) -> None:
     error = _error(y["value"], y["low"], y["high"])
-    ax.errorbar([x["value"]], [y["value"]], yerr=error, fmt=look.marker, color=look.colour, markersize=6, capsize=2, elinewidth=1)
+    ax.errorbar([x["value"]], [y["value"]], yerr=error, fmt=own.marker, color=own.colour, markersize=6, capsize=2, elinewidth=1)
 
 
 def _error(value: float, low: float, high: float) -> list[list[float]]:
@@ -152,11 +151,11 @@ def _log_from_zero(ax: Axes, values: list[float], text: Callable[[float], str]) 
     ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: text(v) if v else "0"))
 
 
-def _path(ax: Axes, path: pd.DataFrame, look: style.EditorStyle) -> None:
+def _path(ax: Axes, path: pd.DataFrame, own: style.EditorStyle) -> None:
     if path.empty:
         return
     x, y = path["value_loc"].to_numpy(), path["value_gen"].to_numpy()
-    ax.plot(x, y, color=look.colour, linewidth=1.1, marker=look.marker, markersize=2.5, alpha=0.9, dashes=look.dash)
+    ax.plot(x, y, color=own.colour, linewidth=1.1, marker=own.marker, markersize=2.5, alpha=0.9, dashes=own.dash)
     end = path.iloc[-1]
     across, up = _error(x[-1], end["low_loc"], end["high_loc"]), _error(y[-1], end["low_gen"], end["high_gen"])
-    ax.errorbar(x[-1:], y[-1:], xerr=across, yerr=up, fmt=look.marker, color=look.colour, markersize=7, elinewidth=1, capsize=2)
+    ax.errorbar(x[-1:], y[-1:], xerr=across, yerr=up, fmt=own.marker, color=own.colour, markersize=7, elinewidth=1, capsize=2)

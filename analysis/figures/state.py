@@ -157,9 +157,9 @@ def _title(context: FigureContext, name: str) -> str:
 
 
 def _signal(ax: Axes, context: FigureContext, editor: str, signal: pd.DataFrame) -> None:
-    look = context.styles[editor]
-    marker = look.marker if len(signal) <= 40 else None
-    ax.plot(signal["x"], signal["value"], color=look.colour, linewidth=1.2, marker=marker, markersize=3.5, dashes=look.dash)
+    own = context.styles[editor]
+    marker = own.marker if len(signal) <= 40 else None
+    ax.plot(signal["x"], signal["value"], color=own.colour, linewidth=1.2, marker=marker, markersize=3.5, dashes=own.dash)
     point = context.summary["editors"][editor].get("collapse_step")
     if point is not None and len(signal):
         at = float(context.run.edits_at(np.array([point["value"]]))[0])

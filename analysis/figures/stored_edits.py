@@ -19,13 +19,12 @@ from analysis.figures.context import FigureContext
 from analysis.metrics import curves
 from analysis.metrics.answers import LEAST_IN_BIN, panel_answers, pooled_by
 from analysis.metrics.bootstrap import Resampler, combine, harmonic
-from analysis.metrics.catalogue import human_bytes
+from analysis.metrics.catalogue import GENERALITY, human_bytes
 from analysis.metrics.from_extras import gate_decisions
 from analysis.reading.load import EditorRun, Run
 from analysis.reading.records import ScoringMode
 
 _SCORED = {"text_generality": "Text generality", "image_generality": "Image generality", "locality_hard": "Locality: other picture"}
-_REPHRASED = ("text_generality", "image_generality")
 _FACT_STORE = {
     "hit_rate": "Bearing fact found",
     "scope_recall": "Bearing fact given",
@@ -87,7 +86,7 @@ def harmonic_mean(run: Run, editor: EditorRun, resampler: Resampler, mode: Scori
 def hit_rate(run: Run, editor: EditorRun, resampler: Resampler, locality: bool) -> pd.DataFrame:
     """Share of panel questions that an entry answered, by edits applied: locality questions or rephrased ones."""
     rows = gate_decisions(editor)
-    rows = rows[rows["split"].str.startswith("locality_") if locality else rows["split"].isin(_REPHRASED)]
+    rows = rows[rows["split"].str.startswith("locality_") if locality else rows["split"].isin(GENERALITY)]
     sums = rows.assign(hit=rows["fired"] * rows["weight"]).groupby("step")[["hit", "weight"]].sum()
     return _exact(run, sums.index.to_numpy(), sums["hit"].to_numpy() / sums["weight"].to_numpy())
 

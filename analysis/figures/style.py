@@ -79,10 +79,10 @@ def panels(rows: int, columns: int, height: float, width: float = TWO_COLUMNS, *
 def lines(ax: Axes, frame: pd.DataFrame, styles: EditorStyles) -> None:
     """One line for each editor with its interval as a band; frame: editor, x, value, low, high."""
     present = [n for n in styles if n in set(frame["editor"])]
-    looks: dict[str, Any] = {"palette": {n: styles[n].colour for n in present}, "markers": {n: styles[n].marker for n in present}}
-    looks |= {"dashes": {n: styles[n].dash for n in present}, "linewidth": 1.3, "markersize": 4, "markeredgewidth": 0.4}
+    options: dict[str, Any] = {"palette": {n: styles[n].colour for n in present}, "markers": {n: styles[n].marker for n in present}}
+    options |= {"dashes": {n: styles[n].dash for n in present}, "linewidth": 1.3, "markersize": 4, "markeredgewidth": 0.4}
     columns = {"x": "x", "y": "value", "hue": "editor", "style": "editor", "hue_order": present, "style_order": present}
-    sns.lineplot(frame, **columns, **looks, errorbar=None, legend=False, ax=ax)
+    sns.lineplot(frame, **columns, **options, errorbar=None, legend=False, ax=ax)
     for name in present:
         own = frame[frame["editor"] == name].sort_values("x")
         band = own["low"].astype(float), own["high"].astype(float)

@@ -72,6 +72,7 @@ METRICS: dict[str, Metric] = {
     "state_bytes": Metric("Editor state", "Editor state", "bytes", -1),
     "peak_bytes": Metric("Peak memory", "Peak memory", "bytes", -1),
 }
+GENERALITY = ("text_generality", "image_generality")
 LOCALITY = ("locality_hard", "locality_sibling", "locality_far", "locality_text")
 
 

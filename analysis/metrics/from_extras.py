@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 
 from analysis.metrics.answers import Metrics, at_end, at_last_step, means
 from analysis.metrics.bootstrap import Interval, Resampler, point
+from analysis.metrics.catalogue import GENERALITY
 from analysis.reading.load import EditorRun, Run
 from analysis.reading.records import RIGHT_AFTER, SAFETY, answers_with, pc, rows_with
 
@@ -32,7 +33,7 @@ FIRST_IDS = "first_ids"
 """Key in `extras` of the likeliest first tokens, in order."""
 RANKS = {"locality_text": 1, "locality_far": 10}
 """Splits with a first-token metric, and how many ranks are compared."""
-BEARING = ("edit", "text_generality", "image_generality")
+BEARING = ("edit", *GENERALITY)
 """Splits that an edit bears on."""
 
 

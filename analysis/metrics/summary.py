@@ -20,14 +20,14 @@ from analysis.metrics.ability import side_effect_metrics
 from analysis.metrics.alarm import EVIDENCE, alarm_step, run_alarm
 from analysis.metrics.answers import SIGNED, Metrics, at_end, in_common, mean_scores, means, right_after, unedited
 from analysis.metrics.bootstrap import REPLICATES, Draws, Interval, Resampler, combine, harmonic, point
-from analysis.metrics.catalogue import split_name
+from analysis.metrics.catalogue import GENERALITY, split_name
 from analysis.metrics.collapse import collapse, hard_edits
 from analysis.metrics.forgetting import edit_metrics
 from analysis.metrics.from_extras import deferral, first_token_agreement, gate_decisions, truthfulness
 from analysis.reading.load import EditorRun, Run
 from analysis.reading.records import AFTER, SCORES, SCORING_MODES
 
-HARMONIC = ("text_generality", "image_generality", "locality_hard")
+HARMONIC = (*GENERALITY, "locality_hard")
 _OWN_NAMES = (*HARMONIC, "locality_sibling", "locality_far", "locality_text", "portability")
 AT_END = {"edit_success": "edit"} | dict(zip(_OWN_NAMES, _OWN_NAMES)) | {"stale_rate": "stale", "general_score": "general"}
 """Name to split of the metrics that are mean scores at the end."""

@@ -76,14 +76,8 @@ def load_run(path: str | Path) -> Run:
             run.editors[name] = EditorRun(name, own, records, _reports(own), base)
     if not run.editors:
         raise BadRun(f"{folder}: no editor has records yet (looked for EDITOR/records/step-*.parquet); start or resume the run first")
-    schedule = folder / "schedule.parquet"
-    if not schedule.is_file():
-        planned = int(events["step"].max())
-        return replace(run, planned_step=planned, notes=notes + _cut_short(run, planned))
-    table = read_table(schedule, ("step", "action"))
-    steps = np.asarray(table["step"])
-    planned, probes = int(steps.max(initial=0)), steps[np.asarray(table["action"]) == "probe"]
-    return replace(run, planned_step=planned, notes=notes + _cut_short(run, planned) + _missing(run, probes))
+    planned, probes = _schedule(folder, events)
+    return replace(run, planned_step=planned, notes=notes + _shortfalls(run, planned, probes))
 
 
 def side_by_side(runs: Sequence[Run]) -> Run:
@@ -160,16 +154,23 @@ def _reports(folder: Path) -> pd.DataFrame:
     return frame.drop_duplicates("step", keep="last")
 
 
-def _cut_short(run: Run, planned: int) -> list[str]:
+def _schedule(folder: Path, events: pd.DataFrame) -> tuple[int, np.ndarray]:
+    """The last step, and the step of every planned answer; of a run without a schedule the last edit's step and none."""
+    path = folder / "schedule.parquet"
+    if not path.is_file():
+        return int(events["step"].max()), np.empty(0, int)
+    table = read_table(path, ("step", "action"))
+    steps = np.asarray(table["step"])
+    return int(steps.max(initial=0)), steps[np.asarray(table["action"]) == "probe"]
+
+
+def _shortfalls(run: Run, planned: int, probes: np.ndarray) -> list[str]:
+    """Notes on editors whose answers end before the last step, and on those with fewer answers than planned up to their end."""
     ends = {name: int(e.records["step"].max()) for name, e in run.editors.items()}
-    return [f"{name}: cut short at step {end} of {planned}; its numbers are of that moment" for name, end in ends.items() if end < planned]
-
-
-def _missing(run: Run, steps: np.ndarray) -> list[str]:
-    """A note on each editor with fewer answers than the schedule plans up to its last step; steps: one for each planned answer."""
-    counts = {n: (len(e.records), int((steps <= e.records["step"].max()).sum())) for n, e in run.editors.items()}
+    notes = [f"{n}: cut short at step {end} of {planned}; its numbers are of that moment" for n, end in ends.items() if end < planned]
+    counts = {n: (len(e.records), int((probes <= ends[n]).sum())) for n, e in run.editors.items()}
     short = {n: (want - got, want) for n, (got, want) in counts.items() if got < want}
-    return [f"{n}: {less:,} of {want:,} answers are missing; --resume makes them again" for n, (less, want) in short.items()]
+    return notes + [f"{n}: {less:,} of {want:,} answers are missing; --resume makes them again" for n, (less, want) in short.items()]
 
 
 def differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:

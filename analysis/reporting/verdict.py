@@ -119,9 +119,10 @@ def _cost(m: dict[str, Any], slowest: float) -> VerdictCell:
 
 def headline(metrics: dict[str, Any], mode: ScoringMode) -> str:
     """One sentence on success, generality and locality, damage and collapse, without the parts that were not measured."""
-    suffix = mode.suffix
-    parts = [_success_words(metrics, suffix), _generality_words(metrics, suffix), _damage_words(metrics, suffix), _collapse_words(metrics)]
-    sentence = "; ".join(p for p in parts if p)
+    suffix, point = mode.suffix, metrics.get("collapse_step")
+    collapse = f"the model broke down by step {point['value']:,.0f}" if point else ""
+    parts = [_success_words(metrics, suffix), _generality_words(metrics, suffix), _damage_words(metrics, suffix), collapse]
+    sentence = "; ".join(filter(None, parts))
     return f"{sentence[0].upper()}{sentence[1:]} (by {mode.title})." if sentence else "Nothing was measured."
 
 
@@ -179,11 +180,6 @@ def _damage_words(m: dict[str, Any], suffix: str) -> str:
         text = show("perplexity_ratio", ratio["value"])
         parts.append("perplexity unchanged" if text == "1.000" else f"perplexity × {text}")
     return ", ".join(parts)
-
-
-def _collapse_words(m: dict[str, Any]) -> str:
-    point = m.get("collapse_step")
-    return f"the model broke down by step {point['value']:,.0f}" if point else ""
 
 
 def _percent(entry: dict[str, Any], key: str = "value") -> str:

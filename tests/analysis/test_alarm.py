@@ -1,4 +1,4 @@
-"""The sequential alarm: evidence by hand, false alarms and delay on simulated streams, what a run tells."""
+"""The sequential alarm: evidence by hand, false alarms and delay on simulated streams, and the metric of a run."""
 
 from __future__ import annotations
 
@@ -12,55 +12,55 @@ from analysis.metrics.alarm import BETS, EVIDENCE, TOLERATED, alarm_step, detect
 from analysis.reading.load import load_run
 from tests.helpers.fake_run import event, question, record, write_run
 
-CHECKPOINTS, ASKED = 100, 64
+CHECKPOINTS, QUESTIONS = 100, 64
 EDGE = 1 - TOLERATED
 
 
-def rung(rng: np.random.Generator, chances: np.ndarray) -> int | None:
-    return detect(np.arange(len(chances)), rng.binomial(ASKED, chances), np.full(len(chances), ASKED)).raised
+def raised_at(rng: np.random.Generator, chances: np.ndarray) -> int | None:
+    return detect(np.arange(len(chances)), rng.binomial(QUESTIONS, chances), np.full(len(chances), QUESTIONS)).raised
 
 
-def share_rung(chance: float, runs: int = 400) -> float:
+def share_raised(chance: float, runs: int = 400) -> float:
     rng = np.random.default_rng(8)
-    return float(np.mean([rung(rng, np.full(CHECKPOINTS, chance)) is not None for _ in range(runs)]))
+    return float(np.mean([raised_at(rng, np.full(CHECKPOINTS, chance)) is not None for _ in range(runs)]))
 
 
 def delays(drop: float, runs: int = 200) -> np.ndarray:
     """Checkpoints from the drop to the alarm; the run is long enough for every one."""
     rng = np.random.default_rng(9)
     chances = np.concatenate([np.full(20, 0.99), np.full(180, drop)])
-    found = [rung(rng, chances) for _ in range(runs)]
-    return np.array([math.inf if f is None else f - 20 for f in found])
+    result = [raised_at(rng, chances) for _ in range(runs)]
+    return np.array([math.inf if f is None else f - 20 for f in result])
 
 
 def test_evidence_of_three_answers_by_hand() -> None:
-    found = detect(np.array([5, 9]), np.array([2, 0]), np.array([3, 4]))
+    result = detect(np.array([5, 9]), np.array([2, 0]), np.array([3, 4]))
     one = [(1 - 0.1 * b) ** 2 * (1 + 0.9 * b) for b in BETS]
     two = [max(1.0, m) * (1 + 0.9 * b) ** 4 for b, m in zip(BETS, one)]
-    np.testing.assert_allclose(found.evidence, [np.mean(one), np.mean(two)])
+    np.testing.assert_allclose(result.evidence, [np.mean(one), np.mean(two)])
 
 
-def test_false_alarms_stay_under_the_stated_rate_at_the_edge_of_what_is_tolerated() -> None:
+def test_false_alarms_stay_under_the_stated_rate_at_the_tolerated_loss() -> None:
     bound = CHECKPOINTS / EVIDENCE
-    assert share_rung(EDGE) <= bound
-    assert detect(np.arange(CHECKPOINTS), np.full(CHECKPOINTS, ASKED), np.full(CHECKPOINTS, ASKED)).false_alarm == bound
+    assert share_raised(EDGE) <= bound
+    assert detect(np.arange(CHECKPOINTS), np.full(CHECKPOINTS, QUESTIONS), np.full(CHECKPOINTS, QUESTIONS)).false_alarm == bound
 
 
-def test_a_model_that_keeps_its_answers_never_rings() -> None:
-    assert share_rung(0.99) == 0.0
+def test_a_model_that_keeps_its_answers_raises_no_alarm() -> None:
+    assert share_raised(0.99) == 0.0
 
 
 @pytest.mark.parametrize(("drop", "most"), [(0.8, 6.0), (0.7, 2.0), (0.5, 0.1)])
 def test_a_loss_is_found_soon_and_a_larger_one_sooner(drop: float, most: float) -> None:
-    found = delays(drop)
-    assert (found >= 0).all(), "the alarm rang before anything was lost"
-    assert found.mean() <= most
+    result = delays(drop)
+    assert (result >= 0).all(), "the alarm was raised before anything was lost"
+    assert result.mean() <= most
 
 
 def test_the_alarm_says_after_which_checkpoint_the_loss_began() -> None:
     kept = np.array([64, 64, 64, 40, 30])
-    found = detect(np.array([10, 20, 30, 40, 50]), kept, np.full(5, 64))
-    assert (found.raised, found.calm) == (3, 2)
+    result = detect(np.array([10, 20, 30, 40, 50]), kept, np.full(5, 64))
+    assert (result.raised, result.calm) == (3, 2)
 
 
 @pytest.mark.parametrize(("kept", "expected"), [((8, 8, 8), None), ((8, 0, 0), (2.0, 1.0))])

@@ -32,9 +32,9 @@ def frame(rows: list[tuple[int, str, bool, float]]) -> pd.DataFrame:
 
 
 def test_precision_and_recall_by_hand() -> None:
-    found = deferral(frame(ROWS))
-    assert found["deferral_precision"] == {"value": pytest.approx((1 + 4) / (2 + 1 + 4)), "low": None, "high": None, "n": 3}
-    assert found["deferral_recall"] == {"value": pytest.approx((1 + 4) / (3 + 1 + 4)), "low": None, "high": None, "n": 3}
+    result = deferral(frame(ROWS))
+    assert result["deferral_precision"] == {"value": pytest.approx((1 + 4) / (2 + 1 + 4)), "low": None, "high": None, "n": 3}
+    assert result["deferral_recall"] == {"value": pytest.approx((1 + 4) / (3 + 1 + 4)), "low": None, "high": None, "n": 3}
 
 
 def test_an_undefined_metric_is_absent() -> None:

@@ -30,9 +30,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_answers_that_have_the_key_are_found_in_every_file(folder: Path) -> None:
-    found = answers_with(folder, "entry", ("question_id",))
-    assert found["question_id"].tolist() == ["2-1", "2-2", "4-0", "4-2"]
-    extras = [json.loads(x) for x in found["extras"]]
+    result = answers_with(folder, "entry", ("question_id",))
+    assert result["question_id"].tolist() == ["2-1", "2-2", "4-0", "4-2"]
+    extras = [json.loads(x) for x in result["extras"]]
     assert extras == [{"entry": None}, {"first_ids": [1], "entry": "a"}, {"entry": "b"}, {"entry": "c"}]
 
 

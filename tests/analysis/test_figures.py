@@ -107,12 +107,12 @@ def test_names_stand_at_line_ends_and_do_not_touch(figures: dict) -> None:
 @given(st.lists(st.tuples(st.floats(0, 1), st.floats(0.01, 0.1)), min_size=1, max_size=9))
 def test_spreading_names_keeps_their_order_their_distance_and_the_axis(named: list[tuple[float, float]]) -> None:
     wanted, heights = np.array(named).T
-    found = style.spread_labels(wanted, heights)
+    result = style.spread_labels(wanted, heights)
     order = np.argsort(wanted, kind="stable")
     least = (heights[order][1:] + heights[order][:-1]) / 2
-    assert (np.diff(found[order]) >= least - 1e-9).all()
-    assert found.min() >= -1e-9
-    assert found.max() <= 1 + 1e-9
+    assert (np.diff(result[order]) >= least - 1e-9).all()
+    assert result.min() >= -1e-9
+    assert result.max() <= 1 + 1e-9
     apart = np.concatenate([[0.0], np.cumsum(least)])
     np.testing.assert_allclose(style.spread_labels(apart, heights[order]), apart, atol=1e-9)
 

@@ -28,11 +28,11 @@ IDS = st.lists(st.integers(0, 3), max_size=12)
 
 @given(IDS, IDS, st.integers(1, 10))
 def test_equal_ids_at_equal_ranks(a: list[int], b: list[int], ranks: int) -> None:
-    found = equal_share(a, b, ranks)
+    result = equal_share(a, b, ranks)
     if min(len(a), len(b)) < ranks:
-        assert math.isnan(found)
+        assert math.isnan(result)
         return
-    assert found == np.mean(np.array(a[:ranks]) == np.array(b[:ranks])) == equal_share(b, a, ranks)
+    assert result == np.mean(np.array(a[:ranks]) == np.array(b[:ranks])) == equal_share(b, a, ranks)
     assert equal_share(a, a, ranks) == 1
 
 
@@ -65,8 +65,8 @@ def test_only_the_end_counts_and_answers_are_weighted(tmp_path: Path) -> None:
     ten = [*range(10)]
     edited = {"t0": [7, *range(1, 10)], "t1": ten, "f0": [0, 2, 1, *range(3, 10)], "f1": ten}
     run, editor = a_run(tmp_path, edited, dict.fromkeys(edited, ten), ["locality_text"] * 2 + ["locality_far"] * 2)
-    found = first_token_agreement(run, editor, Resampler(8, np.random.default_rng(0), 50))
-    assert {k: d.value for k, d in found.items()} == pytest.approx({"locality_text_top1": 0.75, "locality_far_top10": (0.8 + 3) / 4})
+    result = first_token_agreement(run, editor, Resampler(8, np.random.default_rng(0), 50))
+    assert {k: d.value for k, d in result.items()} == pytest.approx({"locality_text_top1": 0.75, "locality_far_top10": (0.8 + 3) / 4})
 
 
 def test_answers_without_first_ids_give_no_metric(tmp_path: Path) -> None:

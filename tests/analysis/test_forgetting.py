@@ -30,11 +30,11 @@ def now(edit: int, right: float) -> dict:
     return ask(edit, edit + 1, right, probe="right_after")
 
 
-def rung(edit: int, step: int, right: float) -> dict:
+def ladder_answer(edit: int, step: int, right: float) -> dict:
     return ask(edit, step, right, probe="ladder", panel="cohort_ladder", incl_prob=0.1)
 
 
-def of(out: Path, rows: list[dict], edits: int = 6, **changed: dict) -> Run:
+def run_of(out: Path, rows: list[dict], edits: int = 6, **changed: dict) -> Run:
     """Edits one a step, two a year."""
     events = [event(i, i + 1, time=i / 2, subject=f"s{i}", **changed.get(f"e{i}", {})) for i in range(edits)]
     questions = [question(f"e{i}-{s}", f"e{i}", s) for i in range(edits) for s in ("edit", "stale")]
@@ -51,28 +51,28 @@ def curve(run: Run, make, **given: object):
 
 def test_the_matrix_of_years_made_by_years_asked(tmp_path: Path) -> None:
     rows = [ask(0, 2, 1), ask(1, 2, 0), ask(0, 4, 0), ask(1, 4, 0), ask(2, 4, 1), ask(0, 6, 0.5), ask(3, 6, 1), ask(4, 6, 1)]
-    found = curve(of(tmp_path, rows), curves.matrix, mode=TOKEN_ACCURACY)
-    assert {(r.made, r.x): r.value for r in found.itertuples()} == {
+    result = curve(run_of(tmp_path, rows), curves.matrix, mode=TOKEN_ACCURACY)
+    assert {(r.made, r.x): r.value for r in result.itertuples()} == {
         (1, 1): 0.5, (1, 2): 0.0, (2, 2): 1.0, (1, 3): 0.5, (2, 3): 1.0, (3, 3): 1.0,
     }  # fmt: skip
 
 
 def test_anytime_success_is_the_mean_of_the_year_ends(tmp_path: Path) -> None:
     rows = [ask(0, 2, 1), ask(0, 4, 0), ask(2, 4, 1), ask(4, 6, 0)]
-    assert values(of(tmp_path, rows))["anytime_success"] == pytest.approx((1 + 0.5 + 0) / 3)
+    assert values(run_of(tmp_path, rows))["anytime_success"] == pytest.approx((1 + 0.5 + 0) / 3)
 
 
 def test_plasticity_is_of_the_last_year_and_stability_of_edits_once_right(tmp_path: Path) -> None:
     rows = [now(0, 1), now(1, 0), now(2, 1), now(3, 1), now(4, 1), now(5, 0)]
     rows += [ask(0, 6, 0), ask(1, 6, 0), ask(2, 6, 1), ask(3, 6, 1), ask(4, 6, 1)]
-    got = values(of(tmp_path, rows))
+    got = values(run_of(tmp_path, rows))
     assert got["plasticity"] == pytest.approx(1 / 2)
     assert got["stability"] == pytest.approx(2 / 3)
     assert got["stability_plasticity"] == pytest.approx(2 * (1 / 2) * (2 / 3) / (1 / 2 + 2 / 3))
 
 
 def test_one_year_has_no_stability(tmp_path: Path) -> None:
-    got = values(of(tmp_path, [now(0, 1), now(1, 1), ask(0, 2, 1), ask(1, 2, 1)], edits=2))
+    got = values(run_of(tmp_path, [now(0, 1), now(1, 1), ask(0, 2, 1), ask(1, 2, 1)], edits=2))
     assert got["plasticity"] == 1.0
     assert "stability" not in got
 
@@ -80,7 +80,7 @@ def test_one_year_has_no_stability(tmp_path: Path) -> None:
 def test_revised_facts_are_judged_by_the_current_value_with_stale_answers_beside(tmp_path: Path) -> None:
     rows = [ask(0, 6, 0), ask(2, 6, 1), ask(3, 6, 0), ask(4, 6, 1), ask(2, 6, 0, split="stale"), ask(4, 6, 1, split="stale")]
     revised = {"e0": {"superseded_step": 3}, "e2": {"kind": "revise", "revises": "e0"}, "e3": {"kind": "revert", "revises": "e1"}}
-    got = values(of(tmp_path, rows, **revised))
+    got = values(run_of(tmp_path, rows, **revised))
     assert got["revised_success"] == 0.5
     assert got["revised_stale"] == 0.0
     assert got["stale_rate"] == 0.5
@@ -88,33 +88,37 @@ def test_revised_facts_are_judged_by_the_current_value_with_stale_answers_beside
 
 def test_the_gap_compares_two_scoring_modes_of_the_same_answers(tmp_path: Path) -> None:
     rows = [ask(0, 6, 1) | {"exact": False}, ask(1, 6, 1), ask(2, 6, 0.5), ask(3, 6, 1) | {"exact": None}]
-    assert values(of(tmp_path, rows))["teacher_forcing_gap"] == pytest.approx((1 + 0 + 0.5) / 3)
+    assert values(run_of(tmp_path, rows))["teacher_forcing_gap"] == pytest.approx((1 + 0 + 0.5) / 3)
 
 
 def test_survival_is_the_product_limit_over_the_ladder(tmp_path: Path) -> None:
     firsts = [now(i, 1) for i in range(5)]
-    at_one = [rung(0, 2, 1), rung(1, 3, 1), rung(2, 4, 0), rung(3, 5, 1)]
-    at_two = [rung(0, 3, 1), rung(1, 4, 0), rung(2, 5, 1), rung(3, 6, 1)]
-    run = of(tmp_path, [*firsts, *at_one, *at_two, rung(0, 5, 1)], e3={"superseded_step": 6})
-    found = curve(run, curves.survival, mode=TOKEN_ACCURACY)
-    assert found["x"].tolist() == [curves.RIGHT_AFTER_AGE, 1, 2, 4]
-    assert found["value"].tolist() == pytest.approx([1, 3 / 4, 3 / 4 * 1 / 2, 3 / 4 * 1 / 2])
+    at_one = [ladder_answer(0, 2, 1), ladder_answer(1, 3, 1), ladder_answer(2, 4, 0), ladder_answer(3, 5, 1)]
+    at_two = [ladder_answer(0, 3, 1), ladder_answer(1, 4, 0), ladder_answer(2, 5, 1), ladder_answer(3, 6, 1)]
+    run = run_of(tmp_path, [*firsts, *at_one, *at_two, ladder_answer(0, 5, 1)], e3={"superseded_step": 6})
+    result = curve(run, curves.survival, mode=TOKEN_ACCURACY)
+    assert result["x"].tolist() == [curves.RIGHT_AFTER_AGE, 1, 2, 4]
+    assert result["value"].tolist() == pytest.approx([1, 3 / 4, 3 / 4 * 1 / 2, 3 / 4 * 1 / 2])
 
 
 def test_an_edit_that_was_never_right_does_not_count_for_survival(tmp_path: Path) -> None:
-    run = of(tmp_path, [now(0, 0), now(1, 1), rung(0, 2, 0), rung(1, 3, 1)])
+    run = run_of(tmp_path, [now(0, 0), now(1, 1), ladder_answer(0, 2, 0), ladder_answer(1, 3, 1)])
     assert curve(run, curves.survival, mode=TOKEN_ACCURACY)["value"].tolist() == [1.0, 1.0]
 
 
 def test_the_ladder_serves_ages_and_no_mean_over_live_edits(tmp_path: Path) -> None:
-    run = of(tmp_path, [ask(0, 6, 1), rung(1, 6, 0), rung(2, 6, 0)])
+    run = run_of(tmp_path, [ask(0, 6, 1), ladder_answer(1, 6, 0), ladder_answer(2, 6, 0)])
     assert values(run)["edit_success"] == 1.0
     assert set(run.editors["e"].records["role"]) == {0, 2}
 
 
 def test_a_question_that_panel_and_ladder_both_ask_counts_for_each_and_once_by_age(tmp_path: Path) -> None:
-    rows = [now(i, 1) for i in range(6)] + [ask(0, 6, 1, incl_prob=0.05), rung(0, 6, 1)] + [rung(i, 6, 0) for i in (1, 2, 3, 4)]
-    run = of(tmp_path, rows)
+    rows = (
+        [now(i, 1) for i in range(6)]
+        + [ask(0, 6, 1, incl_prob=0.05), ladder_answer(0, 6, 1)]
+        + [ladder_answer(i, 6, 0) for i in (1, 2, 3, 4)]
+    )
+    run = run_of(tmp_path, rows)
     assert values(run)["edit_success"] == 1.0
     assert len(answers_by_age(run.editors["e"].records)) == 5
 
@@ -150,11 +154,11 @@ hits = st.lists(st.sampled_from([0.0, 0.5, 1.0]), min_size=6, max_size=6)
 def test_properties_of_any_answers(tmp_path_factory: pytest.TempPathFactory, first: list[float], last: list[float]) -> None:
     rows = (
         [now(i, h) for i, h in enumerate(first)]
-        + [rung(i, i + 2, h) for i, h in enumerate(last)]
+        + [ladder_answer(i, i + 2, h) for i, h in enumerate(last)]
         + [ask(i, 6, h) for i, h in enumerate(last)]
     )
-    run = of(tmp_path_factory.mktemp("laws"), rows)
-    shuffled = of(tmp_path_factory.mktemp("laws"), rows[::-1])
+    run = run_of(tmp_path_factory.mktemp("properties"), rows)
+    shuffled = run_of(tmp_path_factory.mktemp("properties"), rows[::-1])
     got = values(run)
     assert got == values(shuffled)
     for name in ("anytime_success", "plasticity", "stability", "stability_plasticity"):

@@ -184,8 +184,8 @@ def test_runs_of_different_schedules_are_refused_with_the_difference(tmp_path: P
 
 def test_texts_of_a_few_answers(tmp_path: Path) -> None:
     run = load_run(tiny(tmp_path))
-    found = texts(run.editors["e"], ["e0-edit"], [3])
-    assert found["generated"].tolist() == ["yes"]
+    result = texts(run.editors["e"], ["e0-edit"], [3])
+    assert result["generated"].tolist() == ["yes"]
     assert texts(run.editors["e"], ["e0-edit"], [2]).empty
 
 

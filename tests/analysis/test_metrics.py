@@ -155,8 +155,8 @@ def test_collapse_needs_two_marked_checkpoints_in_a_row(tmp_path: Path, shifts: 
 def test_collapse_by_retention_under_a_fifth_of_the_immediate_success(tmp_path: Path) -> None:
     events = [event(i, i + 1, time=float(i), subject=f"s{i}") for i in range(9)]
     questions = [question(f"e{i}-edit", f"e{i}") for i in range(9)]
-    asked = [ask(i, s, 2 * (s < 7)) for s in (6, 7, 9) for i in range(5)]
-    run = load_run(write_run(tmp_path, events, questions, {"e": [now(i, 2) for i in range(9)] + asked}))
+    later = [ask(i, s, 2 * (s < 7)) for s in (6, 7, 9) for i in range(5)]
+    run = load_run(write_run(tmp_path, events, questions, {"e": [now(i, 2) for i in range(9)] + later}))
     entry = summarise(run, replicates=FEW)["editors"]["e"]["collapse_step"]
     assert (entry["value"], entry["low"]) == (7.0, 6.0)
 
@@ -286,7 +286,7 @@ chances = st.lists(st.floats(0.05, 1), min_size=4, max_size=4)
 quiet = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-def of(run: Run, frame_change=lambda rows: rows) -> dict[str, float]:
+def measured(run: Run, frame_change=lambda rows: rows) -> dict[str, float]:
     editor = run.editors["e"]
     changed = type(editor)(editor.name, editor.folder, frame_change(editor.records), editor.reports, editor.base)
     return {k: d.value for k, d in measure(run, changed, Resampler(run.clusters, np.random.default_rng(0), 20)).items()}
@@ -299,13 +299,13 @@ def test_properties_of_any_answers(
 ) -> None:
     rows = [now(i, h) for i, h in enumerate(first)] + [ask(i, 4, h, incl_prob=p) for i, (h, p) in enumerate(zip(last, chance))]
     rows += [ask(i, 4, h, s) for i, h in enumerate(last) for s in ("text_generality", "image_generality", "locality_hard")]
-    run = small(tmp_path_factory.mktemp("laws"), rows)
-    got = of(run)
+    run = small(tmp_path_factory.mktemp("properties"), rows)
+    got = measured(run)
     for name, value in got.items():
         assert (-1 if METRICS[name.removesuffix("_exact").removesuffix("_gen")].unit == "difference" else 0) <= value <= 1
-    shuffled = of(run, lambda r: r.sample(frac=1, random_state=3))
+    shuffled = measured(run, lambda r: r.sample(frac=1, random_state=3))
     assert shuffled == pytest.approx(got)
-    scaled = of(run, lambda r: r.assign(weight=r["weight"] * 7))
+    scaled = measured(run, lambda r: r.assign(weight=r["weight"] * 7))
     assert scaled == pytest.approx(got)
     assert min(last) / 2 - 1e-9 <= got["edit_success"] <= max(last) / 2 + 1e-9
 
@@ -315,22 +315,25 @@ def test_properties_of_any_answers(
 def test_constant_answers_are_never_forgotten(tmp_path_factory: pytest.TempPathFactory, constant: list[int], chance: list[float]) -> None:
     rows = [now(i, h) for i, h in enumerate(constant)]
     rows += [ask(i, s, constant[i], incl_prob=chance[i]) for s in (2, 4) for i in range(s)]
-    got = of(small(tmp_path_factory.mktemp("constant"), rows))
+    got = measured(small(tmp_path_factory.mktemp("constant"), rows))
     zero = [m for m in got if m.startswith(("forgetting", "backward"))]
     assert {m: got[m] for m in zero} == pytest.approx(dict.fromkeys(zero, 0.0))
     assert len(zero) == 9
 
 
 def test_an_answer_of_weight_two_counts_as_two_answers(tmp_path: Path) -> None:
-    one = of(small(tmp_path / "a", [ask(0, 4, 2), ask(1, 4, 0)]))
-    doubled = of(small(tmp_path / "b", [ask(0, 4, 2, incl_prob=0.5), ask(1, 4, 0), ask(2, 4, 0)]))
+    one = measured(small(tmp_path / "a", [ask(0, 4, 2), ask(1, 4, 0)]))
+    doubled = measured(small(tmp_path / "b", [ask(0, 4, 2, incl_prob=0.5), ask(1, 4, 0), ask(2, 4, 0)]))
     assert one["edit_success"] == doubled["edit_success"] == 0.5
 
 
 def test_guessing_scores_one_over_the_number_of_competing_choices() -> None:
-    asked = [question("a", choices=["x", "y", "z"], scoring="sum"), question("b", choices=["x", "y", "z"], aliases=["y"], scoring="sum")]
-    asked += [question("c"), question("d", scoring="refuse")]
-    np.testing.assert_allclose(chance_scores(pd.DataFrame(asked)), [1 / 3, 1 / 2, 0.0, np.nan])
+    questions = [
+        question("a", choices=["x", "y", "z"], scoring="sum"),
+        question("b", choices=["x", "y", "z"], aliases=["y"], scoring="sum"),
+    ]
+    questions += [question("c"), question("d", scoring="refuse")]
+    np.testing.assert_allclose(chance_scores(pd.DataFrame(questions)), [1 / 3, 1 / 2, 0.0, np.nan])
     np.testing.assert_allclose(chance_scores(pd.DataFrame({"question_id": ["old"]})), [0.0])
 
 

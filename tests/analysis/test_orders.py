@@ -39,11 +39,11 @@ def draws(value: float, noise: float, seed: int) -> Draws:
 
 
 def test_values_are_means_over_orders_with_the_spread_beside(tmp_path: Path) -> None:
-    found = entry([order(tmp_path / str(s), s, r) for s, r in enumerate((1, 2, 4))])
-    assert found["value"] == pytest.approx(np.mean([0.25, 0.5, 1.0]))
-    assert found["sd"] == pytest.approx(np.std([0.25, 0.5, 1.0], ddof=1))
-    assert found["n"] == 12
-    assert (found["low"], found["high"]) == (0.0, 1.0)
+    result = entry([order(tmp_path / str(s), s, r) for s, r in enumerate((1, 2, 4))])
+    assert result["value"] == pytest.approx(np.mean([0.25, 0.5, 1.0]))
+    assert result["sd"] == pytest.approx(np.std([0.25, 0.5, 1.0], ddof=1))
+    assert result["n"] == 12
+    assert (result["low"], result["high"]) == (0.0, 1.0)
 
 
 def test_the_interval_is_students_where_orders_differ_and_the_bootstraps_where_they_agree() -> None:
@@ -69,15 +69,15 @@ def test_covers_the_truth_over_orders_about_as_often_as_it_says() -> None:
     rng = np.random.default_rng(3)
     hits = 0
     for _ in range(300):
-        found = orders.mean_over_orders([draws(v, 0.01, 1) for v in np.clip(rng.normal(0.5, 0.08, 3), 0, 1)])
-        hits += found["low"] <= 0.5 <= found["high"]
+        result = orders.mean_over_orders([draws(v, 0.01, 1) for v in np.clip(rng.normal(0.5, 0.08, 3), 0, 1)])
+        hits += result["low"] <= 0.5 <= result["high"]
     assert 0.91 <= hits / 300 <= 0.99
 
 
 def test_what_happens_in_some_orders_only_says_in_how_many() -> None:
     points = [{"value": 50.0, "low": 40.0, "high": 50.0, "n": 5}, {"value": 70.0, "low": 60.0, "high": 70.0, "n": 5}]
-    found = orders.mean_and_range(points, 3)
-    assert (found["value"], found["low"], found["high"], found["orders"]) == (60.0, 40.0, 70.0, 2)
+    result = orders.mean_and_range(points, 3)
+    assert (result["value"], result["low"], result["high"], result["orders"]) == (60.0, 40.0, 70.0, 2)
 
 
 def test_pairs_are_differences_within_an_order(tmp_path: Path) -> None:
@@ -121,10 +121,10 @@ def test_curves_of_orders_are_averaged_where_all_are_known() -> None:
     tables = [
         pd.DataFrame({"x": [0.0, 10, 20 + k], "value": [1.0, 0.5, v], "low": 0.0, "high": 1.0, "n": 4.0}) for k, v in enumerate((0.2, 0.4))
     ]
-    found = curves.average(tables)
-    assert found["x"].tolist() == [0, 10, 20]
-    assert found["value"].tolist() == pytest.approx([1.0, 0.5, (0.2 + (0.5 + (0.4 - 0.5) * 10 / 11)) / 2])
-    assert found["n"].tolist() == [8, 8, 8]
+    result = curves.average(tables)
+    assert result["x"].tolist() == [0, 10, 20]
+    assert result["value"].tolist() == pytest.approx([1.0, 0.5, (0.2 + (0.5 + (0.4 - 0.5) * 10 / 11)) / 2])
+    assert result["n"].tolist() == [8, 8, 8]
     assert curves.average([tables[0]]) is tables[0]
 
 

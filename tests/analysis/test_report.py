@@ -12,6 +12,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import yaml
 from markupsafe import escape
 from rich.console import Console
 
@@ -92,9 +93,9 @@ def test_latex_is_balanced_and_escaped(summary: dict) -> None:
 def test_csv_has_every_number(out: Path, summary: dict) -> None:
     rows = list(csv.DictReader(io.StringIO((out / "tables" / "metrics.csv").read_text())))
     assert len(rows) == sum(map(len, summary["editors"].values()))
-    found = next(r for r in rows if r["editor"] == "finetune" and r["metric"] == "edit_success_gen")
-    assert float(found["value"]) == summary["editors"]["finetune"]["edit_success_gen"]["value"]
-    assert found["reading"] == "free generation"
+    result = next(r for r in rows if r["editor"] == "finetune" and r["metric"] == "edit_success_gen")
+    assert float(result["value"]) == summary["editors"]["finetune"]["edit_success_gen"]["value"]
+    assert result["reading"] == "free generation"
 
 
 def test_the_terminal_table_fits_eighty_columns_and_dashes_what_is_absent(summary: dict) -> None:
@@ -162,6 +163,11 @@ def test_every_metric_of_the_main_scoring_mode_is_on_the_page(out: Path, summary
     assert shown == {n for n in have if n.endswith("_gen") or not metric_of(n).modes}
     for name in comparison.other_columns(summary, FREE_GENERATION):
         assert f'<th scope="row">{escape(metric_of(name).title)}' in text
+
+
+def test_every_figure_has_a_caption() -> None:
+    captions = yaml.safe_load((Path(tables.__file__).parent / "captions.yaml").read_text("utf-8"))
+    assert list(captions) == list(catalogue.FIGURES)
 
 
 def test_verdicts_come_first_then_notes_and_skipped_records_are_listed(out: Path) -> None:

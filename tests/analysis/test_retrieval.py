@@ -23,8 +23,8 @@ EVENTS = pd.DataFrame(
 )
 
 
-def answer(split: str, edit: str | None, step: int, right: bool, found: list[str], used: list[str], **more: Any) -> dict[str, Any]:
-    extras = {"retrieved": found, "used": used, "added_tokens": 10, "gate_tokens": 5, "dropped": 1}
+def answer(split: str, edit: str | None, step: int, right: bool, retrieved: list[str], used: list[str], **more: Any) -> dict[str, Any]:
+    extras = {"retrieved": retrieved, "used": used, "added_tokens": 10, "gate_tokens": 5, "dropped": 1}
     return record(split=split, edit_id=edit, probe_step=step, exact=right, generated="x", extras=json.dumps(extras), **more)
 
 
@@ -55,29 +55,29 @@ def test_only_answers_with_a_retrieval_log_are_read(rows):
     assert set(rows["tokens"]) == {15}
 
 
-def test_what_bears_is_the_newest_version_and_nothing_after_a_retirement(tmp_path):
-    asked = [("a1", 2, ["a1"]), ("a1", 3, ["a1"]), ("a1", 3, ["a2"]), ("b1", 3, ["b1"]), ("b1", 4, ["b1"]), ("b2", 4, ["b1"])]
-    answers = [answer("edit", e, step, True, found, []) for e, step, found in asked]
+def test_the_bearing_fact_is_the_newest_version_and_none_after_a_retirement(tmp_path):
+    questions = [("a1", 2, ["a1"]), ("a1", 3, ["a1"]), ("a1", 3, ["a2"]), ("b1", 3, ["b1"]), ("b1", 4, ["b1"]), ("b2", 4, ["b1"])]
+    answers = [answer("edit", e, step, True, retrieved, []) for e, step, retrieved in questions]
     write_rows(tmp_path / "records" / "step-000004.parquet", Record, answers)
-    found = judged(retrieval_logs(tmp_path), EVENTS)
-    assert found["rank"].tolist() == [1, 0, 1, 1, 0, 0]
-    assert found["bears"].tolist() == [True] * 4 + [False] * 2
-    assert found["facts"].tolist() == [2, 2, 2, 2, 1, 1]
+    result = judged(retrieval_logs(tmp_path), EVENTS)
+    assert result["rank"].tolist() == [1, 0, 1, 1, 0, 0]
+    assert result["bears"].tolist() == [True] * 4 + [False] * 2
+    assert result["facts"].tolist() == [2, 2, 2, 2, 1, 1]
 
 
 def test_no_fact_bears_on_an_edit_still_to_come(tmp_path):
     write_rows(tmp_path / "records" / "step-000001.parquet", Record, [answer("edit", "b1", 1, False, ["a1"], ["a1"])])
-    found = judged(retrieval_logs(tmp_path), EVENTS)
-    assert (found["bears"].tolist(), found["error"].tolist()) == ([False], [""])
-    assert by_facts(found).iloc[0]["false_accept"] == 1
+    result = judged(retrieval_logs(tmp_path), EVENTS)
+    assert (result["bears"].tolist(), result["error"].tolist()) == ([False], [""])
+    assert by_facts(result).iloc[0]["false_accept"] == 1
 
 
 def test_ranks_and_the_four_errors(rows):
-    found = judged(rows, EVENTS)
-    assert found["rank"].tolist() == [2, 0, 1, 2, 1, 0, 0, 1]
-    assert found["error"].tolist() == ["", "miss", "reject", "wrong", "ignored", "", "", ""]
-    assert found["facts"].tolist() == [2] * 8
-    assert found["bears"].tolist() == [True] * 5 + [False] * 2 + [True]
+    result = judged(rows, EVENTS)
+    assert result["rank"].tolist() == [2, 0, 1, 2, 1, 0, 0, 1]
+    assert result["error"].tolist() == ["", "miss", "reject", "wrong", "ignored", "", "", ""]
+    assert result["facts"].tolist() == [2] * 8
+    assert result["bears"].tolist() == [True] * 5 + [False] * 2 + [True]
 
 
 def test_shares_by_number_of_facts(rows):
@@ -93,7 +93,7 @@ def test_shares_by_number_of_facts(rows):
     assert [row[e] for e in ("miss", "reject", "wrong", "ignored")] == pytest.approx([1 / 6] * 4)
 
 
-def test_rare_questions_count_for_those_that_were_not_drawn(tmp_path):
+def test_shares_are_weighted_by_one_over_the_inclusion_probability(tmp_path):
     drawn = [answer("edit", "a1", 1, True, ["a1"], ["a1"], incl_prob=0.25), answer("edit", "a1", 1, True, [], [])]
     write_rows(tmp_path / "records" / "step-000001.parquet", Record, drawn)
     assert by_facts(judged(retrieval_logs(tmp_path), EVENTS)).iloc[0]["hit_rate"] == pytest.approx(4 / 5)
@@ -110,8 +110,8 @@ def test_the_table_names_the_order_and_the_editors_that_have_retrieval_logs(tmp_
     write_rows(tmp_path / "b" / "records" / "step-000003.parquet", Record, [record(exact=True)])
     editors = {name: SimpleNamespace(folder=tmp_path / name) for name in "ab"}
     run: Any = SimpleNamespace(manifest={"seed": 3}, events=EVENTS, editors=editors)
-    found = table([run])
-    assert found[["seed", "editor", "questions"]].values.tolist() == [[3, "a", 8]]
+    result = table([run])
+    assert result[["seed", "editor", "questions"]].values.tolist() == [[3, "a", 8]]
     assert table([SimpleNamespace(manifest={}, events=EVENTS, editors={"b": editors["b"]})]).empty  # type: ignore[list-item]
 
 
@@ -119,7 +119,7 @@ SPLITS = ("edit", "locality_far", "locality_hard", "locality_text")
 
 
 @pytest.mark.parametrize(("kinds", "precision", "accepted"), [(4, 0.125, [(1.0,)]), (2, 0.25, [])])
-def test_the_figure_shows_what_was_found_and_what_it_cost(tmp_path, kinds, precision, accepted):
+def test_the_figure_shows_retrieved_facts_and_their_cost(tmp_path, kinds, precision, accepted):
     """Six questions that no fact bears on are shown, two are too few."""
     events = [event(i, i + 1, time=float(i + 1), subject=f"s{i}") for i in range(2)]
     questions = [question(f"{i}-{s}", f"e{i}", s) for i in range(2) for s in SPLITS]

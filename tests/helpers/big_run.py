@@ -1,4 +1,4 @@
-"""Writes a run folder with millions of made-up answers, to measure analysis: python tests/helpers/big_run.py OUT [RECORDS].
+"""Write a run folder with millions of invented answers, to measure the analysis: python tests/helpers/big_run.py OUT [RECORDS].
 
 python tests/helpers/big_run.py /tmp/big 10000000 && time python -m analysis /tmp/big
 """
@@ -21,7 +21,7 @@ EDITS, YEARS, CHECKPOINTS = 20_000, 20, 40
 SPLITS = ("edit", "text_generality", "image_generality", "locality_hard", "locality_far", "portability", "stale")
 EDIT_IDS = pa.array([f"e{i}" for i in range(EDITS)])
 GATED, POOL = "gates", 50_000
-"""The editor whose answers name an entry; how many different ledgers it and the others leave, too many for a dictionary page."""
+"""The editor whose answers name an entry; the number of different extras of each editor, too many for a dictionary page."""
 QUESTION_IDS = pa.array([f"{i:08x}-{s}" for i in range(EDITS) for s in SPLITS])
 
 
@@ -33,31 +33,31 @@ def main(out: Path, records: int) -> None:
     panel = _panel(records // len(EDITORS), steps)
     for number, editor in enumerate(EDITORS):
         rng = np.random.default_rng(number)
-        told = pa.array(_extras(editor, rng))
+        extras = pa.array(_extras(editor, rng))
         for step in steps:
-            pq.write_table(_answers(editor, int(step), panel, told, rng), out / editor / "records" / f"step-{step:06d}.parquet")
+            pq.write_table(_answers(editor, int(step), panel, extras, rng), out / editor / "records" / f"step-{step:06d}.parquet")
 
 
 def _panel(records: int, steps: np.ndarray) -> int:
-    """Edits in a panel (or all there are), so that an editor gives about so many answers."""
+    """Number of edits in a panel with which an editor gives about so many answers; at most all edits."""
     after = 3 * EDITS
     return next(n for n in range(50, EDITS + 50, 50) if len(SPLITS) * np.minimum(steps, n).sum() + after >= records or n == EDITS)
 
 
 def _extras(editor: str, rng: np.random.Generator) -> list[str]:
-    """Ledgers as answers keep them: POOL with the likeliest first tokens, and one without."""
+    """Extras of answers: POOL with the likeliest first tokens, and one without."""
     entry = {"entry": "e1"} if editor == GATED else {}
     return [*(json.dumps(entry | {"first_ids": ids}) for ids in rng.integers(0, 32_000, (POOL, 10)).tolist()), json.dumps(entry)]
 
 
-def _answers(editor: str, step: int, panel: int, told: pa.Array, rng: np.random.Generator) -> pa.Table:
-    """Answers after a step: every split of live edits drawn at random, and the newest edits right after."""
+def _answers(editor: str, step: int, panel: int, extras: pa.Array, rng: np.random.Generator) -> pa.Table:
+    """Answers after a step: every split of live edits drawn at random, and the newest edits right after they were made."""
     new = np.arange(step - EDITS // CHECKPOINTS, step)
     chosen = np.random.default_rng(step).permutation(step)[:panel]
     edit = np.concatenate([np.tile(chosen, len(SPLITS)), np.tile(new, 3)])
-    asked = (len(edit) - 3 * len(new)) // len(SPLITS)
-    split = np.concatenate([np.repeat(np.arange(len(SPLITS)), asked), np.repeat(np.arange(3), len(new))])
-    after, size = np.arange(len(edit)) >= len(SPLITS) * asked, len(edit)
+    per_split = (len(edit) - 3 * len(new)) // len(SPLITS)
+    split = np.concatenate([np.repeat(np.arange(len(SPLITS)), per_split), np.repeat(np.arange(3), len(new))])
+    after, size = np.arange(len(edit)) >= len(SPLITS) * per_split, len(edit)
     hits = rng.integers(0, 4, size)
     made = {"edit_id": EDIT_IDS.take(pa.array(edit)), "question_id": QUESTION_IDS.take(pa.array(edit * len(SPLITS) + split))}
     made |= {
@@ -66,9 +66,9 @@ def _answers(editor: str, step: int, panel: int, told: pa.Array, rng: np.random.
     }
     made |= {"generated": pa.array(["another answer", "right answer"]).take(pa.array((hits == 3).astype(int)))}
     local = np.char.startswith(np.array(SPLITS), "locality")[split]
-    made |= {"extras": told.take(pa.array(np.where(local, rng.integers(0, POOL, size), POOL)))}
+    made |= {"extras": extras.take(pa.array(np.where(local, rng.integers(0, POOL, size), POOL)))}
     numbers = {"edit_step": edit + 1, "token_hits": hits, "logprob": -rng.random(size), "exact": hits == 3}
-    made |= {k: pa.array(v) for k, v in (numbers | {"incl_prob": np.where(after, 1.0, asked / step)}).items()}
+    made |= {k: pa.array(v) for k, v in (numbers | {"incl_prob": np.where(after, 1.0, per_split / step)}).items()}
     same = {"run": "big", "editor": editor, "topic": "owner", "answer": "right answer", "target": "right answer", "base_answer": "old"}
     same |= {"seed": 0, "probe_version": 1, "seconds": 0.01, "n_tokens": 3, "panel": "age_mixed"}
     same |= {"probe_step": step, "probe_time": (step - 1) * YEARS / EDITS}

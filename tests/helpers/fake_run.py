@@ -1,4 +1,4 @@
-"""Writes run folders with made-up answers of editors that keep, lose or never learn: no model, plain pyarrow."""
+"""Write run folders with invented answers of editors that retain, forget or never learn edits, without a model."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ TOKENS = 3
 ABILITIES = ("arithmetic", "reading", "logic")
 GROUPS = ("bench:quiz", "safety:refusal")
 UNRELATED = 24
-"""Questions of the pool that no edit is about."""
+"""Number of questions in the pool that is unrelated to any edit."""
 AT_YEAR_END = ("locality_hard", "locality_sibling", "locality_far", "locality_text", "portability", "stale")
 PANELS = {"ladder": "cohort_ladder", "fresh": "rotating_fresh", "unrelated": "fixed_unrelated"}
 COSTS = {"noop": (0.0, 0), "oracle": (0.0001, 100), "finetune": (0.4, 20_000), "balancedit": (0.9, 1000)}
-"""Seconds an edit and bytes of state an edit."""
+"""Seconds for an edit and bytes of state for an edit, by editor."""
 EDITORS = ("noop", "oracle", "finetune", "balancedit")
 
 
@@ -42,7 +42,7 @@ class Plan:
 
 
 def write_rows(path: Path, row: type, rows: Iterable[dict[str, Any]]) -> None:
-    """Rows (dictionaries; what is left out is null) as parquet with the schema of a row dataclass."""
+    """Writes dictionaries as parquet with the schema of a row dataclass; absent fields are null."""
     rows = list(rows)
     kinds = columns(row)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,7 +50,7 @@ def write_rows(path: Path, row: type, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def record(**given: Any) -> dict[str, Any]:
-    """A record with plain values for what a test does not care about."""
+    """A record with default values for the fields that a test does not set."""
     plain = {
         "run": "fake",
         "editor": "e",
@@ -87,7 +87,7 @@ def question(question_id: str, event_id: str | None = None, split: str = "edit",
 def write_run(
     out: Path, events: list[dict], questions: list[dict], records: dict[str, list[dict]], base: list[dict] | None = None, **manifest: Any
 ) -> Path:
-    """A run folder from rows; records are split into one file a step, reports are made up."""
+    """A run folder from rows, with one record file for each step and invented reports."""
     last = max((e["step"] for e in events), default=0)
     write_rows(out / "events.parquet", EventRow, events)
     write_rows(out / "questions.parquet", QuestionRow, questions)
@@ -122,8 +122,8 @@ def write_editor(folder: Path, editor: str, events: list[dict], rows: list[dict]
     (folder / "edits.jsonl").write_text("\n".join(lines) + "\n")
 
 
-class World:
-    """A history of edits and how four kinds of editor would answer about it."""
+class FakeHistory:
+    """A history of edits and the answers of four kinds of editor about it."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
@@ -146,10 +146,10 @@ class World:
         return [question(f"{e['edit_id']}-{s}", e["edit_id"], s, answer=e["target"]) for s in splits]
 
     def _general(self) -> list[dict]:
-        asked = [question(f"g{i}", None, "general", topic=ABILITIES[i % 3]) for i in range(30)]
-        asked += [question(f"{t}{i}", None, "general", topic=t) for t in GROUPS for i in range(12)]
-        asked += [question(f"u{i}", None, "locality_far", topic=ABILITIES[i % 3], answer=None) for i in range(UNRELATED)]
-        return asked + [question(f"x{i}", None, "text", topic="running text", answer=None) for i in range(8)]
+        questions = [question(f"g{i}", None, "general", topic=ABILITIES[i % 3]) for i in range(30)]
+        questions += [question(f"{t}{i}", None, "general", topic=t) for t in GROUPS for i in range(12)]
+        questions += [question(f"u{i}", None, "locality_far", topic=ABILITIES[i % 3], answer=None) for i in range(UNRELATED)]
+        return questions + [question(f"x{i}", None, "text", topic="running text", answer=None) for i in range(8)]
 
     def _base(self, q: dict) -> dict:
         row = {"question_id": q["question_id"], "answer": q["answer"], "n_tokens": TOKENS, "generated": "old"}
@@ -160,7 +160,7 @@ class World:
         return row | {"token_hits": hits, "logprob": -1.0 - TOKENS + hits, "exact": bool(right)}
 
     def chance(self, editor: str, split: str, age: int, step: int) -> float:
-        """Chance that an answer is right: the shape of each editor's life."""
+        """Probability that an answer is right, by age of the edit and by step."""
         worn, kept = np.exp(-step / (0.8 * self.plan.edits)), np.exp(-age / (0.5 * self.plan.edits))
         soft = {"edit": 0.97, "text_generality": 0.8, "image_generality": 0.7, "portability": 0.35, "stale": 0.1, "general": 0.78}
         if editor == "finetune":
@@ -192,7 +192,7 @@ class World:
     def live(self, step: int) -> list[dict]:
         return [e for e in self.events if e["step"] <= step and not (e.get("superseded_step") or np.inf) <= step]
 
-    def asked(self, step: int) -> list[tuple[str, str, dict | None, float]]:
+    def panel_questions(self, step: int) -> list[tuple[str, str, dict | None, float]]:
         """(probe, question id, event, inclusion probability) after a step, the same for every editor."""
         panels = np.random.default_rng((self.plan.seed, step))
         now = [("right_after", f"e{step - 1}-{s}", self.events[step - 1], 1.0) for s in ("edit", "text_generality", "image_generality")]
@@ -213,8 +213,8 @@ class World:
             now += [("general", q["question_id"], None, 1.0) for q in free]
         return now
 
-    def climbing(self, step: int) -> list[tuple[str, str, dict | None, float]]:
-        """Every third edit, asked at ages of powers of two."""
+    def ladder_questions(self, step: int) -> list[tuple[str, str, dict | None, float]]:
+        """Questions about every third edit at ages of powers of two."""
         due = [e for e in self.live(step)[::3] if step > e["step"] and not (step - e["step"]) & (step - e["step"] - 1)]
         return [("ladder", f"{e['edit_id']}-edit", e, 1 / 3) for e in due]
 
@@ -222,14 +222,14 @@ class World:
         by_id = {q["question_id"]: q for q in self.questions}
         out = []
         for step in range(1, (self.plan.stop or self.plan.edits) + 1):
-            for probe, question_id, e, share in [*self.asked(step), *self.climbing(step)]:
+            for probe, question_id, e, share in [*self.panel_questions(step), *self.ladder_questions(step)]:
                 given = {"probe": probe, "incl_prob": share, "panel": PANELS.get(probe, "all")}
                 out.append(record(**given, **self.answer(editor, by_id[question_id], e, step)))
         return out
 
     def monitors(self, editor: str) -> list[dict]:
-        """Two numbers at every year's end and power of two."""
-        steps = [s for s in range(1, (self.plan.stop or self.plan.edits) + 1) if len(self.asked(s)) > 3]
+        """Two signals at every year's end and power of two."""
+        steps = [s for s in range(1, (self.plan.stop or self.plan.edits) + 1) if len(self.panel_questions(s)) > 3]
         drift = 0.01 * (editor == "finetune")
         return [
             {"step": s, "name": n, "value": v} for s in steps for n, v in (("entropy", 2 - drift * s), ("hidden_cosine", 1 - drift * s / 2))
@@ -237,9 +237,9 @@ class World:
 
 
 def fake_run(out: Path, plan: Plan = Plan(), **manifest: Any) -> Path:
-    """A whole fake run folder."""
-    world = World(plan)
-    records = {editor: world.records(editor) for editor in plan.editors}
+    """A run folder with all files that the analysis reads."""
+    history = FakeHistory(plan)
+    records = {editor: history.records(editor) for editor in plan.editors}
     stream = {"name": "fake-yearly", "origin": "made up for tests", "time_axis": plan.time_axis, "licence": "MIT", "skipped": 2}
     stream |= {"skipped_by_reason": {"no answer": 2}, "skipped_records": ["file.json:3: no answer", "file.json:8: no answer"]}
     given = {
@@ -248,9 +248,9 @@ def fake_run(out: Path, plan: Plan = Plan(), **manifest: Any) -> Path:
         "edits": plan.edits,
         "config": {"stream": "fake-yearly", "edits": plan.edits},
     } | manifest
-    write_run(out, world.events, world.questions, records, list(world.base.values()), **given)
+    write_run(out, history.events, history.questions, records, list(history.base.values()), **given)
     for editor in plan.editors:
-        rows = world.monitors(editor)
+        rows = history.monitors(editor)
         for step in sorted({r["step"] for r in rows}):
             write_rows(
                 out / folder_name(editor) / "monitors" / f"step-{step:06d}.parquet", MonitorRow, [r for r in rows if r["step"] == step]
