@@ -99,7 +99,8 @@ def _load(name: str, source: str, place: torch.device, kind: torch.dtype, parts:
         tokenizer.pad_token = tokenizer.eos_token
     notes = []
     if tokenizer.pad_token_id >= model.get_input_embeddings().weight.shape[0]:
-        notes.append(f"the padding token {tokenizer.pad_token!r} lies beyond the model's embedding: {tokenizer.eos_token!r} pads in its place")
+        beyond = f"the padding token {tokenizer.pad_token!r} lies beyond the model's embedding"
+        notes.append(f"{beyond}: {tokenizer.eos_token!r} pads in its place")
         tokenizer.pad_token = tokenizer.eos_token
     if family is families.DEFAULT:
         notes.append(f"model type {config.model_type!r} is not in the families table: the prompt is used as it is")
