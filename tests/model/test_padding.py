@@ -75,7 +75,8 @@ def test_nothing_is_refused_for_logits_that_are_not_finite() -> None:
     handle = build("llama")
     name = handle.down_weight(0)
     with handle.swapped({name: torch.full_like(handle.parameter(name), torch.nan)}):
-        verify_padding(handle)
+        assert verify_padding(handle) is None
+        assert np.isnan(ModelPredictor(handle).score([SHORT], ["green"])[0].logprobs).all()
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "llava"])
