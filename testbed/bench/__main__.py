@@ -3,10 +3,9 @@
 `--what` chooses the tables. `editors`: a fresh editor on a model makes edits, one at a time or `--batch` at once, and the
 edited model answers questions; edits a second beside the reference implementation, seconds by stage, bytes of state, peak
 memory. `paths`: each method beside its reference implementation (one edit at a time, whole model, no cache), with the largest
-difference of a training loss. `flops`: FLOPs of matrix products of each stage, and their share of the machine's peak rate; it
-wants an otherwise idle machine. `late`: the same next edits and questions by an editor early in a run and at its end. `long`:
-the cost of an edit at a tenth of a run and at its end, from its reports. `codebook`: insertion, retrieval and bytes by number
-of entries. `compare`: this version beside another one, `--before DIR`.
+difference of a training loss. `flops`: FLOPs of matrix products of an edit and of a question, and their share of the machine's peak
+rate; it wants an otherwise idle machine. `late`: the same next edits and questions by an editor early in a run and at its end.
+`codebook`: insertion, retrieval and bytes by number of entries. `compare`: this version beside another one, `--before DIR`.
 """
 
 from __future__ import annotations
@@ -31,7 +30,6 @@ TABLES: dict[str, Callable[[BenchConfig], Rows]] = {
     "paths": editors.path_rows,
     "flops": editors.flop_rows,
     "late": late.late_rows,
-    "long": late.long_rows,
     "codebook": codebook.codebook_rows,
     "compare": compare,
 }

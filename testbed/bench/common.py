@@ -39,7 +39,7 @@ class BenchConfig:
     """Measure editors: speed, probe cost, state size, peak memory."""
 
     what: tuple[str, ...] = ("editors",)
-    """Tables, separated by commas: editors, paths, flops, late, long, codebook, compare."""
+    """Tables, separated by commas: editors, paths, flops, late, codebook, compare."""
     editor: tuple[str, ...] = RunConfig.editor
     """Editors, separated by commas."""
     model: tuple[str, ...] = ("tiny",)
@@ -66,7 +66,7 @@ class BenchConfig:
     questions: NonNegativeInt = 512
     """Questions asked of the edited model."""
     run: Path | None = None
-    """Run folder that `long` and `late` read."""
+    """Run folder that `late` reads."""
     at: PositiveInt = 500
     """Number of edits after which `late` takes the early state."""
     before: Path | None = None
@@ -81,7 +81,8 @@ class BenchConfig:
     def problems(self, tables: Collection[str]) -> list[str]:
         """Every mistake in the values, as sentences; `tables` are the known values of --what."""
         out = [f"--what {w!r} is not known; there are {', '.join(tables)}" for w in self.what if w not in tables]
-        out += [f"--what {w} reads a run folder: give it with --run" for w in self.what if w in ("long", "late") and self.run is None]
+        if "late" in self.what and self.run is None:
+            out.append("--what late reads a run folder: give it with --run")
         if "compare" in self.what and (self.before is None or not (self.before / "testbed").is_dir()):
             out.append("--what compare needs another version of the project: give its folder with --before")
         return out + [f"--{line}" for line in out_of_range(self)]

@@ -8,25 +8,23 @@ at a time, and nothing kept on the model between edits but the second moments of
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.benchmark import Timer
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from streams.base import Stream
-from testbed.bench.common import BenchConfig, Make, Rows, Stages, apply_edits, each_editor, questions_about, seconds_of, sum_stages
+from testbed.bench.common import BenchConfig, Make, Rows, apply_edits, each_editor, questions_about, seconds_of, sum_stages
 from testbed.bench.reference import recorded_losses, whole_model
 from testbed.core.events import EditEvent
 from testbed.core.schema import EditReport
-from testbed.core.timing import collect_seconds, running_section
 from testbed.experiment.loop import peak_bytes
 from testbed.model.handle import ModelHandle
 from testbed.model.progress import bars
@@ -208,13 +206,13 @@ def largest_difference(one: list[list[Tensor]], other: list[list[Tensor]]) -> fl
 
 
 @dataclass(frozen=True)
-class StageFlops:
-    """Wall time and FLOPs of one stage of an edit or a question, after the first edit has filled the caches."""
+class FlopShare:
+    """Wall time and FLOPs of an edit and of a question, after the first edit has filled the caches."""
 
     model: str
     editor: str
-    stage: str
-    """`edit` and `question` are the whole; `edit: train` is a stage, and `question: other` the time outside of named stages."""
+    unit: str
+    """`edit` or `question`."""
     milliseconds: float
     """Wall time of one edit or question."""
     gigaflops: float
@@ -224,66 +222,45 @@ class StageFlops:
 
 
 def flop_rows(config: BenchConfig) -> Rows:
-    """The stages of every editor on every model."""
+    """The edits and questions of every editor on every model."""
     return each_editor(config, lambda handle, stream, make: measure_flops(handle, stream, make, config))
 
 
-def measure_flops(handle: ModelHandle, stream: Stream, make: Make, config: BenchConfig) -> list[StageFlops]:
+def measure_flops(handle: ModelHandle, stream: Stream, make: Make, config: BenchConfig) -> list[FlopShare]:
     """Measure one editor twice, each time fresh and with empty caches: once timed, and once with FLOPs counted."""
     first, *events = stream.events(config.edits + 1)
     asks, answers = questions_about(handle, stream, events, config.questions)
-    peak, out = peak_rate(handle.device, handle.head.weight.dtype), []
+    peak, numbers = peak_rate(handle.device, handle.head.weight.dtype), {"edit": len(events), "question": len(asks)}
 
-    def by_unit(measure: Callable[[Callable[[], Stages]], Stages]) -> dict[str, Stages]:
+    def by_unit(measure: Callable[[Callable[[], object]], float]) -> dict[str, float]:
         handle.cache.clear()
         editor = make()
         editor.prepare(handle, stream.train_pool())
         apply_edits(editor, stream, [first], 1)
-        edit = measure(lambda: sum_stages(apply_edits(editor, stream, [e], step) for step, e in enumerate(events, 2)))
+        edit = measure(lambda: [apply_edits(editor, stream, [e], step) for step, e in enumerate(events, 2)])
         respond = partial(editor.predictor().respond, asks, answers, 16)
         respond()
-        return {"edit": edit, "question": measure(lambda: _collected(respond))}
+        return {"edit": edit, "question": measure(respond)}
 
-    seconds, flops = by_unit(_timed), by_unit(_counted)
-    for unit, n in {"edit": len(events), "question": len(asks)}.items():
-        stages = {unit: (sum(seconds[unit].values()), sum(flops[unit].values()))}
-        stages |= {f"{unit}: {stage or 'other'}": (s, flops[unit].get(stage, 0)) for stage, s in seconds[unit].items()}
-        out += [StageFlops(handle.name, make().name, k, 1e3 * s / n, f / n / 1e9, f / s / peak) for k, (s, f) in stages.items() if n]
-    return out
-
-
-def _collected(work: Callable[[], object]) -> Stages:
-    with collect_seconds() as stages:
-        work()
-    return stages
+    seconds, flops = by_unit(wall_seconds), by_unit(count_flops)
+    return [
+        FlopShare(handle.name, make().name, unit, 1e3 * seconds[unit] / n, flops[unit] / n / 1e9, flops[unit] / seconds[unit] / peak)
+        for unit, n in numbers.items()
+        if n
+    ]
 
 
-def _timed(work: Callable[[], Stages]) -> Stages:
-    """Wall seconds by stage; the time outside of stages is under ""."""
+def wall_seconds(work: Callable[[], object]) -> float:
     start = time.perf_counter()
-    stages = work()
-    return {**stages, "": time.perf_counter() - start - sum(stages.values())}
+    work()
+    return time.perf_counter() - start
 
 
-def _counted(work: Callable[[], Stages]) -> Stages:
-    """FLOPs by stage; those outside of stages are under ""."""
-    with FlopCounter() as counter:
+def count_flops(work: Callable[[], object]) -> float:
+    """FLOPs of the matrix products by torch's formulas."""
+    with FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
         work()
-    return counter.flops
-
-
-class FlopCounter(TorchDispatchMode):
-    """Inside, counts the FLOPs of matrix products by section (`testbed.core.timing`); "" is outside of sections."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.flops: defaultdict[str, float] = defaultdict(float)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if formula := _FORMULAS.get(func._overloadpacket):
-            self.flops[running_section() or ""] += formula(*args, **(kwargs or {}), out_val=out)
-        return out
+    return counter.get_total_flops()
 
 
 @cache
@@ -296,13 +273,10 @@ def peak_rate(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) ->
 
 _aten: Any = torch.ops.aten
 _FORMULAS: dict[Any, Callable[..., float]] = {
-    **flop_registry,
-    # absent from torch's table: attention on a CPU, and products in place
-    _aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q.shape, k.shape, v.shape),
-    _aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(
-        grad.shape, q.shape, k.shape, v.shape
-    ),
-    _aten.addmm_: lambda c, a, b, *_, **__: 2 * a.numel() * b.shape[-1],
+    # absent from torch's table: attention on a CPU, and products in place; arguments are shapes
+    _aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v),
+    _aten.addmm_: lambda c, a, b, *_, **__: 2 * prod(a) * b[-1],
 }
 if hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # the head's product in `testbed.model.answer_loss`
-    _FORMULAS[torch.ops.mkldnn._linear_pointwise] = lambda x, weight, *_, **__: 2 * x.numel() * weight.shape[0]
+    _FORMULAS[torch.ops.mkldnn._linear_pointwise] = lambda x, weight, *_, **__: 2 * prod(x) * weight[0]

@@ -1,8 +1,7 @@
-"""Cost of edits and questions late in a run against early: the tables `late` (measured again) and `long` (from the run's reports)."""
+"""Cost of the same edits and questions late in a run against early, measured again in turn: the table `late`."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,16 +10,14 @@ from pathlib import Path
 from statistics import median
 
 from testbed.bench.common import BenchConfig, Rows, apply_edits, questions_about, seconds_of, stages_of
-from testbed.core.schema import EditReport, folder_name
-from testbed.core.timing import NOTE_PREFIX, collect_seconds
+from testbed.core.schema import EditReport
+from testbed.core.timing import collect_seconds
 from testbed.editors.base import Editor
 from testbed.experiment.rebuild import StoredRun, rebuild
-from testbed.storage.files import StoreError, read_json
+from testbed.storage.files import StoreError
 
 _REPETITIONS = 3
 """Number of times that both states answer the same questions."""
-_WINDOW = 100
-"""Number of last edits over which `long` takes medians."""
 Milliseconds = dict[str, float]
 """Milliseconds of one edit or question: the whole under "", and wall time by stage."""
 
@@ -116,40 +113,3 @@ def _medians(early: Sequence[Milliseconds], late: Sequence[Milliseconds]) -> tup
 
 def _median(costs: Sequence[Milliseconds]) -> Milliseconds:
     return {k: median(c.get(k, 0.0) for c in costs) for k in dict.fromkeys(k for c in costs for k in c)}
-
-
-@dataclass(frozen=True)
-class RunCost:
-    """An editor after a tenth of its edits, or at its end, by the reports of its run: medians over the last 100 edits."""
-
-    editor: str
-    edits: int
-    milliseconds: float
-    """Wall time of an edit."""
-    times_first: float
-    """The ratio to the editor's first row."""
-    stages: str
-    """Wall milliseconds of an edit by stage, the longest first."""
-    state_bytes: int
-    peak_bytes: int
-
-
-def long_rows(config: BenchConfig) -> Rows:
-    """The editors of the run folder that have made an edit. Raises `StoreError` for a folder that is no run."""
-    run = config.run or Path()
-    for name in read_json(run / "manifest.json")["editors"]:
-        yield _run_costs(run / folder_name(name), name)
-
-
-def _run_costs(folder: Path, name: str) -> list[RunCost]:
-    path, out = folder / "edits.jsonl", []
-    reports = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-    made = list(accumulate(len(r["event_ids"]) for r in reports))
-    for edits in dict.fromkeys((max(1, made[-1] // 10), made[-1])) if made else ():
-        near = [r for r, n in zip(reports, made) if edits - _WINDOW < n <= edits] or reports[:1]
-        stages = [{k.removeprefix(NOTE_PREFIX): v for k, v in r["notes"].items() if k.startswith(NOTE_PREFIX)} for r in near]
-        cost = _median([_per_unit(r["seconds"], s, len(r["event_ids"])) for r, s in zip(near, stages)])
-        shown = ", ".join(f"{k} {cost[k]:.1f}" for k in sorted(filter(None, cost), key=lambda k: -cost[k]))
-        first = out[0].milliseconds if out else cost[""]
-        out.append(RunCost(name, edits, cost[""], cost[""] / first, shown, near[-1]["state_bytes"], near[-1]["peak_bytes"]))
-    return out

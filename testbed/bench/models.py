@@ -6,12 +6,12 @@ longer or shorter than with the model's own.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+import yaml
 
 from testbed.model import families, loading
 from testbed.model.handle import ModelHandle
@@ -24,73 +24,42 @@ class ModelTooLarge(RuntimeError):
     """A model that does not fit into memory; the message gives its size and the free memory."""
 
 
-@dataclass(frozen=True)
-class ModelShape:
-    """Functions that make the config and, for a model with images, the processor, of the tiny model's handle (for its token ids)."""
-
-    config: Callable[[ModelHandle], Any]
-    processor: Callable[[ModelHandle], Any] | None = None
-
-
-def _gpt2(like: ModelHandle, **size: Any) -> Any:
-    from transformers import GPT2Config
-
-    return GPT2Config(pad_token_id=like.tokenizer.pad_token_id, **size)
-
-
-def _llama3(like: ModelHandle) -> Any:
-    from transformers import LlamaConfig
-
-    # the other sizes are the defaults of LlamaConfig
-    sizes: Any = {"vocab_size": 128_256, "intermediate_size": 14_336, "num_key_value_heads": 8, "max_position_embeddings": 8192}
-    return LlamaConfig(**sizes)
-
-
-def _llava(like: ModelHandle) -> Any:
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
-
-    vision = CLIPVisionConfig(
-        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336, patch_size=14
-    )
-    text = LlamaConfig(vocab_size=32_064, max_position_embeddings=4096)
-    return LlavaConfig(vision_config=vision, text_config=text, image_token_index=like.model.config.image_token_index)
-
-
-def _llava_processor(like: ModelHandle) -> Any:
+def _llava_processor(images: dict[str, Any], tokenizer: Any) -> Any:
     from transformers import LlavaProcessor
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    images = CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
     words: Any = {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
-    return LlavaProcessor(images, like.tokenizer, image_token="<image>", **words)
+    return LlavaProcessor(CLIPImageProcessorPil(**images), tokenizer, image_token="<image>", **words)
 
 
-def _blip2(like: ModelHandle) -> Any:
-    from transformers import Blip2Config, Blip2QFormerConfig, Blip2VisionConfig, OPTConfig
-
-    text = OPTConfig(
-        vocab_size=50_304, hidden_size=2560, ffn_dim=10_240, num_hidden_layers=32, num_attention_heads=32, word_embed_proj_dim=2560
-    )
-    parts = {"vision_config": Blip2VisionConfig(), "qformer_config": Blip2QFormerConfig(), "text_config": text}
-    return Blip2Config(**parts, num_query_tokens=32, image_token_index=like.model.config.image_token_index)
-
-
-def _blip2_processor(like: ModelHandle) -> Any:
+def _blip2_processor(images: dict[str, Any], tokenizer: Any) -> Any:
     from transformers import AddedToken, Blip2Processor
     from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
-    processor = Blip2Processor(BlipImageProcessorPil(size={"height": 224, "width": 224}), like.tokenizer, num_query_tokens=32)
+    processor = Blip2Processor(BlipImageProcessorPil(**images), tokenizer, num_query_tokens=32)
     processor.image_token = AddedToken("<image>", normalized=False, special=True)  # it took the text of the tokenizer's own
     return processor
 
 
-SHAPES: dict[str, ModelShape] = {
-    "random:gpt2-small": ModelShape(_gpt2),
-    "random:gpt2-xl": ModelShape(lambda like: _gpt2(like, n_embd=1600, n_layer=48, n_head=25)),
-    "random:llama-3-8b": ModelShape(_llama3),
-    "random:llava-1.5-7b": ModelShape(_llava, _llava_processor),
-    "random:blip-2-opt-2.7b": ModelShape(_blip2, _blip2_processor),
-}
+SHAPES: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("shapes.yaml").read_text(encoding="utf-8"))
+_PROCESSORS = {"llava": _llava_processor, "blip-2": _blip2_processor}
+
+
+def config_of(name: str, like: ModelHandle) -> Any:
+    """The transformers config of a shape, with the special tokens of the tiny model's tokenizer."""
+    from transformers import AutoConfig
+
+    fields = dict(SHAPES[name]["config"])
+    kind = fields.pop("model_type")
+    if kind in _PROCESSORS:
+        return AutoConfig.for_model(kind, **fields, image_token_index=like.model.config.image_token_index)
+    return AutoConfig.for_model(kind, **fields, pad_token_id=like.tokenizer.pad_token_id)
+
+
+def processor_of(name: str, like: ModelHandle) -> Any:
+    """The processor of a shape with images around the tiny model's tokenizer; None for a text model."""
+    images = SHAPES[name].get("image_processor")
+    return _PROCESSORS[SHAPES[name]["config"]["model_type"]](images, like.tokenizer) if images else None
 
 
 def open_model(name: str, device: str = "auto", dtype: str = "auto") -> ModelHandle:
@@ -100,31 +69,29 @@ def open_model(name: str, device: str = "auto", dtype: str = "auto") -> ModelHan
 
 def parameters(name: str) -> int:
     """The number of parameters of a shape, without allocating them."""
-    shape = SHAPES[name]
-    config = shape.config(loading.load("tiny", "cpu"))
+    config = config_of(name, loading.load("tiny", "cpu"))
     with torch.device("meta"):
-        return sum(p.numel() for p in _class(shape).from_config(config).parameters())
+        return sum(p.numel() for p in _class(name).from_config(config).parameters())
 
 
-def _class(shape: ModelShape) -> Any:
+def _class(name: str) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    return AutoModelForImageTextToText if shape.processor else AutoModelForCausalLM
+    return AutoModelForImageTextToText if "image_processor" in SHAPES[name] else AutoModelForCausalLM
 
 
 def _random(name: str, device: str, dtype: str) -> ModelHandle:
     from transformers.initialization import no_init_weights
 
-    shape, like, where = SHAPES[name], loading.load("tiny", "cpu"), loading.pick_device(device)
-    config, kind = shape.config(like), loading.pick_dtype(dtype, where)
+    like, where = loading.load("tiny", "cpu"), loading.pick_device(device)
+    config, kind = config_of(name, like), loading.pick_dtype(dtype, where)
     size, free = parameters(name) * kind.itemsize, _free(where)
     if size * _HEADROOM > free:
         raise ModelTooLarge(f"{name} takes {size / 1e9:.1f} GB, and a quarter more to work in; {free / 1e9:.1f} GB are free on {where}")
     with no_init_weights(), where:
-        model = _class(shape).from_config(config, dtype=kind)
+        model = _class(name).from_config(config, dtype=kind)
     _fill(model)
-    processor = shape.processor(like) if shape.processor else None
-    return ModelHandle(model, like.tokenizer, processor, name, families.family_of(config), where)
+    return ModelHandle(model, like.tokenizer, processor_of(name, like), name, families.family_of(config), where)
 
 
 def _free(device: torch.device) -> int:

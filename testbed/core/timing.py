@@ -69,9 +69,3 @@ def timed(section: str) -> Generator[Callable[[str], None]]:
         yield stopwatch.switch
     finally:
         stopwatch.switch(None)
-
-
-def running_section() -> str | None:
-    """The name of the running section; None outside a section or without a collector."""
-    stopwatch = _STOPWATCH.get()
-    return stopwatch.section if stopwatch is not None else None

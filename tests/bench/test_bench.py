@@ -134,13 +134,11 @@ def test_a_shape_has_the_layers_of_its_model(name: str) -> None:
 @pytest.mark.parametrize(("name", "tokens"), [("random:llava-1.5-7b", 576), ("random:blip-2-opt-2.7b", 32)])
 def test_a_shape_with_images_has_the_image_tokens_of_its_model(name: str, tokens: int) -> None:
     like = loading.load("tiny", "cpu")
-    shape = shapes.SHAPES[name]
-    assert shape.processor is not None
-    config = shape.config(like)
+    config = shapes.config_of(name, like)
     template = families.family_of(config).image
     assert template is not None
     words = template.format(prompt="what is this?")
-    out = shape.processor(like)(images=[Image.fromarray(Noise(1).load())], text=[words], return_tensors="pt")
+    out = shapes.processor_of(name, like)(images=[Image.fromarray(Noise(1).load())], text=[words], return_tensors="pt")
     assert int((out["input_ids"] == config.image_token_index).sum()) == tokens and out["pixel_values"].ndim == 4
 
 
@@ -154,11 +152,6 @@ def test_values_out_of_range_are_named(capsys: pytest.CaptureFixture[str]) -> No
     assert command.main(["--edits", "0", "--batch", "0"]) == 2
     said = capsys.readouterr().err
     assert "--edits must be 1 or more, got 0" in said and "--batch must be 1 or more, got 0" in said
-
-
-def test_long_needs_a_run(capsys: pytest.CaptureFixture[str]) -> None:
-    assert command.main(["--what", "long"]) == 2
-    assert "--run" in capsys.readouterr().err
 
 
 def test_an_unknown_table_is_named(capsys: pytest.CaptureFixture[str]) -> None:

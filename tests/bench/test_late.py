@@ -1,4 +1,4 @@
-"""Late against early: the same edits and questions in turn by two states of one run, and the costs that a run reported."""
+"""Late against early: the same edits and questions in turn by two states of one run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from testbed.bench import __main__ as command
 from testbed.bench.common import BenchConfig
-from testbed.bench.late import LateCost, RunCost, late_rows, long_rows
+from testbed.bench.late import LateCost, late_rows
 from testbed.core.events import EditBatch
 from testbed.core.schema import EditReport
 from testbed.editors.base import Editor
@@ -70,30 +70,3 @@ def test_the_command_writes_a_line_an_editor(tmp_path: Path, capsys: pytest.Capt
     assert "edit times" in " ".join(capsys.readouterr().out.split())
     assert command.main(["--what", "late"]) == 2
     assert "--what late reads a run folder" in capsys.readouterr().err
-
-
-def _run_folder(root: Path) -> None:
-    """Two editors, two edits a step; from its hundred-and-first step on, the first editor's edits take twice as long."""
-    (root / "manifest.json").write_text(json.dumps({"editors": ["a", "short", "none"]}))
-    for name, steps in (("a", 300), ("short", 3)):
-        factors = [1 + (n > 100) for n in range(1, steps + 1)]
-        notes = [{"loss": 1.0, "seconds_keys": 0.002, "seconds_train": 0.008 * x} for x in factors]
-        reports = [
-            {"step": n, "event_ids": ["x", "y"], "seconds": 0.01 * x, "state_bytes": n, "peak_bytes": 7 * n, "notes": note}
-            for n, (x, note) in enumerate(zip(factors, notes, strict=True), 1)
-        ]
-        (root / name).mkdir()
-        (root / name / "edits.jsonl").write_text("".join(json.dumps(x) + "\n" for x in reports))
-
-
-def test_costs_at_a_tenth_and_at_the_end_are_medians_of_a_runs_reports(tmp_path: Path) -> None:
-    _run_folder(tmp_path)
-    long, short, none = long_rows(BenchConfig(run=tmp_path))
-    assert long == [
-        RunCost("a", 60, 5.0, 1.0, "train 4.0, keys 1.0", state_bytes=30, peak_bytes=210),
-        RunCost("a", 600, 10.0, 2.0, "train 8.0, keys 1.0", state_bytes=300, peak_bytes=2100),
-    ]
-    assert [(c.edits, c.milliseconds, c.times_first) for c in short] == [(1, 5.0, 1.0), (6, 5.0, 1.0)]
-    assert none == []
-    with pytest.raises(StoreError):
-        list(long_rows(BenchConfig(run=tmp_path / "absent")))
