@@ -25,7 +25,7 @@ from testbed.bench.common import BenchConfig, Make, Rows, apply_edits, each_edit
 from testbed.bench.reference import recorded_losses, whole_model
 from testbed.core.events import EditEvent
 from testbed.core.schema import EditReport
-from testbed.experiment.loop import peak_bytes
+from testbed.experiment.memory import peak_bytes, reset_peak
 from testbed.model.handle import ModelHandle
 from testbed.model.progress import bars
 
@@ -53,7 +53,7 @@ class EditorSpeed:
     """The same with empty caches, so that prompts are tokenised and pictures decoded and encoded."""
     state_bytes_per_edit: float
     peak_bytes: int
-    """Largest memory so far: of the process on a CPU, of this row on a GPU."""
+    """Highest memory while this editor was measured."""
 
     @property
     def ratio(self) -> float | None:
@@ -67,8 +67,7 @@ def editor_rows(config: BenchConfig) -> Rows:
 
 def measure_editor(handle: ModelHandle, stream: Stream, make: Make, config: BenchConfig) -> EditorSpeed:
     """Measure one editor on the stream's first events."""
-    if handle.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(handle.device)
+    reset_peak(handle.device)
     events, editor = stream.events(config.edits), make()
     batch = min(config.batch or 1, editor.traits.max_batch or config.batch or 1)
     prepared = seconds_of(handle, lambda: editor.prepare(handle, stream.train_pool()))

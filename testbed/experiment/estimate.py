@@ -20,7 +20,8 @@ from testbed.editors.base import Editor
 from testbed.experiment import runner
 from testbed.experiment.answering import answer_base, ask_step
 from testbed.experiment.config import ResolvedRun
-from testbed.experiment.loop import Context, apply_step, peak_bytes
+from testbed.experiment.loop import Context, apply_step
+from testbed.experiment.memory import peak_bytes
 from testbed.experiment.runner import PreparedRun
 from testbed.experiment.schedule import Schedule, ScheduledQuestion, Step
 

@@ -3,13 +3,10 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-
-import torch
 
 from streams.base import Stream
 from testbed.core.events import EditBatch
@@ -17,6 +14,7 @@ from testbed.core.schema import EditReport, Record
 from testbed.editors.base import Editor
 from testbed.experiment.answering import AnswerContext, Progress, ask_step, no_progress
 from testbed.experiment.interrupt import Stopped, StopRequest
+from testbed.experiment.memory import peak_bytes, reset_peak
 from testbed.experiment.schedule import Schedule, Step
 from testbed.model.handle import ModelHandle
 from testbed.monitors.base import MonitorPanel
@@ -66,6 +64,8 @@ def run_editor(
     steps = context.schedule.steps
     if done == len(steps):
         return
+    if not reset_peak(context.handle.device):
+        context.say("this system cannot reset its record of peak memory: peak_bytes is that of the whole process, earlier editors included")
     editor.prepare(context.handle, context.stream.train_pool())
     n_notes = _say_notes(context, editor, 0)
     if state is not None:
@@ -100,7 +100,7 @@ def _say_notes(context: Context, editor: Editor, n_notes: int) -> int:
 
 
 def apply_step(context: Context, editor: Editor, step: Step) -> EditReport:
-    """Make the edits of a step with one `apply` call; the report has its wall time and the peak memory after it."""
+    """Make the edits of a step with one `apply` call; the report has its wall time and the editor's peak memory up to now."""
     events = tuple(a.event for a in step.edits)
     batch = EditBatch(events, step.checkpoint.step, {e.id: context.stream.paraphrases(e) for e in events})
     start = time.perf_counter()
@@ -112,10 +112,3 @@ def _success(records: Sequence[Record]) -> float | None:
     """Share of right generations among the immediate `edit` questions; None where there are none."""
     exact = [bool(r.exact) for r in records if r.panel == "immediate" and r.split == "edit"]
     return sum(exact) / len(exact) if exact else None
-
-
-def peak_bytes(device: torch.device) -> int:
-    """Peak memory of the process in bytes: its resident set on a CPU, the memory that torch allocated on a GPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -231,6 +231,9 @@ def _notes(config: RunConfig, stream: Stream, events: list[EditEvent], planned: 
         out.append(f"the stream holds {len(events)} edits, {config.edits} were asked for")
     if planned.scale < 1:
         out.append(f"panels were shrunk to {100 * planned.scale:.2g} % to keep to {config.probe_budget} questions per 500 edits")
+    if planned.n_questions > (allowed := config.probe_budget * max(1.0, len(events) / schedule.GRID)):
+        smallest = "the questions right after each edit and the smallest panels take more"
+        out.append(f"{planned.n_questions} questions are asked of each editor, not {allowed:.0f} (--probe-budget): {smallest}")
     return out
 
 

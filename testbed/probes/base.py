@@ -92,9 +92,9 @@ class EditHistory:
     benchmarks: Sequence[Benchmark] = ()
     coming: tuple[Applied, ...] = ()
 
-    def size(self, n: int) -> int:
-        """A panel size within the budget, never under 8."""
-        return max(8, round(n * self.scale))
+    def size(self, n: int, least: int = 8) -> int:
+        """A panel size within the budget, never under `least`."""
+        return max(least, round(n * self.scale))
 
 
 @dataclass(frozen=True)

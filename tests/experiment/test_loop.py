@@ -254,6 +254,20 @@ def test_reports_say_what_an_edit_costs(tmp_path: Path) -> None:
     assert norms[0] == pytest.approx(where.handle.width**0.5)
 
 
+@pytest.mark.parametrize("order", [("small", "large"), ("large", "small")])
+def test_the_peak_memory_of_an_editor_is_its_own(order: tuple[str, str], tmp_path: Path) -> None:
+    class Large(Nudge):
+        def _edit(self, batch: EditBatch) -> dict[str, float]:
+            torch.ones(75_000_000).sum()
+            return super()._edit(batch)
+
+    peaks = {}
+    for name in order:
+        run(shared(), Large() if name == "large" else Nudge(), tmp_path / name)
+        peaks[name] = max(r["peak_bytes"] for r in reports(tmp_path / name))
+    assert peaks["large"] - peaks["small"] == pytest.approx(300e6, rel=0.2)
+
+
 class Killed(BaseException):
     """Stands for the process ending here."""
 

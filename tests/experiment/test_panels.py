@@ -188,3 +188,22 @@ def test_a_smaller_budget_asks_a_part_of_the_coming_edits() -> None:
     assert len(shares) == 1
     assert shares.pop() < COMING
     assert {a.plan.question.id for _, a in tight} < {a.plan.question.id for _, a in free}
+
+
+@pytest.mark.parametrize("topics", [3, 10, 40])
+def test_a_general_panel_has_at_most_ten_groups_and_keeps_to_a_small_budget(topics: int) -> None:
+    class Topics(PlainStream):
+        def general(self) -> tuple[Question, ...]:
+            return tuple(Question("general", f"{t} {i}?", f"{i}", topic=f"topic {t:02}") for t in range(topics) for i in range(60 - t))
+
+    def panel(budget: int) -> list[ScheduledQuestion]:
+        lines = [Line(1 + i / 100) for i in range(60)]
+        return [x for _, x in of_panel(build(Topics(lines), Topics(lines).events(60), ScheduleConfig(budget=budget)), "fixed_general")]
+
+    whole, small = panel(8000), panel(20)
+    groups = min(topics, 10)
+    assert len(whole) == 10 * groups
+    assert 8 <= len(small) < 8 + groups < len(whole)
+    assert {x.plan.question.id for x in small} <= {x.plan.question.id for x in whole}
+    weights = sum(1 / x.plan.incl_prob for x in whole)
+    assert weights == pytest.approx(len(Topics([]).general()))

@@ -22,7 +22,7 @@ from testbed.core.registry import EDITORS
 from testbed.core.schema import EditReport
 from testbed.editors.base import BadEditor, Editor
 from testbed.experiment.answering import Answer
-from testbed.experiment.loop import peak_bytes
+from testbed.experiment.memory import peak_bytes, reset_peak
 from testbed.integrations.avalanche.benchmark import EditExperience, EvalItem
 from testbed.integrations.avalanche.store import RunRecorder
 from testbed.model import loading
@@ -75,6 +75,7 @@ class EditorStrategy(BaseTemplate):
         limit = self.editor.traits.max_batch
         if limit is not None and batch > limit:
             raise BadEditor(f"{self.editor.name} takes at most {limit} edits at once, got batch={batch}")
+        reset_peak(handle.device)
         self.editor.prepare(handle, pool)
         self.handle, self.batch, self.reading = handle, batch, reading
         self.applied = 0
