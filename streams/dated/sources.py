@@ -10,12 +10,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from streams.base import BadStream
-from streams.dated.country_codes import COUNTRIES
+from streams.data import table
 from streams.dated.states import Day, SourceData, State, Timeline, day, read_day, state
-from streams.files.fields import find_files, read_rows, suffixes, texts_in
+from streams.files.fields import find_files, read_rows, texts_in
 from streams.files.records import BadField, clean, kind_of, parse_json, text_of
 
 
@@ -35,33 +35,21 @@ class PromptTemplates:
         return Timeline(subject, relation, prompt, tuple(states), fill(self.held_out), fill(self.train), source=source)
 
 
-PROMPT_TEMPLATES = {
-    "plays for": PromptTemplates(
-        "Which team does {} play for?",
-        ("{} plays for", "What is the team of {}?"),
-        ("Name the team that {} plays for.", "The team of {} is"),
-    ),
-    "works for": PromptTemplates(
-        "Who does {} work for?", ("{} works for", "Who is the employer of {}?"), ("Name the employer of {}.", "The employer of {} is")
-    ),
-    "holds the position of": PromptTemplates(
-        "Which position does {} hold?",
-        ("{} holds the position of", "What is the position of {}?"),
-        ("Name the position of {}.", "The position of {} is"),
-    ),
-    "is affiliated to": PromptTemplates(
-        "What is {} affiliated to?",
-        ("{} is affiliated to", "What is the affiliation of {}?"),
-        ("Name the affiliation of {}.", "The affiliation of {} is"),
-    ),
-    "is married to": PromptTemplates(
-        "Who is {} married to?", ("{} is married to", "Who is the spouse of {}?"), ("Name the spouse of {}.", "The spouse of {} is")
-    ),
-    "is led by": PromptTemplates(
-        "Who leads {}?", ("{} is led by", "Who is the leader of {}?"), ("Name the leader of {}.", "The leader of {} is")
-    ),
-}
-"""Written for this project, except that the first held-out template of each is TempLAMA's own sentence."""
+PROMPT_TEMPLATES = {relation: PromptTemplates(**row) for relation, row in table(__file__, "prompts.yaml").items()}
+
+
+class Country(NamedTuple):
+    """A state: `iso` is empty where it has no code today (it ended, or is not recognised); `since` is the first year from
+    which today's flag stands for it."""
+
+    name: str
+    iso: str
+    since: int
+
+
+with Path(__file__).with_name("countries.csv").open(encoding="utf-8", newline="") as _file:
+    COUNTRIES = {int(r["code"]): Country(r["name"], r["iso"], int(r["since"] or 0)) for r in csv.DictReader(_file)}
+"""By the number of the Correlates of War project."""
 YAGO = {"playsFor": "plays for", "worksAt": "works for", "isAffiliatedTo": "is affiliated to", "isMarriedTo": "is married to"}
 """YAGO's relations whose states follow one another, and our names for them."""
 _ESCAPE = re.compile(r"\\u([0-9a-fA-F]{4})")
@@ -70,7 +58,7 @@ _ESCAPE = re.compile(r"\\u([0-9a-fA-F]{4})")
 def templama(root: Path | None) -> SourceData:
     """`time_editing.json`: lists of states, each with the last year in which it held."""
     data = SourceData()
-    path = find_files(root, suffixes("templama/time_editing.json"), "TempLAMA")[0]
+    path = find_files(root, ["templama/time_editing.json"], "TempLAMA")[0]
     rows, digest = read_rows(path, data.skipped)
     data.digests.append(digest)
 
@@ -112,7 +100,7 @@ def _answer(row: Mapping[str, Any]) -> str:
 def dyknow(root: Path | None) -> SourceData:
     """`qa_generated.json` (questions and dated answers), with the paraphrases of `grc_generated.json` beside it."""
     data = SourceData()
-    path = find_files(root, suffixes("dyknow/qa_generated.json"), "DyKnow")[0]
+    path = find_files(root, ["dyknow/qa_generated.json"], "DyKnow")[0]
     top = _object(path, data)
     beside = path.with_name("grc_generated.json")
     more = dict(_dyknow_facts(_object(beside, data), ())) if beside.is_file() else {}
@@ -177,7 +165,7 @@ def _dyknow_state(answer: Any, where: str) -> State:
 def yago(root: Path | None) -> SourceData:
     """`triple2id.txt` (subject, relation, object, from, to, tab-separated) with `entity2id.txt` and `relation2id.txt`."""
     data = SourceData()
-    path = find_files(root, suffixes("yago11k/yago/triple2id.txt"), "YAGO11k")[0]
+    path = find_files(root, ["yago11k/yago/triple2id.txt"], "YAGO11k")[0]
     names = {p[1]: _entity(p[0]) for _, p in _table(path.with_name("entity2id.txt"), 2, data)}
     relations = {p[1]: p[0].strip("<>") for _, p in _table(path.with_name("relation2id.txt"), 2, data)}
     facts: dict[tuple[str, str], list[State]] = {}
@@ -221,7 +209,7 @@ def _table(path: Path, width: int, data: SourceData) -> Iterator[tuple[str, list
 def leaders(root: Path | None) -> SourceData:
     """REIGN's leader list: one leader a line, with country code (Correlates of War), day of entry and month of exit."""
     data = SourceData()
-    path = find_files(root, suffixes("reign/data_sets/leaderlist*.csv"), "REIGN")[-1]
+    path = find_files(root, ["reign/data_sets/leaderlist*.csv"], "REIGN")[-1]
     rows = csv.DictReader(io.StringIO(data.read(path).decode("utf-8-sig", "surrogateescape"), newline=""))
     needed = {"ccode", "leader", "sdate", "smonth", "syear", "emonth", "eyear"}
     if missing := needed - set(rows.fieldnames or ()):

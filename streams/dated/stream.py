@@ -7,7 +7,6 @@ from pathlib import Path
 
 from streams.base import BadStream, StreamConfig
 from streams.dated import sources
-from streams.dated.country_codes import COUNTRIES
 from streams.dated.states import SourceData, Timeline
 from streams.dated.timeline_stream import DatedStream
 from streams.files.pictures import FilePicture, list_folder
@@ -93,7 +92,7 @@ class LeadersFlags(DatedStream):
     def timelines(self, config: StreamConfig) -> SourceData:
         data = sources.leaders(config.data_root)
         flags = _flags(config.data_root)
-        by_name = {c.name: c for c in COUNTRIES.values()}
+        by_name = {c.name: c for c in sources.COUNTRIES.values()}
         shown: list[Timeline] = []
         for t in data.timelines:
             country = by_name[t.subject]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from streams.base import BadStream, Skipped
+from streams.data import table
 from streams.files.entry import EntryData, EntryQuestion, FactEntry, with_roles
 from streams.files.pictures import list_folder
 from streams.files.records import BadField, clean, digest_of, distinct, kind_of, normalize, parse_json, read_bytes, reasons
@@ -21,6 +22,8 @@ R = TypeVar("R")
 T = TypeVar("T")
 FieldMap = Mapping[str, str]
 ABSENT = object()
+SOURCES: dict[str, dict[str, Any]] = table(__file__, "sources.yaml")
+"""For each data set where its files lie and what its fields are called; the file says what its entries mean."""
 
 
 def value_at(record: object, path: str) -> object:
@@ -198,12 +201,13 @@ def _lines(raw: bytes, name: str, skipped: list[Skipped]) -> Iterator[Any]:
             skipped.append(Skipped(f"{name} line {number}", "not valid JSON: the line may have been cut short"))
 
 
-def find_files(root: Path | None, patterns: Sequence[str], stream: str) -> list[Path]:
-    """Files under the data root that match the first pattern with a match; the root itself where it is a file.
+def find_files(root: Path | None, paths: Sequence[str], stream: str) -> list[Path]:
+    """The files under the data root that fit the first path with a file; the root itself where it is a file.
 
-    Raises `BadStream` that names what was expected and what was found.
+    Paths may hold wildcards, and each may begin at any of its folders. Raises `BadStream` that names what was expected and
+    what was found.
     """
-    expected = " or ".join(patterns)
+    expected = " or ".join(patterns := suffixes(paths))
     if root is None:
         raise BadStream(f"{stream} reads files: give their folder as --data-root (expected {expected}).")
     root = Path(root)
@@ -212,9 +216,10 @@ def find_files(root: Path | None, patterns: Sequence[str], stream: str) -> list[
     if not root.is_dir():
         raise BadStream(f"data root {root} is not a folder. {stream} expects {expected} in it.")
     for pattern in patterns:
-        found = sorted(p for p in root.glob(pattern) if p.is_file())
-        if found:
+        if found := sorted(p for p in root.glob(pattern) if p.is_file()):
             return found
+    if below := sorted({str(p.parent) for pattern in patterns if "/" not in pattern for p in root.glob(f"*/{pattern}")}):
+        raise BadStream(f"{root} is one level too high. Give as data root {' or '.join(below)}.")
     raise BadStream(f"{root} has not the files of {stream}. Expected {expected}; found {listing(root)}.")
 
 
@@ -226,15 +231,15 @@ def find_parts(root: Path | None, parts: Sequence[Sequence[str]], stream: str) -
     return [p for part in parts if (p := first_file(root, part))] or find_files(root, [p for part in parts for p in part], stream)
 
 
-def suffixes(path: str) -> tuple[str, ...]:
-    """The file's name, and its path from each folder above it: the user may give any of these folders as the data root."""
-    steps = path.split("/")
-    return tuple("/".join(steps[i:]) for i in reversed(range(len(steps))))
+def suffixes(paths: Iterable[str]) -> list[str]:
+    """Each path from its last folder on, from the one above, and so on: the user may give any of them as the data root."""
+    split = [path.split("/") for path in paths]
+    return ["/".join(steps[i:]) for steps in split for i in reversed(range(len(steps)))]
 
 
-def first_file(root: Path | None, names: Sequence[str]) -> Path | None:
-    """The first of the names that is a file under the data root."""
-    return next((Path(root) / name for name in names if (Path(root) / name).is_file()), None) if root else None
+def first_file(root: Path | None, paths: Sequence[str]) -> Path | None:
+    """The first of the paths that is a file under the data root; each may begin at any of its folders."""
+    return next((Path(root) / name for name in suffixes(paths) if (Path(root) / name).is_file()), None) if root else None
 
 
 def listing(folder: Path) -> str:

@@ -6,16 +6,16 @@ VLKEB's files have the same fields, so its stream stands on `MMEditForm` too.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from streams.base import MissingImages, StreamConfig
 from streams.files.entry import EntryData, EntryQuestion, FactEntry
 from streams.files.entry_stream import EntryStream
-from streams.files.fields import RecordReader, as_object, find_parts, must_differ, nested_questions, read_rows, texts_at
+from streams.files.fields import SOURCES, RecordReader, as_object, find_parts, must_differ, nested_questions, read_rows, texts_at
 from streams.files.files_or_world import FilesOrWorld
 from streams.files.pictures import FilePicture, list_folder, stays_inside
 from streams.files.records import BadField, clean, distinct, normalize, optional_text, text_of, texts_of
@@ -27,42 +27,32 @@ PICTURES = ("image", "image_rephrase", "m_loc")
 _PREFIX = "nq question: "
 
 
-@dataclass(frozen=True)
-class Layout:
-    """The layout of one data set's release.
-
-    parts: for each part of the set the paths where its file may lie; every part that is found is read.
-    pictures: folders that the paths of pictures may start from, under the data root or a folder above it.
-    category: gives the category of a record from its question and target.
-    beside: suffixes of the names of files that hold train paraphrases for the records of a part.
-    bare: whether the prompt can be asked without its picture.
-    names: for each of our metrics the paper's name and definition.
-    tidy: rewrites the answer before the edit.
-    """
-
-    name: str
-    parts: tuple[tuple[str, ...], ...]
-    pictures: tuple[str, ...]
-    category: Callable[[str, str], str]
-    beside: tuple[str, ...] = ()
-    bare: bool = True
-    names: Mapping[str, tuple[str, str]] = field(default_factory=dict)
-    tidy: Callable[[str], str] = str
-
-
 class MMEditForm(EntryStream):
-    """Files of one layout on a yearly schedule. Raises `BadStream` where they cannot be used."""
+    """Files in the fields of MMEdit on a yearly schedule. Raises `BadStream` where they cannot be used."""
 
-    layout: Layout
+    source: ClassVar[str]
+    """Its name in `SOURCES`."""
+    bare: ClassVar[bool] = True
+    """Whether a prompt can be asked without its picture."""
     far_controls = False
     """Only the data set's own unrelated picture is asked as `locality_far`."""
 
+    @staticmethod
+    def category(question: str, target: str) -> str:
+        """The category of a record."""
+        raise NotImplementedError
+
+    @staticmethod
+    def tidy(previous: str) -> str:
+        """The answer before the edit as it is asked."""
+        return previous
+
     def read(self, config: StreamConfig) -> EntryData:
         """Read the parts that lie under the data root. No picture is decoded."""
-        layout, files = self.layout, find_parts(config.data_root, self.layout.parts, self.layout.name)
+        files = find_parts(config.data_root, SOURCES[self.source]["parts"], self.source)
         above = [files[0].parent, *files[0].parent.parents[:2]]
-        index = _PictureIndex([base / p for base in above for p in layout.pictures])
-        reader = _MMEditReader(layout=layout, policy=config.missing_images, index=index)
+        index = _PictureIndex([base / folder for base in above for folder in ("", "mmkb_images", "images")])
+        reader = _MMEditReader(form=type(self), policy=config.missing_images, index=index)
         entries: list[FactEntry] = []
         for path in files:
             rows = reader.rows(path)
@@ -71,14 +61,14 @@ class MMEditForm(EntryStream):
             entries += reader.usable(rows, reader.entry, path.name)
         pictures = (p for e in entries for p in (e.image, *(q.image for q in e.questions)))
         used = sorted({(p.name, p.size) for p in pictures if isinstance(p, FilePicture)})
-        title = f"{layout.name} files {' and '.join(p.name for p in files)}"
+        title = f"{self.source} files {' and '.join(p.name for p in files)}"
         digest = content_id(reader.digests, used, config.missing_images)
         note = f"; pictures missing: {config.missing_images}"
         data = reader.entry_data(entries, title, str(files[0].parent), digest, note)
         return replace(data, missing={f: reader.missing[f] for f in PICTURES})
 
     def counts(self) -> dict[str, Any]:
-        return super().counts() | {"published_names": {ours: list(theirs) for ours, theirs in self.layout.names.items()}}
+        return super().counts() | {"published_names": {ours: list(theirs) for ours, theirs in SOURCES[self.source]["names"].items()}}
 
 
 class _PictureIndex:
@@ -100,7 +90,7 @@ class _PictureIndex:
 class _MMEditReader(RecordReader):
     """Turns rows into entries; what lacks a picture is counted."""
 
-    layout: Layout
+    form: type[MMEditForm]
     policy: MissingImages
     index: _PictureIndex
     missing: Counter[str] = field(default_factory=Counter)
@@ -113,17 +103,14 @@ class _MMEditReader(RecordReader):
             key = text_of(as_object(row), "image"), normalize(text_of(row, "src"))
             return key, texts_of(row, "rephrased_questions_train")
 
-        out: dict[tuple[str, str], tuple[str, ...]] = {}
-        for other in (path.with_name(f"{path.stem}{name}.json") for name in self.layout.beside):
-            if other.is_file():
-                out.update(self.usable(read_rows(other, self.skipped)[0], paraphrases, other.name))
-        return out
+        other = path.with_name(f"{path.stem}_balancedit.json")
+        return dict(self.usable(read_rows(other, self.skipped)[0], paraphrases, other.name)) if other.is_file() else {}
 
     def entry(self, row: Any, name: str) -> FactEntry:
         """One row as an entry. Raises `BadField` or `BadPicture` where it cannot be used."""
         src, target = text_of(as_object(row), "src"), text_of(row, "alt")
         previous = optional_text(row, "pred")
-        previous = self.layout.tidy(previous) if previous else None
+        previous = self.form.tidy(previous) if previous else None
         photo, rephrased, local = (self._picture(row, f) for f in PICTURES)
         must_differ(target, previous, ("alt", "pred"))
         train = (*texts_of(row, "rephrased_questions_train"), *self.more_train.get((clean(row.get("image"), "image"), normalize(src)), ()))
@@ -135,7 +122,7 @@ class _MMEditReader(RecordReader):
             target=target,
             previous=previous,
             subject=f"picture {row['image']}, {name}",
-            relation=self.layout.category(src, target),
+            relation=self.form.category(src, target),
             image=photo,
             held_out=tuple(stand_in + p for p in held_out),
             train=tuple(stand_in + p for p in distinct(train, [src, *held_out])),
@@ -155,12 +142,12 @@ class _MMEditReader(RecordReader):
 
     def _stand_in(self, row: Mapping[str, Any], src: str, previous: str | None) -> str:
         """The text before a prompt whose picture is absent. Raises `BadField` where the policy allows no such prompt."""
-        if self.policy == "text" and self.layout.bare:
+        if self.policy == "text" and self.form.bare:
             return ""
         if self.policy == "text":
             raise BadField("no file for image, and the instruction alone says nothing: choose --missing-images skip or caption")
         if self.policy == "caption":
-            caption = optional_text(row, "caption") or (None if self.layout.bare else previous)
+            caption = optional_text(row, "caption") or (None if self.form.bare else previous)
             if caption:
                 return f"Picture: {caption.rstrip('. ')}. "
             raise BadField("no file for image, and the record has no caption: choose --missing-images skip or text")
@@ -211,47 +198,22 @@ def answer_type(question: str, target: str) -> str:
     return "number" if bare in _NUMBERS or bare.replace(",", "").replace(".", "", 1).isdigit() else "other"
 
 
-_SINGLE = "after this one edit, "
-NAMES = {
-    "edit_success_now": ("Reliability", _SINGLE + "the answer to the edited question about the edited picture is the target"),
-    "edit_success": ("Reliability, at the end", "not in the paper: the same after the whole stream"),
-    "text_generality": ("T-Generality", _SINGLE + "the answer to a rephrased question is the target"),
-    "image_generality": ("M-Generality", _SINGLE + "the answer about a rephrased picture is the target"),
-    "locality_text": ("T-Locality", "the answer to a text question is the one before the edit"),
-    "locality_far": ("M-Locality", "the answer about an unrelated picture is the one before the edit"),
-    "locality_text_top1": ("T-Locality of the public code", "share of positions of prompt and answer whose likeliest token is the same"),
-    "locality_far_top10": ("M-Locality of the public code", "share of equal ids at equal ranks of the top 10, all positions"),
-}
-"""Names and definitions of Cheng et al., EMNLP 2023, section 4, and of EasyEdit's code."""
-
-VQA = Layout(
-    name="MMEdit E-VQA",
-    parts=(("vqa/vqa_train.json", "vqa_train.json"), ("vqa/vqa_eval.json", "vqa_eval.json")),
-    pictures=("", "images"),
-    category=answer_type,
-    beside=("_balancedit",),
-    names=NAMES,
-)
-CAPTION = Layout(
-    name="MMEdit E-IC",
-    parts=(("caption/caption_train_edit.json", "caption_train_edit.json"), ("caption/caption_eval_edit.json", "caption_eval_edit.json")),
-    pictures=("", "images"),
-    category=lambda question, target: "caption",
-    bare=False,
-    names=NAMES,
-)
-
-
 class EVqaFiles(MMEditForm):
     """The official files of E-VQA."""
 
-    name, summary, licence, layout = "mmedit", "MMEdit E-VQA files", _LICENCE, VQA
+    name, summary, licence, source = "mmedit", "MMEdit E-VQA files", _LICENCE, "MMEdit E-VQA"
+    category = staticmethod(answer_type)
 
 
 class CaptionFiles(MMEditForm):
     """The official files of E-IC."""
 
-    name, summary, licence, layout = "mmedit", "MMEdit E-IC files", _LICENCE, CAPTION
+    name, summary, licence, source = "mmedit", "MMEdit E-IC files", _LICENCE, "MMEdit E-IC"
+    bare = False
+
+    @staticmethod
+    def category(question: str, target: str) -> str:
+        return "caption"
 
 
 @STREAMS.register("mmedit-yearly")

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 from streams.base import BadStream, MissingImages, StreamConfig, TrainPool
 from streams.files.entry import EntryData, EntryQuestion, FactEntry, QuestionCollector, rotated, with_roles
 from streams.files.entry_stream import EntryStream
-from streams.files.fields import RecordReader, listing
+from streams.files.fields import RecordReader, find_files
 from streams.files.files_or_world import FilesOrWorld
-from streams.files.pictures import FilePicture, coco_photos, list_folder, numbered, same_pixels
+from streams.files.pictures import FilePicture, coco_photos, numbered, same_pixels
 from streams.files.records import BadField, clean, distinct, id_of, normalize, optional_text, read_table, text_of, texts_of, votes_of
 from testbed.core.events import EditEvent, content_id
 from testbed.core.registry import STREAMS
@@ -59,9 +59,7 @@ class OkeditFiles(EntryStream):
 
     def read(self, config: StreamConfig) -> EntryData:
         """Read a folder of the OKEDIT layout, or its annotation file; entries by rising question id. No picture is decoded."""
-        if config.data_root is None:
-            raise BadStream("OkeditFiles needs a data root: the folder with mscoco_*_annotations_train.json")
-        annotations, questions, split = find_split(Path(config.data_root))
+        annotations, questions, split = find_split(config.data_root)
         root = annotations.parent
         top, rows, annotations_digest = read_table(annotations, "annotations")
         _, question_rows, questions_digest = read_table(questions, "questions")
@@ -140,37 +138,17 @@ class OkeditYearly(FilesOrWorld):
     form, files = "okedit", OkeditFiles
 
 
-def find_split(root: Path) -> tuple[Path, Path, str]:
+def find_split(root: Path | None) -> tuple[Path, Path, str]:
     """The annotation file, the question file and the split's name. Raises `BadStream` that says what was found."""
-    if root.is_file() and root.name.startswith(_PREFIX) and root.name.endswith(_SUFFIX):
-        found = [root]
-    elif root.is_dir():
-        found = _annotation_files(root)
-    else:
-        raise BadStream(f"data root {root} is not a folder. Give the folder that holds {_EXPECTED}.")
-    if not found:
-        raise BadStream(_wrong_layout(root))
+    found = find_files(root, [f"{_PREFIX}*{_SUFFIX}"], "OKEDIT")
     if len(found) > 1:
         names = ", ".join(map(str, found))
         raise BadStream(f"{root} holds {len(found)} OKEDIT splits: give the annotation file of one as data root: {names}.")
-    split = found[0].name[len(_PREFIX) : -len(_SUFFIX)]
+    split = found[0].name.removeprefix(_PREFIX).removesuffix(_SUFFIX)
     questions = found[0].with_name(f"OpenEnded_{_PREFIX}{split}_questions_train.json")
     if not questions.is_file():
         raise BadStream(f"{questions} is absent: {found[0].name} needs the question file of the same split beside it.")
     return found[0], questions, split
-
-
-def _annotation_files(root: Path) -> list[Path]:
-    return [root / e.name for e in list_folder(root) if e.name.startswith(_PREFIX) and e.name.endswith(_SUFFIX) and e.is_file()]
-
-
-def _wrong_layout(root: Path) -> str:
-    below = [root / e.name for e in list_folder(root) if e.is_dir() and _annotation_files(root / e.name)]
-    if len(below) == 1:
-        return f"{root} is one level too high: the OKEDIT files lie in {below[0]}. Give that folder as data root."
-    if below:
-        return f"{root} is one level too high. Give one of these as data root: {', '.join(map(str, below))}."
-    return f"{root} has not the OKEDIT layout. Expected {_EXPECTED}; found {listing(root)}. Give the folder that holds them."
 
 
 def _categories(top: Mapping[str, Any]) -> dict[str, str]:

@@ -12,6 +12,7 @@ from streams.files.entry import EntryData, EntryQuestion, FactEntry, QuestionCol
 from streams.files.entry_stream import EntryStream
 from streams.files.fields import (
     ABSENT,
+    SOURCES,
     FieldMap,
     RecordReader,
     as_object,
@@ -21,7 +22,6 @@ from streams.files.fields import (
     first_text,
     nested_questions,
     read_entry,
-    suffixes,
     texts_at,
     value_at,
 )
@@ -30,23 +30,6 @@ from streams.files.subjects import subjects
 from streams.transforms import hash_fraction
 from testbed.core.events import content_id
 from testbed.core.registry import STREAMS
-
-
-@dataclass(frozen=True)
-class Source:
-    """One data set.
-
-    parts: for each part the paths where its file may lie; every part that is found is read.
-    forms: the layouts of a record, by name.
-    queries: name of a file of paraphrases and unrelated questions beside a part.
-    portability: the paths where another set may lie that has portability questions about the same facts, and its fields.
-    """
-
-    name: str
-    parts: tuple[tuple[str, ...], ...]
-    forms: Mapping[str, FieldMap]
-    queries: str = ""
-    portability: tuple[tuple[str, ...], FieldMap] | None = None
 
 
 def choose_form(row: object, forms: Mapping[str, FieldMap], where: str) -> FieldMap:
@@ -135,67 +118,29 @@ def _guess_subjects(rows: Sequence[Any], form: FieldMap) -> list[tuple[str, str]
     return subjects(prompts)
 
 
-_KNOWEDIT = {"prompt": "prompt", "target": "target_new", "previous": "ground_truth", "subject": "subject"}
-_MEND = {"prompt": "src", "target": "alt", "previous": "answers", "subject": "subject", "rephrase": "rephrase", "text": "loc"}
-_NESTED = {"locality": "locality", "portability": "portability"}
-
-_KNOWEDIT_ZSRE = suffixes("knowedit_portability/data/ZsRE/ZsRE-test-all.json")
-
-COUNTERFACT = Source(
-    "CounterFact",
-    (("counterfact.json", "counterfact-train.json", "counterfact-edit.json", "counterfact/counterfact-train.json"),),
-    {
-        "ROME": {
-            "prompt": "requested_rewrite.prompt",
-            "target": "requested_rewrite.target_new.str",
-            "previous": "requested_rewrite.target_true.str",
-            "subject": "requested_rewrite.subject",
-            "relation": "requested_rewrite.relation_id",
-            "rephrase": "paraphrase_prompts",
-            "hard": "neighborhood_prompts",
-            "hard_answer": "requested_rewrite.target_true.str",
-        },
-        "flat": _KNOWEDIT | {"rephrase": "rephrase_prompt", "hard": "locality_prompt", "hard_answer": "locality_ground_truth"},
-    },
-)
-ZSRE = Source(
-    "zsRE",
-    ((*suffixes("zsre/data/zsre/fullTest/edit_data.json"), "zsre_mend_eval.json", "zsre_mend_edit.json", "zsre_mend_train.json"),),
-    {
-        "postEdit": {"prompt": "requested_rewrite", "target": "target_new", "previous": "target_old"},
-        "MEND": _MEND | {"text_answer": "loc_ans"},
-    },
-    queries="query_data.json",
-    portability=(_KNOWEDIT_ZSRE, _KNOWEDIT | _NESTED),
-)
-KNOWEDIT = Source(
-    "KnowEdit",
-    (_KNOWEDIT_ZSRE, suffixes("knowedit_portability/data/wiki_counterfact/test_cf.json")),
-    {"KnowEdit": _KNOWEDIT | _NESTED | {"rephrase": "rephrase_prompt", "rephrase_too": "rephrase"}},
-)
-
-
 class TextFacts(EntryStream):
     """A set of text facts. Raises `BadStream` where its files cannot be used."""
 
-    source: ClassVar[Source]
+    source: ClassVar[str]
+    """Its name in `SOURCES`."""
 
     def read(self, config: StreamConfig) -> EntryData:
         """Read the set under the data root."""
-        source, reader, note = self.source, TextReader(), ""
-        files = find_parts(config.data_root, source.parts, source.name)
+        source, reader, note = SOURCES[self.source], TextReader(), ""
+        files = find_parts(config.data_root, source["parts"], self.source)
         for path in files:
             rows = reader.rows(path)
             reader.total += len(rows)
             if rows:
-                form = choose_form(next((r for r in rows if isinstance(r, Mapping)), rows[0]), source.forms, str(path))
+                form = choose_form(next((r for r in rows if isinstance(r, Mapping)), rows[0]), source["forms"], str(path))
                 reader.read(path.name, form, rows)
-            queries = path.parent / source.queries
+            queries = path.parent / source.get("queries", "")
             if queries.is_file():
                 reader.add_queries(queries.name, reader.rows(queries), rows)
-        if source.portability and (path := first_file(config.data_root, source.portability[0])):
-            note = reader.add_portability(path.name, reader.rows(path), source.portability[1])
-        title = f"{source.name} files {' and '.join(p.name for p in files)}"
+        lent = source.get("portability")
+        if lent and (path := first_file(config.data_root, [lent["path"]])):
+            note = reader.add_portability(path.name, reader.rows(path), lent["form"])
+        title = f"{self.source} files {' and '.join(p.name for p in files)}"
         return reader.entry_data(reader.entries, title, str(files[0]), content_id(reader.digests), note)
 
     @cached_property
@@ -223,7 +168,7 @@ class CounterFactYearly(TextFacts):
     summary = "CounterFact: false statements about known subjects, with neighbours (needs --data-root)"
     licence = "CounterFact (ROME): MIT; facts: Wikidata, CC0"
     size = "21,919 records; 10,000 in the flat train file"
-    source = COUNTERFACT
+    source = "CounterFact"
 
 
 @STREAMS.register("zsre-yearly")
@@ -233,7 +178,7 @@ class ZsreYearly(TextFacts):
     summary = "zsRE: answers to questions about entities, unrelated questions beside (needs --data-root)"
     licence = "zsRE (Levy et al., MEND, postEdit): MIT; questions: Wikipedia, CC BY-SA; unrelated questions: NQ, CC BY-SA 3.0"
     size = "10,720 records in postEdit's file"
-    source = ZSRE
+    source = "zsRE"
 
 
 @STREAMS.register("knowedit-yearly")
@@ -243,4 +188,4 @@ class KnowEditYearly(TextFacts):
     summary = "KnowEdit: ZsRE and WikiCounterfact with portability and locality (needs --data-root)"
     licence = "KnowEdit (zjunlp): MIT; the copy read here carries no licence file; facts: Wikidata, CC0"
     size = "2,140 records in both files"
-    source = KNOWEDIT
+    source = "KnowEdit"

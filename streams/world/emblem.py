@@ -13,20 +13,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-COLOURS: dict[str, tuple[int, int, int]] = {
-    "white": (240, 240, 240),
-    "black": (25, 25, 25),
-    "red": (205, 30, 40),
-    "green": (30, 140, 60),
-    "blue": (35, 70, 190),
-    "yellow": (240, 205, 40),
-    "orange": (240, 125, 25),
-    "purple": (125, 45, 150),
-}
+from streams.world.words import WORDS
+
+COLOURS: dict[str, tuple[int, int, int]] = WORDS["colours"]
 COLOUR_NAMES = tuple(COLOURS)
-CHARGE_COLOURS = COLOUR_NAMES[1:]
-PATTERNS = ("halves", "split", "bend", "quarters", "bars", "pales", "border", "cross")
-CHARGES = ("disc", "square", "triangle", "star", "crescent", "diamond", "ring", "plus")
 PARTS = ("field", "pattern", "second", "charge", "charge_colour")
 SIDE = 48
 _MASTER = 96
@@ -43,7 +33,7 @@ class Code(NamedTuple):
 
     def words(self) -> dict[str, str]:
         """Each part in words, keyed as in `PARTS`."""
-        names = (COLOUR_NAMES, PATTERNS, COLOUR_NAMES, CHARGES, CHARGE_COLOURS)
+        names = (COLOUR_NAMES, WORDS["patterns"], COLOUR_NAMES, WORDS["charges"], COLOUR_NAMES[1:])
         return {part: words[number] for part, words, number in zip(PARTS, names, self)}
 
 

@@ -5,38 +5,26 @@ Each function draws one (prompt, answer) from a generator; `held_out` draws from
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from streams.world.emblem import PARTS, Code
 from streams.world.facts import Entity, World, stable_index
-from streams.world.words import LED_BY, SLOTS, Relation, canonical, paraphrases
+from streams.world.words import SLOTS, WORDS, Relation, canonical, paraphrases
 
-PART_NOUNS = {
-    "field": ("field colour", "background colour", "main colour"),
-    "pattern": ("pattern", "layout", "division"),
-    "second": ("second colour", "pattern colour", "other colour"),
-    "charge": ("charge", "symbol", "sign"),
-    "charge_colour": ("charge colour", "symbol colour", "sign colour"),
-}
-PERCEPTION_REF = "this emblem"
 LARGEST_OPERAND = 12
 LARGEST_NUMBER = 60
-SUM_TRAIN = ("What is {a} {op} {b}?", "{a} {op} {b} is", "Compute {a} {op} {b}.", "Please give {a} {op} {b}.")
-SUM_HELD = ("Tell me {a} {op} {b}.", "Say what {a} {op} {b} is.")
-COMPARE = ("Which is {way}, {a} or {b}?", "Of {a} and {b}, name the {way} one.", "Tell me which is {way}, {a} or {b}.")
-NOUNS = (
-    "dog", "cat", "bird", "horse", "farmer", "teacher", "child", "girl",
-    "boy", "king", "sailor", "singer", "baker", "doctor", "lion", "goat",
-)  # fmt: skip
-PLURAL = {"child": "children"}
-VERBS = ("run", "sleep", "eat", "sing", "walk", "wait", "jump", "smile", "work", "swim", "laugh", "dream", "speak", "read", "fall", "stand")
-GRAMMAR = ("Which is right, {x} or {y}?", "Tell me which is right, {x} or {y}.", "Which is correct, {x} or {y}?")
+
+
+def _pick(items: Sequence[str], rng: np.random.Generator) -> str:
+    return items[int(rng.integers(len(items)))]
 
 
 def perception(code: Code, part: str, rng: np.random.Generator, held_out: bool) -> tuple[str, str]:
     """A question for one part of an emblem."""
-    prompts = paraphrases(PART_NOUNS[part], PERCEPTION_REF, PARTS.index(part), held_out)
-    return prompts[int(rng.integers(len(prompts)))], code.words()[part]
+    prompts = paraphrases(WORDS["parts"][part], "this emblem", PARTS.index(part), held_out)
+    return _pick(prompts, rng), code.words()[part]
 
 
 def unseen_pair(a: int, b: int) -> bool:
@@ -52,8 +40,7 @@ def arithmetic(rng: np.random.Generator, held_out: bool, unseen: bool = False) -
             break
     minus = bool(rng.integers(2))
     x, answer = (a + b, a) if minus else (a, a + b)
-    forms = SUM_HELD if held_out else SUM_TRAIN
-    return forms[int(rng.integers(len(forms)))].format(a=x, op="minus" if minus else "plus", b=b), str(answer)
+    return _pick(WORDS["sum"]["held_out" if held_out else "train"], rng).format(a=x, op="minus" if minus else "plus", b=b), str(answer)
 
 
 def comparison(rng: np.random.Generator, held_out: bool) -> tuple[str, str]:
@@ -64,30 +51,28 @@ def comparison(rng: np.random.Generator, held_out: bool) -> tuple[str, str]:
             break
     way = ("larger", "smaller")[int(rng.integers(2))]
     answer = max(a, b) if way == "larger" else min(a, b)
-    return COMPARE[int(rng.integers(len(COMPARE)))].format(a=a, b=b, way=way), str(answer)
+    return _pick(WORDS["compare"], rng).format(a=a, b=b, way=way), str(answer)
 
 
 def grammar(rng: np.random.Generator, held_out: bool) -> tuple[str, str]:
     """A minimal pair of agreement, half of them with another noun between; `held_out` draws unseen noun and verb."""
+    nouns, verbs = WORDS["nouns"], WORDS["verbs"]
     while True:
-        i, j = int(rng.integers(len(NOUNS))), int(rng.integers(len(VERBS)))
+        i, j = int(rng.integers(len(nouns))), int(rng.integers(len(verbs)))
         if ((i * 3 + j) % 5 == 0) is held_out:
             break
     plural, between = bool(rng.integers(2)), bool(rng.integers(2))
-    subject = f"the {_number(NOUNS[i], plural)}"
+    subject = f"the {_number(nouns[i], plural)}"
     if between:
-        subject += f" near the {_number(NOUNS[int(rng.integers(len(NOUNS)))], bool(rng.integers(2)))}"
-    right, wrong = (VERBS[j], VERBS[j] + "s") if plural else (VERBS[j] + "s", VERBS[j])
+        subject += f" near the {_number(_pick(nouns, rng), bool(rng.integers(2)))}"
+    right, wrong = (verbs[j], verbs[j] + "s") if plural else (verbs[j] + "s", verbs[j])
     pair = (right, wrong) if rng.integers(2) else (wrong, right)
-    prompt = GRAMMAR[int(rng.integers(len(GRAMMAR)))].format(x=f"{subject} {pair[0]}", y=f"{subject} {pair[1]}")
+    prompt = _pick(WORDS["grammar"], rng).format(x=f"{subject} {pair[0]}", y=f"{subject} {pair[1]}")
     return prompt, f"{subject} {right}"
 
 
 def _number(noun: str, plural: bool) -> str:
-    return PLURAL.get(noun, noun + "s") if plural else noun
-
-
-SENTENCES = ("The {noun} of {name} is {value}.", "As {noun}, {name} has {value}.", "People know {value} as the {noun} of {name}.")
+    return WORDS["plural"].get(noun, noun + "s") if plural else noun
 
 
 def text_orders(entity: Entity) -> list[tuple[int, int]]:
@@ -102,7 +87,7 @@ def running_text(world: World, entity: Entity, order: tuple[int, int], rng: np.r
     out = [f"There is a {entity.kind} called {entity.name}."]
     for slot in order:
         relation = entity.relations[slot]
-        form, noun = SENTENCES[int(rng.integers(len(SENTENCES)))], relation.nouns[int(rng.integers(3))]
+        form, noun = _pick(WORDS["sentences"], rng), relation.nouns[int(rng.integers(3))]
         out.append(form.format(noun=noun, name=entity.name, value=world.value(entity, slot)))
     return " ".join(out)
 
@@ -125,4 +110,4 @@ def two_hop_held_out(entity: Entity, slot: int) -> bool:
 
 def caption(entity: Entity, person: str) -> str:
     """The caption of the entity's emblem in the E-IC form: the entity's name and the person in charge."""
-    return f"the emblem of {entity.name}, {LED_BY[entity.kind]} {person}"
+    return f"the emblem of {entity.name}, {WORDS['led_by'][entity.kind]} {person}"

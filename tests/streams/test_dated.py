@@ -13,8 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streams.base import BadStream, Skipped, StreamConfig
-from streams.dated.country_codes import COUNTRIES
-from streams.dated.sources import leaders
+from streams.dated.sources import COUNTRIES, leaders
 from streams.dated.states import Day, Timeline, certain_changes, not_after, read_day, state, years
 from streams.files.records import BadField
 from testbed.core.events import check_order

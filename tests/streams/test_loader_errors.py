@@ -85,7 +85,7 @@ def test_a_wrong_data_root_is_refused_with_the_right_one(folder: Path, tmp_path:
     with pytest.raises(BadStream, match=r"one level too high.*okedit"):
         stream(tmp_path)
     make_folder(tmp_path / "second", [1005, 1015])
-    with pytest.raises(BadStream, match=r"one level too high. Give one of these.*okedit.*second"):
+    with pytest.raises(BadStream, match=r"one level too high. Give as data root .*okedit or .*second"):
         stream(tmp_path)
     with pytest.raises(BadStream, match="is not a folder"):
         stream(tmp_path / "nowhere")
