@@ -2,7 +2,8 @@
 
 A file is one benchmark, named by its stem. A folder holds one benchmark for each file, but all its csv files without a
 header are pooled, because they are MMLU's subjects. A zip of JSON lines is one benchmark. A .txt file is running text
-with a paragraph in each line (WikiText); it is read only when it is named itself.
+with a paragraph in each line (WikiText); it is read only when it is named itself. `suites.yaml` names sets of files under
+the data root that are asked for together.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+import yaml
 
 from testbed.benchmarks.formats import LETTERS, BadItem, BenchmarkItem, RecordSource, SkippedItem, item_of
 from testbed.core.events import BadPicture, Question
@@ -64,13 +67,18 @@ class LoadedBenchmarks:
     skipped: tuple[str, ...] = ()
 
 
-def load(paths: Sequence[Path], config: BenchmarkConfig) -> LoadedBenchmarks:
-    """The benchmarks of these files and folders, in their order. Raises `BadBenchmark`."""
+SUITES: dict[str, dict[str, str]] = yaml.safe_load(Path(__file__).with_name("suites.yaml").read_text(encoding="utf-8"))
+"""By the name of a suite, the names of its benchmarks and the patterns of their files under the folder `benchmarks` of a data root."""
+
+
+def load(paths: Sequence[Path], config: BenchmarkConfig, data_root: Path | None = None) -> LoadedBenchmarks:
+    """The benchmarks of these files, folders and suites, in their order. Raises `BadBenchmark`."""
     found: dict[str, Benchmark] = {}
     origin: dict[str, Path] = {}
     skipped: list[str] = []
     for path in paths:
-        for name, items in _read(path, skipped):
+        suite = str(path) in SUITES and not path.exists()
+        for name, items in _read_suite(str(path), data_root, skipped) if suite else _read(path, skipped):
             if name in found:
                 raise BadBenchmark(f"{path}: a benchmark {name!r} was read from {origin[name]} already; rename one of the files")
             found[name], origin[name] = _benchmark(name, items, config, path), path
@@ -101,6 +109,20 @@ def _question(name: str, item: BenchmarkItem, examples: Sequence[BenchmarkItem],
     choices = item.choices if scoring != "generate" else ()
     topic = f"{item.kind}:{name}"
     return Question("general", solved + item.prompt, item.answer, None, item.image, item.aliases, topic, choices, scoring)
+
+
+def _read_suite(suite: str, data_root: Path | None, skipped: list[str]) -> Iterator[tuple[str, list[BenchmarkItem]]]:
+    """The same of a suite; a benchmark whose file is absent is a line of `skipped`."""
+    if data_root is None:
+        raise BadBenchmark(f"--benchmarks {suite} is a suite of files under --data-root: give the folder that holds benchmarks/")
+    found = {name: next(iter(sorted((data_root / "benchmarks").glob(pattern))), None) for name, pattern in SUITES[suite].items()}
+    for name, path in found.items():
+        if path is None:
+            skipped.append(f"suite {suite}: {name} is left out, because {data_root / 'benchmarks'} holds no {SUITES[suite][name]}")
+        else:
+            yield name, [item for _, items in _read(path, skipped) for item in items]
+    if not any(found.values()):
+        raise BadBenchmark(f"--benchmarks {suite}: {data_root / 'benchmarks'} holds none of {', '.join(SUITES[suite].values())}")
 
 
 def _read(path: Path, skipped: list[str]) -> Iterator[tuple[str, list[BenchmarkItem]]]:

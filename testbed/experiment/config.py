@@ -70,7 +70,8 @@ class RunConfig:
     probe_budget: PositiveInt = 8000
     """Questions per editor and 500 edits; panels shrink to fit."""
     benchmarks: tuple[Path, ...] = ()
-    """Files or folders of benchmarks to ask besides, separated by commas (docs/benchmarks.md; settings: --set benchmarks.field=value)."""
+    """Files or folders of benchmarks to ask besides, or the suites default and editing of --data-root, separated by commas
+    (docs/benchmarks.md; settings: --set benchmarks.field=value)."""
     max_new_tokens: PositiveInt = 16
     """Longest free generation, in tokens."""
     save_every: PositiveInt = 50
@@ -140,7 +141,7 @@ class RunConfig:
         config = set_fields(BenchmarkConfig(), self._settings("benchmarks"))
         if problems := config.problems():
             raise BadConfig("\n".join(f"benchmarks: {p}" for p in problems))
-        return benchmarks.load(self.benchmarks, config)
+        return benchmarks.load(self.benchmarks, config, self.data_root)
 
     def _settings(self, owner: str) -> dict[str, str]:
         """The `--set` fields of one editor, of `stream` or of `benchmarks`, as text."""

@@ -190,7 +190,7 @@ def _manifest(
     config, editors = resolved.config, resolved.editors
     hashes = {"model_hash": handle.hash, "stream_hash": stream.stream_hash(events), "schedule_hash": planned.hash}
     parameters = sum(p.numel() for p in handle.model.parameters())
-    left_out = [f"benchmark record left out: {line}" for line in resolved.benchmarks.skipped]
+    left_out = [f"benchmarks, left out: {line}" for line in resolved.benchmarks.skipped]
     return {
         "run": content_id(config.identity(), hashes),
         "schema_version": SCHEMA_VERSION,

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from testbed.benchmarks.files import BadBenchmark, BenchmarkConfig, LoadedBenchmarks, describe, load
+from testbed.benchmarks.files import SUITES, BadBenchmark, BenchmarkConfig, LoadedBenchmarks, describe, load
 from testbed.core.events import Question
 from testbed.experiment import runner
 from testbed.experiment.config import RunConfig
@@ -346,3 +346,26 @@ def test_a_run_with_benchmarks_keeps_every_number_and_no_harmful_word(tmp_path: 
 
 def test_an_empty_list_asks_nothing() -> None:
     assert load([], BenchmarkConfig()) == LoadedBenchmarks()
+
+
+def test_a_suite_is_found_by_the_names_of_its_files_and_says_what_is_absent(tmp_path: Path) -> None:
+    item = {"query": "two and two", "choices": ["four", "five"], "gold": 0}
+    with pytest.raises(BadBenchmark, match="--benchmarks default is a suite of files under --data-root"):
+        load([Path("default")], BenchmarkConfig())
+    with pytest.raises(BadBenchmark, match="holds none of"):
+        load([Path("default")], BenchmarkConfig(), tmp_path)
+    write(tmp_path / "benchmarks" / "any" / "where" / "piqa.jsonl", item)
+    (tmp_path / "benchmarks" / "wikitext-2").mkdir()
+    (tmp_path / "benchmarks" / "wikitext-2" / "test.txt").write_text(" = Lobster = \n\n A lobster is large .\n", encoding="utf-8")
+    found = load([Path("default")], BenchmarkConfig(), tmp_path)
+    assert [b.topic for b in found.every] == ["bench:piqa", "bench:wikitext2"]
+    assert [line.partition(" is left out")[0] for line in found.skipped] == [
+        f"suite default: {name}" for name in ("arc_easy", "boolq", "lambada", "winogrande", "mmlu")
+    ]
+
+
+def test_the_suites_are_complete_on_the_real_files(data_root: Path) -> None:
+    for suite, names in SUITES.items():
+        found = load([Path(suite)], BenchmarkConfig(items=8), data_root)
+        assert [b.topic for b in found.every] == [f"bench:{name}" for name in names]
+        assert all(len(b.questions) == 8 for b in found.every) and not any("suite" in line for line in found.skipped)
