@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,8 +15,9 @@ from matplotlib.figure import Figure
 from analysis.figures import style
 from analysis.metrics import curves, retrieval
 from analysis.metrics.bootstrap import Resampler
+from analysis.metrics.comparison import main_mode
 from analysis.reading.load import EditorRun, Run
-from analysis.reading.records import FREE_GENERATION, TOKEN_ACCURACY, ScoringMode
+from analysis.reading.records import ScoringMode
 
 Curve = Callable[[Run, EditorRun, Resampler], pd.DataFrame]
 """An editor's curve in one order: columns x, value, low, high, n."""
@@ -64,17 +65,31 @@ class FigureContext:
             by_editor.append(curves.average(orders).assign(editor=name))
         return curves.stacked(by_editor)
 
-    def panels(self, count: int, height: float, most: int = 3, **kwargs: Any) -> tuple[Figure, list[Axes], int]:
-        """A figure of `count` panels and the number of panels in a row.
+    def panels(
+        self, titles: Iterable[str], draw: Callable[[Axes, str], None], height: float = 1.9, most: int = 3, **kwargs: Any
+    ) -> tuple[Figure, list[Axes], int]:
+        """A figure with a panel for each title, the panels, and their number in a row; inner panels lose a label that the next repeats.
 
-        height: inches of a row. most: panels in a row of a page; a column has at most 2, and 1 for three panels or fewer.
+        draw: fills the panel of a title. height: inches of a row. most: panels in a row of a page; a column has at most 2,
+        and 1 for three panels or fewer.
         """
+        titles = list(titles)
+        count = len(titles)
         across = min(most, count) if self.columns > 1 else (2 if count > 3 else 1)
         across = 2 if count == 4 and across == 3 else across
         rows = -(-count // across)
         figure, axes = style.panels(rows, across, height, self.width, **kwargs)
         for ax in axes[count:]:
             figure.delaxes(ax)
+        for ax, title in zip(axes, titles):
+            ax.set_title(title)
+            draw(ax, title)
+        for i, ax in enumerate(axes[: count - across]):
+            if ax.get_xlabel() == axes[i + across].get_xlabel():
+                ax.set_xlabel("")
+        for i in range(count - 1, 0, -1):
+            if i % across and axes[i].get_ylabel() == axes[i - 1].get_ylabel():
+                axes[i].set_ylabel("")
         return figure, axes[:count], across
 
     def legend(self, figure: Figure, editors: pd.Series) -> Figure:
@@ -86,9 +101,7 @@ class FigureContext:
 def figure_context(
     runs: Run | Sequence[Run], summary: dict[str, Any], seed: int = 0, replicates: int = 1000, columns: int = 2
 ) -> FigureContext:
-    """The context of a run's figures; they show free generation where edits were scored so, else token accuracy."""
+    """The context of a run's figures."""
     runs = (runs,) if isinstance(runs, Run) else tuple(runs)
-    generated = any("edit_success_gen" in m or "edit_success_now_gen" in m for m in summary["editors"].values())
     resamplers = tuple(Resampler(r.clusters, np.random.default_rng(seed), replicates) for r in runs)
-    mode = FREE_GENERATION if generated else TOKEN_ACCURACY
-    return FigureContext(runs, summary, resamplers, style.editor_styles(list(runs[0].editors)), mode, columns)
+    return FigureContext(runs, summary, resamplers, style.editor_styles(list(runs[0].editors)), main_mode(summary), columns)

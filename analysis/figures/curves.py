@@ -17,15 +17,8 @@ from analysis.metrics import curves
 from analysis.metrics.ability import chance_scores
 from analysis.reading.records import FREE_GENERATION, SCORES, SCORING_MODES, ScoringMode
 
-SMALL_MULTIPLES = {
-    "text_generality": "Text generality",
-    "image_generality": "Image generality",
-    "locality_hard": "Locality: other picture",
-    "locality_sibling": "Locality: other question",
-    "locality_far": "Locality: unrelated",
-    "locality_text": "Locality: text only",
-    "portability": "Portability",
-}
+KINDS = style.CAPTIONS["reach"]["panels"]
+"""Split to title of the questions beside the edits' own."""
 FormatAxes = Callable[[Axes, str, FigureContext], None]
 """Formats the axes of a panel with a title."""
 
@@ -48,7 +41,7 @@ def survival(context: FigureContext) -> Figure | None:
 
 def generality_and_locality(context: FigureContext) -> Figure | None:
     """Generality, locality and portability over the years, one panel for each kind of question."""
-    frames = {t: context.curves(partial(curves.by_year, split=k, mode=context.mode)) for k, t in SMALL_MULTIPLES.items()}
+    frames = {t: context.curves(partial(curves.by_year, split=k, mode=context.mode)) for k, t in KINDS.items()}
     return _draw(context, frames, _years, f"right, or as unedited\n({context.mode.title})", 1.9)
 
 
@@ -110,14 +103,13 @@ def _draw(
     frames = {t: f for t, f in frames.items() if len(f)}
     if not frames:
         return None
-    figure, axes, across = context.panels(len(frames), height, sharey=share_y)
-    for i, (ax, (title, frame)) in enumerate(zip(axes, frames.items())):
-        style.lines(ax, frame, context.styles)
-        ax.set_title(title)
+
+    def draw(ax: Axes, title: str) -> None:
+        style.lines(ax, frames[title], context.styles)
         style.shares(ax)
         format_axes(ax, title, context)
-        if i + across < len(axes):
-            ax.set_xlabel("")
+
+    figure, axes, across = context.panels(frames, draw, height, sharey=share_y)
     figure.supylabel(label, fontsize=8)
     last = [min(start + across, len(axes)) - 1 for start in range(0, len(axes), across)]
     style.label_lines(figure, [axes[i] for i in last], [[*frames.values()][i] for i in last], context.styles)

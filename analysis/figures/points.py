@@ -36,14 +36,18 @@ def cost(context: FigureContext) -> Figure | None:
     points = {n: m for n, m in context.summary["editors"].items() if success in m and set(COSTS) <= set(m)}
     if not points:
         return None
-    figure, axes, _ = context.panels(len(COSTS), 2.3, sharey=True)
-    for ax, (kind, (label, text)) in zip(axes, COSTS.items()):
-        values = [m[kind]["value"] for m in points.values()]
-        _log_from_zero(ax, values, text)
+
+    def draw(ax: Axes, kind: str) -> None:
+        label, text = COSTS[kind]
+        _log_from_zero(ax, [m[kind]["value"] for m in points.values()], text)
         for name, m in points.items():
-            _point(ax, m[kind], m[success], context.styles[name])
+            y, own = m[success], context.styles[name]
+            size: dict[str, Any] = {"markersize": 6, "capsize": 2, "elinewidth": 1}
+            ax.errorbar([m[kind]["value"]], [y["value"]], yerr=_error(y), fmt=own.marker, color=own.colour, **size)
         style.shares(ax)
-        ax.set_xlabel(label)
+        ax.set(title="", xlabel=label)
+
+    figure, axes, _ = context.panels(COSTS, draw, 2.3, sharey=True)
     figure.supylabel(f"live edits right at the end\n({context.mode.title})", fontsize=8)
     ends = pd.DataFrame([{"editor": n, "x": m["peak_bytes"]["value"], "value": m[success]["value"]} for n, m in points.items()])
     style.label_lines(figure, [axes[-1]], [ends], context.styles)
@@ -123,17 +127,12 @@ def _gap_row(ax: Axes, row: int, metrics: dict[str, Any], own: style.EditorStyle
     ax.plot([min(values), max(values)], [row, row], color=own.colour, linewidth=2.2, alpha=0.35, solid_capstyle="butt")
     size: dict[str, Any] = {"markersize": 4.5, "capsize": 1.5, "elinewidth": 0.8}
     for i, (suffix, m) in enumerate(known.items()):
-        error = _error(m["value"], m["low"], m["high"])
-        ax.errorbar([m["value"]], [row + 0.16 * (i - 1)], xerr=error, fmt=_MARKERS[suffix], color=own.colour, **size)
+        ax.errorbar([m["value"]], [row + 0.16 * (i - 1)], xerr=_error(m), fmt=_MARKERS[suffix], color=own.colour, **size)
 
 
-def _point(ax: Axes, x: dict[str, Any], y: dict[str, Any], own: style.EditorStyle) -> None:
-    error = _error(y["value"], y["low"], y["high"])
-    ax.errorbar([x["value"]], [y["value"]], yerr=error, fmt=own.marker, color=own.colour, markersize=6, capsize=2, elinewidth=1)
-
-
-def _error(value: float, low: float, high: float) -> list[list[float]]:
-    """Lengths of an error bar below and above its value."""
+def _error(entry: Any, end: str = "") -> list[list[float]]:
+    """Lengths of the error bar of an entry (value, low, high, each with an ending) below and above its value."""
+    value, low, high = (entry[k + end] for k in ("value", "low", "high"))
     return [[max(0.0, value - low)], [max(0.0, high - value)]]
 
 
@@ -157,5 +156,14 @@ def _path(ax: Axes, path: pd.DataFrame, own: style.EditorStyle) -> None:
     x, y = path["value_loc"].to_numpy(), path["value_gen"].to_numpy()
     ax.plot(x, y, color=own.colour, linewidth=1.1, marker=own.marker, markersize=2.5, alpha=0.9, dashes=own.dash)
     end = path.iloc[-1]
-    across, up = _error(x[-1], end["low_loc"], end["high_loc"]), _error(y[-1], end["low_gen"], end["high_gen"])
-    ax.errorbar(x[-1:], y[-1:], xerr=across, yerr=up, fmt=own.marker, color=own.colour, markersize=7, elinewidth=1, capsize=2)
+    ax.errorbar(
+        x[-1:],
+        y[-1:],
+        xerr=_error(end, "_loc"),
+        yerr=_error(end, "_gen"),
+        fmt=own.marker,
+        color=own.colour,
+        markersize=7,
+        elinewidth=1,
+        capsize=2,
+    )

@@ -21,21 +21,7 @@ from analysis.metrics.catalogue import METRICS, wrapped
 from analysis.reading.load import EditorRun, Run
 from analysis.reading.records import read_table
 
-TITLES = {
-    "delta_norm": "Change of weights, |W − W₀|",
-    "weight_norm": "Norm of edited weights",
-    "weight_relative": "Change of weights, relative",
-    "spectral_norm": "Largest singular value of the change",
-    "stable_rank": "Stable rank of the change",
-    "hidden_cosine": "Hidden states: cosine to unedited",
-    "hidden_shift": "Hidden states: shift of the mean",
-    "activation_scale": "Activation norm, relative",
-    "entropy": "Entropy of the next token (nats)",
-    "kl_base": "KL from the unedited model (nats)",
-    "repetition": "Repetition in generations",
-    "empty_rate": "Empty generations",
-    "condition": "Condition number reported",
-}
+TITLES: dict[str, str] = style.CAPTIONS["vitals"]["panels"]
 """Titles of known signals, in the order of display; others follow under their own names."""
 STEP_NOTES = ("loss",)
 """Notes about a step's own optimisation, which are no signals of the model after it."""
@@ -89,12 +75,13 @@ def forgetting(context: FigureContext) -> Figure | None:
     frames = {n: frame for n in context.run.editors if (frame := _matrix(context, n)) is not None}
     if not frames:
         return None
-    figure, axes, across = context.panels(len(frames), 2.2 if context.columns > 1 else 1.9, most=4)
-    for i, (ax, (name, frame)) in enumerate(zip(axes, frames.items())):
-        _heatmap(ax, frame, context.columns)
+
+    def draw(ax: Axes, name: str) -> None:
+        _heatmap(ax, frames[name], context.columns)
         ax.set_title(_title(context, name), color=context.styles[name].colour)
-        ax.set_xlabel("")
-        ax.set_ylabel("edits made in year" if i % across == 0 else "")
+        ax.set(xlabel="", ylabel="edits made in year")
+
+    figure, axes, _ = context.panels(frames, draw, 2.2 if context.columns > 1 else 1.9, most=4)
     figure.supxlabel(f"asked at the end of: {context.time_label}", fontsize=8)
     bar = figure.colorbar(axes[0].collections[0], ax=axes, shrink=0.7, aspect=30, pad=0.01)
     bar.set_label(f"right ({context.mode.title})")
@@ -110,16 +97,17 @@ def internal_signals(context: FigureContext) -> Figure | None:
     names = [n for n in dict.fromkeys([*TITLES, *frame["name"]]) if n in varied][:MOST_SIGNALS]
     if not names:
         return None
-    figure, axes, across = context.panels(len(names), 1.7)
-    for i, (ax, name) in enumerate(zip(axes, names)):
+
+    def draw(ax: Axes, name: str) -> None:
         own = frame[frame["name"] == name]
-        for editor in dict.fromkeys(own["editor"]):
-            _signal(ax, context, editor, downsampled(own[own["editor"] == editor]))
+        for editor, signal in own.groupby("editor", sort=False):
+            _signal(ax, context, str(editor), downsampled(signal))
         ax.set_title(TITLES.get(name, name.replace("_", " ")))
-        style.edits_axis(ax, "edits applied" if i + across >= len(names) else "")
-        values = own["value"].to_numpy(float)
-        if (values > 0).all() and values.max() > 100 * values.min():
+        style.edits_axis(ax)
+        if (own["value"] > 0).all() and own["value"].max() > 100 * own["value"].min():
             ax.set_yscale("log")
+
+    figure, _, _ = context.panels(names, draw, 1.7)
     return context.legend(figure, frame["editor"])
 
 

@@ -24,15 +24,8 @@ from analysis.metrics.from_extras import gate_decisions
 from analysis.reading.load import EditorRun, Run
 from analysis.reading.records import ScoringMode
 
-_SCORED = {"text_generality": "Text generality", "image_generality": "Image generality", "locality_hard": "Locality: other picture"}
-_FACT_STORE = {
-    "hit_rate": "Bearing fact found",
-    "scope_recall": "Bearing fact given",
-    "scope_precision": "Given facts that bear",
-    "false_accept": "Given a fact for nothing",
-    "tokens": "Tokens added a question",
-    "seconds": "Milliseconds a question",
-}
+_SCORED = style.CAPTIONS["gated"]["panels"]
+_FACT_STORE = style.CAPTIONS["retrieved"]["panels"]
 """Column of the retrieval table to the title of its panel."""
 
 
@@ -46,28 +39,21 @@ def gated(context: FigureContext) -> Figure | None:
     frames["State"] = context.curves(state_bytes)
     if not len(frames["Entries"]):
         return None
-    figure, axes, across = context.panels(len(frames), 1.9, most=4)
-    for i, (ax, (title, frame)) in enumerate(zip(axes, frames.items())):
-        if len(frame):
-            style.lines(ax, frame, context.styles)
-        ax.set_title(title)
-        _format_y(ax, title, context, first=i % across == 0)
-        style.edits_axis(ax, "edits applied" if i + across >= len(axes) else "")
+    figure, _, _ = context.panels(frames, partial(_draw, context, frames), most=4)
     style.legend(figure, context.styles)
     return style.finish(figure)
 
 
-def _format_y(ax: Axes, title: str, context: FigureContext, first: bool) -> None:
-    """Formats the vertical axis by the panel's title; the first panel of a row has a label."""
+def _draw(context: FigureContext, frames: dict[str, pd.DataFrame], ax: Axes, title: str) -> None:
+    """Fills a panel of a figure of this file; the title says which axis it has."""
+    style.lines(ax, frames[title], context.styles)
+    style.edits_axis(ax)
     if title in ("Entries", "State"):
         show = human_bytes if title == "State" else "{:,.0f}".format
-        ax.set_ylim(bottom=0)
-        ax.set_ylabel("")
+        ax.set(ylim=(0, None), ylabel="")
         ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: show(v)))
-    elif title.startswith("Hit rate"):
-        style.shares(ax, "share of questions" if first else "")
     else:
-        style.shares(ax, f"right, or as unedited\n({context.mode.title})" if first else "")
+        style.shares(ax, "share of questions" if title.startswith("Hit rate") else f"right, or as unedited\n({context.mode.title})")
 
 
 def _score(run: Run, editor: EditorRun, resampler: Resampler, split: str, mode: ScoringMode) -> pd.DataFrame:
@@ -117,19 +103,19 @@ def retrieved(context: FigureContext) -> Figure | None:
     table = context.retrieval_table
     if not len(table):
         return None
-    figure, axes, across = context.panels(len(_FACT_STORE), 1.9, sharex=True)
-    for i, (ax, (column, title)) in enumerate(zip(axes, _FACT_STORE.items())):
-        if len(curve := _curve(table, column)):
-            style.lines(ax, curve, context.styles)
-        ax.set_title(title)
+    frames = {title: _curve(table, column) for column, title in _FACT_STORE.items()}
+
+    def draw(ax: Axes, title: str) -> None:
+        style.lines(ax, frames[title], context.styles)
         ax.set_xscale("log", base=2)
         ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}"))
-        ax.set_xlabel("facts in the store" if i + across >= len(axes) else "")
-        if column in ("tokens", "seconds"):
-            ax.set_ylim(bottom=0)
-            ax.set_ylabel("")
+        ax.set_xlabel("facts in the store")
+        if title in (_FACT_STORE["tokens"], _FACT_STORE["seconds"]):
+            ax.set(ylim=(0, None), ylabel="")
         else:
-            style.shares(ax, "share of questions" if i % across == 0 else "")
+            style.shares(ax, "share of questions")
+
+    figure, _, _ = context.panels(frames, draw, sharex=True)
     return context.legend(figure, table["editor"])
 
 

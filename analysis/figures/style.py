@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
 import pandas as pd
 import seaborn as sns
+import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -22,6 +24,8 @@ ONE_COLUMN, TWO_COLUMNS = 3.5, 7.2
 """Widths in inches of a journal's column and page."""
 WIDTHS = {1: ONE_COLUMN, 2: TWO_COLUMNS}
 DPI = 300
+CAPTIONS: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("captions.yaml").read_text("utf-8"))
+"""By figure: its caption and, for some, the titles of its panels."""
 TIME_LABELS = {"dated": "year", "scheduled": "years (scheduled)", "simulated": "years (simulated)"}
 _COLOURS = ("#0173b2", "#d55e00", "#029e73", "#cc78bc", "#56595c", "#ca9161", "#56b4e9", "#de8f05")
 """Seaborn's colour-blind palette without its yellow, in an order whose neighbours differ in lightness."""
@@ -82,6 +86,8 @@ def lines(ax: Axes, frame: pd.DataFrame, styles: EditorStyles) -> None:
     options: dict[str, Any] = {"palette": {n: styles[n].colour for n in present}, "markers": {n: styles[n].marker for n in present}}
     options |= {"dashes": {n: styles[n].dash for n in present}, "linewidth": 1.3, "markersize": 4, "markeredgewidth": 0.4}
     columns = {"x": "x", "y": "value", "hue": "editor", "style": "editor", "hue_order": present, "style_order": present}
+    if not present:
+        return
     sns.lineplot(frame, **columns, **options, errorbar=None, legend=False, ax=ax)
     for name in present:
         own = frame[frame["editor"] == name].sort_values("x")

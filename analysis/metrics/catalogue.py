@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
 
 from analysis.reading.records import ALL_TOKENS, FREE_GENERATION, TOKEN_ACCURACY, ScoringMode
 
@@ -26,52 +29,10 @@ class Metric:
     modes: bool = False
 
 
-METRICS: dict[str, Metric] = {
-    "edit_success": Metric("Edit success at the end", "Success, end", "share", 1, True),
-    "edit_success_now": Metric("Edit success right after", "Success, now", "share", 1, True),
-    "edit_gain": Metric("Edit success right after, over the unedited model's", "Gain, now", "difference", 1, True),
-    "text_generality": Metric("Text generality", "Text generality", "share", 1, True),
-    "image_generality": Metric("Image generality", "Image generality", "share", 1, True),
-    "locality_hard": Metric("Locality, same question, other picture", "Locality, hard", "share", 1, True),
-    "locality_sibling": Metric("Locality, same picture, other question", "Locality, sibling", "share", 1, True),
-    "locality_far": Metric("Locality, unrelated picture", "Locality, far", "share", 1, True),
-    "locality_text": Metric("Locality, text only", "Locality, text", "share", 1, True),
-    "locality_text_top1": Metric("Locality, text only: likeliest first token", "Locality, text, top 1", "share", 1),
-    "locality_far_top10": Metric("Locality, unrelated picture: ordered top-10 first tokens", "Locality, far, top 10", "share", 1),
-    "portability": Metric("Portability", "Portability", "share", 1, True),
-    "stale_rate": Metric("Stale answers", "Stale answers", "share", -1, True),
-    "harmonic_mean": Metric("Harmonic mean", "Harmonic mean", "share", 1, True),
-    "forgetting": Metric("Forgetting, first minus last", "Forgetting", "difference", -1, True),
-    "forgetting_max": Metric("Forgetting, best minus last", "Forgetting, max", "difference", -1, True),
-    "backward_transfer": Metric("Backward transfer", "Backward transfer", "difference", 1, True),
-    "anytime_success": Metric("Success averaged over year ends", "Success, anytime", "share", 1, True),
-    "plasticity": Metric("Plasticity: success right after, last year", "Plasticity", "share", 1, True),
-    "stability": Metric("Stability: earlier years' edits that still hold", "Stability", "share", 1, True),
-    "stability_plasticity": Metric("Harmonic mean of stability and plasticity", "Stability, plasticity", "share", 1, True),
-    "revised_success": Metric("Revised facts right by the current value", "Revised, right", "share", 1, True),
-    "revised_stale": Metric("Revised facts answered by the old value", "Revised, stale", "share", -1, True),
-    "teacher_forcing_gap": Metric("Token accuracy minus free generation", "Teacher-forcing gap", "difference", 0),
-    "forward_transfer": Metric("Forward transfer", "Forward transfer", "difference", 0, True),
-    "half_life": Metric("Half-life", "Half-life", "edits", 1, True),
-    "general_score": Metric("General ability", "Ability", "share", 1, True),
-    "general_drop": Metric("General ability lost", "Ability lost", "difference", -1, True),
-    "unrelated_kept": Metric("Answers to unrelated questions kept", "Unrelated kept", "share", 1, True),
-    "benchmark_drop": Metric("Benchmark score lost", "Benchmarks lost", "difference", -1, True),
-    "skill_drop": Metric("Benchmark skill lost, guessing taken out", "Skill lost", "difference", -1),
-    "safety_drop": Metric("Safety score lost", "Safety lost", "difference", -1, True),
-    "truth_mc1": Metric("Truthfulness, MC1: the best answer is the likeliest", "Truthful, MC1", "share", 1),
-    "truth_mc2": Metric("Truthfulness, MC2: probability of right answers", "Truthful, MC2", "share", 1),
-    "perplexity_ratio": Metric("Perplexity ratio", "Perplexity", "ratio", -1),
-    "collapse_step": Metric("Collapse at step", "Collapse step", "count", 1),
-    "alarm_step": Metric("Alarm on unrelated answers at step", "Alarm step", "count", 1),
-    "hard_edits": Metric("Single edits out of all proportion", "Hard edits", "count", -1),
-    "deferral_precision": Metric("Deferral precision: left to the base, and rightly", "Deferral precision", "share", 1),
-    "deferral_recall": Metric("Deferral recall: unrelated questions left to the base", "Deferral recall", "share", 1),
-    "edits": Metric("Edits applied", "Edits applied", "count", 0),
-    "seconds_per_edit": Metric("Seconds per edit", "Cost of an edit", "seconds", -1),
-    "state_bytes": Metric("Editor state", "Editor state", "bytes", -1),
-    "peak_bytes": Metric("Peak memory", "Peak memory", "bytes", -1),
-}
+_TABLES: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
+MAIN = tuple(_TABLES["main"])
+"""Metrics of the main table, in order of display."""
+METRICS = {name: Metric(**fields) for table in _TABLES.values() for name, fields in table.items()}
 GENERALITY = ("text_generality", "image_generality")
 LOCALITY = ("locality_hard", "locality_sibling", "locality_far", "locality_text")
 

@@ -5,28 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from analysis.metrics.catalogue import METRICS, metric_of
+from analysis.metrics.catalogue import MAIN, METRICS, metric_of
 from analysis.reading.records import FREE_GENERATION, TOKEN_ACCURACY, ScoringMode
 
 Summary = dict[str, Any]
 """The content of summary.json."""
-MAIN = (
-    "edit_success_now",
-    "edit_success",
-    "forgetting",
-    "text_generality",
-    "image_generality",
-    "locality_hard",
-    "harmonic_mean",
-    "portability",
-    "stale_rate",
-    "general_drop",
-    "perplexity_ratio",
-    "collapse_step",
-    "seconds_per_edit",
-    "state_bytes",
-)
-"""Metrics of the main table, in order of display."""
 
 
 def main_mode(summary: Summary) -> ScoringMode:

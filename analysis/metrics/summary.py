@@ -22,6 +22,7 @@ from analysis.metrics.answers import SIGNED, Metrics, at_end, in_common, mean_sc
 from analysis.metrics.bootstrap import REPLICATES, Draws, Interval, Resampler, combine, harmonic, point
 from analysis.metrics.catalogue import GENERALITY, split_name
 from analysis.metrics.collapse import collapse, hard_edits
+from analysis.metrics.comparison import main_mode
 from analysis.metrics.forgetting import edit_metrics
 from analysis.metrics.from_extras import deferral, first_token_agreement, gate_decisions, truthfulness
 from analysis.reading.load import EditorRun, Run
@@ -170,11 +171,10 @@ def merged_notes(notes: Sequence[str], editors: Sequence[str]) -> list[str]:
 def precision(editors: Mapping[str, Mapping[str, Interval]]) -> dict[str, dict[str, float]]:
     """Median over editors of the interval's half-width and of the number of answers behind it, by metric of PRECISION.
 
-    The metrics are those of free generation where edits were scored so, else of token accuracy.
+    The metrics are those of the leading scoring mode.
     """
     out = {}
-    suffix = "_gen" if any("edit_success_gen" in e for e in editors.values()) else ""
-    for name in (n + suffix for n in PRECISION):
+    for name in (n + main_mode({"editors": editors}).suffix for n in PRECISION):
         known = [e[name] for e in editors.values() if name in e and e[name]["low"] is not None and e[name]["high"] is not None]
         if known:
             halves = [(float(k["high"] or 0) - float(k["low"] or 0)) / 2 for k in known]

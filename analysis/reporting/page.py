@@ -8,7 +8,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
@@ -38,7 +37,6 @@ def render(template: str, **variables: Any) -> str:
 def template_variables(context: FigureContext, figures: dict[str, Figure]) -> dict[str, Any]:
     """The variables of report.html.j2."""
     run, summary, mode, about = context.run, context.summary, main_mode(context.summary), context.summary["run"]
-    captions = yaml.safe_load((Path(__file__).parent / "captions.yaml").read_text("utf-8"))
     return {
         "title": about.get("stream", {}).get("name", "run"),
         "about": about,
@@ -51,7 +49,10 @@ def template_variables(context: FigureContext, figures: dict[str, Figure]) -> di
         "tables": {m.title: main_table(summary, m) for m in _modes_first(summary, mode)},
         "others": other_table(summary, mode),
         "published": published.beside(run, summary),
-        "figures": [{"name": n, "caption": captions[n], "data": data_uri(f), "narrow": f.get_figwidth() < 5} for n, f in figures.items()],
+        "figures": [
+            {"name": n, "caption": style.CAPTIONS[n]["caption"], "data": data_uri(f), "narrow": f.get_figwidth() < 5}
+            for n, f in figures.items()
+        ],
         "precision": {metric_of(n).title: p for n, p in about["precision"].items()},
         "forgotten": {n: verdict.worst_forgotten(run, e, context.mode) for n, e in run.editors.items()},
         "forgotten_counts": {n: verdict.count_forgotten(e, context.mode) for n, e in run.editors.items()},
