@@ -18,8 +18,7 @@ from typing import Any, ClassVar
 
 from streams import transforms
 from streams.base import BadStream, Skipped, Stream, StreamConfig, TimeAxis, TrainPool
-from streams.files.entry import QuestionKey
-from streams.files.records import normalize
+from streams.files.entry import QuestionKey, content_key
 from testbed.core.events import LOCALITY_SPLITS, EditEvent, Question, content_id
 from testbed.core.registry import STREAMS
 
@@ -52,7 +51,7 @@ class Merged(Stream):
         self.time_axis = self._common_axis()
         self.skipped = [Skipped(f"{p.name}: {s.where}", s.reason) for p in self.parts for s in p.skipped]
         self._finite = [None if p.time_axis == "simulated" else p.events(ALL) for p in self.parts]
-        self._edited_keys = [{_content_key(e) for e in events or ()} for events in self._finite]
+        self._edited_keys = [{content_key(e) for e in events or ()} for events in self._finite]
         self._all_edited: set[QuestionKey] = set().union(*self._edited_keys)
         self.skipped += self._repeated()
         self._part_index: dict[str, int] = {}
@@ -94,7 +93,7 @@ class Merged(Stream):
         return [replace(e, seq=seq, time=t) for seq, ((e, _), t) in enumerate(zip(inorder, times))]
 
     def _is_free(self, event: EditEvent, i: int) -> bool:
-        return not any(_content_key(event) in taken for taken in self._edited_keys[:i])
+        return not any(content_key(event) in taken for taken in self._edited_keys[:i])
 
     def questions(self, event: EditEvent) -> tuple[Question, ...]:
         return tuple(q for q in self.parts[self._part_of(event)].questions(event) if self._may_ask(q))
@@ -103,7 +102,7 @@ class Merged(Stream):
         """Whether no part trains on the question, nor edits it where it is a locality question."""
         if q.split in ("edit", "stale"):
             return True
-        key = _content_key(q)
+        key = content_key(q)
         return key not in self._pool and (q.split not in LOCALITY_SPLITS or key not in self._all_edited)
 
     def _part_of(self, event: EditEvent) -> int:
@@ -115,7 +114,7 @@ class Merged(Stream):
 
     def general(self) -> tuple[Question, ...]:
         kept = self._all_edited | self._pool.keys()
-        return tuple({q.id: q for p in self.parts for q in p.general() if _content_key(q) not in kept}.values())
+        return tuple({q.id: q for p in self.parts for q in p.general() if content_key(q) not in kept}.values())
 
     def paraphrases(self, event: EditEvent) -> tuple[str, ...]:
         return self.parts[self._part_of(event)].paraphrases(event)
@@ -127,15 +126,15 @@ class Merged(Stream):
 
     @cached_property
     def _pool(self) -> dict[QuestionKey, Question]:
-        found = {_content_key(q): q for p in self.parts for q in p.train_pool().questions}
+        found = {content_key(q): q for p in self.parts for q in p.train_pool().questions}
         return {key: q for key, q in found.items() if key not in self._all_edited}
 
     def beliefs(self) -> Iterator[Question]:
         """The beliefs of all parts; where two parts have one about the same question, the earlier part's."""
         given: set[QuestionKey] = set()
         for part in self.parts:
-            found = [q for q in part.beliefs() if _content_key(q) not in given]
-            given |= {_content_key(q) for q in found}
+            found = [q for q in part.beliefs() if content_key(q) not in given]
+            given |= {content_key(q) for q in found}
             yield from found
 
 
@@ -143,7 +142,3 @@ def _part(name: str, config: StreamConfig) -> Stream:
     name, _, folder = name.partition("@")
     root = Path(config.data_root or ".") / folder if folder else config.data_root
     return STREAMS.get(name)(replace(config, data_root=root))
-
-
-def _content_key(item: EditEvent | Question) -> QuestionKey:
-    return (item.image.key if item.image is not None else ""), normalize(item.prompt)

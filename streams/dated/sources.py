@@ -1,4 +1,4 @@
-"""Readers of dated facts: TempLAMA, DyKnow, YAGO11k, REIGN. Each takes a data root and returns a `SourceData`."""
+"""Readers of dated facts: TempLAMA, DyKnow, YAGO11k, REIGN. Each takes a data root and fills a `SourceData`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import csv
 import io
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,27 +14,20 @@ from typing import Any, NamedTuple
 from streams.base import BadStream
 from streams.data import table
 from streams.dated.states import Day, SourceData, State, Timeline, day, read_day, state
-from streams.files.fields import find_files, read_rows, texts_in
-from streams.files.records import BadField, clean, kind_of, parse_json, text_of
+from streams.files.fields import find_files, read_rows
+from streams.files.records import BadField, clean, kind_of, parse_json, text_at, texts_in
+
+PROMPTS: dict[str, dict[str, Any]] = table(__file__, "prompts.yaml")
 
 
-@dataclass(frozen=True)
-class PromptTemplates:
-    """Prompts for a relation with "{}" for the subject: of the edit, held out for probes, and for training."""
+def _timeline(source: str, subject: str, relation: str, states: Sequence[State]) -> Timeline:
+    """A fact in the prompts of its relation."""
 
-    prompt: str
-    held_out: tuple[str, ...]
-    train: tuple[str, ...]
+    def fill(texts: Sequence[str]) -> tuple[str, ...]:
+        return tuple(t.replace("{}", subject) for t in texts)
 
-    def timeline(self, source: str, subject: str, relation: str, states: list[State]) -> Timeline:
-        def fill(texts: tuple[str, ...]) -> tuple[str, ...]:
-            return tuple(t.replace("{}", subject) for t in texts)
-
-        prompt = self.prompt.replace("{}", subject)
-        return Timeline(subject, relation, prompt, tuple(states), fill(self.held_out), fill(self.train), source=source)
-
-
-PROMPT_TEMPLATES = {relation: PromptTemplates(**row) for relation, row in table(__file__, "prompts.yaml").items()}
+    (prompt,), held_out, train = (fill(texts) for texts in PROMPTS[relation].values())
+    return Timeline(subject, relation, prompt, tuple(states), held_out, train, source=source)
 
 
 class Country(NamedTuple):
@@ -55,9 +47,8 @@ YAGO = {"playsFor": "plays for", "worksAt": "works for", "isAffiliatedTo": "is a
 _ESCAPE = re.compile(r"\\u([0-9a-fA-F]{4})")
 
 
-def templama(root: Path | None) -> SourceData:
+def templama(root: Path | None, data: SourceData) -> None:
     """`time_editing.json`: lists of states, each with the last year in which it held."""
-    data = SourceData()
     path = find_files(root, ["templama/time_editing.json"], "TempLAMA")[0]
     rows, digest = read_rows(path, data.skipped)
     data.digests.append(digest)
@@ -69,24 +60,23 @@ def templama(root: Path | None) -> SourceData:
         return _templama_fact(row, where)
 
     data.timelines += data.usable(rows, timeline, path.name)
-    return data
 
 
 def _templama_fact(row: list[Mapping[str, Any]], where: str) -> Timeline:
-    query = text_of(row[0], "query")
-    for relation in PROMPT_TEMPLATES:
+    query = text_at(row[0], "query")
+    for relation in PROMPTS:
         subject, found, _ = query.partition(f" {relation} _X_")
         if found and subject:
             break
     else:
         raise BadField("query is of no relation that is known here (expected 'NAME plays for _X_.' or the like)")
-    last = [read_day(text_of(s, "date"), "date") for s in row]
+    last = [read_day(text_at(s, "date"), "date") for s in row]
     ends = [(d[0] + 1, 0, 0) for d in last if d]
     if len(ends) < len(row) or any(a >= b for a, b in pairwise(ends)):
         raise BadField("date: the years must be there and rise from state to state")
     starts = [(ends[0][0] - 1, 0, 0), *ends[:-1]]
     states = [state(_answer(s), a, b, f"{where} state {k}") for k, (s, a, b) in enumerate(zip(row, starts, ends))]
-    return PROMPT_TEMPLATES[relation].timeline("TempLAMA", subject, relation, states)
+    return _timeline("TempLAMA", subject, relation, states)
 
 
 def _answer(row: Mapping[str, Any]) -> str:
@@ -94,12 +84,11 @@ def _answer(row: Mapping[str, Any]) -> str:
     first = given[0] if isinstance(given, list) and given else given
     if not isinstance(first, Mapping):
         raise BadField(f"answer must be a list of objects with a name, found {kind_of(given)}")
-    return text_of(first, "name")
+    return text_at(first, "name")
 
 
-def dyknow(root: Path | None) -> SourceData:
+def dyknow(root: Path | None, data: SourceData) -> None:
     """`qa_generated.json` (questions and dated answers), with the paraphrases of `grc_generated.json` beside it."""
-    data = SourceData()
     path = find_files(root, ["dyknow/qa_generated.json"], "DyKnow")[0]
     top = _object(path, data)
     beside = path.with_name("grc_generated.json")
@@ -116,7 +105,6 @@ def dyknow(root: Path | None) -> SourceData:
 
     facts = _dyknow_facts(top, ())
     data.timelines += data.usable(facts, timeline, lambda _, item: f"{path.name} {' / '.join(item[0])}")
-    return data
 
 
 def _object(path: Path, data: SourceData) -> Mapping[str, Any]:
@@ -162,9 +150,8 @@ def _dyknow_state(answer: Any, where: str) -> State:
     return state(value.strip(), read_day(dates.get("S", ""), "start"), read_day(dates.get("E", ""), "end"), where)
 
 
-def yago(root: Path | None) -> SourceData:
+def yago(root: Path | None, data: SourceData) -> None:
     """`triple2id.txt` (subject, relation, object, from, to, tab-separated) with `entity2id.txt` and `relation2id.txt`."""
-    data = SourceData()
     path = find_files(root, ["yago11k/yago/triple2id.txt"], "YAGO11k")[0]
     names = {p[1]: _entity(p[0]) for _, p in _table(path.with_name("entity2id.txt"), 2, data)}
     relations = {p[1]: p[0].strip("<>") for _, p in _table(path.with_name("relation2id.txt"), 2, data)}
@@ -184,8 +171,7 @@ def yago(root: Path | None) -> SourceData:
             data.skip(where, str(e))
     for relation, n in sorted(unused.items()):
         data.skip(f"{path.name}, {n:,} records of {relation}", "the relation is no state of which one follows another")
-    data.timelines = [PROMPT_TEMPLATES[r].timeline("YAGO11k", s, r, states) for (s, r), states in facts.items()]
-    return data
+    data.timelines += [_timeline("YAGO11k", s, r, states) for (s, r), states in facts.items()]
 
 
 def _entity(name: str) -> str:
@@ -206,9 +192,8 @@ def _table(path: Path, width: int, data: SourceData) -> Iterator[tuple[str, list
             yield where, parts[:width]
 
 
-def leaders(root: Path | None) -> SourceData:
+def leaders(root: Path | None, data: SourceData) -> None:
     """REIGN's leader list: one leader a line, with country code (Correlates of War), day of entry and month of exit."""
-    data = SourceData()
     path = find_files(root, ["reign/data_sets/leaderlist*.csv"], "REIGN")[-1]
     rows = csv.DictReader(io.StringIO(data.read(path).decode("utf-8-sig", "surrogateescape"), newline=""))
     needed = {"ccode", "leader", "sdate", "smonth", "syear", "emonth", "eyear"}
@@ -224,9 +209,7 @@ def leaders(root: Path | None) -> SourceData:
         list(data.usable(rows, add, path.name))
     except csv.Error as e:
         raise BadStream(f"{path}: cannot be read as a table after record {data.total}: {e}. Fetch it again.") from e
-    templates = PROMPT_TEMPLATES["is led by"]
-    data.timelines = [templates.timeline("REIGN", COUNTRIES[c].name, "is led by", states) for c, states in sorted(facts.items())]
-    return data
+    data.timelines += [_timeline("REIGN", COUNTRIES[c].name, "is led by", states) for c, states in sorted(facts.items())]
 
 
 def _country(row: Mapping[str, Any]) -> int:
@@ -241,7 +224,7 @@ def _leader(row: Mapping[str, Any], where: str) -> State:
     end: Day | None = None
     if (row.get("eyear") or "").strip():
         end = day(_whole(row, "eyear"), _whole(row, "emonth"), 0, "end")
-    return state(text_of(row, "leader"), start, end, where)
+    return state(text_at(row, "leader"), start, end, where)
 
 
 def _whole(row: Mapping[str, Any], name: str) -> int:

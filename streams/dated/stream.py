@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from streams.base import BadStream, StreamConfig
 from streams.dated import sources
@@ -13,6 +15,13 @@ from streams.files.pictures import FilePicture, list_folder
 from streams.files.records import normalize
 from testbed.core.registry import STREAMS
 
+FLAG_PROMPTS: dict[str, Any] = {
+    "prompt": "Who leads this country?",
+    "held_out": ("The leader of the country with this flag is", "Who is in charge of this country?"),
+    "train": ("Name the leader of this country.", "Which person leads the country with this flag?"),
+}
+_FLAG = re.compile(r"[A-Z]{2}\.png", re.ASCII)
+
 
 @STREAMS.register("templama")
 class TempLama(DatedStream):
@@ -21,7 +30,7 @@ class TempLama(DatedStream):
     summary = "TempLAMA: people's teams, employers and positions by year, 2010-2020 (needs --data-root)"
     licence = "TempLAMA: Apache-2.0; facts: Wikidata, CC0"
     size = "1,139 changes of 928 facts"
-    reader = staticmethod(sources.templama)
+    readers = (sources.templama,)
 
 
 @STREAMS.register("dyknow")
@@ -31,7 +40,7 @@ class DyKnow(DatedStream):
     summary = "DyKnow: leaders, athletes' teams, heads of companies by date (needs --data-root)"
     licence = "DyKnow: MIT; facts: Wikidata, CC0"
     size = "933 changes of 118 facts"
-    reader = staticmethod(sources.dyknow)
+    readers = (sources.dyknow,)
 
 
 @STREAMS.register("yago")
@@ -41,7 +50,7 @@ class Yago(DatedStream):
     summary = "YAGO11k: teams, employers, affiliations, spouses by year (needs --data-root)"
     licence = "YAGO3 facts: CC BY 3.0; the copy in ATISE: MIT"
     size = "2,302 changes of 898 facts"
-    reader = staticmethod(sources.yago)
+    readers = (sources.yago,)
 
 
 @STREAMS.register("leaders")
@@ -51,7 +60,7 @@ class Leaders(DatedStream):
     summary = "REIGN: who leads each country, by day, 1950-2021 (needs --data-root)"
     licence = "REIGN (Bell, OEF Research): open data without a stated licence; cite the authors"
     size = "2,319 changes of 197 facts"
-    reader = staticmethod(sources.leaders)
+    readers = (sources.leaders,)
 
 
 @STREAMS.register("dated-facts")
@@ -61,15 +70,10 @@ class DatedFacts(DatedStream):
     summary = "Dated facts: TempLAMA, DyKnow, YAGO11k and REIGN together, without repeats (needs --data-root)"
     licence = "as its sources: TempLAMA Apache-2.0, DyKnow MIT, YAGO CC BY 3.0, REIGN open data; Wikidata CC0"
     size = "6,668 changes of 2,122 facts"
+    readers = (sources.templama, sources.dyknow, sources.yago, sources.leaders)
 
     def timelines(self, config: StreamConfig) -> SourceData:
-        out = SourceData()
-        for reader in (sources.templama, sources.dyknow, sources.yago, sources.leaders):
-            found = reader(config.data_root)
-            out.timelines += found.timelines
-            out.skipped += found.skipped
-            out.digests += found.digests
-            out.total += found.total
+        out = super().timelines(config)
         best: dict[tuple[str, str], Timeline] = {}
         for t in out.timelines:
             key = normalize(t.subject), t.relation
@@ -88,9 +92,10 @@ class LeadersFlags(DatedStream):
     summary = "REIGN by flags: a country's flag, who leads it, 1950-2021 (needs --data-root)"
     licence = "REIGN: open data without a stated licence; flags (GoSquared): MIT"
     size = "2,255 changes of 188 facts"
+    readers = (sources.leaders,)
 
     def timelines(self, config: StreamConfig) -> SourceData:
-        data = sources.leaders(config.data_root)
+        data = super().timelines(config)
         flags = _flags(config.data_root)
         by_name = {c.name: c for c in sources.COUNTRIES.values()}
         shown: list[Timeline] = []
@@ -106,21 +111,10 @@ class LeadersFlags(DatedStream):
                 if s.start[0] < country.since:
                     data.skip(s.where, f"today's flag stands for the country from {country.since} on")
             states = tuple(s for s in t.states if s.start[0] >= country.since)
-            shown.append(_with_flag(replace(t, states=states), flag))
+            shown.append(replace(t, states=states, image=flag, prompt_by_name=t.prompt, **FLAG_PROMPTS))
         data.timelines = shown
         data.digests += [f"{t.image.name} {t.image.size}" for t in shown if t.image]
         return data
-
-
-def _with_flag(t: Timeline, flag: FilePicture) -> Timeline:
-    return replace(
-        t,
-        prompt="Who leads this country?",
-        held_out=("The leader of the country with this flag is", "Who is in charge of this country?"),
-        train=("Name the leader of this country.", "Which person leads the country with this flag?"),
-        image=flag,
-        prompt_by_name=t.prompt,
-    )
 
 
 def _flags(root: Path | None) -> dict[str, FilePicture]:
@@ -128,11 +122,7 @@ def _flags(root: Path | None) -> dict[str, FilePicture]:
     folders = ("", "flags", "64", "flat/64", "flags-iso/flat/64", "flags/flags-iso/flat/64", "flags/flags/flags-iso/flat/64")
     bases = [Path(root), Path(root).parent] if root is not None else []
     for folder in (base / f for base in bases for f in folders):
-        found = {e.name[:2]: FilePicture(folder, e.name) for e in list_folder(folder) if _is_flag(e.name)}
+        found = {e.name[:2]: FilePicture(folder, e.name) for e in list_folder(folder) if _FLAG.fullmatch(e.name)}
         if len(found) >= 10:
             return found
     raise BadStream(f"{root} has no flags: expected a folder flags/ of pictures named by ISO 3166 codes (FR.png, JP.png, ...).")
-
-
-def _is_flag(name: str) -> bool:
-    return len(name) == 6 and name.endswith(".png") and name[:2].isascii() and name[:2].isupper()

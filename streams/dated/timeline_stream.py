@@ -19,7 +19,7 @@ from testbed.core.events import EditEvent, Split, content_id
 
 
 class DatedStream(EntryStream):
-    """Real changes, old value to new, ordered by date. A subclass gives `reader`, or overrides `timelines`.
+    """Real changes, old value to new, ordered by date. A subclass gives `readers`.
 
     The first change of a fact is its `add`, each later one a `revise`. `seed` orders changes of the same date;
     the shares of kinds, `edits_per_year` and `drift` have no effect. 15 % of the facts, by a hash of their names,
@@ -29,12 +29,15 @@ class DatedStream(EntryStream):
     time_axis = "dated"
     supports = frozenset({"since"})
 
-    reader: ClassVar[Callable[[Path | None], SourceData]]
-    """Reads the facts under a data root. Raises `BadStream`."""
+    readers: ClassVar[tuple[Callable[[Path | None, SourceData], None], ...]]
+    """Each adds the facts of one source under a data root. Raises `BadStream`."""
 
     def timelines(self, config: StreamConfig) -> SourceData:
         """The facts under `config.data_root`. Raises `BadStream`."""
-        return type(self).reader(config.data_root)
+        data = SourceData()
+        for reader in self.readers:
+            reader(config.data_root, data)
+        return data
 
     def read(self, config: StreamConfig) -> EntryData:
         source = self.timelines(config)

@@ -26,6 +26,11 @@ def question_key(image: AnyPicture | None, prompt: str) -> QuestionKey:
     return (image.name if image is not None else ""), normalize(prompt)
 
 
+def content_key(item: EditEvent | Question) -> QuestionKey:
+    """As `question_key`, with the content of the picture in place of its name."""
+    return (item.image.key if item.image is not None else ""), normalize(item.prompt)
+
+
 @dataclass(frozen=True, slots=True)
 class EntryQuestion:
     """A question that a record brings with it.
@@ -171,7 +176,7 @@ def consistent(beliefs: Iterable[Question]) -> Iterator[Question]:
     Reads every picture file, because copies of a file are one picture.
     """
     beliefs = list(beliefs)
-    keys = [((q.image.key if q.image is not None else ""), normalize(q.prompt)) for q in beliefs]
+    keys = list(map(content_key, beliefs))
     answers: dict[QuestionKey, set[str]] = {}
     for q, key in zip(beliefs, keys):
         answers.setdefault(key, set()).add(normalize(q.answer or ""))

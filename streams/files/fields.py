@@ -15,55 +15,29 @@ from streams.base import BadStream, Skipped
 from streams.data import table
 from streams.files.entry import EntryData, EntryQuestion, FactEntry, with_roles
 from streams.files.pictures import list_folder
-from streams.files.records import BadField, clean, digest_of, distinct, kind_of, normalize, parse_json, read_bytes, reasons
+from streams.files.records import (
+    ABSENT,
+    BadField,
+    digest_of,
+    distinct,
+    kind_of,
+    normalize,
+    optional_text,
+    parse_json,
+    read_bytes,
+    reasons,
+    text_at,
+    texts_at,
+    texts_in,
+    value_at,
+)
 from testbed.core.events import BadPicture, Split
 
 R = TypeVar("R")
 T = TypeVar("T")
 FieldMap = Mapping[str, str]
-ABSENT = object()
 SOURCES: dict[str, dict[str, Any]] = table(__file__, "sources.yaml")
 """For each data set where its files lie and what its fields are called; the file says what its entries mean."""
-
-
-def value_at(record: object, path: str) -> object:
-    """The value at a path of names joined by dots; `ABSENT` where a step is missing."""
-    if isinstance(record, Mapping) and path in record:
-        return record[path]
-    value = record
-    for step in path.split("."):
-        if not isinstance(value, Mapping) or step not in value:
-            return ABSENT
-        value = value[step]
-    return value
-
-
-def texts_in(value: object, field: str) -> tuple[str, ...]:
-    """One text, a number, or nested lists of them, as texts in order without the empty ones. Raises `BadField`."""
-    if value is ABSENT or value is None:
-        return ()
-    if isinstance(value, (list, tuple)):
-        return tuple(text for item in value for text in texts_in(item, field))
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return (str(value),)
-    text = clean(value, field)
-    return (text,) if text else ()
-
-
-def first_text(record: object, path: str) -> str:
-    """The first text at a path. Raises `BadField` where there is none."""
-    value = value_at(record, path)
-    if value is ABSENT:
-        raise BadField(f"{path} is absent")
-    texts = texts_in(value, path)
-    if not texts:
-        raise BadField(f"{path} is null" if value is None else f"{path} is empty")
-    return texts[0]
-
-
-def texts_at(record: object, path: str | None) -> tuple[str, ...]:
-    """The texts at a path, equal ones once; () without a path."""
-    return distinct(texts_in(value_at(record, path), path)) if path else ()
 
 
 def nested_questions(record: object, path: str | None, split: Split) -> Iterator[EntryQuestion]:
@@ -101,8 +75,8 @@ def read_entry(row: Mapping[str, Any], form: FieldMap, name: str, guess: tuple[s
         name: the entry's `source`.
         guess: (subject, frame) found from the prompt, used where the form has no subject.
     """
-    prompt, target = first_text(row, form["prompt"]), first_text(row, form["target"])
-    subject = next(iter(texts_at(row, form.get("subject"))), guess[0] if guess else None)
+    prompt, target = text_at(row, form["prompt"]), text_at(row, form["target"])
+    subject = optional_text(row, form.get("subject")) or (guess[0] if guess else None)
     prompt = prompt.replace("{}", subject) if subject and "{}" in prompt else prompt
     old = texts_at(row, form.get("previous"))
     previous = old[0] if old else None

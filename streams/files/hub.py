@@ -16,9 +16,9 @@ from typing import Any, ClassVar
 from streams.base import BadStream, Skipped, StreamConfig
 from streams.files.entry import EntryData, FactEntry
 from streams.files.entry_stream import EntryStream
-from streams.files.fields import ABSENT, RecordReader, as_object, columns, read_entry, read_rows, value_at
+from streams.files.fields import RecordReader, as_object, columns, read_entry, read_rows
 from streams.files.pictures import AnyPicture, FilePicture, StoredPicture
-from streams.files.records import BadField, digest_of, optional_text, reasons
+from streams.files.records import ABSENT, BadField, digest_of, optional_text, reasons, value_at
 from testbed.core.events import BadPicture, content_id
 from testbed.core.registry import STREAMS
 
@@ -88,7 +88,7 @@ def _picture(row: Mapping[str, Any], form: Mapping[str, str], folder: Path | Non
         return held
     if isinstance(held, BadPicture):
         raise held
-    name = optional_text(row, form["image"]) if "image" in form else None
+    name = optional_text(row, form.get("image"))
     if name is None:
         return None
     if folder is None:

@@ -15,10 +15,10 @@ from typing import Any, ClassVar
 from streams.base import MissingImages, StreamConfig
 from streams.files.entry import EntryData, EntryQuestion, FactEntry
 from streams.files.entry_stream import EntryStream
-from streams.files.fields import SOURCES, RecordReader, as_object, find_parts, must_differ, nested_questions, read_rows, texts_at
+from streams.files.fields import SOURCES, RecordReader, as_object, find_parts, must_differ, nested_questions, read_rows
 from streams.files.files_or_world import FilesOrWorld
 from streams.files.pictures import FilePicture, list_folder, stays_inside
-from streams.files.records import BadField, clean, distinct, normalize, optional_text, text_of, texts_of
+from streams.files.records import BadField, distinct, normalize, optional_text, text_at, texts_at
 from testbed.core.events import content_id
 from testbed.core.registry import STREAMS
 
@@ -100,20 +100,20 @@ class _MMEditReader(RecordReader):
         """Train paraphrases of the same records from the file beside, by picture and question."""
 
         def paraphrases(row: Any, _: str) -> tuple[tuple[str, str], tuple[str, ...]]:
-            key = text_of(as_object(row), "image"), normalize(text_of(row, "src"))
-            return key, texts_of(row, "rephrased_questions_train")
+            key = text_at(as_object(row), "image"), normalize(text_at(row, "src"))
+            return key, texts_at(row, "rephrased_questions_train")
 
         other = path.with_name(f"{path.stem}_balancedit.json")
         return dict(self.usable(read_rows(other, self.skipped)[0], paraphrases, other.name)) if other.is_file() else {}
 
     def entry(self, row: Any, name: str) -> FactEntry:
         """One row as an entry. Raises `BadField` or `BadPicture` where it cannot be used."""
-        src, target = text_of(as_object(row), "src"), text_of(row, "alt")
+        src, target = text_at(as_object(row), "src"), text_at(row, "alt")
         previous = optional_text(row, "pred")
         previous = self.form.tidy(previous) if previous else None
         photo, rephrased, local = (self._picture(row, f) for f in PICTURES)
         must_differ(target, previous, ("alt", "pred"))
-        train = (*texts_of(row, "rephrased_questions_train"), *self.more_train.get((clean(row.get("image"), "image"), normalize(src)), ()))
+        train = (*texts_at(row, "rephrased_questions_train"), *self.more_train.get((text_at(row, "image"), normalize(src)), ()))
         stand_in = "" if photo else self._stand_in(row, src, previous)
         held_out = distinct([_unquoted(t) for t in texts_at(row, "rephrase")], [src])
         entry = FactEntry(
@@ -134,7 +134,7 @@ class _MMEditReader(RecordReader):
 
     def _picture(self, row: Mapping[str, Any], name: str) -> FilePicture | None:
         """The picture that a field names; None, and counted as missing, where there is no file."""
-        value = text_of(row, name) if name == "image" else optional_text(row, name)
+        value = text_at(row, name) if name == "image" else optional_text(row, name)
         picture = self.index.find(value) if value else None
         if picture is None:
             self.missing[name] += 1
@@ -160,12 +160,10 @@ def _questions(row: Mapping[str, Any], prompt: str, target: str, pictures: tuple
     out = []
     if photo is not None and rephrased is not None:
         out.append(EntryQuestion("image_generality", prompt, target, rephrased))
-    loc, loc_answer = optional_text(row, "loc"), optional_text(row, "loc_ans")
-    if loc and loc.removeprefix(_PREFIX).strip():
-        out.append(EntryQuestion("locality_text", loc.removeprefix(_PREFIX).strip(), loc_answer))
-    far, far_answer = optional_text(row, "m_loc_q"), optional_text(row, "m_loc_a")
-    if local is not None and far:
-        out.append(EntryQuestion("locality_far", far, far_answer, local))
+    if loc := (optional_text(row, "loc") or "").removeprefix(_PREFIX).strip():
+        out.append(EntryQuestion("locality_text", loc, optional_text(row, "loc_ans")))
+    if local is not None and (far := optional_text(row, "m_loc_q")):
+        out.append(EntryQuestion("locality_far", far, optional_text(row, "m_loc_a"), local))
     if photo is not None:
         out += [EntryQuestion(a.split, a.prompt, a.answer, photo, a.aliases) for a in _one_hop(row)]
     return out

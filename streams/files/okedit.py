@@ -18,7 +18,7 @@ from streams.files.entry_stream import EntryStream
 from streams.files.fields import RecordReader, find_files
 from streams.files.files_or_world import FilesOrWorld
 from streams.files.pictures import FilePicture, coco_photos, numbered, same_pixels
-from streams.files.records import BadField, clean, distinct, id_of, normalize, optional_text, read_table, text_of, texts_of, votes_of
+from streams.files.records import BadField, distinct, id_of, normalize, optional_text, read_table, text_at, texts_at, votes_of
 from testbed.core.events import EditEvent, content_id
 from testbed.core.registry import STREAMS
 
@@ -156,7 +156,7 @@ def _categories(top: Mapping[str, Any]) -> dict[str, str]:
     table = top.get("question_types")
     if not isinstance(table, dict):
         return {}
-    named = RecordReader().usable(table, lambda code, _: (code, text_of(table, code)), "question type")
+    named = RecordReader().usable(table, lambda code, _: (code, text_at(table, code)), "question type")
     return dict(named)  # a code without a name then names the category itself
 
 
@@ -188,10 +188,10 @@ class _OkeditReader(RecordReader):
         q, image_id = self.questions[question_id], id_of(row, "image_id")
         if q.get("image_id") is not None and id_of(q, "image_id") != image_id:
             raise BadField("image_id differs between question and annotation")
-        question, target = text_of(q, "question"), text_of(row, "counterfact_answer")
+        question, target = text_at(q, "question"), text_at(row, "counterfact_answer")
         previous, aliases = _answers(row, target)
         category = self._category(row)
-        rephrased, train = texts_of(q, "rephrased_questions"), texts_of(q, "rephrased_questions_train")
+        rephrased, train = texts_at(q, "rephrased_questions"), texts_at(q, "rephrased_questions_train")
         details = Details(question_id, image_id, optional_text(row, "locality_answer"))
         photo = self._photo(image_id)
         self._refuse_repeated(photo, question)
@@ -211,11 +211,8 @@ class _OkeditReader(RecordReader):
         )
 
     def _category(self, a: Mapping[str, Any]) -> str:
-        value = a.get("question_type")
-        if value is None:
-            return "other"
-        name = str(value) if isinstance(value, int) and not isinstance(value, bool) else clean(value, "question_type")
-        return self.categories.get(name) or (f"question type {name}" if name else "other")
+        name = optional_text(a, "question_type")
+        return (self.categories.get(name) or f"question type {name}") if name else "other"
 
     def _photo(self, image_id: int) -> FilePicture | None:
         name = self.photos.get(image_id)

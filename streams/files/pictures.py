@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -101,35 +100,24 @@ def stays_inside(name: str) -> bool:
 
 
 def _decode(source: Path | io.BytesIO, where: str) -> np.ndarray:
+    from PIL import Image, ImageOps
+
     try:
-        return _rgb(source, where)
+        with Image.open(source) as opened:
+            width, height = opened.size
+            if width * height > MAX_PIXELS:
+                raise BadPicture(f"picture {where} has {width} x {height} pixels, more than {MAX_PIXELS:,}: scale it down")
+            opened.load()
+            image = ImageOps.exif_transpose(opened)
+        if image.mode in ("I", "F"):
+            raise BadPicture(f"picture {where} has 32-bit pixels without a scale: save it with 8 bits a channel")
+        if image.mode.startswith("I;16"):  # PIL would clip deep grey to white
+            return np.repeat((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)[..., None], 3, axis=2)
+        return np.asarray(image.convert("RGB"), dtype=np.uint8)
     except BadPicture:
         raise
     except Exception as e:  # a decoder fed with broken bytes may raise anything
         raise BadPicture(f"picture {where} is not a picture, or cut short ({type(e).__name__}: {e}): fetch it again") from e
-
-
-def _rgb(source: Path | io.BytesIO, where: str) -> np.ndarray:
-    from PIL import Image, ImageOps
-
-    with Image.open(source) as image:
-        width, height = image.size
-        if width * height > MAX_PIXELS:
-            raise BadPicture(f"picture {where} has {width} x {height} pixels, more than {MAX_PIXELS:,}: scale it down")
-        image.load()
-        rgb = _eight_bit(ImageOps.exif_transpose(image), where).convert("RGB")
-    return np.asarray(rgb, dtype=np.uint8)
-
-
-def _eight_bit(image: Any, path: str) -> Any:
-    """Deep grey pictures scaled to 8 bit (PIL would clip them to white). Raises `BadPicture` for what has no scale."""
-    from PIL import Image
-
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise BadPicture(f"picture {path} has 32-bit pixels without a scale: save it with 8 bits a channel")
-    return image
 
 
 def same_pixels(a: FilePicture, b: FilePicture) -> bool:

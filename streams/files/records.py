@@ -24,6 +24,9 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans(dict.fromkeys(string.punctuation, " "))
 
 
+ABSENT = object()
+
+
 class BadField(ValueError):
     """One field of one record cannot be used; the message is the reason shown for the skipped record."""
 
@@ -112,30 +115,49 @@ def clean(value: object, field: str) -> str:
     return text
 
 
-def text_of(record: Mapping[str, Any], field: str) -> str:
-    """A text that is not empty. Raises `BadField`."""
-    if field not in record:
-        raise BadField(f"{field} is absent")
-    text = clean(record[field], field)
-    if not text:
-        raise BadField(f"{field} is empty")
-    return text
+def value_at(record: object, path: str) -> object:
+    """The value at a path of names joined by dots; `ABSENT` where a step is missing."""
+    if isinstance(record, Mapping) and path in record:
+        return record[path]
+    value = record
+    for step in path.split("."):
+        if not isinstance(value, Mapping) or step not in value:
+            return ABSENT
+        value = value[step]
+    return value
 
 
-def optional_text(record: Mapping[str, Any], field: str) -> str | None:
-    """A text, or None where it is absent, null or empty. Raises `BadField` for another type."""
-    value = record.get(field)
-    return (clean(value, field) or None) if value is not None else None
-
-
-def texts_of(record: Mapping[str, Any], field: str) -> tuple[str, ...]:
-    """A list of texts, empty ones left out; () where the field is absent or null. Raises `BadField`."""
-    value = record.get(field)
-    if value is None:
+def texts_in(value: object, field: str) -> tuple[str, ...]:
+    """One text, a number, or nested lists of them, as texts in order without the empty ones. Raises `BadField`."""
+    if value is ABSENT or value is None:
         return ()
-    if not isinstance(value, list):
-        raise BadField(f"{field} must be a list of texts, found {kind_of(value)}")
-    return tuple(t for t in (clean(v, field) for v in value) if t)
+    if isinstance(value, (list, tuple)):
+        return tuple(text for item in value for text in texts_in(item, field))
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return (str(value),)
+    text = clean(value, field)
+    return (text,) if text else ()
+
+
+def text_at(record: object, path: str) -> str:
+    """The first text at a path. Raises `BadField` where there is none."""
+    value = value_at(record, path)
+    if value is ABSENT:
+        raise BadField(f"{path} is absent")
+    texts = texts_in(value, path)
+    if not texts:
+        raise BadField(f"{path} is null" if value is None else f"{path} is empty")
+    return texts[0]
+
+
+def texts_at(record: object, path: str | None) -> tuple[str, ...]:
+    """The texts at a path, equal ones once; () without a path."""
+    return distinct(texts_in(value_at(record, path), path)) if path else ()
+
+
+def optional_text(record: object, path: str | None) -> str | None:
+    """The first text at a path, or None where there is none. Raises `BadField` for what is no text."""
+    return next(iter(texts_at(record, path)), None)
 
 
 def id_of(record: Mapping[str, Any], field: str) -> int:

@@ -11,7 +11,6 @@ from streams.base import BadStream, StreamConfig
 from streams.files.entry import EntryData, EntryQuestion, FactEntry, QuestionCollector
 from streams.files.entry_stream import EntryStream
 from streams.files.fields import (
-    ABSENT,
     SOURCES,
     FieldMap,
     RecordReader,
@@ -19,13 +18,10 @@ from streams.files.fields import (
     columns,
     find_parts,
     first_file,
-    first_text,
     nested_questions,
     read_entry,
-    texts_at,
-    value_at,
 )
-from streams.files.records import BadField, distinct, normalize, text_of
+from streams.files.records import ABSENT, BadField, distinct, normalize, optional_text, text_at, value_at
 from streams.files.subjects import subjects
 from streams.transforms import hash_fraction
 from testbed.core.events import content_id
@@ -81,7 +77,7 @@ class TextReader(RecordReader):
         by_fact: dict[tuple[str, str], list[EntryQuestion]] = {}
 
         def add(row: Any, _: str) -> None:
-            key = normalize(first_text(as_object(row), form["prompt"])), normalize(first_text(row, form["target"]))
+            key = normalize(text_at(as_object(row), form["prompt"])), normalize(text_at(row, form["target"]))
             by_fact.setdefault(key, []).extend(nested_questions(row, form["portability"], "portability"))
 
         list(self.usable(rows, add, file))
@@ -95,8 +91,8 @@ def _query(row: Any, position: Mapping[str, int]) -> tuple[int, str, EntryQuesti
     edit_id = str(value_at(as_object(row), "edit_id"))
     if edit_id not in position:
         raise BadField("edit_id names no record")
-    answer, kind = next(iter(texts_at(row, "query_target")), None), text_of(row, "query_type")
-    return position[edit_id], kind, EntryQuestion("locality_text", text_of(row, "query"), answer)
+    answer, kind = optional_text(row, "query_target"), text_at(row, "query_type")
+    return position[edit_id], kind, EntryQuestion("locality_text", text_at(row, "query"), answer)
 
 
 def _with_queries(
@@ -112,7 +108,7 @@ def _guess_subjects(rows: Sequence[Any], form: FieldMap) -> list[tuple[str, str]
     prompts = []
     for row in rows:
         try:
-            prompts.append(first_text(row, form["prompt"]))
+            prompts.append(text_at(row, form["prompt"]))
         except BadField:
             prompts.append("")
     return subjects(prompts)
