@@ -6,6 +6,11 @@ unedited model, and the edits that acted on the answer.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before torch is loaded
+    from testbed.core import threads
+
+    threads.prepare()
+
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -7,6 +7,11 @@ made alone on the clean model, to find the edits that break the model by themsel
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before torch is loaded
+    from testbed.core import threads
+
+    threads.prepare()
+
 import math
 import sys
 from collections.abc import Callable, Sequence

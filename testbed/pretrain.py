@@ -11,6 +11,11 @@ postedit.model=DIR`. Its model card holds the scores of the saved weights, besid
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before torch is loaded
+    from testbed.core import threads
+
+    threads.prepare()
+
 import dataclasses
 import hashlib
 import shlex

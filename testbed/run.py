@@ -14,10 +14,10 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from testbed.core import variants
+from testbed.core import threads, variants
 from testbed.core.registry import EDITORS, MONITORS, PROBES, STREAMS, WRAPPERS
 from testbed.experiment.command import run_command
-from testbed.experiment.config import BadConfig, RunConfig, set_fields, stored_config
+from testbed.experiment.config import BadConfig, RunConfig, set_fields, stored_config, stored_threads
 from testbed.experiment.interrupt import StopRequest
 
 
@@ -34,7 +34,13 @@ def _main(argv: list[str], console: Console) -> None:
     if config.list:
         list_plugins(Console())
         return
-    # torch, transformers and pandas are imported from here on, so that --help is fast
+
+    def say(line: str) -> None:
+        console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+    if line := threads.prepare(stored_threads(config.resume) if config.resume else None):
+        say(line)
+    # torch, transformers and pandas are imported from here on, so that --help is fast and OpenMP reads its settings late enough
     from transformers.utils import logging
 
     from analysis.reporting.tables import terminal_table
@@ -44,10 +50,6 @@ def _main(argv: list[str], console: Console) -> None:
     if config.dry_run:
         estimate.print_estimate(config.resolve(), Console())
         return
-
-    def say(line: str) -> None:
-        console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
-
     stop = StopRequest()
     with stop.on_signal():
         summary = runner.study(config, say, stop)

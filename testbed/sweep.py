@@ -46,7 +46,7 @@ class SweepConfig:
     address: str | None = None
     """A Ray cluster (auto, HOST:PORT); without it this machine alone."""
     cpus: PositiveInt = 1
-    """Processors of one run; it uses so many threads."""
+    """Processors of one run; it uses so many threads, which sleep while they wait."""
     gpus: NonNegativeFloat = 0.0
     """GPUs of one run, a fraction where several share one. With 0, `device` is cpu unless the file says otherwise."""
     retries: NonNegativeInt = 3

@@ -10,6 +10,11 @@ rate; it wants an otherwise idle machine. `late`: the same next edits and questi
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before torch is loaded
+    from testbed.core import threads
+
+    threads.prepare()
+
 import json
 import sys
 from collections.abc import Callable

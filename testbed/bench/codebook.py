@@ -18,8 +18,8 @@ from torch import Tensor
 from streams.base import Stream
 from testbed.bench.common import BenchConfig, Rows, questions_about
 from testbed.bench.models import open_model
+from testbed.editors.codebook.balancedit import LowRankWeights
 from testbed.editors.codebook.codebook import Codebook, Entry
-from testbed.editors.codebook.entry_weights import LowRankWeights
 from testbed.editors.codebook.nearest import Keys, Nearest
 from testbed.model.encoding import collate
 from testbed.model.handle import ModelHandle

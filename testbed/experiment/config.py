@@ -224,6 +224,11 @@ def stored_config(out: Path) -> RunConfig:
     return replace(set_fields(RunConfig(), {k: v for k, v in stored.items() if k in known}), resume=out)
 
 
+def stored_threads(out: Path) -> int | None:
+    """The number of threads with which a run began; None where its manifest, of an older version, does not say."""
+    return RunFolder(out).manifest().get("threads")
+
+
 def setting_owner(item: str) -> str:
     """The owner in owner.field=value; "" for text of another form."""
     left, equals, _ = item.partition("=")

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from streams.arrange import arrange
 from streams.base import Stream
 from testbed.benchmarks import files as benchmarks
@@ -209,6 +211,7 @@ def _manifest(
         "questions": planned.n_questions,
         "panel_scale": planned.scale,
         "device": str(handle.device),
+        "threads": torch.get_num_threads(),
         "dtype": str(handle.dtype).removeprefix("torch."),
         "versions": _versions(),
         "git": git_commit(),

@@ -8,6 +8,11 @@ rolling text that is longer than the model's window.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before torch is loaded
+    from testbed.core import threads
+
+    threads.prepare()
+
 import importlib.metadata
 import sys
 from collections.abc import Sequence

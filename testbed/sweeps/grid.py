@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from testbed.core import variants
+from testbed.core import threads, variants
 from testbed.core.events import content_id
 from testbed.core.schema import folder_name
 from testbed.experiment.command import user_errors
@@ -144,7 +144,8 @@ def _cell(chosen: Mapping[str, Any], out: Path) -> Cell:
     owners = {*_COMMON, config.editor[0].partition("[")[0]}
     kept = tuple(s for s in config.set if setting_owner(s) in (*owners, ""))
     data_root = config.data_root.absolute() if config.data_root is not None else None
-    paths = {"data_root": data_root, "model": _absolute(config.model), "benchmarks": tuple(p.absolute() for p in config.benchmarks)}
+    files = tuple(p.absolute() if p.exists() else p for p in config.benchmarks)  # a suite is a name and no path
+    paths = {"data_root": data_root, "model": _absolute(config.model), "benchmarks": files}
     config = replace(config, set=kept, **paths)
     name = content_id("cell", config.stored())[:12]
     folder = out.absolute() / "cells" / f"{folder_name(config.editor[0])}-{config.seed}-{name}"
@@ -176,6 +177,7 @@ def run_cell(cell: Cell, cpus: int) -> str | None:
     A lock keeps a cell for one process at a time, because a worker that lost its connection may still run when its
     successor starts.
     """
+    threads.prepare(cpus)
     import torch  # imported here, as the modules below that import it: --help of a sweep is faster without it
 
     from testbed.experiment import runner

@@ -50,9 +50,8 @@ def test_a_section_may_turn_into_another_and_ends_when_its_work_fails() -> None:
 def test_nothing_is_kept_without_a_collector_and_collectors_are_separate() -> None:
     with timed("alone") as switch:
         switch("still alone")
-    with collect_seconds() as outer, timed("outer"):
-        with collect_seconds() as inner:
-            slow(0)
+    with collect_seconds() as outer, timed("outer"), collect_seconds() as inner:
+        slow(0)
     assert (set(outer), set(inner)) == ({"outer"}, {"slow"})
 
 
