@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from streams.base import BadStream, StreamConfig
+from streams.data import table
 from streams.dated import sources
 from streams.dated.states import SourceData, Timeline
 from streams.dated.timeline_stream import DatedStream
@@ -23,44 +24,8 @@ FLAG_PROMPTS: dict[str, Any] = {
 _FLAG = re.compile(r"[A-Z]{2}\.png", re.ASCII)
 
 
-@STREAMS.register("templama")
-class TempLama(DatedStream):
-    """Who plays for, works for or holds what: changes 2011 to 2020."""
-
-    summary = "TempLAMA: people's teams, employers and positions by year, 2010-2020 (needs --data-root)"
-    licence = "TempLAMA: Apache-2.0; facts: Wikidata, CC0"
-    size = "1,139 changes of 928 facts"
-    readers = (sources.templama,)
-
-
-@STREAMS.register("dyknow")
-class DyKnow(DatedStream):
-    """Heads of state and government, teams of athletes, heads of companies and organisations."""
-
-    summary = "DyKnow: leaders, athletes' teams, heads of companies by date (needs --data-root)"
-    licence = "DyKnow: MIT; facts: Wikidata, CC0"
-    size = "933 changes of 118 facts"
-    readers = (sources.dyknow,)
-
-
-@STREAMS.register("yago")
-class Yago(DatedStream):
-    """Teams, employers, affiliations and spouses."""
-
-    summary = "YAGO11k: teams, employers, affiliations, spouses by year (needs --data-root)"
-    licence = "YAGO3 facts: CC BY 3.0; the copy in ATISE: MIT"
-    size = "2,302 changes of 898 facts"
-    readers = (sources.yago,)
-
-
-@STREAMS.register("leaders")
-class Leaders(DatedStream):
-    """Who leads each country since 1950."""
-
-    summary = "REIGN: who leads each country, by day, 1950-2021 (needs --data-root)"
-    licence = "REIGN (Bell, OEF Research): open data without a stated licence; cite the authors"
-    size = "2,319 changes of 197 facts"
-    readers = (sources.leaders,)
+for _name, _about in table(__file__, "streams.yaml").items():
+    STREAMS.register(_name)(type(_name, (DatedStream,), {**_about, "__module__": __name__, "readers": (getattr(sources, _name),)}))
 
 
 @STREAMS.register("dated-facts")

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, TypeVar
 
 from streams.base import Stream, StreamConfig, TrainPool
 from streams.world.stream import WorldStream
 from testbed.core.events import EditEvent, Question
+from testbed.core.registry import STREAMS
+
+S = TypeVar("S", bound=type[Stream])
+
+
+def or_world(name: str, form: str) -> Callable[[S], S]:
+    """Class decorator: register a stream over official files, which without a data root is the simulated world in `form`."""
+
+    def add(files: S) -> S:
+        about = {key: getattr(files, key) for key in ("summary", "time_axis", "licence", "size", "__doc__", "__module__")}
+        STREAMS.register(name)(type(f"{files.__name__}OrWorld", (FilesOrWorld,), about | {"form": form, "files": files}))
+        files.name = name
+        return files
+
+    return add
 
 
 class FilesOrWorld(Stream):
@@ -15,9 +30,7 @@ class FilesOrWorld(Stream):
 
     supports = frozenset({"records", "since"})  # the source refuses what it does not support
     form: ClassVar[str]
-    """Form of the simulated world (see `streams.world.stream.FORMS`)."""
     files: ClassVar[type[Stream]]
-    """The stream over the official files."""
 
     def __init__(self, config: StreamConfig) -> None:
         super().__init__(config)

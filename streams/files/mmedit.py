@@ -16,11 +16,10 @@ from streams.base import MissingImages, StreamConfig
 from streams.files.entry import EntryData, EntryQuestion, FactEntry
 from streams.files.entry_stream import EntryStream
 from streams.files.fields import SOURCES, RecordReader, as_object, find_parts, must_differ, nested_questions, read_rows
-from streams.files.files_or_world import FilesOrWorld
+from streams.files.files_or_world import or_world
 from streams.files.pictures import FilePicture, list_folder, stays_inside
 from streams.files.records import BadField, distinct, normalize, optional_text, text_at, texts_at
 from testbed.core.events import content_id
-from testbed.core.registry import STREAMS
 
 PICTURES = ("image", "image_rephrase", "m_loc")
 """The fields that name pictures."""
@@ -196,41 +195,27 @@ def answer_type(question: str, target: str) -> str:
     return "number" if bare in _NUMBERS or bare.replace(",", "").replace(".", "", 1).isdigit() else "other"
 
 
+@or_world("mmedit-yearly", form="vqa")
 class EVqaFiles(MMEditForm):
-    """The official files of E-VQA."""
+    """E-VQA form: a picture, a question, an answer."""
 
-    name, summary, licence, source = "mmedit", "MMEdit E-VQA files", _LICENCE, "MMEdit E-VQA"
+    summary = "MMEdit E-VQA: answers about photos (files with --data-root, else the simulated world)"
+    licence = _LICENCE
+    size = "6,346 and 2,093 records (train, eval); the world without end"
+    source = "MMEdit E-VQA"
     category = staticmethod(answer_type)
 
 
+@or_world("mmedit-caption-yearly", form="caption")
 class CaptionFiles(MMEditForm):
-    """The official files of E-IC."""
+    """E-IC form: a picture, a fixed instruction, a caption."""
 
-    name, summary, licence, source = "mmedit", "MMEdit E-IC files", _LICENCE, "MMEdit E-IC"
+    summary = "MMEdit E-IC: captions of photos (files with --data-root, else the simulated world)"
+    licence = _LICENCE
+    size = "2,849 and 1,000 records (train, eval); the world without end"
+    source = "MMEdit E-IC"
     bare = False
 
     @staticmethod
     def category(question: str, target: str) -> str:
         return "caption"
-
-
-@STREAMS.register("mmedit-yearly")
-class MMEditYearly(FilesOrWorld):
-    """E-VQA form: a picture, a question, an answer."""
-
-    summary = "MMEdit E-VQA: answers about photos (files with --data-root, else the simulated world)"
-    time_axis = "scheduled"
-    licence = _LICENCE
-    size = "6,346 and 2,093 records (train, eval); the world without end"
-    form, files = "vqa", EVqaFiles
-
-
-@STREAMS.register("mmedit-caption-yearly")
-class MMEditCaptionYearly(FilesOrWorld):
-    """E-IC form: a picture, a fixed instruction, a caption."""
-
-    summary = "MMEdit E-IC: captions of photos (files with --data-root, else the simulated world)"
-    time_axis = "scheduled"
-    licence = _LICENCE
-    size = "2,849 and 1,000 records (train, eval); the world without end"
-    form, files = "caption", CaptionFiles

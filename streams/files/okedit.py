@@ -16,13 +16,11 @@ from streams.base import BadStream, MissingImages, StreamConfig, TrainPool
 from streams.files.entry import EntryData, EntryQuestion, FactEntry, QuestionCollector, rotated, with_roles
 from streams.files.entry_stream import EntryStream
 from streams.files.fields import RecordReader, find_files
-from streams.files.files_or_world import FilesOrWorld
+from streams.files.files_or_world import or_world
 from streams.files.pictures import FilePicture, coco_photos, numbered, same_pixels
 from streams.files.records import BadField, distinct, id_of, normalize, optional_text, read_table, text_at, texts_at, votes_of
 from testbed.core.events import EditEvent, content_id
-from testbed.core.registry import STREAMS
 
-_LICENCE = "OKEDIT: none stated (questions: OK-VQA, CC BY 4.0; photos: COCO, Flickr terms); simulated world: MIT"
 _PREFIX, _SUFFIX = "mscoco_", "_annotations_train.json"
 _EXPECTED = (
     "mscoco_*_annotations_train.json, OpenEnded_mscoco_*_questions_train.json, *2014/COCO_*.jpg, rephrased_images/, locality_images_dalle2/"
@@ -37,16 +35,17 @@ class Details(NamedTuple):
     locality_answer: str | None
 
 
+@or_world("okedit-yearly", form="okedit")
 class OkeditFiles(EntryStream):
-    """The official files. Raises `BadStream` where they, or the configuration, cannot be used.
+    """The files of OKEDIT on a yearly schedule. Raises `BadStream` where they, or the configuration, cannot be used.
 
     Three steps differ from other sources: the pictures of a record lie in folders, which are listed when they are needed;
     copies of a photo are found by their pixels; probes ask every held-out paraphrase, even one that equals an edited question.
     """
 
-    name = "okedit-yearly"
-    summary = "OKEDIT files"
-    licence = _LICENCE
+    summary = "counterfactual answers about photos (OKEDIT files with --data-root, else the simulated world)"
+    licence = "OKEDIT: none stated (questions: OK-VQA, CC BY 4.0; photos: COCO, Flickr terms); simulated world: MIT"
+    size = "9,009 and 5,046 records (train, test); the world without end"
     supports = frozenset()
     purpose = "okedit "
     topics = {"edit": "edited photos", "probe": "unedited photos", "train": "unedited photos", "locality_hard": "locality pictures"}
@@ -125,17 +124,6 @@ class OkeditFiles(EntryStream):
         """The questions, and their train paraphrases, of the records set aside for training."""
         pool = [e for e in self._data.entries if e.role == "train"]
         return TrainPool(tuple(e.as_belief(p, "train pool") for e in pool for p in (e.prompt, *e.train)))
-
-
-@STREAMS.register("okedit-yearly")
-class OkeditYearly(FilesOrWorld):
-    """OKEDIT files on a yearly schedule, or the simulated world in OKEDIT form where no data root is given."""
-
-    summary = "counterfactual answers about photos (OKEDIT files with --data-root, else the simulated world)"
-    time_axis = "scheduled"
-    licence = _LICENCE
-    size = "9,009 and 5,046 records (train, test); the world without end"
-    form, files = "okedit", OkeditFiles
 
 
 def find_split(root: Path | None) -> tuple[Path, Path, str]:

@@ -157,31 +157,7 @@ class TextFacts(EntryStream):
         return not any(answer in self._old_answers.get(span, ()) for span in spans)
 
 
-@STREAMS.register("counterfact-yearly")
-class CounterFactYearly(TextFacts):
-    """CounterFact, as ROME published it or in the flat form with one rephrase and one neighbour."""
-
-    summary = "CounterFact: false statements about known subjects, with neighbours (needs --data-root)"
-    licence = "CounterFact (ROME): MIT; facts: Wikidata, CC0"
-    size = "21,919 records; 10,000 in the flat train file"
-    source = "CounterFact"
-
-
-@STREAMS.register("zsre-yearly")
-class ZsreYearly(TextFacts):
-    """zsRE, in the layout of postEdit or of MEND; with portability where KnowEdit's file lies under the same root."""
-
-    summary = "zsRE: answers to questions about entities, unrelated questions beside (needs --data-root)"
-    licence = "zsRE (Levy et al., MEND, postEdit): MIT; questions: Wikipedia, CC BY-SA; unrelated questions: NQ, CC BY-SA 3.0"
-    size = "10,720 records in postEdit's file"
-    source = "zsRE"
-
-
-@STREAMS.register("knowedit-yearly")
-class KnowEditYearly(TextFacts):
-    """KnowEdit's ZsRE and WikiData-counterfact, with portability and locality."""
-
-    summary = "KnowEdit: ZsRE and WikiCounterfact with portability and locality (needs --data-root)"
-    licence = "KnowEdit (zjunlp): MIT; the copy read here carries no licence file; facts: Wikidata, CC0"
-    size = "2,140 records in both files"
-    source = "KnowEdit"
+for _source, _about in SOURCES.items():
+    if "stream" in _about:
+        _attributes = {"__module__": __name__, "source": _source, **{key: _about[key] for key in ("summary", "licence", "size")}}
+        STREAMS.register(_about["stream"])(type(_source, (TextFacts,), _attributes))

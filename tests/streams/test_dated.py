@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from streams.base import BadStream, Skipped, StreamConfig
 from streams.dated.sources import COUNTRIES, leaders
-from streams.dated.states import Day, Timeline, certain_changes, not_after, read_day, state, years
+from streams.dated.states import Day, SourceData, Timeline, certain_changes, not_after, read_day, state, years
 from streams.files.records import BadField
 from testbed.core.events import check_order
 from testbed.core.registry import STREAMS
@@ -142,7 +142,7 @@ def test_templama_names_the_records_that_it_skips(tmp_path: Path) -> None:
         [query(100, "2015", "A"), query(100, "2012", "B")],
         [query(101, "soon", "A"), query(101, "2012", "B")],
         [query(102, "2011", ""), query(102, "2012", "B")],
-        [query(103, 2011, "A")],
+        [query(103, True, "A")],
         [{"query": "X is Y _X_.", "answer": [{"name": "A"}], "date": "2012"}],
         "text",
         [],
@@ -168,7 +168,8 @@ def test_a_leader_list_with_bad_lines(tmp_path: Path) -> None:
     head = b"ccode,leader,sdate,smonth,syear,emonth,eyear\n"
     rows = [b"2,A,1,1,1950,1,1953", b"2,B,20,1,1953,,", b"2,C,x,1,1960,,", b"9999,D,1,1,1960,,", b"20,E\xff,1,1,1960,,", b"20,,1,1,1960,,"]
     (tmp_path / "leaderlist_1.csv").write_bytes(head + b"\n".join(rows))
-    data = leaders(tmp_path)
+    data = SourceData()
+    leaders(tmp_path, data)
     assert [(s.where.rpartition(" ")[2], s.reason.split(" ")[0]) for s in data.skipped] == [
         ("2", "sdate"),
         ("3", "ccode"),

@@ -15,10 +15,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from streams.base import BadStream, StreamConfig
-from streams.files.okedit import OkeditYearly
 from streams.files.pictures import FilePicture, numbered
 from testbed.core.events import BadPicture, Picture, check_order
+from testbed.core.registry import STREAMS
 from tests.helpers.okedit_folder import ANNOTATIONS, QUESTIONS, annotation, make_folder, paint, question
+
+OkeditYearly = STREAMS.get("okedit-yearly")
 
 HERE = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -127,16 +129,19 @@ ONE_RECORD = {
         _set(ANNOTATIONS, "counterfact_answer", "The Dog."),
         "counterfact_answer equals the answer before the edit",
     ),
-    "target is a number": (_set(ANNOTATIONS, "counterfact_answer", 7), "counterfact_answer must be text, found a number"),
-    "target is null": (_set(ANNOTATIONS, "counterfact_answer", None), "counterfact_answer must be text, found null"),
+    "target is a truth value": (_set(ANNOTATIONS, "counterfact_answer", True), "counterfact_answer must be text, found a truth value"),
+    "target is null": (_set(ANNOTATIONS, "counterfact_answer", None), "counterfact_answer is null"),
     "half a character": (_set(ANNOTATIONS, "counterfact_answer", "\ud800"), "counterfact_answer holds half a character (a lone surrogate)"),
     "answers empty": (_set(ANNOTATIONS, "answers", []), "answers holds no answer"),
     "answers of texts": (_set(ANNOTATIONS, "answers", ["dog"]), "answers must hold objects with an 'answer', found text"),
     "answers absent": (_set(ANNOTATIONS, "answers", None), "answers must be a list of answers, found null"),
     "question empty": (_set(QUESTIONS, "question", ""), "question is empty"),
-    "rephrasings a text": (_set(QUESTIONS, "rephrased_questions", "x"), "rephrased_questions must be a list of texts, found text"),
-    "rephrasing a number": (_set(QUESTIONS, "rephrased_questions_train", [1]), "rephrased_questions_train must be text, found a number"),
-    "locality answer a list": (_set(ANNOTATIONS, "locality_answer", ["x"]), "locality_answer must be text, found a list"),
+    "rephrasings an object": (_set(QUESTIONS, "rephrased_questions", {}), "rephrased_questions must be text, found an object"),
+    "rephrasing a truth value": (
+        _set(QUESTIONS, "rephrased_questions_train", [True]),
+        "rephrased_questions_train must be text, found a truth value",
+    ),
+    "locality answer an object": (_set(ANNOTATIONS, "locality_answer", {}), "locality_answer must be text, found an object"),
     "other photo": (_set(QUESTIONS, "image_id", 1), "image_id differs between question and annotation"),
     "id not a number": (_set(ANNOTATIONS, "question_id", "x"), "question_id must be a whole number, found text"),
     "image id negative": (_set(ANNOTATIONS, "image_id", -4), "image_id must be a whole number, found a number"),

@@ -12,9 +12,12 @@ from typing import Any
 import pytest
 
 from streams.base import StreamConfig
-from streams.files.okedit import OkeditFiles, OkeditYearly
+from streams.files.okedit import OkeditFiles
 from streams.files.records import normalize
+from testbed.core.registry import STREAMS
 from tests.helpers.okedit_folder import ANNOTATIONS, QUESTIONS, make_folder
+
+OkeditYearly = STREAMS.get("okedit-yearly")
 
 CARD = Path(__file__).parents[2] / "streams" / "cards" / "okedit-yearly.md"
 
