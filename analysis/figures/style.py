@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, PercentFormatter
+from scipy.optimize import isotonic_regression
 
 from analysis.metrics.catalogue import wrapped
 
@@ -124,20 +125,14 @@ def spread_labels(wanted: np.ndarray, heights: np.ndarray) -> np.ndarray:
     """The positions nearest to the wanted ones, in the same order, without overlap and, if so many fit, within [0, 1].
 
     wanted, heights: (labels,), in units of the axis; a position is the middle of a label. This is least squares under an
-    order constraint: pool adjacent violators of the positions less the heights of the labels before, then clip.
+    order constraint: isotonic regression of the positions less the heights of the labels before, then clip.
     """
     order = np.argsort(wanted, kind="stable")
     own = heights[order]
     before = np.cumsum(own) - (own + own[:1]) / 2
-    blocks: list[list[float]] = []
-    for position in wanted[order] - before:
-        blocks.append([float(position)])
-        while len(blocks) > 1 and np.mean(blocks[-2]) >= np.mean(blocks[-1]):
-            last = blocks.pop()
-            blocks[-1] += last
-    means = np.array([np.mean(b) for b in blocks for _ in b])
     positions = np.empty(len(wanted))
-    positions[order] = np.clip(means, 0, max(0.0, 1 - before[-1])) + before if len(wanted) else means
+    if len(wanted):
+        positions[order] = np.clip(isotonic_regression(wanted[order] - before).x, 0, max(0.0, 1 - before[-1])) + before
     return positions
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pandas as pd
 
@@ -30,32 +32,28 @@ def side_effect_metrics(run: Run, editor: EditorRun, resampler: Resampler) -> Me
 
 def perplexity_ratio(editor: EditorRun, resampler: Resampler) -> Metrics:
     """exp(NLL per token of running text at the end - the unedited model's on the same texts), in nats; 1 is intact."""
-    end = at_end(editor.records, "text")
-    base = editor.base.iloc[end["question"]]
-    both = end["logprob"].notna().to_numpy() & base["logprob"].notna().to_numpy()
-    end, base = end[both], base[both]
-    if end.empty or np.isinf(end["logprob"]).any():
+    end = at_last_step(text_answers(editor))
+    if end.empty or np.isinf(end[["logprob", "logprob_unedited"]]).any(axis=None):
         return {}
-    weight = end["weight"].to_numpy()[:, None]
-    top = -np.column_stack([end["logprob"], base["logprob"]]) * weight
-    bottom = np.column_stack([end["n_tokens"], base["n_tokens"]]) * weight
-    now, before = resampler.ratios(end["cluster"].to_numpy(), top, bottom)
-    if now is None or before is None:
-        return {}
-    return {"perplexity_ratio": combine(exp_difference, now, before, bounds=None)}
+    ratio = perplexity_ratios(end, np.zeros(len(end), int), 1, resampler)[0]
+    return {} if ratio is None else {"perplexity_ratio": ratio}
 
 
-def exp_difference(now: np.ndarray, before: np.ndarray) -> np.ndarray:
-    """Ratio of perplexities from negative log-likelihoods per token, for `combine`."""
-    return np.exp(now - before)
-
-
-def log_perplexities(editor: EditorRun) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Answers on running text and the unedited model's on the same texts, where both log-probabilities are finite."""
+def text_answers(editor: EditorRun) -> pd.DataFrame:
+    """Answers on running text, with the unedited model's in columns that end in "_unedited", where both were measured."""
     rows = editor.records[editor.records["split"] == "text"]
-    base = editor.base.iloc[rows["question"]]
-    known = np.isfinite(rows["logprob"].to_numpy()) & np.isfinite(base["logprob"].to_numpy())
-    return rows[known], base[known]
+    base = editor.base[["logprob", "n_tokens"]].add_suffix("_unedited")
+    return rows.join(base, on="question").dropna(subset=["logprob", "logprob_unedited"])
+
+
+def perplexity_ratios(rows: pd.DataFrame, cell: np.ndarray, count: int, resampler: Resampler) -> list[Draws | None]:
+    """Ratio of the perplexities of `text_answers` within each of `count` cells."""
+    sides = []
+    for model in ("", "_unedited"):
+        top, bottom = -rows["logprob" + model] * rows["weight"], rows["n_tokens" + model] * rows["weight"]
+        sides.append(resampler.cells(rows["cluster"].to_numpy(), top.to_numpy(), bottom.to_numpy(), cell, count))
+    ratio = partial(combine, lambda now, before: np.exp(now - before), bounds=None)
+    return [None if a is None or b is None else ratio(a, b) for a, b in zip(*sides)]
 
 
 def group_drop(name: str, editor: EditorRun, role: int, resampler: Resampler) -> Metrics:

@@ -114,14 +114,8 @@ class Resampler:
 
         cluster: (answers,) int; top, bottom: (answers, statistics) float.
         """
-        columns = np.hstack([top, bottom])
-        groups = self._group_of[cluster]
-        sums = np.stack([np.bincount(groups, c, self._groups) for c in columns.T], axis=1)
-        drawn = (self._weights @ sums.astype(np.float32)).astype(float)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            k = top.shape[1]
-            values = np.vstack([columns[:, :k].sum(0) / columns[:, k:].sum(0), drawn[:, :k] / drawn[:, k:]])
-        return [self._draws(values[:, j], cluster, bottom[:, j]) for j in range(k)]
+        many = top.shape[1]
+        return self.cells(cluster.repeat(many), top.ravel(), bottom.ravel(), np.tile(np.arange(many), len(cluster)), many)
 
     def means(self, cluster: np.ndarray, weight: np.ndarray, scores: np.ndarray) -> list[Draws | None]:
         """Hajek means sum(w y) / sum(w) of the columns of `scores` (answers, statistics); nan marks an answer that was not measured."""

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from analysis.metrics.ability import text_answers
 from analysis.metrics.bootstrap import Interval, point
 from analysis.reading.load import EditorRun, Run
 from analysis.reading.records import AFTER, PANEL
@@ -39,17 +40,9 @@ def collapse(run: Run, editor: EditorRun) -> dict[str, Interval]:
 
 def perplexity_marks(editor: EditorRun) -> tuple[np.ndarray, np.ndarray]:
     """Steps, and whether the pooled NLL per token is more than LOG_PERPLEXITY above the unedited model's on the same texts."""
-    rows = editor.records[editor.records["split"] == "text"]
-    base = editor.base.iloc[rows["question"]]
-    sums = pd.DataFrame({
-        "step": rows["step"].to_numpy(),
-        "now": rows["logprob"].to_numpy(),
-        "n": rows["n_tokens"].to_numpy(),
-        "before": base["logprob"].to_numpy(),
-        "n0": base["n_tokens"].to_numpy(),
-    }).dropna()  # fmt: skip
-    total = sums.groupby("step").sum()
-    shift = total["before"] / total["n0"] - total["now"] / total["n"]
+    rows = text_answers(editor)
+    total = rows.groupby("step")[["logprob", "n_tokens", "logprob_unedited", "n_tokens_unedited"]].sum()
+    shift = total["logprob_unedited"] / total["n_tokens_unedited"] - total["logprob"] / total["n_tokens"]
     return shift.index.to_numpy(), (shift > LOG_PERPLEXITY).to_numpy()
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.metrics import answers, orders
-from analysis.metrics.ability import exp_difference, log_perplexities
+from analysis.metrics.ability import perplexity_ratios, text_answers
 from analysis.metrics.bootstrap import Draws, Resampler, combine, mean
 from analysis.metrics.forgetting import answers_by_age
 from analysis.reading.load import EditorRun, Run
@@ -91,14 +91,13 @@ def group_topic(run: Run, editor: EditorRun, resampler: Resampler, topic: str, m
 
 def perplexity(run: Run, editor: EditorRun, resampler: Resampler) -> pd.DataFrame:
     """exp(NLL per token - the unedited model's); x is the number of edits applied, with value 1 at 0."""
-    rows, base = log_perplexities(editor)
+    rows = text_answers(editor)
+    rows = rows[np.isfinite(rows[["logprob", "logprob_unedited"]]).all(axis=1)]
     if rows.empty:
         return table([], [])
     steps, cell = np.unique(rows["step"].to_numpy(), return_inverse=True)
-    cluster = rows["cluster"].to_numpy()
-    sides = [resampler.cells(cluster, -f["logprob"].to_numpy(), f["n_tokens"].to_numpy(), cell, len(steps)) for f in (rows, base)]
-    ratios = [combine(exp_difference, a, b, bounds=None) for a, b in zip(*sides) if a is not None and b is not None]
-    return pd.concat([_start(1.0, rows["question"].nunique()), table(run.edits_at(steps), ratios)], ignore_index=True)
+    ratios = table(run.edits_at(steps), perplexity_ratios(rows, cell, len(steps), resampler))
+    return pd.concat([_start(1.0, rows["question"].nunique()), ratios], ignore_index=True)
 
 
 def mean_by_year(run: Run, editor: EditorRun, resampler: Resampler, splits: Iterable[str], mode: ScoringMode) -> pd.DataFrame:

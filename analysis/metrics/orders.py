@@ -13,6 +13,7 @@ from statistics import NormalDist
 from typing import Any
 
 import numpy as np
+from scipy.stats import t
 
 from analysis.metrics.bootstrap import LEVEL, Draws, Interval, widen
 from analysis.reading.load import Run, differing, load_run, side_by_side
@@ -23,8 +24,6 @@ LEAST_ORDERS = 3
 _FREE = ("seed", "editor", "out", "command")
 """Fields of a configuration that may differ between orders."""
 _SAME = ("model_hash", "dtype", "grading_version", "edits")
-_STUDENT = {2: 4.3027, 3: 3.1824, 4: 2.7764, 5: 2.5706, 6: 2.4469, 7: 2.3646, 8: 2.3060, 9: 2.2622}
-"""Two-sided 95 % points of Student's t for few degrees of freedom."""
 
 
 def load_orders(paths: Sequence[str | Path]) -> tuple[Run, ...]:
@@ -83,12 +82,8 @@ def mean_and_range(entries: Sequence[Interval], orders: int) -> Interval:
 
 
 def student_t(freedom: int) -> float:
-    """97.5 % point of Student's t; from ten degrees of freedom on by the expansion of Abramowitz and Stegun, 26.7.5."""
-    if freedom in _STUDENT:
-        return _STUDENT[freedom]
-    z = NormalDist().inv_cdf((1 + LEVEL) / 2)
-    terms = (z**3 + z, 4), (5 * z**5 + 16 * z**3 + 3 * z, 96), (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z, 384)
-    return z + sum(top / (bottom * freedom**k) for k, (top, bottom) in enumerate(terms, 1))
+    """97.5 % point of Student's t."""
+    return float(t.ppf((1 + LEVEL) / 2, freedom))
 
 
 def notes(runs: Sequence[Run]) -> list[str]:

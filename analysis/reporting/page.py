@@ -31,6 +31,7 @@ def html(context: FigureContext, figures: dict[str, Figure]) -> str:
 def render(template: str, **variables: Any) -> str:
     """A template of this folder with its variables; every text of the run is escaped."""
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined)
+    environment.globals |= {f.__name__: f for f in (best, interval, metric_of, show, unit_of)}
     return environment.get_template(template).render(variables)
 
 
@@ -40,14 +41,15 @@ def template_variables(context: FigureContext, figures: dict[str, Figure]) -> di
     return {
         "title": about.get("stream", {}).get("name", "run"),
         "about": about,
-        "overview": overview(context),
-        "notes": about["notes"],
+        "summary": summary,
+        "run": run,
+        "answers": sum(len(e.records) for r in context.runs for e in r.editors.values()),
         "verdicts": verdict.verdicts(context),
         "mode": mode.title,
         "references": about.get("references", ()),
         "headlines": {e: verdict.headline(m, mode) for e, m in summary["editors"].items()},
-        "tables": {m.title: main_table(summary, m) for m in _modes_first(summary, mode)},
-        "others": other_table(summary, mode),
+        "tables": {m.title: main_columns(summary, m) for m in _modes_first(summary, mode)},
+        "others": other_columns(summary, mode),
         "published": published.beside(run, summary),
         "figures": [
             {"name": n, "caption": style.CAPTIONS[n]["caption"], "data": data_uri(f), "narrow": f.get_figwidth() < 5}
@@ -60,39 +62,6 @@ def template_variables(context: FigureContext, figures: dict[str, Figure]) -> di
         "config": json.dumps(about.get("config", {}), indent=2, default=str, ensure_ascii=False),
         "versions": about.get("versions", {}),
     }
-
-
-def overview(context: FigureContext) -> dict[str, str]:
-    """Label to text of the run's main facts."""
-    run, about = context.run, context.summary["run"]
-    stream, model = about.get("stream", {}), about.get("model", {})
-    return {
-        "Stream": f"{stream.get('name', '?')}: {stream.get('origin', '?')}",
-        "Time axis": str(stream.get("time_axis", "?")),
-        "Model": f"{model.get('name', '?')} ({model.get('family', 'family unknown')})",
-        "Edits": f"{len(run.events):,} in {int(run.events['step'].max()):,} steps",
-        "Superseded": f"{int(run.events['superseded_step'].notna().sum()):,} edits were revised, reverted or retired later",
-        "Answers": f"{sum(len(e.records) for r in context.runs for e in r.editors.values()):,}",
-        "Orders": f"{len(context.runs)} (seeds {', '.join(map(str, about['seeds']))})",
-        "Schedule": str(about.get("schedule_hash", "?")),
-    }
-
-
-def main_table(summary: dict[str, Any], mode: ScoringMode) -> dict[str, Any]:
-    """Columns and, for each editor, cells with text, interval, length of the bar and whether the editor is the best."""
-    names = main_columns(summary, mode)
-    winners = {n: best(summary, n) for n in names}
-    return {
-        "columns": [{"title": metric_of(n).short, "long": metric_of(n).title, "unit": unit_of(n)} for n in names],
-        "rows": {e: [_cell(m, n, winners[n] == e) for n in names] for e, m in summary["editors"].items()},
-    }
-
-
-def other_table(summary: dict[str, Any], mode: ScoringMode) -> dict[str, dict[str, Any]]:
-    """Title and unit of every other metric to a cell for each editor."""
-    names = other_columns(summary, mode)
-    titles = {n: metric_of(n).title + (f" ({unit_of(n)})" if unit_of(n) else "") for n in names}
-    return {titles[n]: {e: _cell(m, n, False) for e, m in summary["editors"].items()} for n in names}
 
 
 def commands(context: FigureContext) -> list[str]:
@@ -117,17 +86,6 @@ def _command(run: Run) -> str:
     built += [f"--edits {edits}"] if isinstance(edits, int) else []
     built += [f"--seed {about.get('seed', 0)}", f"--out {run.folders[0].name}"]
     return " ".join(given) if isinstance(given, list) else str(given or " ".join(built))
-
-
-def _cell(metrics: dict[str, Any], name: str, wins: bool) -> dict[str, Any]:
-    entry = metrics.get(name)
-    if entry is None:
-        return {"text": "–", "interval": "", "bar": None, "best": False, "bad": False, "sd": ""}
-    metric = metric_of(name)
-    bar = 100 * abs(entry["value"]) if metric.unit in ("share", "difference") else None
-    bad = metric.better < 0 or (metric.unit == "difference" and entry["value"] < 0)
-    sd = f"sd {show(name, entry['sd'])}" if "sd" in entry else ""
-    return {"text": show(name, entry["value"]), "interval": interval(name, entry), "bar": bar, "best": wins, "bad": bad, "sd": sd}
 
 
 def _modes_first(summary: dict[str, Any], first: ScoringMode) -> list[ScoringMode]:

@@ -17,7 +17,7 @@ import pandas as pd
 
 from analysis.metrics.comparison import main_columns, main_mode
 from analysis.reading.records import BadRun
-from analysis.reporting.page import main_table, render
+from analysis.reporting.page import render
 from analysis.reporting.report import COMPARISON, write, write_all
 
 _AXES = ("stream", "model", "batch", "edits", "set")
@@ -46,7 +46,7 @@ def write_sweep(out: Path, formats: Sequence[str] = ("png", "pdf")) -> dict[str,
     compared = [_compare(out, label, name, [sweep["cells"][i] for i in ids], formats) for name, (label, ids) in zip(names, sets.items())]
     cells = [_row(out, c) for c in sweep["cells"].values()]
     write(out / "cells.csv", _csv(cells))
-    shown = [{"about": c, "table": main_table(c.summary, main_mode(c.summary)) if c.summary else None} for c in compared]
+    shown = [{"about": c, "columns": main_columns(c.summary, main_mode(c.summary)) if c.summary else ()} for c in compared]
     axes = [a for a in _AXES if len({c["axes"][a] for c in cells}) > 1]
     write(out / "report.html", render("sweep.html.j2", title=out.name, cells=cells, comparisons=shown, axes=axes))
     return {c.label: c.summary for c in compared if c.summary}
