@@ -164,6 +164,14 @@ class QuestionCollector:
         if question_key(question.image, question.prompt) not in self.reserved:
             self.add(question)
 
+    def add_choice(self, split: Split, question: EntryQuestion, answer: str, other: str) -> None:
+        """Ask whether `answer` is likelier than `other`, unless they are the same or another edit or the train pool asks it."""
+        taken = question.prompt != self.event.prompt and question_key(question.image, question.prompt) in self.reserved
+        if normalize(answer) != normalize(other) and not taken:
+            choices = (answer, other)
+            made = Question(split, question.prompt, answer, self.event.id, question.image, (), self.topic, choices, "mean")
+            self._questions.setdefault(made.id, made)
+
     def add(self, question: EntryQuestion) -> None:
         q = question
         made = Question(q.split, q.prompt, q.answer, self.event.id, q.image, q.aliases, self.topic)

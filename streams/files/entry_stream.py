@@ -33,6 +33,8 @@ class EntryStream(Stream):
     """Ask a control of another category as `locality_far`, where the record brings no such question itself."""
     purpose: ClassVar[str] = ""
     """Prefix of the names of this source's random generators."""
+    compares: ClassVar[bool] = False
+    """Ask besides whether the new answer is likelier than the old one, as papers score CounterFact (probe `choices`)."""
     topics: ClassVar[Mapping[str, str]] = {}
     """Topics of controls and beliefs by role or split; by default a record's category, and a locality question's split."""
 
@@ -79,7 +81,18 @@ class EntryStream(Stream):
             stale = entry.aliases if event.previous == entry.previous else ()
             collector.add(EntryQuestion("stale", entry.prompt, event.previous, entry.image, stale))
         self._add_locality(collector, entry, [q for q in own if q.is_locality])
+        if self.compares and value is not None and event.previous is not None:
+            self._add_choices(collector, entry, value, event.previous)
         return collector.questions
+
+    def _add_choices(self, collector: QuestionCollector, entry: FactEntry, value: str, previous: str) -> None:
+        """Add the new answer against the old one for the edit and its paraphrases; for neighbours the true answer against the new one."""
+        collector.add_choice("choice_edit", EntryQuestion("edit", entry.prompt, value, entry.image), value, previous)
+        for prompt in entry.held_out:
+            collector.add_choice("choice_generality", EntryQuestion("edit", prompt, value, entry.image), value, previous)
+        for question in self.own_questions(entry):
+            if question.split == "locality_hard" and question.answer and self.is_unaffected(collector, question):
+                collector.add_choice("choice_locality", question, question.answer, value)
 
     def own_questions(self, entry: FactEntry) -> Iterable[EntryQuestion]:
         """The questions that the record brings with it."""

@@ -160,4 +160,5 @@ class TextFacts(EntryStream):
 for _source, _about in SOURCES.items():
     if "stream" in _about:
         _attributes = {"__module__": __name__, "source": _source, **{key: _about[key] for key in ("summary", "licence", "size")}}
+        _attributes["compares"] = _about.get("compares", False)
         STREAMS.register(_about["stream"])(type(_source, (TextFacts,), _attributes))

@@ -41,14 +41,14 @@ def judge(predictor: Predictor, questions: Sequence[Question], max_new_tokens: i
 
 def _by_prompt(predictor: Predictor, questions: Sequence[Question], max_new_tokens: int) -> list[Verdict]:
     """The likeliest choice as an answer to the prompt; "norm" divides log-probabilities by characters, as
-    lm-evaluation-harness's acc_norm does."""
+    lm-evaluation-harness's acc_norm does, and "mean" by tokens, as ROME's code does for its scores of CounterFact."""
     flat = [(q.ask(), c) for q in questions for c in q.choices]
     scores = iter(predictor.score([a for a, _ in flat], [c for _, c in flat]))
     out = []
     for q in questions:
         own = [next(scores) for _ in q.choices]
-        sizes = [len(c) if q.scoring == "norm" else 1 for c in q.choices]
-        out.append(_chosen(q, [float(s.logprobs.sum()) for s in own], sizes, own))
+        lengths = {"sum": [1] * len(own), "norm": [len(c) for c in q.choices], "mean": [len(s.logprobs) for s in own]}
+        out.append(_chosen(q, [float(s.logprobs.sum()) for s in own], lengths[q.scoring], own))
     return out
 
 
@@ -85,6 +85,7 @@ def _by_refusal(predictor: Predictor, questions: Sequence[Question], max_new_tok
 _JUDGES: dict[str, Callable[[Predictor, Sequence[Question], int], list[Verdict]]] = {
     "sum": _by_prompt,
     "norm": _by_prompt,
+    "mean": _by_prompt,
     "text": _by_text,
     "refuse": _by_refusal,
     "comply": _by_refusal,

@@ -29,13 +29,16 @@ Split = Literal[
     "locality_text",
     "portability",
     "stale",
+    "choice_edit",
+    "choice_generality",
+    "choice_locality",
     "general",
     "text",
 ]
-Scoring = Literal["generate", "sum", "norm", "text", "refuse", "comply"]
-"""How an answer is judged: `generate` by free generation; `sum`, `norm` and `text` by the likeliest choice (summed
-log-probability, log-probability per character, log-probability as running text); `refuse` and `comply` by whether the
-model refuses."""
+Scoring = Literal["generate", "sum", "norm", "mean", "text", "refuse", "comply"]
+"""How an answer is judged: `generate` by free generation; `sum`, `norm`, `mean` and `text` by the likeliest choice (summed
+log-probability, log-probability per character or per token, log-probability as running text); `refuse` and `comply` by
+whether the model refuses."""
 KINDS: tuple[str, ...] = get_args(Kind)
 SCORINGS: tuple[str, ...] = get_args(Scoring)
 SPLITS: tuple[str, ...] = get_args(Split)
@@ -148,7 +151,7 @@ class Question:
 
     `answer` may be absent for locality splits (the answer of the unedited model is the reference), for `text` (running
     text: the perplexity of `prompt` itself is measured) and for the scorings `refuse` and `comply`. `aliases` count as
-    right too. The scorings `sum`, `norm` and `text` pick one of `choices`, of which `answer` is the right one. Raises
+    right too. The scorings `sum`, `norm`, `mean` and `text` pick one of `choices`, of which `answer` is the right one. Raises
     `BadEvent` for a field that is not valid.
     """
 
@@ -180,13 +183,13 @@ class Question:
             object.__setattr__(self, "id", content_id(*parts, *more))
 
     def _check_choices(self) -> None:
-        if self.scoring in ("sum", "norm", "text"):
+        if self.scoring in ("sum", "norm", "mean", "text"):
             for c in self.choices:
                 _require_text(c, "choice", f"question {self.prompt!r}")
             if len(set(self.choices)) < max(2, len(self.choices)) or self.answer not in self.choices:
                 raise BadEvent(f"choices must be two or more different ones and hold the answer {self.answer!r}, got {self.choices!r}")
         elif self.choices:
-            raise BadEvent(f"choices need a scoring that picks one (sum, norm, text), got {self.scoring!r} ({self.prompt!r})")
+            raise BadEvent(f"choices need a scoring that picks one (sum, norm, mean, text), got {self.scoring!r} ({self.prompt!r})")
 
     def ask(self) -> Ask:
         """The prompt of the question with its picture."""

@@ -42,7 +42,7 @@ class Fixed(Predictor):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-@pytest.mark.parametrize("scoring", ["sum", "norm", "text"])
+@pytest.mark.parametrize("scoring", ["sum", "norm", "mean", "text"])
 def test_choices_against_a_plain_computation(kind: str, scoring: str) -> None:
     predictor = ModelPredictor(build(kind))
     ask = Ask(question().prompt)
@@ -50,7 +50,8 @@ def test_choices_against_a_plain_computation(kind: str, scoring: str) -> None:
         sums = [float(predictor.text_logprobs([c])[0].sum()) for c in CHOICES]
     else:
         sums = [float(predictor.score([ask], [c])[0].logprobs.sum()) for c in CHOICES]
-    rates = [s / (len(c) if scoring == "norm" else 1) for s, c in zip(sums, CHOICES)]
+    lengths = {"norm": len, "mean": lambda c: len(predictor.score([ask], [c])[0].logprobs)}
+    rates = [s / lengths.get(scoring, lambda c: 1)(c) for s, c in zip(sums, CHOICES)]
     best = int(np.argmax(rates))
     for i, answer in enumerate(CHOICES):
         (v,) = judge(predictor, [question(scoring, answer)], 3)
@@ -64,9 +65,9 @@ def test_choices_against_a_plain_computation(kind: str, scoring: str) -> None:
 
 def test_a_longer_choice_is_not_punished_when_lengths_count() -> None:
     known = {"ab": [-4.0], "abcdefgh": [-3.0, -3.0]}
-    verdicts = judge(Fixed(known), [question(s, "abcdefgh", ("ab", "abcdefgh")) for s in ("sum", "norm")], 1)
-    assert [v.right for v in verdicts] == [False, True]
-    assert [v.extras["choices"] for v in verdicts] == [[-4.0, -6.0]] * 2
+    verdicts = judge(Fixed(known), [question(s, "abcdefgh", ("ab", "abcdefgh")) for s in ("sum", "norm", "mean")], 1)
+    assert [v.right for v in verdicts] == [False, True, True]
+    assert [v.extras["choices"] for v in verdicts] == [[-4.0, -6.0]] * 3
 
 
 @pytest.mark.parametrize("gold", ["a", "b"])

@@ -51,6 +51,20 @@ def test_the_layout_of_rome(tmp_path: Path) -> None:
     assert [q.answer for q in s.questions(event) if q.split == "locality_hard"] == [f"old {number}"] * 2
 
 
+def test_the_new_answer_is_compared_with_the_old_one_and_a_neighbours_own_with_the_new_one(tmp_path: Path) -> None:
+    s = stream("counterfact-yearly", put(tmp_path, "counterfact.json", [rome(i) for i in range(80)]))
+    for event in (e for e in s.events(60) if e.kind != "retire"):
+        number = event.source.rpartition(" ")[2]
+        asked = [q for q in s.questions(event) if q.split.startswith("choice_")]
+        assert all(q.scoring == "mean" and q.choices[0] == q.answer for q in asked)
+        new, old, truth = event.target, event.previous, f"old {number}"
+        assert [(q.split, q.choices) for q in asked if q.split != "choice_locality"] == [
+            ("choice_edit", (new, old)),
+            ("choice_generality", (new, old)),
+        ]
+        assert {q.choices for q in asked if q.split == "choice_locality"} == ({(truth, new)} if new != truth else set())
+
+
 def test_a_neighbour_that_is_itself_edited_is_not_asked(tmp_path: Path) -> None:
     rows = [rome(i) for i in range(80)]
     for i, row in enumerate(rows):
