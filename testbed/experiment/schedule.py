@@ -107,8 +107,8 @@ class ScheduleConfig:
 def build(stream: Stream, events: Sequence[EditEvent], config: ScheduleConfig, probes: dict[str, Probe] | None = None) -> Schedule:
     """The schedule of a run; panels shrink until the questions fit `config.budget`.
 
-    The questions right after each edit are never thinned, and no panel falls below eight edits, so a run overruns a very
-    small budget; `Schedule.scale` and the dry run show it. Raises `BadEvent` when the events are out of order.
+    The questions right after each edit are never thinned, and no panel falls below two, so a run overruns a very small budget;
+    `Schedule.scale`, a note and the dry run show it. Raises `BadEvent` when the events are out of order.
     """
     check_order(list(events))
     probes = probes if probes is not None else {name: cls() for name, cls in PROBES.items()}
@@ -116,7 +116,7 @@ def build(stream: Stream, events: Sequence[EditEvent], config: ScheduleConfig, p
     past = EditHistory((), (), lambda e: questions[e.id], stream.general(), config.seed, benchmarks=config.benchmarks)
     allowed = config.budget * max(1.0, len(events) / GRID)
     scale = 1.0
-    for _ in range(6):
+    for _ in range(8):
         schedule = _build(replace(past, scale=scale), events, config.batch, probes)
         if schedule.n_questions <= allowed or scale < 0.02:
             break

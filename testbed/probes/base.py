@@ -93,8 +93,8 @@ class EditHistory:
     coming: tuple[Applied, ...] = ()
 
     def size(self, n: int, least: int = 8) -> int:
-        """A panel size within the budget, never under `least`."""
-        return max(least, round(n * self.scale))
+        """A panel size within the budget; not under `least` as long as panels keep a tenth of their size, never under 2."""
+        return max(round(n * self.scale), min(least, max(2, round(10 * least * self.scale))))
 
 
 @dataclass(frozen=True)
