@@ -56,6 +56,9 @@ class StreamConfig:
     since: NonNegativeInt = 0
     """First year of a dated stream: changes before it are no edits, and the model is taught their outcome instead.
     0 begins with the first change; streams without dates refuse a year."""
+    development: bool = False
+    """Edit facts that the stream never edits otherwise, under any seed, and never asks about, for the choice of settings
+    (`python -m testbed.tune`); streams without such facts refuse it."""
     missing_images: MissingImages = "skip"
     """What to do with a record whose picture is absent: skip it, ask without a picture, or put its caption in the prompt."""
     fields: tuple[str, ...] = ()
@@ -115,12 +118,12 @@ class Stream(ABC):
     """How much the published source holds, for --list; `origin` says how much of it a run could use."""
 
     supports: ClassVar[frozenset[str]] = frozenset()
-    """Which of the settings `records` and `since` this stream understands; it refuses the others."""
+    """Which of the settings `records`, `since` and `development` this stream understands; it refuses the others."""
 
     def __init__(self, config: StreamConfig) -> None:
         self.config = config
         self.skipped: list[Skipped] = []
-        for name in sorted({"records", "since"} - self.supports):
+        for name in sorted({"records", "since", "development"} - self.supports):
             if getattr(config, name):
                 raise BadStream(f"this stream does not support stream.{name}: leave it out, or choose another stream (docs/schedules.md)")
         if problems := config.problems():

@@ -98,6 +98,15 @@ def sample(data: EntryData, number: int) -> EntryData:
     return replace(data, entries=entries, origin=f"{data.origin}, {number:,} of them drawn")
 
 
+def for_development(data: EntryData) -> EntryData:
+    """The entries of the train pool as those to edit, and as many of those that are edited otherwise as the train pool."""
+    swapped: dict[Role, Role] = {"edit": "train", "train": "edit", "probe": "probe"}
+    spare = sum(e.role == "train" for e in data.entries)
+    pool = set(sorted((e.source for e in data.entries if e.role == "edit"), key=lambda name: hash_fraction("pool", name))[:spare])
+    kept = (e for e in data.entries if e.role != "edit" or e.source in pool)
+    return replace(data, entries=tuple(replace(e, role=swapped[e.role]) for e in kept), origin=f"{data.origin}, development part")
+
+
 def rotated(items: Sequence[T], *parts: object) -> Sequence[T]:
     """The items from a position on that a hash of `parts` picks, the items before that position behind them."""
     start = int(hash_fraction(*parts) * len(items))

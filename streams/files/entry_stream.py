@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 from streams import transforms
 from streams.base import Stream, StreamConfig, TrainPool
-from streams.files.entry import EntryData, EntryQuestion, FactEntry, QuestionCollector, consistent, rotated, sample
+from streams.files.entry import EntryData, EntryQuestion, FactEntry, QuestionCollector, consistent, for_development, rotated, sample
 from streams.files.records import distinct, normalize
 from testbed.core.events import EditEvent, Question
 
@@ -28,7 +28,7 @@ class EntryStream(Stream):
     """
 
     time_axis = "scheduled"
-    supports = frozenset({"records"})
+    supports = frozenset({"records", "development"})
     far_controls: ClassVar[bool] = True
     """Ask a control of another category as `locality_far`, where the record brings no such question itself."""
     purpose: ClassVar[str] = ""
@@ -41,6 +41,8 @@ class EntryStream(Stream):
     def __init__(self, config: StreamConfig) -> None:
         super().__init__(config)
         self._data = sample(self.read(config), config.records)
+        if config.development:
+            self._data = for_development(self._data)
         self.skipped = list(self._data.skipped)
         self._edited = tuple(e for e in self._data.entries if e.role == "edit")
         self._by_source = {e.source: e for e in self._edited}

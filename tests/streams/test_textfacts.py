@@ -196,3 +196,17 @@ def test_the_card_says_what_the_files_give(name: str, folder: str, data_root: Pa
     row = f"| {total.split(' ')[0]} | {usable} | {never} | {len(s.events(10**6)):,} |"
     assert row in (CARDS / f"{name}.md").read_text(encoding="utf-8")
     assert len(s.skipped) == int(total.split(" ")[0].replace(",", "")) - int(usable.replace(",", ""))
+
+
+def test_the_development_part_edits_what_no_run_edits_or_asks_about(tmp_path: Path) -> None:
+    root = put(tmp_path, "counterfact.json", [rome(i) for i in range(200)])
+    reported, development = stream("counterfact-yearly", root), stream("counterfact-yearly", root, development=True)
+    edited = {e.source for e in reported.events(10**6)}
+    events = development.events(10**6)
+    assert events and not edited & {e.source for e in events}
+    asked = {q.prompt for e in reported.events(10**6) for q in reported.questions(e)} | {q.prompt for q in reported.general()}
+    assert not asked & {e.prompt for e in events}
+    assert len(development.train_pool().questions) <= len(events)
+    assert development.origin.endswith("never edited") and "development part" in development.origin
+    with pytest.raises(BadStream, match="does not support stream.development"):
+        STREAMS.get("world-yearly")(StreamConfig(development=True))
