@@ -340,3 +340,16 @@ def need(state: dict[str, Any], name: str, shape: tuple[int | None, ...]) -> Ten
     if t.ndim != len(shape) or any(want is not None and want != got for want, got in zip(shape, t.shape)):
         raise BadEditor(f"{name!r} has shape {tuple(t.shape)}, expected {shape}: the state belongs to another model, layer or config")
     return t
+
+
+def appended(buffer: Tensor, at: int, new: Tensor) -> Tensor:
+    """A buffer that holds `new` from row `at` on: the same one where it is long enough, else one with a quarter of its rows to spare.
+
+    Rows before `at` stay as they are, so that views of them never change.
+    """
+    if at + len(new) > len(buffer):
+        larger = buffer.new_zeros(max(16, int(1.25 * at), at + len(new)), *buffer.shape[1:])
+        larger[:at] = buffer[:at]
+        buffer = larger
+    buffer[at : at + len(new)] = new
+    return buffer

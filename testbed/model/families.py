@@ -6,6 +6,7 @@ for base language models. A family that is not listed gets `DEFAULT`, and the ru
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,28 +90,23 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 def down_projection(layer: nn.Module) -> tuple[str, nn.Module]:
     """Path within the layer and module of the MLP's second matrix. Raises `UnknownLayout`."""
-    for path in DOWN_PROJECTIONS:
-        try:
-            return path, layer.get_submodule(path)
-        except AttributeError:
-            continue
-    raise UnknownLayout(f"no down-projection in {type(layer).__name__}; it has {', '.join(n for n, _ in layer.named_modules() if n)}")
+    return _first_of(layer, DOWN_PROJECTIONS, "down-projection")
 
 
 def attention(layer: nn.Module) -> nn.Module:
     """The attention of a decoder layer. Raises `UnknownLayout`."""
-    for path in ATTENTIONS:
-        found = getattr(layer, path, None)
-        if isinstance(found, nn.Module):
-            return found
-    raise UnknownLayout(f"no attention in {type(layer).__name__}; it has {', '.join(n for n, _ in layer.named_children())}")
+    return _first_of(layer, ATTENTIONS, "attention")[1]
 
 
 def final_norm(model: nn.Module, layers_path: str) -> nn.Module:
     """The normalisation that follows the last decoder layer. Raises `UnknownLayout`."""
-    owner = model.get_submodule(layers_path.rsplit(".", 1)[0])
-    for name in FINAL_NORMS:
-        norm = getattr(owner, name, None)
-        if norm is not None:
-            return norm
-    raise UnknownLayout(f"no final norm in {type(owner).__name__}; it has {', '.join(n for n, _ in owner.named_children())}")
+    return _first_of(model.get_submodule(layers_path.rsplit(".", 1)[0]), FINAL_NORMS, "final norm")[1]
+
+
+def _first_of(owner: nn.Module, paths: Sequence[str], what: str) -> tuple[str, nn.Module]:
+    """The first of these paths under which a module has a part, and the part. Raises `UnknownLayout` with what there is."""
+    parts = dict(owner.named_modules())
+    for path in paths:
+        if path in parts:
+            return path, parts[path]
+    raise UnknownLayout(f"no {what} in {type(owner).__name__}; it has {', '.join(filter(None, parts))}")

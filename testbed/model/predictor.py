@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,11 +23,25 @@ import torch
 from testbed.core.events import Ask
 from testbed.core.grading import natural_stop
 from testbed.core.timing import timed
-from testbed.model.answer_scores import AnswerScorer, Score
 from testbed.model.encoding import Batch, answer_ids, collate, prompt_inputs, text_batch, text_tokens
 from testbed.model.handle import ModelHandle
 
+FIRST_IDS = 10
+"""How many of the likeliest first tokens a response names."""
+R = TypeVar("R")
 Around = Callable[[Batch], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Teacher-forced score of one answer of n tokens.
+
+    hits: (n,) bool, the token is the argmax given the prompt and the true tokens before it.
+    logprobs: (n,) float64, natural log-probabilities.
+    """
+
+    hits: np.ndarray
+    logprobs: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -90,6 +104,67 @@ class Predictor(ABC):
         return [r.generated for r in self.respond(asks, [None] * len(asks), max_new_tokens)]
 
 
+class AnswerScorer:
+    """A logits processor that changes nothing and scores the answers' tokens while generation follows them.
+
+    Args:
+        answers: token ids, a row each.
+        then: called once, when the first token is known.
+    """
+
+    def __init__(self, answers: list[list[int]], then: Callable[[], None] = lambda: None) -> None:
+        self.answers, self._then = answers, then
+        longest = max((len(a) for a in answers), default=0)
+        self._target = torch.zeros(len(answers), longest, dtype=torch.long)
+        for i, a in enumerate(answers):
+            self._target[i, : len(a)] = torch.tensor(a, dtype=torch.long)
+        self._first: torch.Tensor | None = None
+        self._hits: list[torch.Tensor] = []
+        self._logp: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if self._first is None:
+            self._first = scores.topk(min(FIRST_IDS, scores.shape[-1]), -1).indices.cpu()
+            self._then()
+        step = len(self._hits)
+        if step < self._target.shape[1]:
+            target = self._target[:, step].to(scores.device)
+            self._hits.append((scores.argmax(-1) == target).cpu())
+            self._logp.append(scores.float().log_softmax(-1).gather(1, target[:, None])[:, 0].double().cpu())
+        return scores
+
+    def first_ids(self) -> list[tuple[int, ...]]:
+        """The likeliest first tokens of each row."""
+        return [tuple(row) for row in self._first.tolist()] if self._first is not None else [() for _ in self.answers]
+
+    def scores(self) -> list[Score | None]:
+        """A score for every row whose generation followed the answer up to its last token; None for the others."""
+        if not self._hits:
+            return [None for _ in self.answers]
+        hits, logp = torch.stack(self._hits, 1).numpy(), torch.stack(self._logp, 1).numpy()
+        out: list[Score | None] = []
+        for i, a in enumerate(self.answers):
+            n = len(a)
+            known = 0 < n <= hits.shape[1] and bool(hits[i, : n - 1].all())
+            out.append(Score(hits[i, :n].copy(), logp[i, :n].copy()) if known else None)
+        return out
+
+
+class OverModel(Predictor):
+    """A predictor that changes questions or answers and leaves the rest to another one, `base`."""
+
+    base: Predictor
+
+    def score(self, asks: Sequence[Ask], answers: Sequence[str]) -> list[Score]:
+        return [r.score for r in self.respond(asks, answers) if r.score is not None]
+
+    def text_logprobs(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return self.base.text_logprobs(texts)
+
+    def inspect(self, asks: Sequence[Ask], layers: Sequence[int] = (), top_k: int = 10, ids: Tokens = None) -> list[Inspection]:
+        return self.base.inspect(asks, layers, top_k, ids)
+
+
 class ModelPredictor(Predictor):
     """A model behind a handle, with what an editor changes for the length of a forward.
 
@@ -115,19 +190,12 @@ class ModelPredictor(Predictor):
     @torch.no_grad()
     def respond(self, asks: Sequence[Ask], answers: Sequence[str | None], max_new_tokens: int = 16) -> list[Response]:
         ids = [answer_ids(self.handle, a, x) if x is not None else [] for a, x in zip(asks, answers)]
-        out: list[Response | None] = [None] * len(asks)
-        again: list[int] = []
-        work = lambda part: self._generate([asks[i] for i in part], [ids[i] for i in part], max_new_tokens)  # noqa: E731
-        for chunk, made_of in self.handle.memory_limit.fitting(self._chunks(asks), work):
-            for i, made in zip(chunk, made_of):
-                out[i] = made
-                if ids[i] and made.score is None:
-                    again.append(i)
-        for i, score in zip(again, self._score([asks[i] for i in again], [ids[i] for i in again])):
-            done = out[i]
-            if done is not None:
-                out[i] = replace(done, score=score)
-        return [r for r in out if r is not None]
+        made = self._in_parts(
+            self._chunks(asks), lambda part: self._generate([asks[i] for i in part], [ids[i] for i in part], max_new_tokens)
+        )
+        again = [i for i, r in enumerate(made) if ids[i] and r.score is None]
+        scores = dict(zip(again, self._score([asks[i] for i in again], [ids[i] for i in again])))
+        return [replace(r, score=scores[i]) if i in scores else r for i, r in enumerate(made)]
 
     @torch.no_grad()
     def score(self, asks: Sequence[Ask], answers: Sequence[str]) -> list[Score]:
@@ -137,9 +205,7 @@ class ModelPredictor(Predictor):
     def text_logprobs(self, texts: Sequence[str]) -> list[np.ndarray]:
         ids = [text_tokens(self.handle, t) for t in texts]
         parts = [list(range(at, min(at + self.rows, len(ids)))) for at in range(0, len(ids), self.rows)]
-        return [
-            x for _, found in self.handle.memory_limit.fitting(parts, lambda part: self._running([ids[i] for i in part])) for x in found
-        ]
+        return self._in_parts(parts, lambda part: self._running([ids[i] for i in part]))
 
     def _running(self, ids: list[list[int]]) -> list[np.ndarray]:
         batch = text_batch(self.handle, ids)
@@ -153,12 +219,9 @@ class ModelPredictor(Predictor):
 
     @torch.no_grad()
     def inspect(self, asks: Sequence[Ask], layers: Sequence[int] = (), top_k: int = 10, ids: Tokens = None) -> list[Inspection]:
-        out: list[Inspection | None] = [None] * len(asks)
-        work = lambda part: self._inspect_part([asks[i] for i in part], layers, top_k, ids and [ids[i] for i in part])  # noqa: E731
-        for chunk, seen in self.handle.memory_limit.fitting(self._chunks(asks), work):
-            for i, one in zip(chunk, seen):
-                out[i] = one
-        return [r for r in out if r is not None]
+        return self._in_parts(
+            self._chunks(asks), lambda part: self._inspect_part([asks[i] for i in part], layers, top_k, ids and [ids[i] for i in part])
+        )
 
     def _inspect_part(self, asks: list[Ask], layers: Sequence[int], top_k: int, ids: Tokens) -> list[Inspection]:
         batch = collate(self.handle, asks, side="left")
@@ -187,6 +250,11 @@ class ModelPredictor(Predictor):
                 module = self.handle.layers[self.handle.layer_index(n)]
                 stack.enter_context(self.handle.hooked(module, lambda m, args, output, n=n: keep(n, output)))
             yield seen
+
+    def _in_parts(self, parts: Iterable[list[int]], work: Callable[[list[int]], list[R]]) -> list[R]:
+        """The results of some work on parts of 0, 1, .. (smaller ones where memory runs out), in the order of these indices."""
+        found = {i: x for part, results in self.handle.memory_limit.fitting(parts, work) for i, x in zip(part, results)}
+        return [found[i] for i in sorted(found)]
 
     def _chunks(self, asks: Sequence[Ask], answer_lengths: Sequence[int] | None = None) -> Iterator[list[int]]:
         """Indices of the asks in batches of like length, pictures apart from text, within the limits."""
@@ -223,12 +291,8 @@ class ModelPredictor(Predictor):
         return self.handle.model(**batch.inputs, use_cache=False, **({"logits_to_keep": n} if can else {})).logits
 
     def _score(self, asks: Sequence[Ask], ids: Sequence[list[int]]) -> list[Score]:
-        out: list[Score | None] = [None] * len(asks)
-        work = lambda part: self._forced([asks[i] for i in part], [ids[i] for i in part])  # noqa: E731
-        for chunk, scores in self.handle.memory_limit.fitting(self._chunks(asks, [len(x) for x in ids]), work):
-            for i, score in zip(chunk, scores):
-                out[i] = score
-        return [s for s in out if s is not None]
+        chunks = self._chunks(asks, [len(x) for x in ids])
+        return self._in_parts(chunks, lambda part: self._forced([asks[i] for i in part], [ids[i] for i in part]))
 
     def _forced(self, asks: list[Ask], ids: list[list[int]]) -> list[Score]:
         """One teacher-forced forward."""

@@ -19,11 +19,19 @@ from torch import Tensor
 from testbed.core.events import Ask
 from testbed.core.timing import timed
 from testbed.model.answer_loss import answer_nll
-from testbed.model.decoder import LastLayerReached, decoder_arguments, run_decoder, slice_arguments
 from testbed.model.encoding import Batch, answer_ids, collate
 from testbed.model.families import UnknownLayout
 from testbed.model.handle import ModelHandle, project
-from testbed.model.prefix_cache import ImagePrefixes, PrefixCache, agree, skip_image_prefixes
+from testbed.model.prefix_cache import (
+    ImagePrefixes,
+    LastLayerReached,
+    PrefixCache,
+    agree,
+    decoder_arguments,
+    run_decoder,
+    skip_image_prefixes,
+    slice_arguments,
+)
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 Project = Callable[[Float[Tensor, "B P f"]], Float[Tensor, "B P d"]]

@@ -8,12 +8,13 @@ from streams.base import TrainPool
 from testbed.core.events import EditEvent, Question
 from testbed.core.registry import EDITORS
 from testbed.editors.base import Editor
-from testbed.editors.locate.core import LocateHyperparameters
+from testbed.editors.hyperparameters import filled
+from testbed.editors.locate.core import DEFAULTS, LocateConfig
 from testbed.editors.locate.targets import TargetTask
 from tests.helpers.models import Noise, build
 
 METHODS = ("rome", "memit", "memit-seq", "alphaedit", "emmet", "pmet")
-SMALL = LocateHyperparameters((0, 1), steps=6, lr=0.5, clamp=2.0, kl=0.1, relative=True)
+SMALL = filled(LocateConfig((0, 1), steps=6, lr=0.5, clamp=2.0, kl=0.1, relative=True), DEFAULTS)
 TEXTS = tuple(f"the small lamp number {i} stands beside the river and the old bridge" for i in range(40))
 POOL = TrainPool((Question("general", "what colour is the lamp?", "red", topic="x"),), TEXTS)
 

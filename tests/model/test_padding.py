@@ -15,8 +15,7 @@ from transformers import AutoTokenizer, GPTNeoConfig
 from testbed.core.events import Ask
 from testbed.model.encoding import answer_ids, collate, prompt_inputs, text_tokens
 from testbed.model.handle import BadModel, ModelHandle
-from testbed.model.loading import load
-from testbed.model.padding import verify_padding
+from testbed.model.loading import load, verify_padding
 from testbed.model.predictor import ModelPredictor
 from tests.helpers.models import KINDS, Noise, build, save
 

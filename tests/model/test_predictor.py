@@ -12,10 +12,9 @@ import torch
 
 from testbed.core.events import Ask
 from testbed.core.grading import natural_stop
-from testbed.model.answer_scores import FIRST_IDS
 from testbed.model.encoding import answer_ids, collate
 from testbed.model.handle import weights_hash
-from testbed.model.predictor import ModelPredictor, Response, Score
+from testbed.model.predictor import FIRST_IDS, ModelPredictor, Response, Score
 from tests.helpers.models import KINDS, TEXT, Noise, build
 
 PROMPTS = (

@@ -12,11 +12,10 @@ from torch import Tensor
 from testbed.bench.reference import whole_model
 from testbed.core.events import Ask
 from testbed.editors.codebook import keys
-from testbed.model.decoder import decoder_of
 from testbed.model.encoding import Batch
 from testbed.model.handle import ModelHandle, project
 from testbed.model.loading import load
-from testbed.model.prefix_cache import ImagePrefixes
+from testbed.model.prefix_cache import ImagePrefixes, decoder_of
 from testbed.model.suffix import mean_over_prompt, suffix_from_down_projection
 from tests.helpers.models import IMAGE, TEXT, Noise, build
 from tests.helpers.positions_run import places

@@ -28,7 +28,13 @@ def smollm2() -> ModelHandle:
 def test_it_is_a_llama_of_thirty_layers_that_went_through_four_bits() -> None:
     handle = smollm2()
     config = handle.model.config
-    assert (config.model_type, handle.n_layers, handle.width, config.intermediate_size, config.vocab_size) == ("llama", 30, 576, 1536, 49152)
+    assert (config.model_type, handle.n_layers, handle.width, config.intermediate_size, config.vocab_size) == (
+        "llama",
+        30,
+        576,
+        1536,
+        49152,
+    )
     assert sum(p.numel() for p in handle.model.parameters()) == 134_515_008
     assert any("4 bits" in note for note in handle.notes)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from testbed.bench.reference import whole_model
 from testbed.core.events import Ask
 from testbed.editors.locate import targets
-from testbed.editors.locate.positions import answer_rows
+from testbed.editors.locate.keys import answer_rows
 from testbed.editors.locate.targets import TargetLoss, TargetTask, search
 from testbed.model.encoding import answer_ids, collate
 from testbed.model.suffix import suffix_from_layer

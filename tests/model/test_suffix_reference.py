@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from testbed.bench.reference import WholeModelDownProjection, whole_model
-from testbed.editors.codebook.entry_weights import EntryWeights, FullCopyWeights, LowRankWeights, train
+from testbed.editors.codebook.balancedit import EntryWeights, FullCopyWeights, LowRankWeights, train
 from testbed.model.encoding import answer_ids, collate
 from testbed.model.handle import ModelHandle, project
 from testbed.model.suffix import DownProjectionSuffix, suffix_from_down_projection, suffix_from_layer

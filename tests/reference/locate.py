@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from testbed.core.events import Ask, EditEvent
-from testbed.editors.locate.positions import ask_of, lookup, subject_of
+from testbed.editors.locate.keys import ask_of, lookup, subject_of
 from testbed.model.encoding import answer_ids, prompt_inputs
 from testbed.model.handle import ModelHandle
 

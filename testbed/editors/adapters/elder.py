@@ -7,7 +7,7 @@ A prompt whose own choice is far from every stored code is deferred to the untou
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,43 +21,25 @@ from testbed.core.registry import EDITORS
 from testbed.core.timing import timed
 from testbed.editors.adapters import lowrank
 from testbed.editors.adapters.elder_routing import AllocationCodes, CodeRouter, Mixture, MixtureGate, MixtureShape, experts_for
-from testbed.editors.base import BadEditor, Editor, EditorConfig, Traits, need, require_finite_loss, require_same
+from testbed.editors.base import BadEditor, Editor, EditorConfig, Traits, minimise, need, require_same
 from testbed.editors.codebook.keys import last_position
-from testbed.editors.hyperparameters import ModelKey, hyperparameters_for, overlay
+from testbed.editors.hyperparameters import ModelKey, Values, resolve
 from testbed.model.handle import ModelHandle
 from testbed.model.predictor import ModelPredictor, Predictor
 
+DEFAULTS: Values = {"rank": 8, "active": 2, "guide": 0.01, "lr": 1e-4, "steps": 50}
+"""The paper's values."""
+_EXPERTS = 4
+"""N in the paper."""
 
-@dataclass(frozen=True)
-class ElderHyperparameters:
-    """What ELDER is tuned by for a model. Symbols are those of the paper."""
-
-    modules: str
-    """Regular expression over the names of the decoder's linear maps: the mixture layers."""
-    rank: int = 8
-    """r: rank of one adapter."""
-    experts: int = 4
-    """N: adapters at each target module, more where the planned edits need more codes."""
-    active: int = 2
-    """k: adapters that a prompt is given at each target module."""
-    eps: int | None = None
-    """Hamming distance to the nearest stored code under which a prompt counts as edited; None is L k (the paper's 12)."""
-    guide: float = 0.01
-    """lambda: weight of the guided loss."""
-    lr: float = 1e-4
-    """Adam's step size."""
-    steps: int = 50
-    """Optimiser steps a batch of edits."""
-
-
-PUBLISHED: dict[ModelKey, ElderHyperparameters] = {
-    ("gpt2", 48): ElderHyperparameters(r"\.h\.(35|36|37|38|39|40)\.mlp\.c_fc$"),  # GPT2-XL: the paper
-    ("llama", 32): ElderHyperparameters(r"\.layers\.(21|22|23|24|25|26)\.mlp\.down_proj$"),  # Llama-2-7B: the paper
+PUBLISHED: dict[ModelKey, Values] = {
+    ("gpt2", 48): {"modules": r"\.h\.(35|36|37|38|39|40)\.mlp\.c_fc$"},  # GPT2-XL: the paper
+    ("llama", 32): {"modules": r"\.layers\.(21|22|23|24|25|26)\.mlp\.down_proj$"},  # Llama-2-7B: the paper
 }
 """By type and number of layers of the language model."""
 
 
-def derived(handle: ModelHandle) -> tuple[ElderHyperparameters, str]:
+def derived(handle: ModelHandle) -> tuple[Values, str]:
     """Values for a model without published ones: down-projections of up to six layers that end at four fifths of the depth.
 
     A shallow model is given those of its upper half, with larger steps (chosen on a development stream of the committed model).
@@ -66,9 +48,8 @@ def derived(handle: ModelHandle) -> tuple[ElderHyperparameters, str]:
     stop = depth if depth < 8 else round(0.82 * depth)
     layers = range(max(0, stop - min(6, max(1, depth // 2))), stop)
     names = [handle.down_weight(i).removesuffix(".weight").replace(".", r"\.") for i in layers]
-    found = ElderHyperparameters(f"^({'|'.join(names)})$")
-    found = replace(found, lr=2e-3, guide=1.0, steps=30) if depth < 8 else found
-    return found, f"adapters at the down-projections of layers {layers[0]} to {layers[-1]}"
+    shallow = {"lr": 2e-3, "guide": 1.0, "steps": 30} if depth < 8 else {}
+    return {"modules": f"^({'|'.join(names)})$", **shallow}, f"adapters at the down-projections of layers {layers[0]} to {layers[-1]}"
 
 
 @dataclass(frozen=True)
@@ -125,10 +106,10 @@ class Elder(Editor):
     Config = ElderConfig
 
     def _prepare(self, pool: TrainPool) -> None:
-        found, note = hyperparameters_for(self.handle, PUBLISHED, derived)
-        self.hyper = h = overlay(found, self.config)
+        self.hyper, note = resolve(self.config, self.handle, PUBLISHED, derived, DEFAULTS)
+        h = self.hyper
         self.targets = lowrank.find_target_modules(self.handle, h.modules)
-        n = self.config.experts or experts_for(len(self.targets), h.active, self.config.planned_edits, h.experts)
+        n = h.experts or experts_for(len(self.targets), h.active, h.planned_edits, _EXPERTS)
         if h.active > n:
             raise BadEditor(f"k = {h.active} adapters of N = {n} cannot be chosen: set active to {n} or less")
         lowrank.check_rank(self.targets, h.rank)
@@ -203,19 +184,17 @@ class Elder(Editor):
     def _train(self, rows: TrainingRows) -> tuple[Mixture, float, float]:
         """The mixture after one batch, and the last losses (answer, guided). Raises `EditFailed` when one is not finite."""
         tensors = [t.clone().requires_grad_(True) for t in self.mixture.tensors()]
-        mixture, adam = self.mixture.like(tensors), torch.optim.Adam(tensors, lr=self.hyper.lr)
-        loss = guided = float("nan")
-        for _ in range(self.hyper.steps):
-            adam.zero_grad()
+        mixture, last = self.mixture.like(tensors), {"answer": torch.nan, "guide": torch.nan}
+
+        def total() -> Tensor:
             log_scores = mixture.log_scores(rows.x)
             answer = rows.suffix.losses(mixture.adds(log_scores)).mean()
             guide = -(log_scores * rows.codes).sum((1, 2)).mean()
-            loss, guided = float(answer.detach()), float(guide.detach())
-            total = answer + self.hyper.guide * guide.to(answer.device)
-            require_finite_loss(total, self.hyper.lr)
-            total.backward()
-            adam.step()
-        return self.mixture.like([t.detach() for t in tensors]), loss, guided
+            last.update(answer=float(answer.detach()), guide=float(guide.detach()))
+            return answer + self.hyper.guide * guide.to(answer.device)
+
+        minimise(tensors, total, self.hyper.lr, self.hyper.steps)
+        return self.mixture.like([t.detach() for t in tensors]), last["answer"], last["guide"]
 
     def predictor(self) -> Predictor:
         router = CodeRouter(self.codes, self.eps if self.config.defer else None)

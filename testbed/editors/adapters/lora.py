@@ -22,7 +22,7 @@ from testbed.core.registry import EDITORS
 from testbed.core.timing import timed
 from testbed.editors.adapters import elder, lowrank
 from testbed.editors.base import EditorConfig, WeightEditor, minimise, need, require_same
-from testbed.editors.hyperparameters import hyperparameters_for, overlay
+from testbed.editors.hyperparameters import resolve
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,8 @@ class Lora(WeightEditor):
     """The share of the adapter that the answers are given with."""
 
     def _prepare(self, pool: TrainPool) -> None:
-        found, note = hyperparameters_for(self.handle, elder.PUBLISHED, elder.derived)
+        self.hyper, note = resolve(self.config, self.handle, elder.PUBLISHED, elder.derived, elder.DEFAULTS)
         self.notes = [note] if note and None in (self.config.modules, self.config.lr, self.config.steps) else []
-        self.hyper = overlay(found, self.config)
         self.targets = lowrank.find_target_modules(self.handle, self.hyper.modules)
         lowrank.check_rank(self.targets, self.config.rank)
         self.pairs = self._fresh(0)

@@ -162,12 +162,6 @@ def delta(target: TargetModule, adapter: Adapter) -> Tensor:
     return as_stored(target.module, adapter.scale * (adapter.v.mT @ adapter.u))
 
 
-def merged(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
-    """One adapter, of the ranks together, whose addition is the weighted sum of theirs."""
-    scaled = [w * a.scale * a.v for a, w in zip(adapters, weights, strict=True)]
-    return Adapter(torch.cat([a.u for a in adapters]), torch.cat(scaled))
-
-
 def save_peft(folder: Path, handle: ModelHandle, adapters: Mapping[str, Adapter]) -> None:
     """Write one adapter a target (by name of its module) as PEFT reads it: adapter_config.json and adapter_model.safetensors.
 

@@ -24,7 +24,7 @@ from testbed.core.registry import EDITORS
 from testbed.core.timing import timed
 from testbed.editors.base import Editor, EditorConfig, Traits, need, require_finite_loss, require_same
 from testbed.editors.codebook.gate import Answer, Gate
-from testbed.editors.hyperparameters import ModelKey, hyperparameters_for, overlay
+from testbed.editors.hyperparameters import ModelKey, Values, resolve
 from testbed.model.encoding import Batch, collate
 from testbed.model.handle import ModelHandle, project
 from testbed.model.predictor import ModelPredictor, Predictor
@@ -38,44 +38,25 @@ _CACHED = 4
 """Edited matrices that a predictor keeps; others are added up again when a prompt needs them."""
 
 
-@dataclass(frozen=True)
-class WiseHyperparameters:
-    """What WISE is tuned by for a model. Symbols are those of the paper; margins in units of a layer's output, or relative to it."""
+DEFAULTS: Values = {"lr": 1.0, "steps": 70, "clamp": 1.0, "alpha": 5.0, "beta": 20.0, "gamma": 10.0, "relative": False}
+"""The paper's values."""
 
-    layer: int
-    """Decoder layer whose down-projection is copied."""
-    lr: float = 1.0
-    """Step size of plain gradient descent."""
-    steps: int = 70
-    """Optimiser steps a batch, at most."""
-    clamp: float = 1.0
-    """Largest change of any entry of the matrix."""
-    alpha: float = 5.0
-    """D of irrelevant prompts is pushed under it."""
-    beta: float = 20.0
-    """D of edits is pushed over it."""
-    gamma: float = 10.0
-    """The amount by which D of an edit must exceed that of an irrelevant prompt."""
-    relative: bool = False
-    """alpha, beta and gamma are multiples of the mean norm of the layer's output over irrelevant prompts."""
-
-
-PUBLISHED: dict[ModelKey, WiseHyperparameters] = {
-    ("llama", 32): WiseHyperparameters(27),  # Llama-2-7B: the paper (Llama-3-8B has the same type and depth)
-    ("mistral", 32): WiseHyperparameters(27),  # Mistral-7B: the paper
-    ("gptj", 28): WiseHyperparameters(21),  # GPT-J-6B: the paper
+PUBLISHED: dict[ModelKey, Values] = {
+    ("llama", 32): {"layer": 27},  # Llama-2-7B: the paper (Llama-3-8B has the same type and depth)
+    ("mistral", 32): {"layer": 27},  # Mistral-7B: the paper
+    ("gptj", 28): {"layer": 21},  # GPT-J-6B: the paper
 }
 """By type and number of layers of the language model."""
 
 
-def derived(handle: ModelHandle) -> tuple[WiseHyperparameters, str]:
+def derived(handle: ModelHandle) -> tuple[Values, str]:
     """Values for a model without published ones: the layer at 27/32 of the depth, and margins relative to the layer's output.
 
     They were chosen on a development stream of the committed model.
     """
     layer = min(handle.n_layers - 1, round(handle.n_layers * 27 / 32))
-    found = WiseHyperparameters(layer, lr=0.3, alpha=0.25, beta=1.0, gamma=0.5, relative=True)
-    return found, f"side memory at layer {layer}, margins relative"
+    margins = {"alpha": 0.25, "beta": 1.0, "gamma": 0.5, "relative": True}
+    return {"layer": layer, "lr": 0.3, **margins}, f"side memory at layer {layer}, margins relative"
 
 
 @dataclass(frozen=True)
@@ -96,6 +77,8 @@ class WiseConfig(EditorConfig):
     """beta: D of edits is pushed over it (paper: 20)."""
     gamma: PositiveFloat | None = None
     """gamma: the amount by which D of an edit must exceed that of an irrelevant prompt (paper: 10)."""
+    relative: bool | None = None
+    """alpha, beta and gamma are multiples of the mean norm of the layer's output over irrelevant prompts (paper: not)."""
     ratio: PositiveFraction = 0.88
     """Share of the smallest D seen in editing that a prompt must reach (act_ratio; paper: 0.88)."""
     density: PositiveFraction = 0.2
@@ -143,11 +126,10 @@ class Wise(Editor):
 
     def _prepare(self, pool: TrainPool) -> None:
         self.irrelevant = [q.ask() for q in pool.questions if self.handle.reads_pictures or q.image is None]
-        found, note = hyperparameters_for(self.handle, PUBLISHED, derived)
+        self.hyper, note = resolve(self.config, self.handle, PUBLISHED, derived, DEFAULTS)
         self.notes = [note] if note else []
         if not self.irrelevant:
             self.notes.append("the stream has no train pool: D of edits is pushed up, and no irrelevant prompt's is pushed down")
-        self.hyper = overlay(found, self.config)
         self.module, self.weight_name = self.handle.down(self.hyper.layer), self.handle.down_weight(self.hyper.layer)
         self.weight = self.handle.parameter(self.weight_name).detach().float()
         self.unit = self._unit() if self.hyper.relative else 1.0

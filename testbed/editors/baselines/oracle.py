@@ -17,10 +17,10 @@ from testbed.editors.base import Traits
 from testbed.editors.baselines.noop import Noop
 from testbed.model.encoding import answer_ids
 from testbed.model.handle import ModelHandle
-from testbed.model.predictor import Inspection, ModelPredictor, Predictor, Response, Score, Tokens
+from testbed.model.predictor import ModelPredictor, OverModel, Response, Score
 
 
-class TruthPredictor(Predictor):
+class TruthPredictor(OverModel):
     """Answers with `Ask.truth` where it is given, else as the model does."""
 
     def __init__(self, handle: ModelHandle) -> None:
@@ -33,15 +33,6 @@ class TruthPredictor(Predictor):
         for i, r in zip(without_truth, own):
             out[i] = r
         return out
-
-    def score(self, asks: Sequence[Ask], answers: Sequence[str]) -> list[Score]:
-        return [r.score or self._score(a, x) for r, a, x in zip(self.respond(asks, answers), asks, answers)]
-
-    def text_logprobs(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return self.base.text_logprobs(texts)
-
-    def inspect(self, asks: Sequence[Ask], layers: Sequence[int] = (), top_k: int = 10, ids: Tokens = None) -> list[Inspection]:
-        return self.base.inspect(asks, layers, top_k, ids)
 
     def _score(self, ask: Ask, answer: str) -> Score:
         """Probability 1 for the tokens of the truth: a token of the answer is a hit where the truth has the same one in its place."""

@@ -4,7 +4,7 @@ The paper's parts, and the code for them:
 
 * key h(x): the mean input of one down-projection over all prompt positions, the picture's included and the answer's
   excluded (`keys.read_keys`);
-* entry weights: that layer's weights, tuned on the cross-entropy of the one edit (`entry_weights.train`);
+* entry weights: that layer's weights, tuned on the cross-entropy of the one edit (`train`);
 * anchors: a paraphrase with the same picture (positive), a black picture with the same question (negative);
 * radius: eps = alpha * d(h, h_pos) + (1 - alpha) * d(h, h_neg) (`radius`). The paper prints the formula both ways round;
   this is the orientation of its Appendix D, its ablation and its Table 10. alpha is called `w_pos` here;
@@ -18,31 +18,96 @@ and low-rank entry weights; each of these is a field that can be set on either n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from streams.base import TrainPool
 from testbed.core.events import Ask, EditBatch, EditEvent
 from testbed.core.ranges import Fraction, NonNegativeInt, PositiveFloat, PositiveInt
 from testbed.core.registry import EDITORS
 from testbed.core.timing import timed
-from testbed.editors.base import EditFailed, EditorConfig, Traits, need, require_same
+from testbed.editors.base import EditFailed, EditorConfig, Traits, minimise, need, require_same
 from testbed.editors.codebook.codebook import Codebook, Entry
-from testbed.editors.codebook.editor import CodebookEditor
-from testbed.editors.codebook.entry_weights import EntryWeights, FullCopyWeights, LowRankWeights, train
-from testbed.editors.codebook.gate import Hits
+from testbed.editors.codebook.gate import CodebookEditor, Hits
 from testbed.editors.codebook.keys import DimmedImage, TextAndImageKey, UniformImage, read_keys, reading_error, spread_of
 from testbed.editors.codebook.nearest import Metric, Rule, direct
 from testbed.model.encoding import answer_ids
+from testbed.model.handle import as_matrix, project
 from testbed.model.predictor import Predictor
-from testbed.model.suffix import mean_over_prompt, suffix_from_down_projection
+from testbed.model.suffix import DownProjectionSuffix, mean_over_prompt, suffix_from_down_projection
 
 _TEXT_NEGATIVES = 32
 """Questions of the train pool that serve as negative anchors of an edit without a picture."""
+
+
+class FullCopyWeights:
+    """A copy of the whole matrix of a layer for each entry, as published. weight: the layer's own, float32."""
+
+    def __init__(self, module: nn.Module, weight: Tensor) -> None:
+        self.module, self.weight = module, weight
+        self.shape = tuple(weight.shape)
+        """Shape of the weights of one entry."""
+
+    def fresh(self, generator: torch.Generator) -> Tensor:
+        """Weights that change nothing yet."""
+        return self.weight
+
+    def outputs(self, suffix: DownProjectionSuffix, weights: Tensor) -> Callable[[Tensor], Tensor]:
+        """The layer as a function of the suffix's activations, with each row of the batch under its own weights (B, *shape)."""
+        if len(weights) == 1:
+            return lambda act: project(self.module, act, weights[0])
+        return lambda act: torch.stack([project(self.module, a, w) for a, w in zip(act, weights)])
+
+    def answer(self, hits: Hits, weights: Sequence[Tensor]) -> Tensor:
+        """(h, T, d) the layer's output for rows that hit, each under its entry's weights."""
+        return torch.stack([project(self.module, x, w.to(x.device)) for x, w in zip(hits.act, weights)])
+
+
+class LowRankWeights:
+    """Two thin matrices U (r, f) and V (r, d) side by side, whose product V^T U x is added to the layer's output."""
+
+    def __init__(self, module: nn.Module, weight: Tensor, rank: int) -> None:
+        self.module, self.weight = module, weight
+        d, self.f = as_matrix(module, weight).shape
+        self.shape = rank, self.f + d
+
+    def fresh(self, generator: torch.Generator) -> Tensor:
+        """U from a normal distribution of variance 1/f, V zero: weights that change nothing yet."""
+        rank, width = self.shape
+        u = torch.randn(rank, self.f, generator=generator) / self.f**0.5
+        return torch.cat([u, torch.zeros(rank, width - self.f)], 1).to(self.weight.device)
+
+    def outputs(self, suffix: DownProjectionSuffix, weights: Tensor) -> Callable[[Tensor], Tensor]:
+        """As for full copies; all rows in two products."""
+        with torch.no_grad():
+            own = project(self.module, suffix.act, self.weight)
+        return lambda act: own + self._add(act.float(), weights).to(own.dtype)
+
+    def _add(self, x: Tensor, weights: Tensor) -> Tensor:
+        return x @ weights[..., : self.f].mT @ weights[..., self.f :]
+
+    def answer(self, hits: Hits, weights: Sequence[Tensor]) -> Tensor:
+        """As for full copies."""
+        return hits.out + self._add(hits.act.float(), torch.stack(list(weights)).to(hits.act.device)).to(hits.out.dtype)
+
+
+EntryWeights = FullCopyWeights | LowRankWeights
+
+
+@timed("train")
+def train(form: EntryWeights, suffix: DownProjectionSuffix, starts: Sequence[Tensor], lr: float, steps: int) -> tuple[Tensor, list[float]]:
+    """Entry weights (B, *shape) of a batch, trained with Adam, and the last loss of each edit, nats a token.
+
+    Raises `EditFailed` on a loss that is not finite.
+    """
+    weights = torch.stack(list(starts)).to(suffix.act.device, torch.float32).clone().requires_grad_(True)
+    layer = form.outputs(suffix, weights)
+    losses = minimise([weights], lambda: suffix.losses(layer), lr, steps, fused=True)
+    return weights.detach(), losses.tolist()
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,7 @@ from testbed.core.ranges import PositiveFloat, PositiveInt
 from testbed.core.registry import EDITORS
 from testbed.core.timing import timed
 from testbed.editors.base import EditFailed, EditorConfig, Traits, minimise, need, require_same
-from testbed.editors.codebook.editor import CodebookEditor
-from testbed.editors.codebook.gate import Hits
+from testbed.editors.codebook.gate import CodebookEditor, Hits
 from testbed.editors.codebook.keys import last_position, read_keys, reading_error
 from testbed.editors.codebook.nearest import Keys, Nearest
 from testbed.model.encoding import answer_ids, collate, prompt_inputs
@@ -73,8 +72,6 @@ class GraceCodebook:
         self.eps = torch.zeros(0, dtype=torch.float64)
         self.owner = torch.zeros(0, dtype=torch.long)
         """For each entry, its row among the edits, rising."""
-        self.inside = torch.zeros(0, dtype=torch.long)
-        """For each edit, its entry."""
         self._find: Nearest | None = None
 
     def __len__(self) -> int:
@@ -87,7 +84,7 @@ class GraceCodebook:
     @property
     def nbytes(self) -> int:
         """Bytes of its tensors."""
-        return sum(t.nbytes for t in (self.keys, self.eps, self.owner, self.inside))
+        return sum(t.nbytes for t in (self.keys, self.eps, self.owner))
 
     def entry_of(self, row: int) -> str:
         return self.edits[int(self.owner[row])][0]
@@ -105,20 +102,17 @@ class GraceCodebook:
     def _insert(self, row: int) -> None:
         key, label = self.keys[row], self.edits[row][1]
         near, d = self._nearest(key)
-        eps, new, taken = self.eps.clone(), self.eps_init, None
+        eps, new = self.eps.clone(), [self.eps_init]
         if near is not None and d <= self.eps_init + float(eps[near]):
             if self.edits[int(self.owner[near])][1] == label:
-                taken = near
+                new = []
                 widened = d if self.expand == "coverage" else (float(eps[near]) + d) / 2
                 eps[near] = max(float(eps[near]), widened)
             else:
                 least = reading_error(key, "euclidean")  # an entry hits its own key however the batch is padded
-                eps[near], new = max(least, d / 2 - _SPLIT), max(least, d / 2)
-        if taken is None:
-            eps = torch.cat([eps, torch.tensor([new], dtype=torch.float64)])
-            self.owner = torch.cat([self.owner, torch.tensor([row])])
-        self.eps = eps
-        self.inside = torch.cat([self.inside, torch.tensor([len(self.owner) - 1 if taken is None else taken])])
+                eps[near], new = max(least, d / 2 - _SPLIT), [max(least, d / 2)]
+        self.eps = torch.cat([eps, torch.tensor(new, dtype=torch.float64)])
+        self.owner = torch.cat([self.owner, torch.tensor([row] * len(new), dtype=torch.long)])
         self._find = None
 
     def _nearest(self, key: Tensor) -> tuple[int | None, float]:
@@ -154,12 +148,12 @@ class GraceCodebook:
     def state(self) -> dict[str, Any]:
         """Tensors and JSON values, for `load`."""
         rows = [[e, list(label)] for e, label in self.edits]
-        return {"keys": self.keys, "eps": self.eps, "owner": self.owner, "inside": self.inside, "edits": rows}
+        return {"keys": self.keys, "eps": self.eps, "owner": self.owner, "edits": rows}
 
     def load(self, state: dict[str, Any]) -> None:
         """Take over what `state` returned. The caller has checked that it fits."""
         self._clear([(e, tuple(label)) for e, label in state["edits"]], state["keys"])
-        self.eps, self.owner, self.inside = state["eps"], state["owner"], state["inside"]
+        self.eps, self.owner = state["eps"], state["owner"]
 
 
 @EDITORS.register("grace")

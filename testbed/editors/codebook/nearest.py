@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from testbed.editors.buffers import appended
+from testbed.editors.base import appended
 
 Metric = Literal["euclidean", "cosine"]
 Rule = Literal["nearest-then-check", "containing-nearest"]

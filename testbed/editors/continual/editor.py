@@ -37,12 +37,12 @@ class AvalancheEditor(WeightEditor):
         problems = self.config.problems()
         if problems:
             raise BadEditor(f"{self.name} cannot run: " + "; ".join(problems))
-        adapters = load_avalanche()
-        self.adapter = adapters.adapter(self.method, self.config)
+        strategies = load_avalanche()
+        self.adapter = strategies.adapter(self.method, self.config)
         self.weight_name = self.handle.down_weight(LAYER)
         self.base = self.handle.parameter(self.weight_name).detach().float().clone()
         self.weight = self.base
-        self.strategy_state = adapters.StrategyState()
+        self.strategy_state = strategies.StrategyState()
         self.rows = AnswerRows(self.handle)
         self.edits: dict[int, str] = {}
         """Event id by the number of a replayed row."""

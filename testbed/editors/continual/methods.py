@@ -44,7 +44,7 @@ def load_avalanche() -> Any:
         raise ImportError("; ".join(missing()))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return importlib.import_module("testbed.editors.continual._state_adapters")
+        return importlib.import_module("testbed.editors.continual._strategies")
 
 
 @dataclass(frozen=True)
@@ -63,19 +63,17 @@ class AvalancheConfig(EditorConfig):
 
 
 @dataclass(frozen=True)
-class ReplayConfig(AvalancheConfig):
-    memory: PositiveInt = 500
-    """Edits in the replay buffer, a uniform sample of all edits so far (reservoir sampling)."""
-    sample: PositiveInt = 64
-    """Edits of the buffer in one optimiser step."""
+class CumulativeConfig(AvalancheConfig):
     drop_revised: bool = True
     """Drop an edit from the buffer when a later one revises it, because its answer is no longer true."""
 
 
 @dataclass(frozen=True)
-class CumulativeConfig(AvalancheConfig):
-    drop_revised: bool = True
-    """Drop an edit from the buffer when a later one revises it, because its answer is no longer true."""
+class ReplayConfig(CumulativeConfig):
+    memory: PositiveInt = 500
+    """Edits in the replay buffer, a uniform sample of all edits so far (reservoir sampling)."""
+    sample: PositiveInt = 64
+    """Edits of the buffer in one optimiser step."""
 
 
 @dataclass(frozen=True)
@@ -117,15 +115,13 @@ class LwfConfig(AvalancheConfig):
 
 
 @dataclass(frozen=True)
-class GemConfig(AvalancheConfig):
+class GemConfig(CumulativeConfig):
     patterns: PositiveInt = 16
     """Edits of each batch that are kept for replay."""
     batches: PositiveInt = 50
     """The newest batches, of which edits are kept; each costs one more backward pass a step (the paper keeps all tasks)."""
     margin: float = 0.5
     """gamma, the memory strength (Lopez-Paz and Ranzato 2017)."""
-    drop_revised: bool = True
-    """Drop an edit from the buffer when a later one revises it, because its answer is no longer true."""
 
     def problems(self) -> list[str]:
         out = super().problems()

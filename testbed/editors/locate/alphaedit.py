@@ -16,24 +16,15 @@ from torch import Tensor
 from testbed.core.ranges import PositiveFloat
 from testbed.core.registry import EDITORS
 from testbed.editors.base import BadEditor
-from testbed.editors.hyperparameters import ModelKey
-from testbed.editors.locate.core import LocateConfig, LocateEditor, LocateHyperparameters, scale_of
+from testbed.editors.hyperparameters import ModelKey, Values
+from testbed.editors.locate.core import LocateConfig, LocateEditor, scale_of
 from testbed.editors.locate.solver import IdentityPrior, NullSpacePrior, Prior
 
-
-@dataclass(frozen=True)
-class AlphaEditHyperparameters(LocateHyperparameters):
-    l2: float = 10.0
-    """L2: ridge on the allowed directions (the paper writes 1, the released code has 10)."""
-    threshold: float = 2e-2
-    """nullspace_threshold: directions of C with a larger eigenvalue are excluded."""
-
-
-PUBLISHED: dict[ModelKey, AlphaEditHyperparameters] = {
-    ("gpt2", 48): AlphaEditHyperparameters((13, 14, 15, 16, 17), steps=20),  # GPT2-XL: AlphaEdit's released configuration
-    ("gptj", 28): AlphaEditHyperparameters((3, 4, 5, 6, 7, 8)),  # GPT-J-6B: AlphaEdit's released configuration
-    ("llama", 32): AlphaEditHyperparameters((4, 5, 6, 7, 8), lr=0.1),  # Llama-3-8B: AlphaEdit's released configuration
-    ("qwen2", 28): AlphaEditHyperparameters((4, 5, 6, 7, 8), clamp=4.0, decay=1e-3, l2=1.0),  # Qwen2.5-7B: EasyEdit's
+PUBLISHED: dict[ModelKey, Values] = {
+    ("gpt2", 48): {"layers": (13, 14, 15, 16, 17), "steps": 20},  # GPT2-XL: AlphaEdit's released configuration
+    ("gptj", 28): {"layers": (3, 4, 5, 6, 7, 8)},  # GPT-J-6B: AlphaEdit's released configuration
+    ("llama", 32): {"layers": (4, 5, 6, 7, 8), "lr": 0.1},  # Llama-3-8B: AlphaEdit's released configuration
+    ("qwen2", 28): {"layers": (4, 5, 6, 7, 8), "clamp": 4.0, "decay": 1e-3, "l2": 1.0},  # Qwen2.5-7B: EasyEdit's
 }
 """By type and number of layers of the language model."""
 
@@ -41,9 +32,9 @@ PUBLISHED: dict[ModelKey, AlphaEditHyperparameters] = {
 @dataclass(frozen=True)
 class AlphaEditConfig(LocateConfig):
     l2: PositiveFloat | None = None
-    """L2: ridge on the allowed directions (the paper writes 1, the code has 10)."""
+    """L2: ridge on the allowed directions (the paper writes 1, the released code has 10)."""
     threshold: PositiveFloat | None = None
-    """nullspace_threshold: directions with a larger eigenvalue of C are excluded."""
+    """nullspace_threshold: directions of C with a larger eigenvalue are excluded."""
     projector: bool = True
     """Off: nothing is excluded (for ablations)."""
     history: bool = True
@@ -56,7 +47,7 @@ class AlphaEdit(LocateEditor):
 
     summary = "ridge in the null space of general text, past keys protected (AlphaEdit)"
     Config = AlphaEditConfig
-    Hyperparameters = AlphaEditHyperparameters
+    defaults = {**LocateEditor.defaults, "l2": 10.0, "threshold": 2e-2}
     published = PUBLISHED
     derived = {"l2": 0.1, "threshold": 1.0}
 

@@ -6,24 +6,28 @@ residual: `R = Z_l - h_l`, undivided. What lies between is left alone.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from streams.base import TrainPool
 from testbed.core.registry import WRAPPERS
 from testbed.editors.base import EditorConfig, Wrapper
-from testbed.editors.hyperparameters import ModelKey, model_key
-from testbed.editors.locate.alphaedit import AlphaEditHyperparameters
-from testbed.editors.locate.core import LocateEditor, LocateHyperparameters
-from testbed.editors.locate.memit import MemitHyperparameters
+from testbed.editors.hyperparameters import ModelKey, Values, filled, model_key
+from testbed.editors.locate.alphaedit import AlphaEdit
+from testbed.editors.locate.core import LocateEditor
+from testbed.editors.locate.emmet import Emmet
+from testbed.editors.locate.memit import Memit
 
-PUBLISHED: dict[ModelKey, dict[type[LocateHyperparameters], dict[str, float]]] = {
-    ("gpt2", 48): {AlphaEditHyperparameters: {"l2": 80.0}, MemitHyperparameters: {"lam": 20_000.0}},  # GPT2-XL
-    ("gptj", 28): {AlphaEditHyperparameters: {"l2": 95.0}, MemitHyperparameters: {"lam": 15_000.0}},  # GPT-J-6B
-    ("llama", 32): {AlphaEditHyperparameters: {"l2": 1.0}, MemitHyperparameters: {"lam": 15_000.0}},  # Llama-3-8B
-    ("qwen2", 28): {AlphaEditHyperparameters: {"l2": 1.0}, MemitHyperparameters: {"lam": 15_000.0}},  # Qwen2.5-7B
+PUBLISHED: dict[ModelKey, dict[type[LocateEditor], Values]] = {
+    ("gpt2", 48): {AlphaEdit: {"l2": 80.0}, Memit: {"lam": 20_000.0}, Emmet: {}},  # GPT2-XL
+    ("gptj", 28): {AlphaEdit: {"l2": 95.0}, Memit: {"lam": 15_000.0}, Emmet: {}},  # GPT-J-6B
+    ("llama", 32): {AlphaEdit: {"l2": 1.0}, Memit: {"lam": 15_000.0}, Emmet: {}},  # Llama-3-8B
+    ("qwen2", 28): {AlphaEdit: {"l2": 1.0}, Memit: {"lam": 15_000.0}, Emmet: {}},  # Qwen2.5-7B
 }
-"""What BLUE's released configurations change in the host's own, by type and number of layers of the language model."""
+"""What BLUE's released configurations change in the host's own, by type and number of layers of the language model.
+
+A host takes the row of the nearest class that it stands on; EMMET's lambda weighs C in another way, and BLUE gives none.
+"""
 
 
 @dataclass(frozen=True)
@@ -44,9 +48,10 @@ class Blue(Wrapper, LocateEditor):
         if len(self._stages()) == 1:
             self.notes.append(f"one critical layer has no boundary layers, so it is edited as without BLUE; --set {self.name}.layers=0,1")
 
-    def _tuned(self, hyper: Any) -> Any:
-        own = PUBLISHED.get(model_key(self.handle), {}).get(type(hyper), {})
-        return super()._tuned(replace(hyper, **own))
+    def _tuned(self, config: Any) -> Any:
+        rows = PUBLISHED.get(model_key(self.handle), {})
+        own = next((rows[host] for host in type(self).__mro__ if host in rows), {})
+        return super()._tuned(filled(config, own))
 
     def _stages(self) -> list[tuple[int, ...]]:
         layers = sorted({n for stage in super()._stages() for n in stage})

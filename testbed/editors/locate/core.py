@@ -25,9 +25,8 @@ from testbed.core.events import EditBatch, EditEvent
 from testbed.core.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt
 from testbed.core.timing import timed
 from testbed.editors.base import BadEditor, EditFailed, EditorConfig, Traits, WeightEditor
-from testbed.editors.hyperparameters import ModelKey, hyperparameters_for, overlay
-from testbed.editors.locate.keys import KeyComputation
-from testbed.editors.locate.positions import ask_of, draw_contexts, subject_of
+from testbed.editors.hyperparameters import ModelKey, Values, resolve
+from testbed.editors.locate.keys import KeyComputation, ask_of, draw_contexts, subject_of
 from testbed.editors.locate.second_moments import corpus_of, second_moments
 from testbed.editors.locate.solver import Prior, Ridge, Solution
 from testbed.editors.locate.targets import Targets, TargetTask, layer_outputs, search
@@ -40,49 +39,27 @@ _SAME_KEY = 0.98
 
 
 @dataclass(frozen=True)
-class LocateHyperparameters:
-    """What every locate-then-edit method is tuned by; a method adds its own. Defaults are those of the released MEMIT and AlphaEdit."""
-
-    layers: tuple[int, ...]
-    """Critical layers, in order; the target is looked for at the last of them."""
-    steps: int = 25
-    """v_num_grad_steps: evaluations of the target's loss (one fewer optimiser steps)."""
-    lr: float = 0.5
-    """v_lr: Adam's step size of the target."""
-    decay: float = 0.5
-    """v_weight_decay, on ||delta|| / ||h_0||^2."""
-    clamp: float = 0.75
-    """clamp_norm_factor: longest delta, as a multiple of ||h_0||."""
-    kl: float = 0.0625
-    """kl_factor: weight of the KL divergence after "{subject} is a"."""
-    stop: float = 0.05
-    """Loss (nats) under which a target counts as found."""
-    contexts: int = 5
-    """Sampled sentences before the prompt, beside the bare prompt."""
-    relative: bool = False
-    """lambda is a multiple of the key width, L2 and the threshold are multiples of the mean eigenvalue of C."""
-
-
-@dataclass(frozen=True)
 class LocateConfig(EditorConfig):
-    """Fields that are None come from the method's table of hyper-parameters by model."""
+    """What every locate-then-edit method is tuned by; a method adds its own. Fields that are None come from its table by model."""
 
     layers: tuple[NonNegativeInt, ...] | None = None
-    """Critical layers whose down-projections change, in rising order."""
+    """Critical layers whose down-projections change, in rising order; the target is looked for at the last of them."""
     steps: PositiveInt | None = None
-    """v_num_grad_steps: evaluations of the target's loss."""
+    """v_num_grad_steps: evaluations of the target's loss (one fewer optimiser steps)."""
     lr: NonNegativeFloat | None = None
     """v_lr: Adam's step size of the target."""
     decay: NonNegativeFloat | None = None
-    """v_weight_decay."""
+    """v_weight_decay, on ||delta|| / ||h_0||^2."""
     clamp: NonNegativeFloat | None = None
-    """clamp_norm_factor: longest change of the layer's output, as a multiple of its norm."""
+    """clamp_norm_factor: longest delta, as a multiple of ||h_0||."""
     kl: NonNegativeFloat | None = None
-    """kl_factor."""
+    """kl_factor: weight of the KL divergence after "{subject} is a"."""
     stop: NonNegativeFloat | None = None
     """Loss (nats) under which a target counts as found."""
     contexts: NonNegativeInt | None = None
     """Sampled sentences before the prompt, beside the bare prompt."""
+    relative: bool | None = None
+    """lambda is a multiple of the key width, L2 and the threshold are multiples of the mean eigenvalue of C."""
     context_tokens: PositiveInt = 10
     """Length of each, in tokens."""
     end: bool = True
@@ -97,6 +74,11 @@ class LocateConfig(EditorConfig):
         shown = ", ".join(map(str, self.layers or ())) or "none"
         return super().problems() + ([] if rising else [f"layers must be one or more layers counted from 0, rising, got {shown}"])
 
+
+DEFAULTS: Values = {
+    "steps": 25, "lr": 0.5, "decay": 0.5, "clamp": 0.75, "kl": 0.0625, "stop": 0.05, "contexts": 5, "relative": False,
+}  # fmt: skip
+"""The values of the released MEMIT and AlphaEdit, where a model's row names no others."""
 
 SHALLOW = 8
 """Layers under which a model reads a subject in its first layer and has no room to spread a change."""
@@ -122,17 +104,16 @@ class LocateEditor(WeightEditor):
     bare_share = 0.5
     """Weight of the bare prompt's key beside the contexts' (MEMIT: half)."""
 
-    Hyperparameters: ClassVar[type[LocateHyperparameters]] = LocateHyperparameters
-    published: ClassVar[Mapping[ModelKey, LocateHyperparameters]] = {}
+    defaults: ClassVar[Values] = DEFAULTS
+    published: ClassVar[Mapping[ModelKey, Values]] = {}
     """The method's published values by model, in its own file."""
-    derived: ClassVar[Mapping[str, Any]] = {}
+    derived: ClassVar[Values] = {}
     """The method's own values for a model without published ones, relative to the model's keys; a callable is given the layers."""
-    shallow: ClassVar[Mapping[str, Any]] = {"steps": 30, "contexts": 0, "clamp": 10.0}
+    shallow: ClassVar[Values] = {"steps": 30, "contexts": 0, "clamp": 10.0}
     """What differs on a model of few layers."""
 
     def _prepare(self, pool: TrainPool) -> None:
-        found, note = hyperparameters_for(self.handle, self.published, self._derive)
-        self.hyper: Any = overlay(self._tuned(found), self.config)
+        self.hyper, note = resolve(self._tuned(self.config), self.handle, self.published, self._derive, self.defaults)
         self.pool = pool
         self.notes += [note] if note and self.config.layers is None else []
         self.deltas = WeightDeltas(self.handle, self._check_layers())
@@ -141,7 +122,7 @@ class LocateEditor(WeightEditor):
         self.ridges: dict[int, Ridge] = {}
         self.contexts: list[str] = []
 
-    def _derive(self, handle: ModelHandle) -> tuple[LocateHyperparameters, str]:
+    def _derive(self, handle: ModelHandle) -> tuple[Values, str]:
         """Values for a model nobody tuned: weights relative to its keys, layers up to a quarter of the depth.
 
         The published lambda is 1 to 3 times the key width in GPT2-XL, GPT-J and Llama-3; here it is twice. Shallow
@@ -151,11 +132,11 @@ class LocateEditor(WeightEditor):
         layers = derived_layers(handle.n_layers)
         own: dict[str, Any] = {k: v(layers) if callable(v) else v for k, v in self.derived.items()}
         own |= self.shallow if handle.n_layers < SHALLOW else {}
-        return self.Hyperparameters(layers, relative=True, **own), f"layers {', '.join(map(str, layers))}, weights relative to its keys"
+        return {"layers": layers, "relative": True, **own}, f"layers {', '.join(map(str, layers))}, weights relative to its keys"
 
-    def _tuned(self, hyper: Any) -> Any:
-        """The hyper-parameters before the configuration is laid over them; a wrapper may change them."""
-        return hyper
+    def _tuned(self, config: Any) -> Any:
+        """The configuration before the model's row fills it in; a wrapper may fill in its own values first."""
+        return config
 
     def _check_layers(self) -> list[int]:
         layers = sorted({n for stage in self._stages() for n in stage})
@@ -318,7 +299,7 @@ def collisions(keys: Tensor) -> int:
     return int((torch.triu(unit @ unit.T, diagonal=1) > _SAME_KEY).sum())
 
 
-def scale_of(hyper: LocateHyperparameters, second_moment: Tensor) -> tuple[float, float, float]:
+def scale_of(hyper: Any, second_moment: Tensor) -> tuple[float, float, float]:
     """Units of lambda, L2 and the threshold: (key width, E|k|^2, mean eigenvalue of C) for derived values, else 1."""
     if not hyper.relative:
         return 1.0, 1.0, 1.0

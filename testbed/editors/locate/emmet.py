@@ -8,23 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from testbed.core.registry import EDITORS
-from testbed.editors.hyperparameters import ModelKey
-from testbed.editors.locate.memit import Memit, MemitConfig, MemitHyperparameters
+from testbed.editors.hyperparameters import ModelKey, Values
+from testbed.editors.locate.memit import Memit, MemitConfig
 
-
-@dataclass(frozen=True)
-class EmmetHyperparameters(MemitHyperparameters):
-    lam: float = 0.1
-    """lambda_e w, the weight of C."""
-    layer: int = 0
-    """The layer that is edited."""
-
-
-PUBLISHED: dict[ModelKey, EmmetHyperparameters] = {
-    ("gpt2", 48): EmmetHyperparameters((17,), steps=20, lam=100.0, layer=17),  # GPT2-XL: EMMET's released configuration
-    ("gptj", 28): EmmetHyperparameters((5,), layer=5),  # GPT-J-6B: EMMET's released configuration
-    ("llama", 32): EmmetHyperparameters((5,), lr=0.1, layer=5),  # Llama-2-7B: EMMET's released configuration
-    ("qwen2", 28): EmmetHyperparameters((5,), clamp=4.0, decay=1e-3, layer=5),  # Qwen2.5-7B: EasyEdit's configuration
+PUBLISHED: dict[ModelKey, Values] = {
+    ("gpt2", 48): {"layer": 17, "steps": 20, "lam": 100.0},  # GPT2-XL: EMMET's released configuration
+    ("gptj", 28): {"layer": 5},  # GPT-J-6B: EMMET's released configuration
+    ("llama", 32): {"layer": 5, "lr": 0.1},  # Llama-2-7B: EMMET's released configuration
+    ("qwen2", 28): {"layer": 5, "clamp": 4.0, "decay": 1e-3},  # Qwen2.5-7B: EasyEdit's configuration
 }
 """By type and number of layers of the language model."""
 
@@ -41,7 +32,7 @@ class Emmet(Memit):
 
     summary = "a single layer, the whole residual at once (EMMET)"
     Config = EmmetConfig
-    Hyperparameters = EmmetHyperparameters
+    defaults = {**Memit.defaults, "lam": 0.1}
     published = PUBLISHED
     derived = {"lam": 2.0, "layer": lambda layers: layers[len(layers) // 2]}
 

@@ -12,22 +12,15 @@ from torch import Tensor
 
 from testbed.core.ranges import NonNegativeFloat, PositiveFloat
 from testbed.core.registry import EDITORS
-from testbed.editors.hyperparameters import ModelKey
-from testbed.editors.locate.core import LocateConfig, LocateEditor, LocateHyperparameters, scale_of
+from testbed.editors.hyperparameters import ModelKey, Values
+from testbed.editors.locate.core import LocateConfig, LocateEditor, scale_of
 from testbed.editors.locate.solver import Prior, SecondMomentPrior
 
-
-@dataclass(frozen=True)
-class MemitHyperparameters(LocateHyperparameters):
-    lam: float = 15_000.0
-    """lambda (mom2_update_weight): weight of the second moment C of general keys."""
-
-
-PUBLISHED: dict[ModelKey, MemitHyperparameters] = {
-    ("gpt2", 48): MemitHyperparameters((13, 14, 15, 16, 17), steps=20, lam=20_000.0),  # GPT2-XL: MEMIT's released configuration
-    ("gptj", 28): MemitHyperparameters((3, 4, 5, 6, 7, 8)),  # GPT-J-6B: MEMIT's released configuration
-    ("llama", 32): MemitHyperparameters((4, 5, 6, 7, 8), lr=0.1),  # Llama-3-8B: AlphaEdit's released configuration
-    ("qwen2", 28): MemitHyperparameters((4, 5, 6, 7, 8), clamp=4.0, decay=1e-3),  # Qwen2.5-7B: EasyEdit's released configuration
+PUBLISHED: dict[ModelKey, Values] = {
+    ("gpt2", 48): {"layers": (13, 14, 15, 16, 17), "steps": 20, "lam": 20_000.0},  # GPT2-XL: MEMIT's released configuration
+    ("gptj", 28): {"layers": (3, 4, 5, 6, 7, 8)},  # GPT-J-6B: MEMIT's released configuration
+    ("llama", 32): {"layers": (4, 5, 6, 7, 8), "lr": 0.1},  # Llama-3-8B: AlphaEdit's released configuration
+    ("qwen2", 28): {"layers": (4, 5, 6, 7, 8), "clamp": 4.0, "decay": 1e-3},  # Qwen2.5-7B: EasyEdit's released configuration
 }
 """By type and number of layers of the language model."""
 
@@ -35,7 +28,7 @@ PUBLISHED: dict[ModelKey, MemitHyperparameters] = {
 @dataclass(frozen=True)
 class MemitConfig(LocateConfig):
     lam: PositiveFloat | None = None
-    """lambda: weight of general keys (mom2_update_weight)."""
+    """lambda (mom2_update_weight): weight of the second moment C of general keys."""
     eta: NonNegativeFloat = 1e-4
     """Added to C's diagonal, as a share of its mean, so that a C of deficient rank can be solved."""
     history: bool = False
@@ -54,7 +47,7 @@ class Memit(LocateEditor):
 
     summary = "several layers, ridge weighted by general text, earlier batches unprotected (MEMIT)"
     Config = MemitConfig
-    Hyperparameters = MemitHyperparameters
+    defaults = {**LocateEditor.defaults, "lam": 15_000.0}
     published = PUBLISHED
     derived = {"lam": 2.0}
 

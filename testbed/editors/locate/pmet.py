@@ -9,17 +9,16 @@ KL divergence of the subject is small too.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from testbed.core.registry import EDITORS
-from testbed.editors.hyperparameters import ModelKey
-from testbed.editors.locate.keys import KeyComputation
-from testbed.editors.locate.memit import Memit, MemitConfig, MemitHyperparameters
-from testbed.editors.locate.positions import PromptRows
+from testbed.editors.hyperparameters import ModelKey, Values
+from testbed.editors.locate.keys import KeyComputation, PromptRows
+from testbed.editors.locate.memit import Memit
 from testbed.editors.locate.targets import TargetLoss, Targets, TargetTask, attention_and_mlp_outputs, search
 from testbed.model.suffix import ModelSuffix, suffix_from_layer
 
@@ -29,21 +28,16 @@ _SETTLED = 0.01
 """KL divergence (nats) under which a search ends then."""
 
 
-_SEARCH: dict[str, Any] = {"steps": 30, "lr": 0.2, "kl": 1.0}
+_SEARCH: Values = {"steps": 30, "lr": 0.2, "kl": 1.0}
 """PMET's released search on GPT-J-6B, used for every published row."""
 
-PUBLISHED: dict[ModelKey, MemitHyperparameters] = {
-    ("gpt2", 48): MemitHyperparameters((13, 14, 15, 16, 17), lam=10_000.0, clamp=2.0, **_SEARCH),  # GPT2-XL: PMET's released configuration
-    ("gptj", 28): MemitHyperparameters((3, 4, 5, 6, 7, 8), **_SEARCH),  # GPT-J-6B: PMET's released configuration
-    ("llama", 32): MemitHyperparameters((4, 5, 6, 7, 8), **_SEARCH),  # Llama-3-8B: layers of AlphaEdit's released configuration
-    ("qwen2", 28): MemitHyperparameters((4, 5, 6, 7, 8), decay=1e-3, **_SEARCH),  # Qwen2.5-7B: layers of EasyEdit's configuration
+PUBLISHED: dict[ModelKey, Values] = {
+    ("gpt2", 48): {**_SEARCH, "layers": (13, 14, 15, 16, 17), "lam": 10_000.0, "clamp": 2.0},  # GPT2-XL: PMET's released configuration
+    ("gptj", 28): {**_SEARCH, "layers": (3, 4, 5, 6, 7, 8)},  # GPT-J-6B: PMET's released configuration
+    ("llama", 32): {**_SEARCH, "layers": (4, 5, 6, 7, 8)},  # Llama-3-8B: layers of AlphaEdit's released configuration
+    ("qwen2", 28): {**_SEARCH, "layers": (4, 5, 6, 7, 8), "decay": 1e-3},  # Qwen2.5-7B: layers of EasyEdit's configuration
 }
 """By type and number of layers of the language model. The clamp holds for each of the two changes."""
-
-
-@dataclass(frozen=True)
-class PmetConfig(MemitConfig):
-    """MEMIT's fields, with PMET's own table of values."""
 
 
 class AttentionAndMlpLoss(TargetLoss):
@@ -90,7 +84,6 @@ class Pmet(Memit):
     """MEMIT with targets of the MLP alone."""
 
     summary = "MEMIT with attention and MLP sought together, the MLP's part written (PMET)"
-    Config = PmetConfig
     published = PUBLISHED
 
     def _share(self, left: int) -> float:

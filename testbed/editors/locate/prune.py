@@ -17,8 +17,7 @@ from torch import Tensor
 from streams.base import TrainPool
 from testbed.core.ranges import Range
 from testbed.core.registry import WRAPPERS
-from testbed.editors.base import Editor, EditorConfig, Wrapper
-from testbed.model.predictor import ModelPredictor, Predictor
+from testbed.editors.base import EditorConfig, WeightEditor, Wrapper
 
 
 @dataclass(frozen=True)
@@ -28,17 +27,12 @@ class PruneConfig(EditorConfig):
 
 
 @WRAPPERS.register("prune")
-class Prune(Wrapper, Editor):
+class Prune(Wrapper, WeightEditor):
     """Restrains the spectrum of what any weight editor has changed so far."""
 
     summary = "large singular values of the whole change restrained (PRUNE)"
+    hosts = WeightEditor
     Config = PruneConfig
-
-    @classmethod
-    def over(cls, host: type[Editor], name: str) -> type[Editor]:
-        if not host.traits.weights:
-            raise TypeError(f"it restrains changes of weights, and {host.name} makes none")
-        return super().over(host, name)
 
     def _prepare(self, pool: TrainPool) -> None:
         super()._prepare(pool)
@@ -64,10 +58,6 @@ class Prune(Wrapper, Editor):
         if name not in tops:
             tops[name] = float(torch.linalg.matrix_norm(base.double(), 2))
         return tops[name]
-
-    def predictor(self) -> Predictor:
-        weights = self.edited_weights()
-        return ModelPredictor(self.handle, around=lambda batch: self.handle.swapped(weights))
 
 
 def restrained(change: Tensor, top: float, alpha: float) -> Tensor:

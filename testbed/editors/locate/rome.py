@@ -7,36 +7,24 @@ denominator from the bare prompt's; where the two differ much, a single edit can
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from testbed.core.events import EditEvent
 from testbed.core.ranges import NonNegativeFloat
 from testbed.core.registry import EDITORS
-from testbed.editors.hyperparameters import ModelKey
-from testbed.editors.locate.core import LocateConfig, LocateEditor, LocateHyperparameters
+from testbed.editors.hyperparameters import ModelKey, Values, filled
+from testbed.editors.locate.core import LocateConfig, LocateEditor
 from testbed.editors.locate.keys import KeyComputation
 from testbed.editors.locate.solver import Prior, SecondMomentPrior, Solution
 from testbed.editors.locate.targets import TargetTask, attention_and_mlp_outputs
 
-
-def _row(layer: int, **values: Any) -> RomeHyperparameters:
-    return RomeHyperparameters((layer,), layer=layer, clamp=4.0, **values)
-
-
-@dataclass(frozen=True)
-class RomeHyperparameters(LocateHyperparameters):
-    layer: int = 0
-    """The layer that is edited."""
-
-
-PUBLISHED: dict[ModelKey, RomeHyperparameters] = {
-    ("gpt2", 48): _row(17, steps=20),  # GPT2-XL: ROME's released configuration
-    ("gptj", 28): _row(5),  # GPT-J-6B: ROME's released configuration
-    ("llama", 32): _row(5),  # Llama-3-8B: AlphaEdit's released configuration
-    ("qwen2", 28): _row(5, decay=1e-3),  # Qwen2.5-7B: EasyEdit's released configuration
+PUBLISHED: dict[ModelKey, Values] = {
+    ("gpt2", 48): {"layer": 17, "steps": 20},  # GPT2-XL: ROME's released configuration
+    ("gptj", 28): {"layer": 5},  # GPT-J-6B: ROME's released configuration
+    ("llama", 32): {"layer": 5},  # Llama-3-8B: AlphaEdit's released configuration
+    ("qwen2", 28): {"layer": 5, "decay": 1e-3},  # Qwen2.5-7B: EasyEdit's released configuration
 }
 """By type and number of layers of the language model. The clamp is a multiple of the norm of the MLP's output."""
 
@@ -57,13 +45,13 @@ class Rome(LocateEditor):
 
     summary = "one layer, one fact at a time, met exactly (ROME with consistent keys)"
     Config = RomeConfig
-    Hyperparameters = RomeHyperparameters
+    defaults = {**LocateEditor.defaults, "clamp": 4.0}
     published = PUBLISHED
-    derived = {"clamp": 4.0, "layer": lambda layers: layers[len(layers) // 2]}
+    derived = {"layer": lambda layers: layers[len(layers) // 2]}
     shallow = {**LocateEditor.shallow, "clamp": 20.0}
 
-    def _tuned(self, hyper: RomeHyperparameters) -> RomeHyperparameters:
-        return hyper if self.config.layers is None else replace(hyper, layer=self.config.layers[-1])
+    def _tuned(self, config: RomeConfig) -> RomeConfig:
+        return config if config.layers is None else filled(config, {"layer": config.layers[-1]})
 
     @property
     def bare_share(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from testbed.core.events import EditEvent
 from testbed.editors.base import EditFailed
-from testbed.editors.locate.positions import PromptRows, answer_rows, joined, kl_prompt_rows, positions_to_run, prompt_rows
+from testbed.editors.locate.keys import PromptRows, answer_rows, joined, kl_prompt_rows, positions_to_run, prompt_rows
 from testbed.model.answer_loss import answer_loss
 from testbed.model.handle import ModelHandle
 from testbed.model.suffix import ModelSuffix, mean_by_row, suffix_from_layer
@@ -29,24 +29,6 @@ _SMALL_GROUP = 8
 """Fewer edits than this get no forward of their own for having fewer positions to run."""
 _WASTED = 16
 """Positions run for nothing that cost less than the call of another forward."""
-
-
-@runtime_checkable
-class SearchSettings(Protocol):
-    """The hyper-parameters of a search for targets (fields of `LocateHyperparameters`)."""
-
-    @property
-    def steps(self) -> int: ...
-    @property
-    def lr(self) -> float: ...
-    @property
-    def decay(self) -> float: ...
-    @property
-    def clamp(self) -> float: ...
-    @property
-    def kl(self) -> float: ...
-    @property
-    def stop(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -172,9 +154,10 @@ class RowAdam:
         self.m, self.v = self.m[rows], self.v[rows]
 
 
-def search(task: TargetTask, h: SearchSettings, scale: Float[Tensor, "n ..."], loss_class: type[TargetLoss] = TargetLoss) -> Targets:
+def search(task: TargetTask, h: Any, scale: Float[Tensor, "n ..."], loss_class: type[TargetLoss] = TargetLoss) -> Targets:
     """Optimise one delta an edit until its loss is under `h.stop` or `h.steps - 1` steps are taken (the last only reads).
 
+    h: the hyper-parameters (`LocateConfig`), filled in.
     scale: (n,), or (n, parts), norm of the output that each part of the delta is added to: the unit of the clamp and the decay.
     Raises `EditFailed` when a loss is not finite.
     """
@@ -207,7 +190,7 @@ def _zero_targets(task: TargetTask, scale: Tensor) -> Targets:
     return Targets(torch.zeros(n, parts * task.handle.width, device=scale.device), none, none.clone())
 
 
-def _search(task: TargetTask, h: SearchSettings, scale: Tensor, loss_class: type[TargetLoss]) -> Targets:
+def _search(task: TargetTask, h: Any, scale: Tensor, loss_class: type[TargetLoss]) -> Targets:
     found = _zero_targets(task, scale)
     live = torch.arange(len(scale), device=scale.device)
     losses, adam, delta = loss_class(task), RowAdam(found.delta, h.lr), found.delta.clone()
@@ -233,7 +216,7 @@ def _by_part(delta: Tensor, scale: Tensor) -> Tensor:
     return delta.reshape(*scale.shape, -1)
 
 
-def _loss_and_gradient(losses: TargetLoss, delta: Tensor, h: SearchSettings, scale: Tensor) -> tuple[Tensor, Tensor]:
+def _loss_and_gradient(losses: TargetLoss, delta: Tensor, h: Any, scale: Tensor) -> tuple[Tensor, Tensor]:
     """(n,) losses and (n, parts d) gradient."""
     with torch.enable_grad():
         own = delta.detach().requires_grad_(True)

@@ -14,8 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from testbed.editors.base import BadEditor, need
-from testbed.editors.buffers import appended
+from testbed.editors.base import BadEditor, appended, need
 from testbed.model.handle import ModelHandle, as_matrix, as_stored
 
 

@@ -15,12 +15,22 @@ from streams.base import TrainPool
 from testbed.core.events import Ask, EditBatch
 from testbed.core.timing import timed
 from testbed.editors.base import BadEditor, Editor, EditorConfig, need, require_same
-from testbed.editors.retrieval.encoders import INSTALL, LEXICAL, image_embedding, load_encoder
 from testbed.editors.retrieval.fact_store import FactStore, Version
 from testbed.editors.retrieval.prompts import TEMPLATES
-from testbed.editors.retrieval.retriever import GrowingArray, Retrieved, Retriever, TextIndex, VectorIndex, WordIndex
+from testbed.editors.retrieval.retriever import (
+    INSTALL,
+    LEXICAL,
+    GrowingArray,
+    Retrieved,
+    Retriever,
+    TextIndex,
+    VectorIndex,
+    WordIndex,
+    image_embedding,
+    load_encoder,
+)
 from testbed.model.encoding import answer_ids, prompt_inputs
-from testbed.model.predictor import Inspection, ModelPredictor, Predictor, Response, Score, Tokens
+from testbed.model.predictor import Inspection, ModelPredictor, OverModel, Response, Score, Tokens
 
 R = TypeVar("R")
 _MIN_POOL_PICTURES = 8
@@ -145,7 +155,7 @@ class PromptedAsk:
     notes: dict[str, Any]
 
 
-class ContextPredictor(Predictor):
+class ContextPredictor(OverModel):
     """Puts facts before questions and asks the unedited model. Questions without a fact are asked unchanged, in a call of their own."""
 
     def __init__(self, retriever: Retriever, config: FactEditorConfig) -> None:
@@ -164,9 +174,6 @@ class ContextPredictor(Predictor):
     def score(self, asks: Sequence[Ask], answers: Sequence[str]) -> list[Score]:
         prompted = self.add_facts(asks, self._longest(asks, answers))
         return self._in_two_calls(asks, prompted, lambda part, at: self.base.score(part, [answers[i] for i in at]))
-
-    def text_logprobs(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return self.base.text_logprobs(texts)
 
     def inspect(self, asks: Sequence[Ask], layers: Sequence[int] = (), top_k: int = 10, ids: Tokens = None) -> list[Inspection]:
         def inspect(part: list[Ask], at: list[int]) -> list[Inspection]:

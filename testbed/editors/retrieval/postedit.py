@@ -16,8 +16,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from streams.base import TrainPool
 from testbed.core.events import Ask
 from testbed.core.registry import EDITORS
@@ -28,7 +26,7 @@ from testbed.editors.retrieval.retriever import Retrieved, Retriever
 from testbed.model import loading
 from testbed.model.encoding import prompt_inputs
 from testbed.model.handle import BadModel, ModelHandle
-from testbed.model.predictor import Inspection, ModelPredictor, Predictor, Response, Score, Tokens
+from testbed.model.predictor import ModelPredictor, OverModel, Predictor, Response
 
 COMMAND = "python -m testbed.pretrain --stream world-yearly --course rewriting --out DIR"
 
@@ -62,7 +60,7 @@ class PostEdit(FactEditor):
         return PostEditPredictor(self.retriever(), self.post_editor)
 
 
-class PostEditPredictor(Predictor):
+class PostEditPredictor(OverModel):
     """The model's own answers, rewritten by the post-editor where it does not reply "retain"."""
 
     def __init__(self, retriever: Retriever, post_editor: ModelHandle) -> None:
@@ -95,13 +93,3 @@ class PostEditPredictor(Predictor):
         if written is None or written.generated.strip().rstrip(".").casefold() == prompts.RETAIN:
             return replace(own, extras={**notes, "used": []})
         return replace(written, extras={**notes, "used": [retrieved[0].fact.event_id], "before": own.generated})
-
-    def score(self, asks: Sequence[Ask], answers: Sequence[str]) -> list[Score]:
-        return [r.score for r in self.respond(asks, answers) if r.score is not None]
-
-    def text_logprobs(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return self.base.text_logprobs(texts)
-
-    def inspect(self, asks: Sequence[Ask], layers: Sequence[int] = (), top_k: int = 10, ids: Tokens = None) -> list[Inspection]:
-        """The hidden states of the model itself, which no edit changes."""
-        return self.base.inspect(asks, layers, top_k, ids)

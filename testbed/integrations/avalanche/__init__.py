@@ -13,8 +13,7 @@ from testbed.editors.continual.methods import load_avalanche
 
 load_avalanche()
 
-from testbed.editors.continual._state_adapters import answer_strategy
-from testbed.editors.continual._strategies import dataset_of, seeded
+from testbed.editors.continual._strategies import answer_strategy, dataset_of, seeded
 from testbed.editors.continual.rows import AnswerModel, AnswerRows, answer_loss
 from testbed.integrations.avalanche.benchmark import EditBenchmark, EditExperience, EvalItem, edit_benchmark
 from testbed.integrations.avalanche.editing import EditorStrategy

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from testbed.core.events import EditBatch, EditEvent
-from testbed.editors.adapters.elder import ElderConfig
 from testbed.editors.adapters.elder_routing import AllocationCodes, MixtureShape, experts_for
 from testbed.editors.base import BadEditor
-from testbed.editors.hyperparameters import overlay
 from testbed.storage.files import write_state
 from tests.helpers.elder_editors import BESIDE, PICTURED, SMALL, asks, edited, make, scores_of, scores_x
 from tests.helpers.facts import fact
@@ -131,7 +130,7 @@ def test_paraphrases_are_trained_under_their_edits_code() -> None:
 def test_a_loss_that_is_not_finite_fails_the_edit_and_changes_nothing() -> None:
     editor = edited()
     before = editor.state_dict()
-    editor.hyper = overlay(editor.hyper, ElderConfig(lr=float("inf"), steps=3))
+    editor.hyper = replace(editor.hyper, lr=float("inf"), steps=3)
     report = editor.apply(EditBatch((fact("the lamp", "green"),), 2))
     assert "smaller" in next(iter(report.failed.values()))
     after = editor.state_dict()
@@ -143,6 +142,7 @@ import json, sys
 sys.path.insert(0, sys.argv[1])
 import torch
 torch.set_num_threads(1)
+from dataclasses import replace
 from pathlib import Path
 from tests.helpers.models import Noise
 from streams.base import TrainPool

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from streams.base import TrainPool
 from testbed.core.events import Ask, EditBatch, EditEvent, Question
-from testbed.editors.adapters.wise import PUBLISHED, MemoryRouter, SideMemory, Wise, WiseConfig, derived, ties, trimmed
+from testbed.editors.adapters.wise import DEFAULTS, PUBLISHED, MemoryRouter, SideMemory, Wise, WiseConfig, derived, ties, trimmed
 from testbed.editors.base import BadEditor
 from testbed.editors.codebook.gate import Gate
-from testbed.editors.hyperparameters import hyperparameters_for
+from testbed.editors.hyperparameters import filled, resolve
 from testbed.model.encoding import collate
 from tests.helpers.facts import FACTS, POOL, fact
 from tests.helpers.models import Noise, build
@@ -268,8 +268,8 @@ def test_a_loss_that_is_not_finite_fails_and_a_state_of_another_layer_is_refused
 
 
 def test_published_values_stand_in_the_table_and_derived_ones_are_announced() -> None:
-    row = PUBLISHED["llama", 32]
+    row = filled(WiseConfig(), {**DEFAULTS, **PUBLISHED["llama", 32]})
     assert (row.layer, row.lr, row.steps, row.clamp, row.alpha, row.beta, row.gamma, row.relative) == (27, 1, 70, 1, 5, 20, 10, False)
-    found, note = hyperparameters_for(build("llama"), PUBLISHED, derived)
+    found, note = resolve(WiseConfig(), build("llama"), PUBLISHED, derived, DEFAULTS)
     assert found.relative
     assert "no published" in note

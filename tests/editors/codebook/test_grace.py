@@ -46,7 +46,7 @@ def test_expand_where_they_agree(expand: str, eps: float) -> None:
     s = scopes((0, 1), (1.5, 1), expand=expand)
     assert s.eps.tolist() == [eps]
     assert len(s) == 1
-    assert s.inside.tolist() == [0, 0]
+    assert s.owner.tolist() == [0]
 
 
 def test_the_same_edit_twice_changes_nothing() -> None:

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from testbed.core.events import EditBatch
-from testbed.editors.locate.keys import KeyComputation
-from testbed.editors.locate.positions import ask_of
+from testbed.editors.locate.keys import KeyComputation, ask_of
 from testbed.model.handle import weights_hash
 from tests.helpers.facts import FACTS, METHODS, make
 

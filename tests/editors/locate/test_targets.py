@@ -15,8 +15,7 @@ from torch import Tensor
 from streams.base import TrainPool
 from testbed.core.events import Ask, EditBatch
 from testbed.editors.locate import targets
-from testbed.editors.locate.keys import KeyComputation
-from testbed.editors.locate.positions import ask_of, draw_contexts, lookup, subject_of
+from testbed.editors.locate.keys import KeyComputation, ask_of, draw_contexts, lookup, subject_of
 from testbed.editors.locate.second_moments import corpus_of, second_moments
 from testbed.editors.locate.targets import RowAdam, TargetLoss, TargetTask, layer_outputs, search
 from testbed.model.encoding import answer_ids, collate, prompt_in_template, prompt_inputs

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from testbed.editors.buffers import appended
+from testbed.editors.base import appended
 from testbed.editors.locate.weight_changes import WeightDeltas
 from tests.helpers.models import build
 

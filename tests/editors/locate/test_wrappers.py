@@ -16,7 +16,7 @@ from testbed.editors.locate import alphaedit, blue, emmet, memit, pmet, rome
 from testbed.editors.locate.anchor import anchored, trimmed_mean
 from testbed.editors.locate.come import ComeConfig, unlearned
 from testbed.editors.locate.core import derived_layers
-from testbed.editors.locate.positions import ask_of, lookup, prompt_rows
+from testbed.editors.locate.keys import ask_of, lookup, prompt_rows
 from testbed.editors.locate.prune import restrained
 from testbed.editors.locate.rect import sparse
 from testbed.editors.locate.second_moments import corpus_of
@@ -109,7 +109,11 @@ def test_wrappers_compose_and_refuse_what_they_cannot_wrap() -> None:
     both = EDITORS.get("memit+blue+prune")
     assert {"alpha", "lam", "layers"} <= set(both.Config.__dataclass_fields__)
     assert EDITORS.get("memit+blue+prune") is both
-    for name, match in [("finetune+blue", "finetune is none"), ("balancedit+prune", "makes none"), ("memit+bleu", "Did you mean blue")]:
+    for name, match in [
+        ("finetune+blue", "finetune is none"),
+        ("balancedit+prune", "balancedit is none"),
+        ("memit+bleu", "Did you mean blue"),
+    ]:
         with pytest.raises(UnknownName, match=match):
             EDITORS.get(name)
     config = RunConfig(editor=("alphaedit+blue",), set=("alphaedit+blue.l2=3", "alphaedit+blue.layers=0,2"))
@@ -174,19 +178,20 @@ def test_an_unknown_model_gets_derived_values_and_is_told_so() -> None:
 def test_published_rows_name_layers_that_their_model_has(method: Any) -> None:
     assert method.PUBLISHED.keys() == memit.PUBLISHED.keys() == blue.PUBLISHED.keys()
     for (_, depth), row in method.PUBLISHED.items():
-        assert 0 <= row.layers[0] <= row.layers[-1] < depth - 1
-        assert getattr(row, "layer", row.layers[0]) in row.layers
-        assert not row.relative
+        layers = row.get("layers") or (row["layer"],)
+        assert 0 <= layers[0] <= layers[-1] < depth - 1
+        assert not row.get("relative")
 
 
 def test_blue_puts_its_own_weights_in_the_place_of_the_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
     key = ("llama", 3)
-    monkeypatch.setitem(alphaedit.PUBLISHED, key, alphaedit.AlphaEditHyperparameters((0, 1)))
-    monkeypatch.setitem(pmet.PUBLISHED, key, memit.MemitHyperparameters((0, 1)))
-    monkeypatch.setitem(blue.PUBLISHED, key, {alphaedit.AlphaEditHyperparameters: {"l2": 80.0}})
+    for method in (alphaedit, pmet, emmet):
+        monkeypatch.setitem(method.PUBLISHED, key, {"layers": (0, 1), "layer": 0})
+    monkeypatch.setitem(blue.PUBLISHED, key, {alphaedit.AlphaEdit: {"l2": 80.0}, memit.Memit: {"lam": 20.0}, emmet.Emmet: {}})
     assert [make(f"alphaedit{more}").hyper.l2 for more in ("", "+blue")] == [10.0, 80.0]  # type: ignore[attr-defined]
     assert make("alphaedit+blue", l2=3.0).hyper.l2 == 3.0  # type: ignore[attr-defined]
-    assert make("pmet+blue").hyper.lam == 15_000.0  # type: ignore[attr-defined]
+    assert make("pmet+blue").hyper.lam == 20.0  # type: ignore[attr-defined]
+    assert make("emmet+blue").hyper.lam == 0.1  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("name", METHODS)

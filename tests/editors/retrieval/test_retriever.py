@@ -11,9 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from testbed.editors.base import BadEditor
-from testbed.editors.retrieval import encoders, retriever
-from testbed.editors.retrieval.encoders import SentenceEncoder, image_embedding, load_encoder
-from testbed.editors.retrieval.retriever import GrowingArray, VectorIndex, WordIndex, most_similar, words
+from testbed.editors.retrieval import retriever
+from testbed.editors.retrieval.retriever import (
+    GrowingArray,
+    SentenceEncoder,
+    VectorIndex,
+    WordIndex,
+    image_embedding,
+    load_encoder,
+    most_similar,
+    words,
+)
 from testbed.model.loading import load
 from tests.helpers.models import Noise, build
 
@@ -69,7 +77,7 @@ def test_a_text_is_encoded_once():
 
 
 def test_the_kept_vectors_are_bounded(monkeypatch):
-    monkeypatch.setattr(encoders, "_CACHED_TEXTS", 3)
+    monkeypatch.setattr(retriever, "_CACHED_TEXTS", 3)
     encoder = SentenceEncoder(Letters(), "letters")
     texts = [f"text {c}" for c in "abcdef"]
     first = encoder.encode(texts)
@@ -169,7 +177,7 @@ def test_a_missing_encoder_is_named_with_what_to_do(monkeypatch):
     handle = load_fresh()
     with pytest.raises(BadEditor, match="cannot be loaded"):
         load_encoder("/no/such/folder", handle)
-    monkeypatch.setattr(encoders, "find_spec", lambda name: None)
+    monkeypatch.setattr(retriever, "find_spec", lambda name: None)
     with pytest.raises(BadEditor, match=r"\[retrieval\]"):
         load_encoder("some/encoder", handle)
     assert load_encoder("auto", handle) is None
