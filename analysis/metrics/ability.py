@@ -33,7 +33,7 @@ def side_effect_metrics(run: Run, editor: EditorRun, resampler: Resampler) -> Me
 def perplexity_ratio(editor: EditorRun, resampler: Resampler) -> Metrics:
     """exp(NLL per token of running text at the end - the unedited model's on the same texts), in nats; 1 is intact."""
     end = at_last_step(text_answers(editor))
-    if end.empty or np.isinf(end[["logprob", "logprob_unedited"]]).any(axis=None):
+    if end.empty or np.isinf(end["logprob"] + end["logprob_unedited"]).any():
         return {}
     ratio = perplexity_ratios(end, np.zeros(len(end), int), 1, resampler)[0]
     return {} if ratio is None else {"perplexity_ratio": ratio}
@@ -98,7 +98,7 @@ def skill_drop(editor: EditorRun, chance: np.ndarray, resampler: Resampler) -> M
 def topic_table(run: Run, editor: EditorRun, resampler: Resampler) -> pd.DataFrame:
     """One row for each topic and scoring mode, from the answers at the end.
 
-    Columns: topic, reading (title of the mode), value, low, high, n, unedited (the unedited model's score), chance (the
+    Columns: topic, scoring mode (its title), value, low, high, n, unedited (the unedited model's score), chance (the
     score of guessing, for choices and free generation).
     """
     rows, chance = editor.records, chance_scores(run.questions)
@@ -112,8 +112,8 @@ def topic_table(run: Run, editor: EditorRun, resampler: Resampler) -> pd.DataFra
             if now is not None:
                 guess = float(np.average(chance[last["question"]], weights=last["weight"])) if mode is FREE_GENERATION else None
                 scores = {"unedited": then.value if then else None, "chance": guess}
-                out.append({"topic": str(topic), "reading": mode.title, **now.interval(), **scores})
-    return pd.DataFrame(out, columns=["topic", "reading", "value", "low", "high", "n", "unedited", "chance"])
+                out.append({"topic": str(topic), "scoring mode": mode.title, **now.interval(), **scores})
+    return pd.DataFrame(out, columns=["topic", "scoring mode", "value", "low", "high", "n", "unedited", "chance"])
 
 
 def _drop(name: str, editor: EditorRun, rows: pd.DataFrame, resampler: Resampler) -> Metrics:

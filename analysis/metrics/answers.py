@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from analysis.metrics.bootstrap import Draws, Resampler
+from analysis.metrics.bootstrap import Draws, Resampler, combine, harmonic
 from analysis.reading.load import EditorRun, Run
 from analysis.reading.records import AFTER, PANEL, SCORES, SCORING_MODES, ScoringMode, keys
 
@@ -45,12 +46,14 @@ def right_after(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[(rows["split"] == "edit") & (rows["role"] == AFTER) & rows["live"]]
 
 
-def right_after_scores(run: Run, rows: pd.DataFrame) -> np.ndarray:
-    """Scores right after the edit, (events, scoring modes); nan where not asked."""
-    first = right_after(rows)
-    scores = np.full((len(run.events), len(SCORES)), np.nan)
-    scores[first["edit"]] = first[SCORES]
-    return scores
+def right_after_scores(run: Run, rows: pd.DataFrame) -> pd.DataFrame:
+    """Scores right after the edit, one row for each event and one column for each scoring mode; nan where not asked."""
+    return by_edit(run, right_after(rows))
+
+
+def by_edit(run: Run, rows: pd.DataFrame) -> pd.DataFrame:
+    """The scores of rows about different edits, one row for each event; nan for an edit without a row."""
+    return rows.set_index("edit")[SCORES].reindex(range(len(run.events)))
 
 
 def year_ends(rows: pd.DataFrame) -> pd.DataFrame:
@@ -121,6 +124,21 @@ def means(name: str, rows: pd.DataFrame, scores: np.ndarray, resampler: Resample
         return {}
     draws = resampler.means(rows["cluster"].to_numpy(), rows["weight"].to_numpy(), scores)
     return {name + m.suffix: Draws(d.values, d.n, d.clusters, bounds) for m, d in zip(SCORING_MODES, draws) if d is not None}
+
+
+def by_mode(name: str, metric: Callable[[ScoringMode], Draws | None]) -> Metrics:
+    """A metric in each scoring mode in which it has a value, under its name with the mode's suffix."""
+    return {name + mode.suffix: draws for mode in SCORING_MODES if (draws := metric(mode)) is not None}
+
+
+def harmonic_means(name: str, parts: Sequence[str], known: Metrics) -> Metrics:
+    """Harmonic mean of metrics in each scoring mode that has them all; 0 where one of them is 0."""
+
+    def mean_of(mode: ScoringMode) -> Draws | None:
+        own = [known.get(part + mode.suffix) for part in parts]
+        return None if None in own else combine(harmonic, *filter(None, own))
+
+    return by_mode(name, mean_of)
 
 
 def mean_scores(name: str, rows: pd.DataFrame, resampler: Resampler) -> Metrics:

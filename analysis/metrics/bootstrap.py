@@ -130,7 +130,7 @@ class Resampler:
         full = np.flatnonzero(sums[1].any(axis=0))
         values = np.full((self.replicates + 1, count), np.nan)
         with np.errstate(divide="ignore", invalid="ignore"):
-            values[0] = sums[0].sum(0) / sums[1].sum(0)
+            values[0] = np.bincount(cell, top, count) / np.bincount(cell, bottom, count)
             above, below = ((self._weights @ x[:, full].astype(np.float32)).astype(float) for x in sums)
             values[1:, full] = above / below
         return [self._draws(values[:, j], cluster[cell == j], bottom[cell == j]) for j in range(count)]

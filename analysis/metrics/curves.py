@@ -45,7 +45,8 @@ def survival(run: Run, editor: EditorRun, resampler: Resampler, mode: ScoringMod
     """
     rows = editor.records
     rows = rows[(rows["role"] == LADDER) & rows["live"] & (rows["age"] > 0) & rows[mode.column].notna()]
-    rows = rows[answers.right_after_scores(run, editor.records)[rows["edit"], SCORING_MODES.index(mode)] == 1].sort_values("step")
+    right = answers.right_after_scores(run, editor.records)[mode.column].to_numpy() == 1
+    rows = rows[right[rows["edit"]]].sort_values("step")
     if rows.empty:
         return table([], [])
     lost = rows[mode.column] < 1
@@ -92,7 +93,7 @@ def group_topic(run: Run, editor: EditorRun, resampler: Resampler, topic: str, m
 def perplexity(run: Run, editor: EditorRun, resampler: Resampler) -> pd.DataFrame:
     """exp(NLL per token - the unedited model's); x is the number of edits applied, with value 1 at 0."""
     rows = text_answers(editor)
-    rows = rows[np.isfinite(rows[["logprob", "logprob_unedited"]]).all(axis=1)]
+    rows = rows[np.isfinite(rows["logprob"] + rows["logprob_unedited"])]
     if rows.empty:
         return table([], [])
     steps, cell = np.unique(rows["step"].to_numpy(), return_inverse=True)

@@ -10,9 +10,9 @@ import pandas as pd
 
 from analysis.metrics import answers
 from analysis.metrics.answers import SIGNED, Metrics
-from analysis.metrics.bootstrap import Draws, Resampler, combine, harmonic
+from analysis.metrics.bootstrap import Draws, Resampler, combine
 from analysis.reading.load import EditorRun, Run
-from analysis.reading.records import AFTER, LADDER, SCORES, SCORING_MODES
+from analysis.reading.records import AFTER, LADDER, SCORES, SCORING_MODES, ScoringMode
 
 REVISED = ("revise", "revert")
 """Kinds of events that give a fact another value than an earlier event did."""
@@ -33,7 +33,7 @@ def forgetting(run: Run, rows: pd.DataFrame, resampler: Resampler) -> Metrics:
     """
     end = answers.at_end(rows, "edit")
     end = end[end["made"] < end["step"]]
-    lost = answers.right_after_scores(run, rows)[end["edit"]] - end[SCORES].to_numpy()
+    lost = answers.right_after_scores(run, rows).to_numpy()[end["edit"]] - end[SCORES].to_numpy()
     return answers.means("forgetting", end, lost, resampler, SIGNED) | answers.means("backward_transfer", end, -lost, resampler, SIGNED)
 
 
@@ -43,21 +43,19 @@ def forgetting_max(run: Run, rows: pd.DataFrame, resampler: Resampler) -> Metric
     A(k, l) - A(k, T) is taken over the edits of year k that are live at T and have an answer at both.
     """
     end = answers.at_end(rows, "edit")
-    last = np.full((len(run.events), len(SCORES)), np.nan)
-    last[end["edit"]] = end[SCORES]
+    last = answers.by_edit(run, end)
     before = answers.year_ends(answers.panel_answers(rows, "edit"))
     before = before[before["step"] < end["step"].max()]
     if before.empty:
         return {}
     cohorts, row = np.unique(np.floor(run.events["time"].to_numpy()[before["edit"]]), return_inverse=True)
     steps, column = np.unique(before["step"].to_numpy(), return_inverse=True)
-    out: Metrics = {}
-    for j, mode in enumerate(SCORING_MODES):
-        drop = before[mode.column].to_numpy() - last[before["edit"], j]
-        cells = answers.pooled(before, drop, row * len(steps) + column, len(cohorts) * len(steps), resampler)
-        if (best := _mean_of_largest(cells, len(steps))) is not None:
-            out["forgetting_max" + mode.suffix] = best
-    return out
+
+    def largest(mode: ScoringMode) -> Draws | None:
+        drop = before[mode.column].to_numpy() - last[mode.column].to_numpy()[before["edit"]]
+        return _mean_of_largest(answers.pooled(before, drop, row * len(steps) + column, len(cohorts) * len(steps), resampler), len(steps))
+
+    return answers.by_mode("forgetting_max", largest)
 
 
 def forward_transfer(editor: EditorRun, resampler: Resampler) -> Metrics:
@@ -79,13 +77,9 @@ def half_life(run: Run, rows: pd.DataFrame, resampler: Resampler) -> Metrics:
     """
     later = answers_by_age(rows)
     later = later[later["age"] > 0]
-    first = answers.right_after_scores(run, rows)[later["edit"]]
-    out: Metrics = {}
-    for j, mode in enumerate(SCORING_MODES):
-        ages, bins = answers.age_bins(later[first[:, j] == 1], mode, resampler)
-        if (draws := _first_under(ages, bins, 0.5)) is not None:
-            out["half_life" + mode.suffix] = draws
-    return out
+    first = answers.right_after_scores(run, rows)
+    right = {m: first[m.column].to_numpy()[later["edit"]] == 1 for m in SCORING_MODES}
+    return answers.by_mode("half_life", lambda mode: _first_under(*answers.age_bins(later[right[mode]], mode, resampler), 0.5))
 
 
 def answers_by_age(rows: pd.DataFrame) -> pd.DataFrame:
@@ -101,8 +95,12 @@ def answers_by_age(rows: pd.DataFrame) -> pd.DataFrame:
 def anytime_success(rows: pd.DataFrame, resampler: Resampler) -> Metrics:
     """Mean over the year ends of the success on the edits that were live then. In [0, 1]."""
     ends = answers.year_ends(answers.panel_answers(rows, "edit"))
-    by_mode = {m.suffix: answers.pooled_by(ends, ends[m.column].to_numpy(), ends["step"].to_numpy(), resampler) for m in SCORING_MODES}
-    return {"anytime_success" + suffix: combine(_mean_of_known, *draws.values()) for suffix, draws in by_mode.items() if draws}
+
+    def average(mode: ScoringMode) -> Draws | None:
+        draws = answers.pooled_by(ends, ends[mode.column].to_numpy(), ends["step"].to_numpy(), resampler)
+        return combine(_mean_of_known, *draws.values()) if draws else None
+
+    return answers.by_mode("anytime_success", average)
 
 
 def stability_plasticity(run: Run, rows: pd.DataFrame, resampler: Resampler) -> Metrics:
@@ -118,12 +116,9 @@ def stability_plasticity(run: Run, rows: pd.DataFrame, resampler: Resampler) -> 
     last_year = made[rows.loc[(rows["role"] == AFTER) & (rows["edit"] >= 0), "edit"]].max()
     out = answers.mean_scores("plasticity", first[made[first["edit"]] == last_year], resampler)
     old = end[made[end["edit"]] < last_year]
-    kept = np.where(answers.right_after_scores(run, rows)[old["edit"]] == 1, old[SCORES].to_numpy(), np.nan)
+    kept = np.where(answers.right_after_scores(run, rows).to_numpy()[old["edit"]] == 1, old[SCORES].to_numpy(), np.nan)
     out |= answers.means("stability", old, kept, resampler)
-    for s in (m.suffix for m in SCORING_MODES):
-        if "plasticity" + s in out and "stability" + s in out:
-            out["stability_plasticity" + s] = combine(harmonic, out["plasticity" + s], out["stability" + s])
-    return out
+    return out | answers.harmonic_means("stability_plasticity", ("plasticity", "stability"), out)
 
 
 def revised(run: Run, rows: pd.DataFrame, resampler: Resampler) -> Metrics:

@@ -18,15 +18,15 @@ import pandas as pd
 from analysis.metrics import orders
 from analysis.metrics.ability import side_effect_metrics
 from analysis.metrics.alarm import EVIDENCE, alarm_step, run_alarm
-from analysis.metrics.answers import SIGNED, Metrics, at_end, in_common, mean_scores, means, right_after, unedited
-from analysis.metrics.bootstrap import REPLICATES, Draws, Interval, Resampler, combine, harmonic, point
+from analysis.metrics.answers import SIGNED, Metrics, at_end, harmonic_means, in_common, mean_scores, means, right_after, unedited
+from analysis.metrics.bootstrap import REPLICATES, Draws, Interval, Resampler, point
 from analysis.metrics.catalogue import GENERALITY, split_name
 from analysis.metrics.collapse import collapse, hard_edits
 from analysis.metrics.comparison import main_mode
 from analysis.metrics.forgetting import edit_metrics
 from analysis.metrics.from_extras import deferral, first_token_agreement, gate_decisions, truthfulness
 from analysis.reading.load import EditorRun, Run
-from analysis.reading.records import AFTER, SCORES, SCORING_MODES
+from analysis.reading.records import AFTER, SCORES
 
 HARMONIC = (*GENERALITY, "locality_hard")
 _OWN_NAMES = (*HARMONIC, "locality_sibling", "locality_far", "locality_text", "portability")
@@ -82,7 +82,8 @@ def measure(run: Run, editor: EditorRun, resampler: Resampler) -> Metrics:
     for name, split in AT_END.items():
         metrics |= mean_scores(name, at_end(rows, split), resampler)
     metrics |= mean_scores("edit_success_now", right_after(rows), resampler) | gain(editor, resampler)
-    metrics |= harmonic_mean(metrics) | edit_metrics(run, editor, resampler) | side_effect_metrics(run, editor, resampler)
+    metrics |= harmonic_means("harmonic_mean", HARMONIC, metrics) | edit_metrics(run, editor, resampler)
+    metrics |= side_effect_metrics(run, editor, resampler)
     metrics |= first_token_agreement(run, editor, resampler) | truthfulness(run, editor, resampler)
     return {name: d for name, d in metrics.items() if np.isfinite(d.value)}
 
@@ -91,12 +92,6 @@ def gain(editor: EditorRun, resampler: Resampler) -> Metrics:
     """Mean over edits of y_right_after - y_unedited, in [-1, 1]: the learning beyond what the unedited model knew."""
     first = right_after(editor.records)
     return means("edit_gain", first, first[SCORES].to_numpy() - unedited(editor, first), resampler, SIGNED)
-
-
-def harmonic_mean(known: Metrics) -> Metrics:
-    """3 / (1/text_generality + 1/image_generality + 1/locality_hard); 0 where one of them is 0."""
-    by_mode = {m.suffix: [known[n + m.suffix] for n in HARMONIC if n + m.suffix in known] for m in SCORING_MODES}
-    return {"harmonic_mean" + s: combine(harmonic, *parts) for s, parts in by_mode.items() if len(parts) == len(HARMONIC)}
 
 
 def differences(run: Run, names: tuple[str, str], measured: dict[str, Metrics], resampler: Resampler) -> Metrics:

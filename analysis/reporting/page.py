@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from analysis.figures import style
 from analysis.figures.context import FigureContext
-from analysis.metrics.catalogue import metric_of, show, unit_of
+from analysis.metrics.catalogue import header, metric_of, mode_title, show, unit_of
 from analysis.metrics.comparison import best, main_columns, main_mode, other_columns
 from analysis.reading.load import Run
 from analysis.reading.records import SCORING_MODES, ScoringMode
@@ -21,6 +21,8 @@ from analysis.reporting import published, verdict
 from analysis.reporting.tables import interval
 
 _SHOWN_DPI = 170
+MOST_PUBLISHED = 40
+"""Published numbers on the page; tables/published.csv has all."""
 
 
 def html(context: FigureContext, figures: dict[str, Figure]) -> str:
@@ -31,7 +33,7 @@ def html(context: FigureContext, figures: dict[str, Figure]) -> str:
 def render(template: str, **variables: Any) -> str:
     """A template of this folder with its variables; every text of the run is escaped."""
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined)
-    environment.globals |= {f.__name__: f for f in (best, interval, metric_of, show, unit_of)}
+    environment.globals |= {f.__name__: f for f in (best, header, interval, metric_of, mode_title, show, unit_of)}
     return environment.get_template(template).render(variables)
 
 
@@ -50,7 +52,7 @@ def template_variables(context: FigureContext, figures: dict[str, Figure]) -> di
         "headlines": {e: verdict.headline(m, mode) for e, m in summary["editors"].items()},
         "tables": {m.title: main_columns(summary, m) for m in _modes_first(summary, mode)},
         "others": other_columns(summary, mode),
-        "published": published.beside(run, summary),
+        "published": published.rows(run, summary)[:MOST_PUBLISHED],
         "figures": [
             {"name": n, "caption": style.CAPTIONS[n]["caption"], "data": data_uri(f), "narrow": f.get_figwidth() < 5}
             for n, f in figures.items()

@@ -12,13 +12,11 @@ from typing import Any
 
 import yaml
 
-from analysis.metrics.catalogue import header, metric_of, mode_title, show
+from analysis.metrics.catalogue import metric_of
 from analysis.reading.load import Run
 
-MOST_SHOWN = 40
-"""Rows of the report's table; tables/published.csv has all."""
 _OUR_MODES = ("token", "exact", "gen")
-"""Values of `reading` in published.yaml that are scoring modes of ours."""
+"""Values of `scoring` in published.yaml that are scoring modes of ours."""
 
 
 @cache
@@ -42,18 +40,6 @@ def rows(run: Run, summary: dict[str, Any]) -> list[dict[str, Any]]:
     return out
 
 
-def beside(run: Run, summary: dict[str, Any]) -> list[dict[str, Any]]:
-    """The first rows as texts for the report."""
-    shown = []
-    for r in rows(run, summary)[:MOST_SHOWN]:
-        name = r["metric"]
-        mode = f" ({mode_title(name)})" if metric_of(name).modes else ""
-        ends = f" [{show(name, r['low'])}, {show(name, r['high'])}]" if r["low"] is not None else ""
-        texts = {"metric": header(name) + mode, "published": show(name, r["published"]), "ours": show(name, r["ours"]) + ends}
-        shown.append(r | texts | {"secondary": bool(r["secondary"])})
-    return shown
-
-
 def differences(run: Run, summary: dict[str, Any], source: dict[str, Any]) -> list[str]:
     """Differences between a published setting and this run's, in words; settings that the paper does not state are skipped."""
     about = summary["run"]
@@ -69,7 +55,7 @@ def differences(run: Run, summary: dict[str, Any], source: dict[str, Any]) -> li
     ]
     out = [f"{what}: {there} there, {ours} here" for what, there, ours, same in pairs if not same]
     out += ["every edit on a fresh model there, in sequence here"] if source["order"] == "single" else []
-    return out + ([] if source["reading"] in _OUR_MODES else [f"answers judged there: {source['reading']}"])
+    return out + ([] if source["scoring"] in _OUR_MODES else [f"answers judged there: {source['scoring']}"])
 
 
 def _row(run: Run, summary: dict[str, Any], editor: str, source: dict[str, Any], metric: str, number: float) -> dict[str, Any]:

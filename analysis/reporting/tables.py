@@ -25,8 +25,8 @@ MOST_WITH_INTERVALS = 4
 HEADER = 9
 """Characters in a line of an editor's name above its column in a terminal."""
 _NUMBERS = ("value", "low", "high", "n")
-_LONG_FORM = ("metric", "reading", *_NUMBERS)
-AS_PUBLISHED = ("editor", "published name", "published definition", "ours", "our definition", "when", "reading", *_NUMBERS)
+_LONG_FORM = ("metric", "scoring mode", *_NUMBERS)
+AS_PUBLISHED = ("editor", "published name", "published definition", "ours", "our definition", "when", "scoring mode", *_NUMBERS)
 """Columns of as_published.csv."""
 _LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"}
 _ESCAPES = str.maketrans(_LATEX | {"−": "$-$", "×": r"$\times$", "–": "--", "≥": r"$\geq$"})
@@ -108,7 +108,7 @@ def latex(summary: Summary, mode: ScoringMode) -> str:
 
 
 def long_form(first: str, groups: dict[str, dict[str, Any]]) -> pd.DataFrame:
-    """One row for each group (an editor or a pair) and metric: group, metric, reading (title of the mode), value, low, high, n."""
+    """One row for each group (an editor or a pair) and metric: group, metric, scoring mode (its title), value, low, high, n."""
     rows = [(g, n, mode_title(n), *(e[k] for k in _NUMBERS)) for g, metrics in groups.items() for n, e in metrics.items()]
     return pd.DataFrame(rows, columns=[first, *_LONG_FORM], dtype=object)
 
@@ -132,15 +132,15 @@ def matrices(context: FigureContext) -> pd.DataFrame:
     """Success by year of the edit and of the question, of every order, editor and scoring mode."""
 
     def every_mode(run: Run, editor: EditorRun, resampler: Resampler) -> pd.DataFrame:
-        return curves.stacked(curves.matrix(run, editor, resampler, m).assign(reading=m.title) for m in SCORING_MODES)
+        return curves.stacked(curves.matrix(run, editor, resampler, m).assign(**{"scoring mode": m.title}) for m in SCORING_MODES)
 
-    columns = ["seed", "editor", "reading", "made", "asked", *_NUMBERS]
+    columns = ["seed", "editor", "scoring mode", "made", "asked", *_NUMBERS]
     return _every_order(context, every_mode).rename(columns={"x": "asked"})[columns]
 
 
 def topic_scores(context: FigureContext) -> pd.DataFrame:
     """Score of every topic of general questions, benchmarks and safety sets at the end, beside the unedited model's."""
-    return _every_order(context, topic_table)[["seed", "editor", "topic", "reading", *_NUMBERS, "unedited", "chance"]]
+    return _every_order(context, topic_table)[["seed", "editor", "topic", "scoring mode", *_NUMBERS, "unedited", "chance"]]
 
 
 def _every_order(context: FigureContext, table: Callable[[Run, EditorRun, Resampler], pd.DataFrame]) -> pd.DataFrame:

@@ -82,7 +82,7 @@ def test_published_names_stand_beside_ours() -> None:
     summary = {"run": {"stream": {"published_names": names}}, "editors": {"e": {"text_generality_gen": entry, "locality_far": entry}}}
     (row,) = csv.DictReader(io.StringIO(as_published(summary).to_csv(index=False)))
     assert tuple(row) == AS_PUBLISHED
-    assert (row["published name"], row["ours"], row["reading"], row["value"], row["when"]) == (
+    assert (row["published name"], row["ours"], row["scoring mode"], row["value"], row["when"]) == (
         "T-Generality", "text_generality_gen", "free generation", "0.5", "at the end of the stream",
     )  # fmt: skip
     assert as_published({"run": {}, "editors": summary["editors"]}).empty

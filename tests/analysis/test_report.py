@@ -94,7 +94,7 @@ def test_csv_has_every_number(out: Path, summary: dict) -> None:
     assert len(rows) == sum(map(len, summary["editors"].values()))
     result = next(r for r in rows if r["editor"] == "finetune" and r["metric"] == "edit_success_gen")
     assert float(result["value"]) == summary["editors"]["finetune"]["edit_success_gen"]["value"]
-    assert result["reading"] == "free generation"
+    assert result["scoring mode"] == "free generation"
 
 
 def test_the_terminal_table_fits_eighty_columns_and_dashes_what_is_absent(summary: dict) -> None:
