@@ -10,12 +10,17 @@ from jaxtyping import install_import_hook
 
 CHECKED = (
     "testbed.model.suffix",
+    "testbed.editors.codebook.keys",
+    "testbed.editors.codebook.nearest",
     "testbed.editors.locate.keys",
     "testbed.editors.locate.solver",
     "testbed.editors.locate.targets",
     "testbed.editors.locate.weight_changes",
 )
-"""Modules whose annotated shapes and dtypes are checked at every call while tests run."""
+"""Modules whose annotated shapes and dtypes are checked at every call while tests run.
+
+The checker looks at random items of lists and tuples, so a module of which a test asks that it leaves `random` alone
+(`testbed.editors.codebook.codebook`) has its shapes checked where it calls these."""
 install_import_hook(CHECKED, "beartype.beartype")
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

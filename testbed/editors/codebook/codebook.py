@@ -26,6 +26,7 @@ from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
 from testbed.editors.codebook.nearest import Keys, Metric, Nearest, Rule, to_all
@@ -63,7 +64,15 @@ class Entry:
         return Entry(event_id, tuple(label), *rest)
 
 
-def distance_bounds(active: Tensor, rival: Tensor, positive: Tensor, both: Tensor, cap: Tensor, low: Tensor, high: Tensor) -> Tensor:
+def distance_bounds(
+    active: Bool[Tensor, " n"],
+    rival: Bool[Tensor, " n"],
+    positive: Float64[Tensor, " n"],
+    both: Float64[Tensor, " n"],
+    cap: Float64[Tensor, " n"],
+    low: Float64[Tensor, " n"],
+    high: Float64[Tensor, " n"],
+) -> Float64[Tensor, " n"]:
     """(n,) float64 distances beyond which rows do not matter to a ball; negative for rows that never matter.
 
     active: (n,) bool. rival: (n,) bool, active with another label. positive: (n,) the distance within which the row or the ball
@@ -121,16 +130,16 @@ class Codebook:
     nulls = property(lambda self: self._nulls.all)
 
     @property
-    def active(self) -> Tensor:
+    def active(self) -> Bool[Tensor, " n"]:
         """(n,) bool: alive and not superseded."""
         return self.alive & (self.superseded == NONE)
 
     @property
-    def radii(self) -> Tensor:
+    def radii(self) -> Float64[Tensor, " n"]:
         """(n,) radii in force: raw radii under the caps of conflicting neighbours; -1 for rows that are not active."""
         return torch.where(self.active, torch.minimum(self.raw, self.caps), -1.0)
 
-    def insert(self, key: Tensor, radius: float, entry: Entry) -> list[str]:
+    def insert(self, key: Float[Tensor, "*width"], radius: float, entry: Entry) -> list[str]:
         """Add a row, as a member of the entry whose scope it falls into, and return the edits that it supersedes.
 
         Raises ValueError for a key or a radius that is not finite, and for an edit that is in the codebook already.
@@ -152,7 +161,7 @@ class Codebook:
         self.log = [*self.log, ["remove", ids]]
         self._deactivate([self._row.pop(i) for i in ids])
 
-    def overlapping(self, key: Tensor, radius: float, label: tuple[int, ...]) -> str | None:
+    def overlapping(self, key: Float[Tensor, " width"], radius: float, label: tuple[int, ...]) -> str | None:
         """The edit whose scope a new key falls into: the nearest active row whose ball meets the new one, if it has this label."""
         d = self._distances(key.detach().float().cpu(), radius, 0.0, self._labels.get(label, NONE))
         row = self._scope(d, radius, label)
@@ -165,7 +174,7 @@ class Codebook:
         row = int(d.argmin())
         return row if self.entries[row].label == label else None
 
-    def retrieve(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+    def retrieve(self, queries: Float[Tensor, "B width"]) -> tuple[Int[Tensor, " B"], Float64[Tensor, " B"]]:
         """Queries (B, width) to (B,) the row that fires, or -1, and (B,) the distance that was decisive, on their device."""
         q = queries.detach().float()
         book, nulls = self._search(q.device)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from jaxtyping import Float, Float32
 from torch import Tensor
 
 from testbed.core.events import Ask
@@ -21,12 +22,12 @@ from testbed.model.prefix_cache import ImagePrefixes
 _ROWS = 32
 
 
-def last_position(act: Tensor, batch: Batch) -> Tensor:
+def last_position(act: Float[Tensor, "B T f"], batch: Batch) -> Float32[Tensor, "B f"]:
     """(B, f) float32 activation at the last prompt position."""
     return act[torch.arange(len(act), device=act.device), batch.last_prompt].float()
 
 
-def mean_over_image(act: Tensor, batch: Batch) -> Tensor:
+def mean_over_image(act: Float[Tensor, "B T f"], batch: Batch) -> Float32[Tensor, "B f"]:
     """(B, f) float32 mean over the picture's positions; zeros for a row without a picture."""
     mask = batch.picture.unsqueeze(-1)
     return (act.float() * mask).sum(1) / mask.sum(1).clamp(min=1)
@@ -41,12 +42,12 @@ class TextAndImageKey:
 
     spread: Tensor
 
-    def __call__(self, act: Tensor, batch: Batch) -> Tensor:
+    def __call__(self, act: Float[Tensor, "B T f"], batch: Batch) -> Float32[Tensor, "B width"]:
         halves = (last_position(act, batch), mean_over_image(act, batch))
         return torch.cat([x / s for x, s in zip(halves, self.spread.to(act.device))], 1)
 
 
-def spread_of(bank: Tensor) -> Tensor:
+def spread_of(bank: Float[Tensor, "n width"]) -> Float32[Tensor, 2]:
     """(2,) the spread of each half of raw keys (n, 2 f); 1 for a half that does not vary."""
     halves = torch.stack(bank.double().chunk(2, 1)) if len(bank) else torch.zeros(2, 1, 1)
     spread = (halves - halves.mean(1, keepdim=True)).square().sum(2).mean(1).sqrt()
@@ -55,7 +56,7 @@ def spread_of(bank: Tensor) -> Tensor:
 
 @timed("keys")
 @torch.no_grad()
-def read_keys(prefixes: ImagePrefixes, asks: Sequence[Ask], key: Callable[[Tensor, Batch], Tensor]) -> Tensor:
+def read_keys(prefixes: ImagePrefixes, asks: Sequence[Ask], key: Callable[[Tensor, Batch], Tensor]) -> Float32[Tensor, "n width"]:
     """(n, width) float32 keys of prompts without answers, on the CPU. One forward reads many of them."""
     out: dict[int, Tensor] = {}
     for chunk in _chunks(asks):
@@ -71,7 +72,7 @@ def _chunks(asks: Sequence[Ask]) -> list[list[int]]:
     return [part[at : at + _ROWS] for part in parts for at in range(0, len(part), _ROWS)]
 
 
-def reading_error(key: Tensor, metric: Metric) -> float:
+def reading_error(key: Float[Tensor, " f"], metric: Metric) -> float:
     """The distance by which rounding may part two readings of one prompt's key. No radius is smaller, so that an entry hits its own key."""
     return 1e-4 * float(key.norm()) if metric == "euclidean" else 1e-6
 

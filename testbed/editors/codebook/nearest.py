@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from jaxtyping import Bool, Float, Float32, Float64, Int
 from torch import Tensor
 
 from testbed.editors.base import appended
@@ -20,7 +21,7 @@ _CHUNK = 2**18
 """Numbers of one exact comparison held at once: few enough to stay in a processor's cache."""
 
 
-def direct(a: Tensor, b: Tensor, metric: Metric) -> Tensor:
+def direct(a: Float[Tensor, "*a f"], b: Float[Tensor, "*b f"], metric: Metric) -> Float64[Tensor, ...]:
     """(...,) float64 distances by direct differences along the last axis. The cosine distance of a zero vector counts as 1."""
     a, b = a.double(), b.double()
     if metric == "euclidean":
@@ -31,12 +32,12 @@ def direct(a: Tensor, b: Tensor, metric: Metric) -> Tensor:
     return torch.where(zero, torch.ones_like(chord), chord)
 
 
-def to_all(keys: Tensor, key: Tensor, metric: Metric) -> Tensor:
+def to_all(keys: Float[Tensor, "n f"], key: Float[Tensor, " f"], metric: Metric) -> Float64[Tensor, " n"]:
     """(n,) float64 distances of one key (f,) to keys (n, f), a chunk at a time."""
     return torch.cat([direct(part, key, metric) for part in keys.split(max(1, _CHUNK // max(1, keys.shape[1])))])
 
 
-def unit(x: Tensor) -> Tensor:
+def unit(x: Float[Tensor, "*n f"]) -> Float[Tensor, "*n f"]:
     return x / x.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
 
 
@@ -63,7 +64,7 @@ class Keys:
         return self._size
 
     @property
-    def all(self) -> Tensor:
+    def all(self) -> Float32[Tensor, "n f"]:
         return self._all[: self._size]
 
     @property
@@ -72,16 +73,16 @@ class Keys:
         return self._all.nbytes + self._points.nbytes + self._norms.nbytes + self._rows.nbytes
 
     @property
-    def rows(self) -> Tensor:
+    def rows(self) -> Int[Tensor, " m"]:
         """(m,) the rows that are searched."""
         return self._rows[: self._searched]
 
     @property
-    def norms(self) -> Tensor:
+    def norms(self) -> Float32[Tensor, " m"]:
         """(m,) squared norms of their points."""
         return self._norms[: self._searched]
 
-    def add(self, keys: Tensor) -> None:
+    def add(self, keys: Float[Tensor, "m f"]) -> None:
         """Append keys (m, f)."""
         if not len(keys):
             return
@@ -101,7 +102,7 @@ class Keys:
         self._searched += len(rows)
         self._longest = max(self._longest, float(norms.max().sqrt()))
 
-    def search_among(self, wanted: Tensor) -> None:
+    def search_among(self, wanted: Bool[Tensor, " n"]) -> None:
         """Search the wanted rows, (n,) bool. Others are left out only once they are the greater part, because that copies the points."""
         missing = int(wanted.sum()) - int(wanted[self.rows].sum())
         if missing or self._searched > 2 * int(wanted.sum()):
@@ -126,7 +127,7 @@ class Keys:
         self._copies[device] = copy
         return copy
 
-    def point(self, x: Tensor) -> Tensor:
+    def point(self, x: Float[Tensor, "n f"]) -> Float32[Tensor, "n f"]:
         """Vectors whose squared Euclidean distances order the keys (for cosine: twice the distance)."""
         return x - self._centre if self.metric == "euclidean" else unit(x.double()).float()
 
@@ -138,14 +139,16 @@ class Keys:
         """The distance of two keys whose points have this squared distance."""
         return square.sqrt() if self.metric == "euclidean" else square / 2
 
-    def squares(self, q: Tensor, norms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def squares(
+        self, q: Float[Tensor, "B f"], norms: Float[Tensor, " m"]
+    ) -> tuple[Float32[Tensor, "B m"], Float32[Tensor, "B 1"], Float32[Tensor, "B 1"]]:
         """For queries (B, f): squared distances of points (B, m) float32 less each query's own part (B, 1); their error (B, 1)."""
         x = self.point(q)
         own = x.square().sum(1, keepdim=True)
         part = torch.addmm(norms, x, self._points[: self._searched].T, alpha=-2)
         return part, own, (q.shape[1] + 16) * _ROUNDING * (own.sqrt() + self._longest).square()
 
-    def bounds(self, key: Tensor) -> tuple[Tensor, Tensor]:
+    def bounds(self, key: Float[Tensor, " f"]) -> tuple[Float64[Tensor, " n"], Float64[Tensor, " n"]]:
         """(n,) float64 numbers between which the distance of each key to this one (f,) certainly lies; 0 and inf for rows not searched."""
         part, own, error = self.squares(key[None], self.norms)
         least, most = ((part + own + e)[0].double().clamp_min(0.0) for e in (-error, error))
@@ -155,7 +158,7 @@ class Keys:
         low = none.index_put((self.rows,), torch.where(known, low, 0.0))
         return low, (none + torch.inf).index_put((self.rows,), torch.where(known, high, torch.inf))
 
-    def exact(self, key: Tensor, wanted: Tensor) -> Tensor:
+    def exact(self, key: Float[Tensor, " f"], wanted: Bool[Tensor, " n"]) -> Float64[Tensor, " n"]:
         """(n,) float64 distances of a key (f,) to those that are wanted, (n,) bool; inf to the others."""
         out = torch.full(wanted.shape, torch.inf, dtype=torch.float64, device=wanted.device)
         rows = wanted.nonzero()[:, 0]
@@ -170,14 +173,14 @@ class Nearest:
     within whose radius the query lies. Of equally near keys the first answers, with `newest` the last.
     """
 
-    def __init__(self, keys: Keys, radii: Tensor, rule: Rule = "nearest-then-check", newest: bool = False) -> None:
+    def __init__(self, keys: Keys, radii: Float64[Tensor, " n"], rule: Rule = "nearest-then-check", newest: bool = False) -> None:
         self.keys, self.radii, self.newest = keys, radii, newest
         self.rule: Rule = rule
         square = keys.square(radii[keys.rows]).float()
         self._outer, self._inner = square * (1 + 4 * _ROUNDING), square * (1 - 4 * _ROUNDING)
         self._norms = torch.where(radii[keys.rows] >= 0, keys.norms, torch.inf)
 
-    def __call__(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, queries: Float[Tensor, "B f"]) -> tuple[Int[Tensor, " B"], Float64[Tensor, " B"]]:
         """Queries (B, f) float32 to (B,) the row of the key that answers, or -1, and (B,) the float64 distance that was decisive.
 
         That is the distance of the nearest key under the rule, inf for none. A query that is not finite finds nothing.

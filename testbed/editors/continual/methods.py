@@ -85,7 +85,7 @@ class JointConfig(CumulativeConfig):
 @dataclass(frozen=True)
 class EwcConfig(AvalancheConfig):
     strength: NonNegativeFloat = 1e7
-    """lambda, the weight of the penalty (Kirkpatrick et al. 2017, Eq. 3)."""
+    """lambda, the weight of the penalty (Kirkpatrick et al. 2017)."""
     decay: Fraction = 0.9
     """gamma of online EWC (Schwarz et al. 2018): the older importance is multiplied by it after each batch; 1 keeps all."""
 
@@ -93,9 +93,9 @@ class EwcConfig(AvalancheConfig):
 @dataclass(frozen=True)
 class SiConfig(AvalancheConfig):
     strength: NonNegativeFloat = 1e3
-    """c, the weight of the penalty (Zenke et al. 2017, Eq. 4)."""
+    """c, the weight of the penalty (Zenke et al. 2017)."""
     damping: PositiveFloat = 1e-3
-    """xi, added to the squared change of a weight (Eq. 5)."""
+    """xi, added to the squared change of a weight, so that the quotient stays finite."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 Each edit gets a target: what one layer should put out where the prompt's subject ends, so that the model gives
 the new answer. Then every critical layer's down-projection takes its share of the way there by a ridge solve,
-`Delta = R K^T (A0 + H + K K^T)^-1` (MEMIT eq. 14). A method is a choice of prior A0, history H, share of the residual
+`Delta = R K^T (A0 + H + K K^T)^-1`. A method is a choice of prior A0, history H, share of the residual
 and layers. The lookup position is the last token of the subject where the prompt names it, else the prompt's last token.
 
 Of two edits of one fact in a batch the later one is made. Two edits of other facts with nearly the same key are

@@ -56,7 +56,7 @@ class Memit(LocateEditor):
         return self.config.history
 
     def _prior(self, layer: int, second_moment: Tensor) -> Prior:
-        """A0 = lambda C (MEMIT eq. 15)."""
+        """A0 = lambda C."""
         return SecondMomentPrior(second_moment, self.hyper.lam * scale_of(self.hyper, second_moment)[0], self.config.eta)
 
 

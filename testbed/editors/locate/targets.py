@@ -2,7 +2,7 @@
 
     L(delta) = mean over contexts [-(1/m) sum_t log p(o_t | ...)] + kl KL(p_delta || p_0) + decay ||delta|| / ||h_0||^2
 
-(ROME eq. 4 and MEMIT eq. 16, Meng et al. 2022 and 2023, as released: the decay is the first power over the square.)
+(Meng et al. 2022 and 2023, as released: the decay is the first power over the square.)
 All edits of a batch are optimised together, each with its own Adam moments, clamp and stop, so an edit's target does
 not depend on its batch mates. Layers up to the one that changes, and all token positions before the subject's last,
 run once; the head runs at answer positions only, and edits with as many positions to run share a forward.
