@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -153,6 +153,11 @@ class Stream(ABC):
     def paraphrases(self, event: EditEvent) -> tuple[str, ...]:
         """Rephrased prompts of one edit from the train pool; disjoint from every prompt in `questions`."""
         return ()
+
+    def examples(self) -> Mapping[str, tuple[tuple[str, str], ...]]:
+        """By relation, prompts with their true answers about facts that are neither edited nor asked, to stand in front of a
+        prompt of the relation. Empty by default."""
+        return {}
 
     def train_pool(self) -> TrainPool:
         """What editors may learn from. Empty by default."""

@@ -59,6 +59,7 @@ FLOORS = {
     "testbed.experiment": 4,
     "testbed.pretraining": 4,
     "testbed.sweeps": 5,
+    "testbed.tuning": 5,
     "testbed.integrations": 5,
     "testbed.bench": 5,
     "testbed": 6,
@@ -174,7 +175,7 @@ def test_nobody_names_an_editor_or_a_stream(path: Path) -> None:
 
 def _gives_a_name(node: ast.AST) -> bool:
     if isinstance(node, ast.Call):
-        return isinstance(node.func, ast.Attribute) and node.func.attr == "register"
+        return getattr(node.func, "attr", getattr(node.func, "id", "")) in ("register", "or_world")
     return isinstance(node, ast.Assign) and [ast.unparse(t) for t in node.targets] == ["name"]
 
 

@@ -158,6 +158,14 @@ class EntryStream(Stream):
         own = (entry.prompt,) if entry.role == "probe" else ()
         return (*entry.held_out, *(q.prompt for q in entry.questions), *own)
 
+    def examples(self) -> Mapping[str, tuple[tuple[str, str], ...]]:
+        """The first two facts of each relation in the train pool."""
+        out: dict[str, tuple[tuple[str, str], ...]] = {}
+        for e in self._data.entries:
+            if e.role == "train" and e.previous and e.image is None and len(out.get(e.relation, ())) < 2:
+                out[e.relation] = (*out.get(e.relation, ()), (e.prompt, e.previous))
+        return out
+
     def train_pool(self) -> TrainPool:
         general = {q.prompt for q in self.general()}
         pool = [e for e in self._data.entries if e.role == "train" and e.previous and e.prompt not in general]

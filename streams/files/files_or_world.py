@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, TypeVar
 
 from streams.base import Stream, StreamConfig, TrainPool
@@ -53,6 +53,9 @@ class FilesOrWorld(Stream):
 
     def paraphrases(self, event: EditEvent) -> tuple[str, ...]:
         return self._source.paraphrases(event)
+
+    def examples(self) -> Mapping[str, tuple[tuple[str, str], ...]]:
+        return self._source.examples()
 
     def train_pool(self) -> TrainPool:
         return self._source.train_pool()

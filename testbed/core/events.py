@@ -69,7 +69,7 @@ class BadPicture(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """A prompt for a model, with its picture.
+    """A prompt for a model, with its picture, and the relation that it asks for, of which a prompt template may show examples.
 
     `truth` (the right answer) and `event_id` (the edit that gave it) are set only for an editor whose `Traits` declare
     `told_truth`.
@@ -79,6 +79,7 @@ class Ask:
     image: Picture | None = None
     truth: str | None = None
     event_id: str | None = None
+    relation: str = ""
 
 
 def content_id(*parts: object) -> str:
@@ -135,7 +136,7 @@ class EditEvent:
 
     def ask(self) -> Ask:
         """The prompt of the edit with its picture."""
-        return Ask(self.prompt, self.image)
+        return Ask(self.prompt, self.image, relation=self.relation or "")
 
     @property
     def fact(self) -> tuple[str, str]:
@@ -192,8 +193,8 @@ class Question:
             raise BadEvent(f"choices need a scoring that picks one (sum, norm, mean, text), got {self.scoring!r} ({self.prompt!r})")
 
     def ask(self) -> Ask:
-        """The prompt of the question with its picture."""
-        return Ask(self.prompt, self.image)
+        """The prompt of the question with its picture; its topic is the relation."""
+        return Ask(self.prompt, self.image, relation=self.topic)
 
     @property
     def golds(self) -> tuple[str, ...]:

@@ -53,6 +53,9 @@ class RunConfig:
     """Edits per step."""
     seed: int = 0
     """Seed of the order of the stream, the panels and the editors."""
+    prompt: Literal["auto", "bare", "question", "examples", "chat"] = "auto"
+    """How a text model is asked: bare, as a question, after two examples of the relation, or by its chat template. auto asks a
+    base or chat model in the form in which it knows most old answers; a family with a template of its own keeps it."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
     device_map: str | None = None

@@ -9,7 +9,7 @@ from typing import Any
 
 from testbed.editors.base import Editor
 from testbed.experiment import runner
-from testbed.experiment.config import LOCATIONS, BadConfig, stored_config
+from testbed.experiment.config import LOCATIONS, BadConfig, RunConfig, stored_config
 from testbed.experiment.loop import Context, apply_step
 from testbed.experiment.runner import PreparedRun
 from testbed.storage.files import StoreError
@@ -76,5 +76,5 @@ def rebuild(out: Path, changed: dict[str, Any] | None = None) -> StoredRun:
     """
     config = replace(stored_config(out), **(changed or {}))
     run, folder = runner.prepare(config.resolve()), RunFolder(out)
-    folder.check_same(run.manifest, runner.SAME, [f"config.{name}" for name in (*LOCATIONS, "device")])
+    folder.check_same(run.manifest, runner.SAME, [f"config.{name}" for name in (*LOCATIONS, "device")], RunConfig().stored())
     return StoredRun(run, folder)

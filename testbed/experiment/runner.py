@@ -15,7 +15,7 @@ from streams.arrange import arrange
 from streams.base import Stream
 from testbed.benchmarks import files as benchmarks
 from testbed.core import grading
-from testbed.core.events import EditEvent, content_id
+from testbed.core.events import Ask, EditEvent, content_id
 from testbed.core.schema import SCHEMA_VERSION, BaseAnswer, EventRow, QuestionRow, ScheduleRow, folder_name
 from testbed.editors.base import Editor
 from testbed.experiment import preflight, schedule
@@ -28,6 +28,7 @@ from testbed.model.difficulty import losses
 from testbed.model.handle import ModelHandle
 from testbed.model.loading import load
 from testbed.model.progress import Bars, bars
+from testbed.model.prompt_forms import QUESTIONS, ChosenForm, PromptForm, choose, forms, show_examples, use
 from testbed.storage.files import Phase, StoreError, read_json, write_rows
 from testbed.storage.run_folder import RunFolder
 from testbed.storage.shared_cache import base_answers, package_version
@@ -80,11 +81,48 @@ def prepare(resolved: ResolvedRun) -> PreparedRun:
         raise BadConfig(f"{config.stream} ({stream.origin}) yields no edit; skipped records: {len(stream.skipped)}")
     handle = load(config.model, config.device, config.dtype, config.device_map)
     handle.cache_folder = config.cache
+    chosen = ask_in_form(resolved, stream, len(events), handle)
     events = arrange(stream, events, lambda adds: losses(handle, adds))
     options = schedule.ScheduleConfig(config.batch, config.seed, config.probe_budget, resolved.benchmarks.every)
     planned = schedule.build(stream, events, options)
     preflight.check(planned, handle)
-    return PreparedRun(resolved, stream, events, planned, handle, _manifest(resolved, stream, events, planned, handle))
+    manifest = _manifest(resolved, stream, events, planned, handle) | {"prompt": chosen.stored()}
+    manifest["notes"].append(chosen.line)
+    return PreparedRun(resolved, stream, events, planned, handle, manifest)
+
+
+def ask_in_form(resolved: ResolvedRun, stream: Stream, taken: int, handle: ModelHandle) -> ChosenForm:
+    """Choose the form in which the model is asked, and ask it so from now on. A run that goes on keeps its form.
+
+    taken: number of edits of the run; a form is chosen by the old answers of the stream's next edits. Raises `BadConfig`.
+    """
+    config, own = resolved.config, PromptForm("the family's own", handle.family.text, handle.family.answer)
+    stored = RunFolder(config.resume).manifest().get("prompt") if config.resume else None
+    if (config.resume and stored is None) or (config.prompt == "auto" and own.text != PromptForm.text):
+        return ChosenForm(own)
+    if handle.reads_pictures:
+        raise BadConfig(f"--prompt {config.prompt}: {handle.name} reads pictures and is asked in its family's own form")
+    show_examples(handle, stream.examples())
+    known = [] if stored or config.prompt != "auto" else _development(stream, taken)
+    found = forms(handle)
+    if stored:
+        chosen = ChosenForm(PromptForm(stored["form"], stored["text"], stored["answer"]), stored["shares"])
+    elif config.prompt == "auto":
+        chosen = choose(handle, known) if known else ChosenForm(own)
+    elif config.prompt in found:
+        chosen = ChosenForm(found[config.prompt])
+    else:
+        lacks = "the stream has no examples" if config.prompt == "examples" else "its tokenizer has no chat template"
+        raise BadConfig(f"--prompt {config.prompt} cannot be had for {handle.name}: {lacks}; there are {', '.join(found)}")
+    use(handle, chosen.form)
+    return chosen
+
+
+def _development(stream: Stream, taken: int) -> list[tuple[Ask, str]]:
+    """Prompts with their old answers about facts that the run does not edit; of a stream without further edits those of the run."""
+    events = stream.events(taken + 10 * QUESTIONS)
+    later = [e for e in events[taken:] if e.kind == "add" and e.previous] or [e for e in events if e.kind == "add" and e.previous]
+    return [(e.ask(), e.previous or "") for e in later]
 
 
 def study(config: RunConfig, say: Callable[[str], None] = lambda line: None, stop: StopRequest | None = None) -> dict[str, Any]:
@@ -102,7 +140,7 @@ def study(config: RunConfig, say: Callable[[str], None] = lambda line: None, sto
     for note in run.manifest["notes"]:
         say(note)
     if config.resume:
-        folder.check_same(run.manifest, SAME, [f"config.{name}" for name in LOCATIONS])
+        folder.check_same(run.manifest, SAME, [f"config.{name}" for name in LOCATIONS], RunConfig().stored())
     else:
         folder.check_free()
     with folder.locked():

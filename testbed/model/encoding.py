@@ -99,14 +99,14 @@ class _Pictures(dict[str, _ProcessedPicture]):
 def prompt_inputs(handle: ModelHandle, ask: Ask) -> dict[str, torch.Tensor]:
     """The prompt of one ask as unpadded model inputs, `input_ids` of shape (1, T). Tokens and pixels are cached on the handle."""
     if ask.image is None:
-        return {"input_ids": torch.tensor([_tokens(handle, handle.family.text, ask.prompt)])}
+        return {"input_ids": torch.tensor([_tokens(handle, handle.family.text, ask)])}
     if not handle.reads_pictures or handle.family.image is None:
         raise BadModel(f"{handle.name} reads no pictures, but {ask.prompt!r} has one: use an image-text model, or --missing-images text")
     pictures: _Pictures = handle.cache.setdefault("pictures", _Pictures())
-    short = _tokens(handle, handle.family.image, ask.prompt)
+    short = _tokens(handle, handle.family.image, ask)
     seen = pictures.get(ask.image.key)
     if seen is None:
-        full = _process(handle, _in_template(handle, handle.family.image, ask.prompt), ask.image)
+        full = _process(handle, _in_template(handle, handle.family.image, ask), ask.image)
         seen = _split(full, short, image_token(handle))
         if seen is None:
             return full
@@ -114,14 +114,14 @@ def prompt_inputs(handle: ModelHandle, ask: Ask) -> dict[str, torch.Tensor]:
     return seen.tensors | _insert(short, seen.block, image_token(handle))
 
 
-def _tokens(handle: ModelHandle, template: str, prompt: str) -> list[int]:
+def _tokens(handle: ModelHandle, template: str, ask: Ask) -> list[int]:
     cache = handle.cache.setdefault("prompts", {})
-    key = (template, prompt)
-    if key not in cache:
+    text = _in_template(handle, template, ask)
+    if text not in cache:
         while len(cache) >= _CACHED:
             cache.pop(next(iter(cache)))
-        cache[key] = without_end(handle, handle.tokenizer(_in_template(handle, template, prompt))["input_ids"])
-    return cache[key]
+        cache[text] = without_end(handle, handle.tokenizer(text)["input_ids"])
+    return cache[text]
 
 
 def without_end(handle: ModelHandle, ids: list[int]) -> list[int]:
@@ -134,18 +134,19 @@ def text_tokens(handle: ModelHandle, text: str) -> list[int]:
     return without_end(handle, handle.tokenizer(text)["input_ids"])[: handle.window]
 
 
-def _in_template(handle: ModelHandle, template: str, prompt: str) -> str:
+def _in_template(handle: ModelHandle, template: str, ask: Ask) -> str:
     """The prompt in its template. A prompt that itself contains the image token does not get a second picture."""
+    prompt = ask.prompt
     if handle.reads_pictures:
         token = handle.tokenizer.convert_ids_to_tokens(image_token(handle))
         prompt = prompt.replace(token, token.strip("<|>"))
-    return template.format(prompt=prompt)
+    return template.format(prompt=prompt, examples=handle.examples.get(ask.relation, ""))
 
 
 def prompt_in_template(handle: ModelHandle, ask: Ask) -> tuple[str, int, int]:
     """The prompt as the tokenizer reads it, template included, and where in it the prompt itself begins and ends."""
     template = handle.family.text if ask.image is None else handle.family.image or handle.family.text
-    text, bare = _in_template(handle, template, ask.prompt), _in_template(handle, "{prompt}", ask.prompt)
+    text, bare = _in_template(handle, template, ask), _in_template(handle, "{prompt}", ask)
     end = len(text) - len(template.partition("{prompt}")[2])
     return text, end - len(bare), end
 
@@ -196,7 +197,7 @@ class _Blank:
 def answer_ids(handle: ModelHandle, ask: Ask, answer: str) -> list[int]:
     """Token ids of the answer as it follows this prompt. Raises `UntokenizableAnswer`."""
     cache = handle.cache.setdefault("answers", {})
-    end = _in_template(handle, handle.family.text, ask.prompt)[-24:]
+    end = _in_template(handle, handle.family.text, ask)[-24:]
     key = (end, answer)
     if key not in cache:
         tok = handle.tokenizer

@@ -43,6 +43,8 @@ class ModelHandle:
     notes: list[str] = field(default_factory=list)
     cache: dict[str, Any] = field(default_factory=dict)
     """What cannot change while the base weights do not (tokenised prompts, picture features)."""
+    examples: Mapping[str, str] = field(default_factory=dict)
+    """By relation the solved examples that stand in the place of {examples} in a prompt template."""
     cache_folder: Path | None = None
     """Folder for what of the cache is worth keeping from one run to the next."""
 

@@ -7,8 +7,9 @@ prompts (contexts, facts before a question) have it too.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from testbed.core import grading
 from testbed.core.events import Ask
@@ -25,7 +26,7 @@ class PromptForm:
     """A template of prompts and how an answer follows it, as in `testbed.model.families.Family`."""
 
     name: str
-    text: str
+    text: str = "{prompt}"
     answer: str = " {answer}"
 
 
@@ -34,22 +35,25 @@ class ChosenForm:
     """A form, and by the name of each form that was tried the share of development questions answered with the old answer."""
 
     form: PromptForm
-    shares: dict[str, float]
+    shares: dict[str, float] = field(default_factory=dict)
 
-    def __str__(self) -> str:
+    def stored(self) -> dict[str, Any]:
+        """The manifest's entry."""
+        return {"form": self.form.name, "text": self.form.text, "answer": self.form.answer, "shares": self.shares}
+
+    @property
+    def line(self) -> str:
+        """What the user is told."""
         tried = ", ".join(f"{name} {share:.0%}" for name, share in self.shares.items())
-        return f"prompt form: {self.form.name}" + (f" (old answers among {QUESTIONS} development questions: {tried})" if tried else "")
+        chosen = f"chosen by the share of old answers among development questions: {tried}" if tried else "not chosen by data"
+        return f"prompt form: {self.form.name} ({chosen})"
 
 
-def forms(handle: ModelHandle, examples: Sequence[tuple[str, str]]) -> dict[str, PromptForm]:
-    """The forms that this model can be asked in, the simplest first.
-
-    examples: two prompts with their answers, which stand in front of every prompt of the form `examples`.
-    """
-    shown = "".join(f"{prompt} {answer}\n" for prompt, answer in examples).replace("{", "{{").replace("}", "}}")
-    found = [PromptForm("bare", "{prompt}"), PromptForm("question", "Question: {prompt}\nAnswer:")]
-    if examples:
-        found.append(PromptForm("examples", shown + "{prompt}"))
+def forms(handle: ModelHandle) -> dict[str, PromptForm]:
+    """The forms that this model can be asked in, the simplest first."""
+    found = [PromptForm("bare"), PromptForm("question", "Question: {prompt}\nAnswer:")]
+    if handle.examples:
+        found.append(PromptForm("examples", "{examples}{prompt}"))
     if getattr(handle.tokenizer, "chat_template", None):
         found.append(_chat(handle))
     return {form.name: form for form in found}
@@ -67,21 +71,27 @@ def _chat(handle: ModelHandle) -> PromptForm:
     return PromptForm("chat", text.replace("{", "{{").replace("}", "}}").replace("PROMPT", _USER), "{answer}")
 
 
-def choose(handle: ModelHandle, known: Sequence[tuple[str, str]], examples: Sequence[tuple[str, str]]) -> ChosenForm:
-    """The form in which the model gives the most answers of `known` ((prompt, old answer), of which 40 are asked).
+def choose(handle: ModelHandle, known: Sequence[tuple[Ask, str]]) -> ChosenForm:
+    """The form in which the model begins with the most answers of `known`, of which 40 are asked; the simplest of equal ones.
 
-    The simplest of equal forms is taken. The handle keeps its own templates.
+    The handle keeps its own templates.
     """
     own, asked, shares = handle.family, known[:QUESTIONS], dict[str, float]()
-    found = forms(handle, examples)
+    found = forms(handle)
     try:
         for name, form in found.items():
             use(handle, form)
-            said = ModelPredictor(handle).generate([Ask(prompt) for prompt, _ in asked], NEW_TOKENS)
+            said = ModelPredictor(handle).generate([ask for ask, _ in asked], NEW_TOKENS)
             shares[name] = sum(grading.begins(s, [a]) for s, (_, a) in zip(said, asked)) / len(asked)
     finally:
         handle.family = own
+        handle.cache.pop("answers", None)
     return ChosenForm(found[max(shares, key=lambda name: shares[name])], shares)
+
+
+def show_examples(handle: ModelHandle, examples: Mapping[str, Sequence[tuple[str, str]]]) -> None:
+    """Put two examples of its relation in front of a prompt in the form `examples`: prompt and answer, a line each."""
+    handle.examples = {r: "".join(f"{prompt} {answer}\n" for prompt, answer in shown) for r, shown in examples.items()}
 
 
 def use(handle: ModelHandle, form: PromptForm) -> None:

@@ -7,7 +7,7 @@ A run resumes from its newest readable state: later files are deleted and made a
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -73,9 +73,15 @@ class RunFolder:
         if line not in manifest["notes"]:
             files.write_json(self.path / "manifest.json", {**manifest, "notes": [*manifest["notes"], line]})
 
-    def check_same(self, manifest: dict[str, Any], keys: Sequence[str], ignored: Sequence[str] = ()) -> None:
-        """Raise `StoreError` that lists every difference between the stored manifest and this one, except `ignored` entries."""
+    def check_same(
+        self, manifest: dict[str, Any], keys: Sequence[str], ignored: Sequence[str] = (), defaults: Mapping[str, Any] | None = None
+    ) -> None:
+        """Raise `StoreError` that lists every difference between the stored manifest and this one, except `ignored` entries.
+
+        defaults: for fields of `config` that the version which made the run did not know, their values.
+        """
         stored = self.manifest()
+        stored["config"] = {**(defaults or {}), **stored.get("config", {})}
         lines = [line for k in keys for line in _differences(k, stored.get(k), manifest.get(k), ignored)]
         if lines:
             text = "\n  ".join(lines)

@@ -35,14 +35,15 @@ def base_answers(
         folder: the cache; None for no cache.
         ask: computes the answers; called where the folder has none.
 
-    The key is the model, dtype, kind of device and the whole list of questions, not each question, because the
+    The key is the model, dtype, kind of device, prompt form and the whole list of questions, not each question, because the
     questions that share a batch change the last bits of a log-probability. Raises `StoreError` for a folder that cannot
     be written, and whatever `ask` raises.
     """
     if folder is None:
         return ask()
     versions = [package_version(p) for p in _CODE]
-    key = (handle.hash, str(handle.dtype), handle.device.type, max_new_tokens, [q.id for q in questions], versions)
+    form = (handle.family.text, handle.family.answer, dict(handle.examples))
+    key = (handle.hash, str(handle.dtype), handle.device.type, max_new_tokens, [q.id for q in questions], versions, form)
     store = RunFolder(folder / f"unedited-{content_id(*key)}")
     with exclusive(store.path):
         stored = store.base_answers()
