@@ -7,7 +7,7 @@ A prompt whose own choice is far from every stored code is deferred to the untou
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from streams.base import TrainPool
-from testbed.core.events import Ask, EditBatch
+from testbed.core.events import EditBatch
 from testbed.core.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from testbed.core.registry import EDITORS
 from testbed.core.timing import timed
@@ -170,7 +170,7 @@ class Elder(Editor):
         """The edits, then their paraphrases under the same codes."""
         rows = [(i, e.ask()) for i, e in enumerate(batch.events)]
         for i, e in enumerate(batch.events):
-            rows += [(i, Ask(p, e.image)) for p in batch.paraphrases.get(e.id, ())[: self.config.paraphrases]]
+            rows += [(i, replace(e.ask(), prompt=p)) for p in batch.paraphrases.get(e.id, ())[: self.config.paraphrases]]
         suffix = lowrank.AdaptedSuffix(self.handle, self.targets, [a for _, a in rows], [batch.events[i].target for i, _ in rows])
         x = last_position(suffix.act, suffix.batch.on(suffix.act.device))
         return TrainingRows(suffix, x, codes[[i for i, _ in rows]].to(x.device))

@@ -19,7 +19,7 @@ and low-rank entry weights; each of these is a field that can be set on either n
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -242,7 +242,7 @@ class BalancEdit(CodebookEditor):
         return Scope(key, max(radius(self.config.w_pos, d_pos, d_neg), least), entry)
 
     def _positive(self, event: EditEvent, paraphrases: tuple[str, ...]) -> list[Ask]:
-        out = [Ask(p, event.image) for p in paraphrases[: self.config.positives]] or [event.ask()]
+        out = [replace(event.ask(), prompt=p) for p in paraphrases[: self.config.positives]] or [event.ask()]
         if self.config.jitter and event.image is not None:
             out.append(Ask(event.prompt, DimmedImage(event.image.key, event.image.load())))
         return out

@@ -51,7 +51,7 @@ class PromptRows:
 
 def ask_of(event: EditEvent, context: str = "") -> Ask:
     """The edit's prompt with its picture, after a context sentence where one is given."""
-    return Ask(f"{context}. {event.prompt}" if context else event.prompt, event.image)
+    return replace(event.ask(), prompt=f"{context}. {event.prompt}") if context else event.ask()
 
 
 def subject_of(event: EditEvent) -> str | None:
