@@ -20,7 +20,7 @@ from analysis.reading.load import EditorRun, Run
 from analysis.reading.records import ScoringMode
 
 Curve = Callable[[Run, EditorRun, Resampler], pd.DataFrame]
-"""An editor's curve in one order: columns x, value, low, high, n."""
+"""An editor's curve in one order: columns x, value, low, high, n, questions."""
 
 
 @dataclass(frozen=True)
@@ -103,5 +103,5 @@ def figure_context(
 ) -> FigureContext:
     """The context of a run's figures."""
     runs = (runs,) if isinstance(runs, Run) else tuple(runs)
-    resamplers = tuple(Resampler(r.clusters, np.random.default_rng(seed), replicates) for r in runs)
+    resamplers = tuple(Resampler(r.clusters, np.random.default_rng((seed, i)), replicates) for i, r in enumerate(runs))
     return FigureContext(runs, summary, resamplers, style.editor_styles(list(runs[0].editors)), main_mode(summary), columns)

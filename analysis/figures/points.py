@@ -131,8 +131,9 @@ def _gap_row(ax: Axes, row: int, metrics: dict[str, Any], own: style.EditorStyle
 
 
 def _error(entry: Any, end: str = "") -> list[list[float]]:
-    """Lengths of the error bar of an entry (value, low, high, each with an ending) below and above its value."""
-    value, low, high = (entry[k + end] for k in ("value", "low", "high"))
+    """Lengths of the error bar of an entry (value, low, high, each with an ending) below and above its value; 0 without an interval."""
+    value = entry["value" + end]
+    low, high = (value if pd.isna(v) else v for v in (entry["low" + end], entry["high" + end]))
     return [[max(0.0, value - low)], [max(0.0, high - value)]]
 
 

@@ -95,7 +95,7 @@ def _exact(run: Run, steps: np.ndarray, values: np.ndarray) -> pd.DataFrame:
     """A curve of exact numbers with at most a hundred points; its band has no width."""
     keep = np.unique(np.linspace(0, len(steps) - 1, min(100, len(steps))).round().astype(int)) if len(steps) else np.zeros(0, int)
     x, y = run.edits_at(steps[keep].astype(int)), values[keep]
-    return pd.DataFrame({"x": x, "value": y, "low": y, "high": y, "n": np.ones(len(y))}).astype(float)
+    return pd.DataFrame({"x": x, "value": y, "low": y, "high": y, "n": np.ones(len(y)), "questions": np.ones(len(y))}).astype(float)
 
 
 def retrieved(context: FigureContext) -> Figure | None:

@@ -51,8 +51,8 @@ def perplexity_ratios(rows: pd.DataFrame, cell: np.ndarray, count: int, resample
     sides = []
     for model in ("", "_unedited"):
         top, bottom = -rows["logprob" + model] * rows["weight"], rows["n_tokens" + model] * rows["weight"]
-        sides.append(resampler.cells(rows["cluster"].to_numpy(), top.to_numpy(), bottom.to_numpy(), cell, count))
-    ratio = partial(combine, lambda now, before: np.exp(now - before), bounds=None)
+        sides.append(resampler.cells(rows, top.to_numpy(), bottom.to_numpy(), cell, count))
+    ratio = partial(combine, lambda now, before: np.exp(now - before), bounds=None, paired=True)
     return [None if a is None or b is None else ratio(a, b) for a, b in zip(*sides)]
 
 
@@ -90,7 +90,7 @@ def skill_drop(editor: EditorRun, chance: np.ndarray, resampler: Resampler) -> M
         lost = unedited(editor, own)[:, SCORING_MODES.index(FREE_GENERATION)] - own["gen"].to_numpy()
         most = np.where(np.isnan(lost), 0.0, own["weight"].to_numpy() * (1 - chance[own["question"]]))
         top = np.nan_to_num(lost) * own["weight"].to_numpy()
-        drops += resampler.ratios(own["cluster"].to_numpy(), top[:, None], most[:, None])
+        drops += resampler.ratios(own, top[:, None], most[:, None])
     known = [d for d in drops if d is not None]
     return {"skill_drop": combine(mean, *known, bounds=(-2.0, 2.0))} if known else {}
 
@@ -98,7 +98,7 @@ def skill_drop(editor: EditorRun, chance: np.ndarray, resampler: Resampler) -> M
 def topic_table(run: Run, editor: EditorRun, resampler: Resampler) -> pd.DataFrame:
     """One row for each topic and scoring mode, from the answers at the end.
 
-    Columns: topic, scoring mode (its title), value, low, high, n, unedited (the unedited model's score), chance (the
+    Columns: topic, scoring mode (its title), value, low, high, n, questions (distinct ones), unedited (its score), chance (the
     score of guessing, for choices and free generation).
     """
     rows, chance = editor.records, chance_scores(run.questions)
@@ -113,7 +113,7 @@ def topic_table(run: Run, editor: EditorRun, resampler: Resampler) -> pd.DataFra
                 guess = float(np.average(chance[last["question"]], weights=last["weight"])) if mode is FREE_GENERATION else None
                 scores = {"unedited": then.value if then else None, "chance": guess}
                 out.append({"topic": str(topic), "scoring mode": mode.title, **now.interval(), **scores})
-    return pd.DataFrame(out, columns=["topic", "scoring mode", "value", "low", "high", "n", "unedited", "chance"])
+    return pd.DataFrame(out, columns=["topic", "scoring mode", "value", "low", "high", "n", "questions", "unedited", "chance"])
 
 
 def _drop(name: str, editor: EditorRun, rows: pd.DataFrame, resampler: Resampler) -> Metrics:

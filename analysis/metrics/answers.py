@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -97,7 +98,7 @@ def age_bins(rows: pd.DataFrame, mode: ScoringMode, resampler: Resampler) -> tup
 def pooled(rows: pd.DataFrame, score: np.ndarray, cell: np.ndarray, count: int, resampler: Resampler) -> list[Draws | None]:
     """Hajek mean of a score (nan: not measured) within each of `count` cells; None for an empty cell."""
     bottom = np.where(np.isnan(score), 0.0, rows["weight"].to_numpy())
-    return resampler.cells(rows["cluster"].to_numpy(), np.nan_to_num(score) * bottom, bottom, cell, count)
+    return resampler.cells(rows, np.nan_to_num(score) * bottom, bottom, cell, count)
 
 
 def pooled_together(rows: pd.DataFrame, score: np.ndarray, resampler: Resampler) -> Draws | None:
@@ -122,8 +123,8 @@ def means(name: str, rows: pd.DataFrame, scores: np.ndarray, resampler: Resample
     """Hajek means of the columns of `scores` (rows, scoring modes; nan: not measured), named with the modes' suffixes."""
     if rows.empty:
         return {}
-    draws = resampler.means(rows["cluster"].to_numpy(), rows["weight"].to_numpy(), scores)
-    return {name + m.suffix: Draws(d.values, d.n, d.clusters, bounds) for m, d in zip(SCORING_MODES, draws) if d is not None}
+    draws = resampler.means(rows, rows["weight"].to_numpy(), scores)
+    return {name + m.suffix: replace(d, bounds=bounds) for m, d in zip(SCORING_MODES, draws) if d is not None}
 
 
 def by_mode(name: str, metric: Callable[[ScoringMode], Draws | None]) -> Metrics:

@@ -1,8 +1,10 @@
 """Cluster bootstrap of weighted ratios, as one product of a multinomial weight matrix with cluster sums.
 
-Answers about one subject are correlated, so the bootstrap resamples whole subjects and not answers. One matrix serves
-all metrics and all editors of a run, so differences between editors are paired by construction.
-Sources: Efron and Tibshirani 1993, ch. 6 and 13 (percentile interval); Wilson 1927 (score interval).
+Answers that share a subject, a picture or a question are correlated, so the bootstrap resamples clusters of them
+(`analysis.reading.clusters`) and not answers. One matrix serves all metrics and all editors of a run, so differences between
+editors are paired by construction. An interval is built from the standard error over the replicates, because percentiles of
+few clusters are too narrow.
+Sources: Efron and Tibshirani 1993, ch. 6; Wilson 1927 (score interval); Korn and Graubard 1998 (effective sample sizes).
 """
 
 from __future__ import annotations
@@ -11,11 +13,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
+from scipy.stats import t
 
 REPLICATES = 2000
 MOST_GROUPS = 4096
 """Above this number, clusters are pooled at random into so many groups, which bounds memory and keeps the bootstrap valid."""
 LEVEL = 0.95
+LEAST_QUESTIONS = 10
+"""Fewer distinct questions than this get no interval: they are a handful of cases, not a sample."""
 _Z2 = 1.959963984540054**2
 _TINY = 1e-6
 
@@ -27,39 +33,69 @@ Interval = dict[str, float | int | None]
 class Draws:
     """A statistic and its bootstrap replicates.
 
-    values: (1 + replicates,) float; the first is the statistic on the data. n: number of answers behind it. clusters:
-    Kish's effective number of independent clusters. bounds: the range of possible values.
+    values: (1 + replicates,) float; the first is the statistic on the data. n: number of answers behind it. asked: ids of the
+    distinct questions among them. clusters: Kish's effective number of independent clusters. bounds: the range of possible
+    values. fewest: distinct questions of the part that has the fewest, for a statistic of several parts.
     """
 
     values: np.ndarray
     n: int
+    asked: np.ndarray
     clusters: float
     bounds: Bounds = (0.0, 1.0)
+    fewest: int | None = None
 
     @property
     def value(self) -> float:
         return float(self.values[0])
 
     def interval(self) -> Interval:
-        """{value, low, high, n} with the ends of the 95 % percentile interval; an infinite end is None."""
-        low, high = percentile(self.values[1:])
-        if self.bounds is not None and not high - low > _TINY:
-            low, high = widen(self.value, self.clusters, self.bounds)
-        low, high = (end if np.isfinite(end) else None for end in (low, high))
-        return {"value": self.value, "low": low, "high": high, "n": self.n}
+        """{value, low, high, n, questions} with a 95 % interval; an infinite value or end, or an absent interval, is None."""
+        fewest = len(self.asked) if self.fewest is None else self.fewest
+        ends = self._ends() if fewest >= LEAST_QUESTIONS else (np.nan, np.nan)
+        value, low, high = (float(v) if np.isfinite(v) else None for v in (self.value, *ends))
+        return {"value": value, "low": low, "high": high, "n": self.n, "questions": len(self.asked)}
+
+    def _ends(self) -> tuple[float, float]:
+        """Ends of the interval: Wilson's for a share, Student's for a difference, Student's of the logarithm for a positive ratio."""
+        kept = self.values[~np.isnan(self.values)]
+        if not np.isfinite(kept).all() or len(kept) < 2:
+            return percentile(self.values[1:])
+        if self.bounds is None and (kept > 0).all():
+            half = self._half_width(np.log(kept))
+            return self.value * float(np.exp(-half)), self.value * float(np.exp(half))
+        if self.bounds is not None and np.ptp(kept) <= _TINY:
+            return widen(self.value, self.clusters, self.bounds)
+        half = self._half_width(kept)
+        if self.bounds == (0.0, 1.0) and 0 < self.value < 1:
+            return wilson(self.value, half)
+        least, most = self.bounds or (-np.inf, np.inf)
+        return max(least, self.value - half), min(most, self.value + half)
+
+    def _half_width(self, values: np.ndarray) -> float:
+        """Student's t times the standard error over the replicates, which the bootstrap of m clusters underestimates by (m - 1) / m."""
+        freedom = max(1.0, self.clusters - 1)
+        return float(t.ppf((1 + LEVEL) / 2, freedom) * np.std(values[1:]) * np.sqrt(1 + 1 / freedom))
 
     def __sub__(self, other: Draws) -> Draws:
         """Paired difference; the difference of two proportions lies in [-1, 1]."""
         bounds = None
         if self.bounds is not None and other.bounds is not None:
             bounds = (self.bounds[0] - other.bounds[1], self.bounds[1] - other.bounds[0])
-        return combine(np.subtract, self, other, bounds=bounds)
+        return combine(np.subtract, self, other, bounds=bounds, paired=True)
 
 
-def combine(function: Callable[..., np.ndarray], *draws: Draws, bounds: Bounds = (0.0, 1.0)) -> Draws:
-    """A function of several statistics of the same replicates; n and clusters are the smallest among them."""
-    values = function(*(d.values for d in draws))
-    return Draws(values, min(d.n for d in draws), min(d.clusters for d in draws), bounds)
+def combine(function: Callable[..., np.ndarray], *draws: Draws, bounds: Bounds = (0.0, 1.0), paired: bool = False) -> Draws:
+    """A function of several statistics of the same replicates.
+
+    n counts the answers to all parts, or those of one where the parts are sides of the same answers (paired). The
+    interval is that of the part with the fewest clusters and the fewest distinct questions.
+    """
+    counts = [d.n for d in draws]
+    asked = np.unique(np.concatenate([d.asked for d in draws]))
+    fewest = min(len(d.asked) if d.fewest is None else d.fewest for d in draws)
+    n = min(counts) if paired else sum(counts)
+    return Draws(function(*(d.values for d in draws)), n, asked, min(d.clusters for d in draws), bounds, fewest)
 
 
 def mean(*values: np.ndarray) -> np.ndarray:
@@ -87,6 +123,14 @@ def percentile(replicates: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def wilson(share: float, half: float) -> tuple[float, float]:
+    """Wilson's score interval of a share in (0, 1), from half the width of the symmetric interval of the same level."""
+    spread = share * (1 - share)
+    square = half**2 / spread
+    root = np.sqrt(square * (spread + square / 4))
+    return float((share + square / 2 - root) / (1 + square)), float((share + square / 2 + root) / (1 + square))
+
+
 def widen(value: float, clusters: float, bounds: tuple[float, float]) -> tuple[float, float]:
     """The interval where all replicates agree: value -+ z^2 / (n + z^2), clipped to the bounds.
 
@@ -98,7 +142,10 @@ def widen(value: float, clusters: float, bounds: tuple[float, float]) -> tuple[f
 
 
 class Resampler:
-    """Resamples clusters 0..clusters-1 with replacement, `replicates` times."""
+    """Resamples clusters 0..clusters-1 with replacement, `replicates` times.
+
+    The frames of answers that its methods take have the columns cluster and asked (id of the distinct question).
+    """
 
     def __init__(self, clusters: int, rng: np.random.Generator, replicates: int = REPLICATES) -> None:
         groups = max(1, min(clusters, MOST_GROUPS))
@@ -109,22 +156,24 @@ class Resampler:
         drawn = rng.integers(0, groups, (replicates, groups)) + np.arange(replicates)[:, None] * groups
         self._weights = np.bincount(drawn.ravel(), minlength=replicates * groups).reshape(replicates, groups).astype(np.float32)
 
-    def ratios(self, cluster: np.ndarray, top: np.ndarray, bottom: np.ndarray) -> list[Draws | None]:
+    def ratios(self, rows: pd.DataFrame, top: np.ndarray, bottom: np.ndarray) -> list[Draws | None]:
         """sum(top) / sum(bottom) of each column with replicates; None for a column whose denominators are all 0.
 
-        cluster: (answers,) int; top, bottom: (answers, statistics) float.
+        top, bottom: (answers, statistics) float.
         """
         many = top.shape[1]
-        return self.cells(cluster.repeat(many), top.ravel(), bottom.ravel(), np.tile(np.arange(many), len(cluster)), many)
+        cell = np.tile(np.arange(many), len(rows))
+        return self.cells(rows[["cluster", "asked"]].iloc[np.repeat(np.arange(len(rows)), many)], top.ravel(), bottom.ravel(), cell, many)
 
-    def means(self, cluster: np.ndarray, weight: np.ndarray, scores: np.ndarray) -> list[Draws | None]:
+    def means(self, rows: pd.DataFrame, weight: np.ndarray, scores: np.ndarray) -> list[Draws | None]:
         """Hajek means sum(w y) / sum(w) of the columns of `scores` (answers, statistics); nan marks an answer that was not measured."""
         seen = ~np.isnan(scores)
         bottom = seen * weight[:, None]
-        return self.ratios(cluster, np.where(seen, scores, 0.0) * weight[:, None], bottom)
+        return self.ratios(rows, np.where(seen, scores, 0.0) * weight[:, None], bottom)
 
-    def cells(self, cluster: np.ndarray, top: np.ndarray, bottom: np.ndarray, cell: np.ndarray, count: int) -> list[Draws | None]:
-        """sum(top) / sum(bottom) within each of `count` cells; None for an empty cell. cluster, top, bottom, cell: (answers,)."""
+    def cells(self, rows: pd.DataFrame, top: np.ndarray, bottom: np.ndarray, cell: np.ndarray, count: int) -> list[Draws | None]:
+        """sum(top) / sum(bottom) within each of `count` cells; None for an empty cell. top, bottom, cell: (answers,)."""
+        cluster, asked = rows["cluster"].to_numpy(), rows["asked"].to_numpy()
         slot = self._group_of[cluster] * count + cell
         sums = [np.bincount(slot, x, self._groups * count).reshape(self._groups, count) for x in (top, bottom)]
         full = np.flatnonzero(sums[1].any(axis=0))
@@ -133,11 +182,10 @@ class Resampler:
             values[0] = np.bincount(cell, top, count) / np.bincount(cell, bottom, count)
             above, below = ((self._weights @ x[:, full].astype(np.float32)).astype(float) for x in sums)
             values[1:, full] = above / below
-        return [self._draws(values[:, j], cluster[cell == j], bottom[cell == j]) for j in range(count)]
+        inside = [(cell == j) & (bottom != 0) for j in range(count)]
+        return [_draws(values[:, j], cluster[own], asked[own], bottom[own]) if own.any() else None for j, own in enumerate(inside)]
 
-    def _draws(self, values: np.ndarray, cluster: np.ndarray, bottom: np.ndarray) -> Draws | None:
-        used = int(np.count_nonzero(bottom))
-        if not used:
-            return None
-        mass = np.bincount(cluster, bottom, self.clusters)
-        return Draws(values, used, float(mass.sum() ** 2 / (mass**2).sum()))
+
+def _draws(values: np.ndarray, cluster: np.ndarray, asked: np.ndarray, weight: np.ndarray) -> Draws:
+    mass = np.bincount(pd.factorize(cluster)[0], weight)
+    return Draws(values, len(weight), np.unique(asked), float(mass.sum() ** 2 / (mass**2).sum()))

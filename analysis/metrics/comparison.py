@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from analysis.metrics.catalogue import MAIN, METRICS, metric_of
@@ -44,8 +44,13 @@ def competing(summary: Summary) -> list[str]:
     (`edit_gain`) has nothing to forget and nothing to damage, so it does not compete either.
     """
     gain = "edit_gain" + main_mode(summary).suffix
-    idle = [e for e, m in summary["editors"].items() if gain in m and not (m[gain]["low"] or 0) > 0]
+    idle = [e for e, m in summary["editors"].items() if gain in m and not learned(m[gain])]
     return [e for e in summary["editors"] if e not in summary["run"].get("references", ()) and e not in idle]
+
+
+def learned(gain: Mapping[str, Any]) -> bool:
+    """Whether a gain is above 0 by its interval, or by its value where it has none."""
+    return (gain["value"] if gain["low"] is None else gain["low"]) > 0
 
 
 def _in_mode(summary: Summary, mode: ScoringMode, metrics: Iterable[str]) -> list[str]:

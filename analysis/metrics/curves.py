@@ -1,6 +1,6 @@
 """Curves over years, over the age of an edit and over the number of edits, as rows with 95 % intervals.
 
-Every curve function takes a run, an editor, a bootstrap and its own settings and returns columns x, value, low, high, n;
+Every curve function takes a run, an editor, a bootstrap and its own settings and returns columns x, value, low, high, n, questions;
 the function's docstring defines x.
 """
 
@@ -54,11 +54,11 @@ def survival(run: Run, editor: EditorRun, resampler: Resampler, mode: ScoringMod
     rows, lost = rows[before == 0], lost[before == 0]
     cell = np.floor(np.log2(rows["age"].to_numpy())).astype(int)
     hazards = answers.pooled(rows, lost.to_numpy(float), cell, int(cell.max()) + 1, resampler)
-    edits = int(rows["edit"].nunique())
-    ages, kept = [RIGHT_AFTER_AGE], [Draws(np.ones(resampler.replicates + 1), edits, float(edits))]
+    first = answers.pooled_together(rows.drop_duplicates("edit"), np.ones(rows["edit"].nunique()), resampler)
+    ages, kept = [RIGHT_AFTER_AGE], [first] if first else []
     for k, hazard in enumerate(hazards):
         if hazard is not None:
-            kept.append(combine(lambda s, h: s * (1 - np.nan_to_num(h)), kept[-1], hazard))
+            kept.append(combine(lambda s, h: s * (1 - np.nan_to_num(h)), kept[-1], hazard, paired=True))
             ages.append(2.0**k)
     return table(ages, kept)
 
@@ -143,9 +143,9 @@ def years_passed(run: Run, years: np.ndarray) -> np.ndarray:
 
 
 def table(x: Iterable[float], draws: Iterable[Draws | None]) -> pd.DataFrame:
-    """Rows x, value, low, high, n of the measured points."""
+    """Rows x, value, low, high, n, questions (distinct ones) of the measured points."""
     rows = [{"x": float(at), **d.interval()} for at, d in zip(x, draws) if d is not None]
-    return pd.DataFrame(rows, columns=["x", "value", "low", "high", "n"]).astype(float)
+    return pd.DataFrame(rows, columns=["x", "value", "low", "high", "n", "questions"]).astype(float)
 
 
 def stacked(frames: Iterable[pd.DataFrame]) -> pd.DataFrame:
@@ -157,8 +157,7 @@ def stacked(frames: Iterable[pd.DataFrame]) -> pd.DataFrame:
 def average(curves: Sequence[pd.DataFrame]) -> pd.DataFrame:
     """The mean of the curves of several orders where all are known, interpolated linearly between points.
 
-    Half the band is the larger of the mean's own half-interval and, from three orders on, Student's t times the standard
-    deviation between orders over the root of their number (as in `analysis.metrics.orders.mean_over_orders`).
+    The band is that of `analysis.metrics.orders.mean_over_orders`: none for two orders.
     """
     if len(curves) == 1:
         return curves[0]
@@ -166,12 +165,14 @@ def average(curves: Sequence[pd.DataFrame]) -> pd.DataFrame:
         return table([], [])
     x = curves[0]["x"].to_numpy()
     x = x[(x >= max(c["x"].min() for c in curves)) & (x <= min(c["x"].max() for c in curves))]
-    read = {k: np.stack([np.interp(x, c["x"], c[k]) for c in curves]) for k in ("value", "low", "high", "n")}
+    read = {k: np.stack([np.interp(x, c["x"], c[k]) for c in curves]) for k in ("value", "low", "high", "n", "questions")}
     many, value = len(curves), read["value"].mean(0)
-    half = np.sqrt((((read["high"] - read["low"]) / 2) ** 2).sum(0)) / many
+    half = np.full(len(x), np.nan)
     if many >= orders.LEAST_ORDERS:
-        half = np.maximum(half, orders.student_t(many - 1) * read["value"].std(0, ddof=1) / np.sqrt(many))
-    return pd.DataFrame({"x": x, "value": value, "low": value - half, "high": value + half, "n": read["n"].sum(0)})
+        within = np.sqrt((((read["high"] - read["low"]) / 2) ** 2).sum(0)) / many
+        half = np.fmax(within, orders.half_width(read["value"].std(0, ddof=1), many))
+    ends = {"low": value - half, "high": value + half}
+    return pd.DataFrame({"x": x, "value": value, **ends, "n": read["n"].sum(0), "questions": read["questions"].max(0)})
 
 
 def _year_draws(run: Run, rows: pd.DataFrame, split: str, mode: ScoringMode, resampler: Resampler) -> dict[float, Draws]:
@@ -182,4 +183,4 @@ def _year_draws(run: Run, rows: pd.DataFrame, split: str, mode: ScoringMode, res
 
 def _start(value: float, n: int) -> pd.DataFrame:
     """The unedited model's point of a curve that is relative to it."""
-    return pd.DataFrame({"x": [0.0], "value": [value], "low": [value], "high": [value], "n": [float(n)]})
+    return pd.DataFrame({"x": [0.0], "value": [value], "low": [value], "high": [value], "n": [float(n)], "questions": [float(n)]})

@@ -145,7 +145,8 @@ def _mean_of_largest(cells: list[Draws | None], width: int) -> Draws | None:
     if not rows:
         return None
     mean = _mean_of_known(*(np.fmax.reduce([d.values for d in r]) for r in rows))
-    return Draws(mean, sum(max(d.n for d in r) for r in rows), sum(max(d.clusters for d in r) for r in rows), SIGNED)
+    asked = np.unique(np.concatenate([d.asked for r in rows for d in r]))
+    return Draws(mean, sum(max(d.n for d in r) for r in rows), asked, sum(max(d.clusters for d in r) for r in rows), SIGNED)
 
 
 def _first_under(ages: np.ndarray, bins: list[Draws], limit: float) -> Draws | None:
@@ -160,7 +161,7 @@ def _first_under(ages: np.ndarray, bins: list[Draws], limit: float) -> Draws | N
     with np.errstate(divide="ignore", invalid="ignore"):
         share = np.where(at > 0, (there - limit) / (there - here), 1.0)
     values = np.where(under.any(0), np.exp(logs[back] + share * (logs[at] - logs[back])), np.inf)
-    return Draws(values, sum(d.n for d in bins), min(d.clusters for d in bins), None)
+    return combine(lambda *_: values, *bins, bounds=None)
 
 
 def _mean_of_known(*parts: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Several orders of one stream: runs that differ only in their seed, pooled and with the spread between them.
 
 The order of a stream changes results more than the choice of questions does, so an interval from one order does not
-cover another order. From three orders on, intervals cover both (see `mean_over_orders`).
+cover another order. From three orders on, intervals cover both; two orders have none (see `mean_over_orders`).
 """
 
 from __future__ import annotations
@@ -9,18 +9,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 from scipy.stats import t
 
-from analysis.metrics.bootstrap import LEVEL, Draws, Interval, widen
+from analysis.metrics.bootstrap import LEVEL, Draws, Interval, combine, mean
 from analysis.reading.load import Run, differing, load_run, side_by_side
 from analysis.reading.records import BadRun
 
 LEAST_ORDERS = 3
-"""Fewest orders from which the spread between orders is estimated."""
+"""Fewest orders that have an interval."""
 _FREE = ("seed", "editor", "out", "command")
 """Fields of a configuration that may differ between orders."""
 _SAME = ("model_hash", "dtype", "grading_version", "edits")
@@ -47,27 +46,28 @@ def load_orders(paths: Sequence[str | Path]) -> tuple[Run, ...]:
 
 
 def mean_over_orders(draws: Sequence[Draws]) -> Interval:
-    """Mean over orders, with an interval and `sd`, the standard deviation between orders.
+    """Mean over orders, with `sd`, the standard deviation between orders, and from three orders on an interval.
 
-    Half the interval is the larger of the bootstrap's 1.96 standard errors over subjects and, from three orders
-    on, Student's t (orders - 1 degrees of freedom) times sd / sqrt(orders), because three values are too few to
-    resample. A statistic with infinite replicates gets its range.
+    Half the interval is Student's t (orders - 1 degrees of freedom) times sd / sqrt(orders), and no less than that of the
+    subjects, which orders that agree by chance would hide. Two orders say too little of a third for an interval. A
+    statistic with infinite replicates gets its range.
     """
     values = np.array([d.value for d in draws])
     if any(not np.isfinite(d.values).all() for d in draws) and draws[0].bounds is None:
         return mean_and_range([d.interval() for d in draws], len(draws))
-    many = len(draws)
-    within = float(np.sqrt(sum(np.nanvar(d.values[1:]) for d in draws)) / many)
+    out = combine(mean, *draws, bounds=draws[0].bounds).interval()
     sd = float(values.std(ddof=1))
-    half = NormalDist().inv_cdf((1 + LEVEL) / 2) * within
-    if many >= LEAST_ORDERS:
-        half = max(half, student_t(many - 1) * sd / np.sqrt(many))
-    low, high, bounds = values.mean() - half, values.mean() + half, draws[0].bounds
-    if bounds is not None:
-        low, high = max(bounds[0], low), min(bounds[1], high)
-        if half < 1e-6:
-            low, high = widen(values.mean(), sum(d.clusters for d in draws), bounds)
-    return {"value": float(values.mean()), "low": float(low), "high": float(high), "n": sum(d.n for d in draws), "sd": sd}
+    if len(draws) < LEAST_ORDERS or out["low"] is None or out["high"] is None:
+        return out | {"low": None, "high": None, "sd": sd}
+    half = half_width(sd, len(draws))
+    least, most = draws[0].bounds or (-np.inf, np.inf)
+    low, high = min(out["low"], max(least, values.mean() - half)), max(out["high"], min(most, values.mean() + half))
+    return out | {"low": float(low), "high": float(high), "sd": sd}
+
+
+def half_width(sd: Any, orders: int) -> Any:
+    """Half of Student's interval of a mean over orders with a standard deviation between them (a number or an array)."""
+    return t.ppf((1 + LEVEL) / 2, orders - 1) * sd / np.sqrt(orders)
 
 
 def mean_and_range(entries: Sequence[Interval], orders: int) -> Interval:
@@ -76,23 +76,21 @@ def mean_and_range(entries: Sequence[Interval], orders: int) -> Interval:
     lows, highs = ([float(end) for e in entries if (end := e[k]) is not None] for k in ("low", "high"))
     low, high = (pick(ends) if len(ends) == len(entries) else None for pick, ends in ((min, lows), (max, highs)))
     out: Interval = {"value": float(np.mean(values)), "low": low, "high": high, "n": sum(int(e["n"] or 0) for e in entries)}
+    if "questions" in entries[0]:
+        out["questions"] = max(int(e["questions"] or 0) for e in entries)
     if len(entries) < orders:
         out["orders"] = len(entries)
     return out | {"sd": float(np.std(values, ddof=1))} if len(values) > 1 else out
 
 
-def student_t(freedom: int) -> float:
-    """97.5 % point of Student's t."""
-    return float(t.ppf((1 + LEVEL) / 2, freedom))
-
-
 def notes(runs: Sequence[Run]) -> list[str]:
     """Notes on what the intervals cover, and on differences between the orders."""
     if len(runs) == 1:
-        return ["one order of the stream: intervals cover the choice of subjects, not another order or seed"]
+        return ["one order of the stream: intervals are of this order only; they cover the choice of subjects, not another order or seed"]
     seeds = ", ".join(str(r.manifest.get("seed", "?")) for r in runs)
-    covered = "subjects and orders" if len(runs) >= LEAST_ORDERS else f"subjects only (orders: from {LEAST_ORDERS} on)"
-    out = [f"{len(runs)} orders of the stream (seeds {seeds}): values are means over orders, intervals cover {covered}"]
+    few = f"there are no intervals, which need {LEAST_ORDERS} orders"
+    covered = few if len(runs) < LEAST_ORDERS else "intervals cover subjects and orders"
+    out = [f"{len(runs)} orders of the stream (seeds {seeds}): values are means over orders; {covered}"]
     commits = {str(r.manifest.get("git", "?")) for r in runs}
     return out + ([f"the orders were run by different versions of the code: {', '.join(sorted(commits))}"] if len(commits) > 1 else [])
 

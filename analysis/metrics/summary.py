@@ -19,7 +19,7 @@ from analysis.metrics import orders
 from analysis.metrics.ability import side_effect_metrics
 from analysis.metrics.alarm import EVIDENCE, alarm_step, run_alarm
 from analysis.metrics.answers import SIGNED, Metrics, at_end, harmonic_means, in_common, mean_scores, means, right_after, unedited
-from analysis.metrics.bootstrap import REPLICATES, Draws, Interval, Resampler, point
+from analysis.metrics.bootstrap import REPLICATES, Interval, Resampler, point
 from analysis.metrics.catalogue import GENERALITY, split_name
 from analysis.metrics.collapse import collapse, hard_edits
 from analysis.metrics.comparison import main_mode
@@ -53,7 +53,7 @@ def summarise(runs: Run | Sequence[Run], seed: int = 0, replicates: int = REPLIC
     Several runs are orders of one stream; entries then have `sd`, the standard deviation between orders.
     """
     runs = (runs,) if isinstance(runs, Run) else tuple(runs)
-    by_order = [measure_order(run, np.random.default_rng(seed), replicates) for run in runs]
+    by_order = [measure_order(run, np.random.default_rng((seed, i)), replicates) for i, run in enumerate(runs)]
     editors = {e: _pool([o.measured[e] for o in by_order]) | _pool_points([o.points[e] for o in by_order]) for e in runs[0].editors}
     pairs = {p: _pool([o.pairs[p] for o in by_order]) for p in by_order[0].pairs}
     return {"run": describe(runs, editors), "editors": editors, "pairs": pairs}
@@ -128,9 +128,10 @@ def cost(editor: EditorRun, rng: np.random.Generator) -> dict[str, Interval]:
     not_applied = sum(len(x) for kind in ("failed", "skipped") for x in steps[kind] if isinstance(x, dict))
     out: dict[str, Interval] = {"edits": point(events.sum() - not_applied, int(events.sum()))}
     resampler = Resampler(len(steps), rng)
-    seconds = resampler.ratios(np.arange(len(steps)), steps[["seconds"]].to_numpy(float), events[:, None].astype(float))[0]
+    alone = pd.DataFrame({"cluster": np.arange(len(steps)), "asked": np.arange(len(steps))})
+    seconds = resampler.ratios(alone, steps[["seconds"]].to_numpy(float), events[:, None].astype(float))[0]
     if seconds is not None:
-        out["seconds_per_edit"] = Draws(seconds.values, int(events.sum()), seconds.clusters, None).interval()
+        out["seconds_per_edit"] = replace(seconds, n=int(events.sum()), bounds=None).interval()
     out["state_bytes"] = point(steps["state_bytes"].iloc[-1], len(steps))
     out["peak_bytes"] = point(steps["peak_bytes"].max(), len(steps))
     return out

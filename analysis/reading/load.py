@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
+from analysis.reading.clusters import number_clusters
 from analysis.reading.records import BadRun, edits_at, part_files, read_base, read_records, read_table
 from testbed.core.schema import READABLE_VERSIONS, folder_name
 
@@ -26,7 +27,8 @@ class EditorRun:
 
     `records` has one row for each answer: question, edit (row numbers, -1 for none), step, time, probe, split, topic,
     role, tf, tf_exact, gen (see `SCORING_MODES`), logprob (nats), n_tokens, weight (1 / inclusion probability), age (edits
-    applied since), made (step of the edit), live (applied and not superseded when asked), cluster. `reports` has one row
+    applied since), made (step of the edit), live (applied and not superseded when asked), cluster, asked (id of the distinct
+    question). `reports` has one row
     for each step of edits.jsonl. `base` has the unedited model's scores, one row for each question of `Run.questions`.
     """
 
@@ -49,7 +51,7 @@ class Run:
     planned_step: int
     """Last step of the schedule; a run cut short ends before it."""
     clusters: int
-    """Number of independent clusters: subjects of edits, and questions that belong to no edit."""
+    """Number of clusters of questions that depend on each other (`analysis.reading.clusters`)."""
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -67,7 +69,7 @@ def load_run(path: str | Path) -> Run:
     manifest = _manifest(folder)
     events, questions = _events(folder), read_table(folder / "questions.parquet").to_pandas()
     base, notes = read_base(folder, questions), list(manifest.get("notes", []))
-    run = Run((folder,), manifest, events, questions, {}, 0, _number_clusters(events, questions))
+    run = Run((folder,), manifest, events, questions, {}, 0, number_clusters(events, questions))
     for name in _editor_names(folder, manifest):
         own = folder / folder_name(name)
         records, more = read_records(own, events, questions)
@@ -120,18 +122,8 @@ def _events(folder: Path) -> pd.DataFrame:
     events = read_table(folder / "events.parquet").to_pandas()
     if events.empty:
         raise BadRun(f"{folder / 'events.parquet'} has no edits: the run is empty, start it with --edits 1 or more")
-    subject = events["subject"].where(events["subject"].notna(), events["edit_id"]).astype(str)
-    events["cluster"] = pd.factorize(subject)[0]
     events["superseded_step"] = events["superseded_step"].astype(float)
     return events
-
-
-def _number_clusters(events: pd.DataFrame, questions: pd.DataFrame) -> int:
-    """Gives every question the cluster of its edit's subject, or one of its own. Returns the number of clusters."""
-    cluster = questions["event_id"].map(events.set_index("edit_id")["cluster"])
-    alone, first = cluster.isna(), int(events["cluster"].max()) + 1
-    questions["cluster"] = cluster.fillna(first + alone.cumsum() - 1).astype(int)
-    return first + int(alone.sum())
 
 
 def _editor_names(folder: Path, manifest: dict[str, Any]) -> list[str]:

@@ -218,12 +218,13 @@ def keys(rows: pd.DataFrame) -> np.ndarray:
 
 
 def _with_event_facts(frame: pd.DataFrame, events: pd.DataFrame, questions: pd.DataFrame) -> pd.DataFrame:
-    """Adds age (edits applied since), liveness and cluster, which follow from events.parquet."""
+    """Adds age (edits applied since), liveness, cluster and distinct question, which follow from the events and questions."""
     edit, step = frame["edit"].to_numpy(), frame["step"].to_numpy()
     made = np.where(edit >= 0, events["step"].to_numpy()[edit], 0)
     gone = np.where(edit >= 0, events["superseded_step"].to_numpy()[edit], np.nan)
     frame["age"] = (edits_at(events, step) - edits_at(events, made)).astype(np.int32)
     frame["made"] = made.astype(np.int32)
     frame["live"] = (made <= step) & ~(gone <= step)
-    frame["cluster"] = questions["cluster"].to_numpy()[frame["question"]]
+    for name in ("cluster", "asked"):
+        frame[name] = questions[name].to_numpy()[frame["question"]]
     return frame

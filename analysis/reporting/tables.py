@@ -24,7 +24,7 @@ MOST_WITH_INTERVALS = 4
 """With more editors than this, a terminal table shows half-widths in place of intervals."""
 HEADER = 9
 """Characters in a line of an editor's name above its column in a terminal."""
-_NUMBERS = ("value", "low", "high", "n")
+_NUMBERS = ("value", "low", "high", "n", "questions")
 _LONG_FORM = ("metric", "scoring mode", *_NUMBERS)
 AS_PUBLISHED = ("editor", "published name", "published definition", "ours", "our definition", "when", "scoring mode", *_NUMBERS)
 """Columns of as_published.csv."""
@@ -108,8 +108,8 @@ def latex(summary: Summary, mode: ScoringMode) -> str:
 
 
 def long_form(first: str, groups: dict[str, dict[str, Any]]) -> pd.DataFrame:
-    """One row for each group (an editor or a pair) and metric: group, metric, scoring mode (its title), value, low, high, n."""
-    rows = [(g, n, mode_title(n), *(e[k] for k in _NUMBERS)) for g, metrics in groups.items() for n, e in metrics.items()]
+    """One row for each group (an editor or a pair) and metric: group, metric, scoring mode (its title), value, low, high, n, questions."""
+    rows = [(g, n, mode_title(n), *(e.get(k) for k in _NUMBERS)) for g, metrics in groups.items() for n, e in metrics.items()]
     return pd.DataFrame(rows, columns=[first, *_LONG_FORM], dtype=object)
 
 
@@ -124,7 +124,7 @@ def _published_names(summary: Summary) -> Iterator[tuple[Any, ...]]:
         for metric, (name, definition) in names.items():
             when = "right after each edit" if metric.endswith("_now") else "at the end of the stream"
             for ours in (metric + mode.suffix for mode in SCORING_MODES if metric + mode.suffix in metrics):
-                numbers = (metrics[ours][k] for k in _NUMBERS)
+                numbers = (metrics[ours].get(k) for k in _NUMBERS)
                 yield (editor, name, definition, ours, metric_of(ours).title, when, mode_title(ours), *numbers)
 
 

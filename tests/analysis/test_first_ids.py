@@ -53,6 +53,7 @@ def a_run(folder: Path, edited: dict[str, list[int]], unedited: dict[str, list[i
         "question": [*range(len(ids))] * 2,
         "step": [1] * len(ids) + [3] * len(ids),
         "cluster": range(n),
+        "asked": range(n),
         "weight": [1.0, 3.0] * len(ids),
     }
     records = pd.DataFrame(places | {"split": splits * 2, "role": PANEL, "live": True})

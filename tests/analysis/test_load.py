@@ -33,7 +33,6 @@ def test_scores_ages_and_clusters(tmp_path: Path) -> None:
     run = load_run(tiny(tmp_path))
     row = run.editors["e"].records.iloc[0]
     assert (row["tf"], row["tf_exact"], row["gen"], row["age"], row["live"]) == (0.5, 0.0, 1.0, 2, True)
-    assert run.events["cluster"].tolist() == [0, 0, 1]
     assert run.questions["cluster"].tolist() == [0, 0, 1, 2]
     assert run.clusters == 3
 

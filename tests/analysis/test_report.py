@@ -55,7 +55,8 @@ def test_summary_json_is_strict_json_of_the_agreed_shape(out: Path) -> None:
     assert set(summary) == {"run", "editors", "pairs"}
     assert set(summary["editors"]) == set(EDITORS)
     for entries in summary["editors"].values():
-        assert all(set(e) == {"value", "low", "high", "n"} for e in entries.values())
+        assert all({"value", "low", "high", "n"} <= set(e) <= {"value", "low", "high", "n", "questions"} for e in entries.values())
+        assert entries["edit_success"]["questions"] <= entries["edit_success"]["n"]
     assert summary["run"]["stream"]["skipped_records"]
 
 
