@@ -19,6 +19,7 @@ from testbed.core.ranges import Fraction, NonNegativeInt, PositiveInt, out_of_ra
 
 TimeAxis = Literal["dated", "scheduled", "simulated"]
 MissingImages = Literal["skip", "text", "caption"]
+Keep = Literal["all", "believed", "wrong"]
 Order = Literal["drawn", "hardest", "easiest", "subjects"]
 BURSTS_RANGE = (0.01, 3.0)
 """Smallest and largest value of `bursts` other than 0."""
@@ -56,6 +57,9 @@ class StreamConfig:
     since: NonNegativeInt = 0
     """First year of a dated stream: changes before it are no edits, and the model is taught their outcome instead.
     0 begins with the first change; streams without dates refuse a year."""
+    keep: Keep = "all"
+    """Which facts are edited: all, those whose old answer the model gives (believed), or those that it gets wrong (wrong). With
+    `wrong` the edits install the true answers, and questions that hold for a counterfactual target alone are left out."""
     development: bool = False
     """Edit facts that the stream never edits otherwise, under any seed, and never asks about, for the choice of settings
     (`python -m testbed.tune`); streams without such facts refuse it."""
@@ -118,7 +122,8 @@ class Stream(ABC):
     """How much the published source holds, for --list; `origin` says how much of it a run could use."""
 
     supports: ClassVar[frozenset[str]] = frozenset()
-    """Which of the settings `records`, `since` and `development` this stream understands; it refuses the others."""
+    """Which of the settings `records`, `since` and `development`, and whether keep=`wrong`, this stream understands; it refuses
+    the others."""
 
     def __init__(self, config: StreamConfig) -> None:
         self.config = config
@@ -126,6 +131,8 @@ class Stream(ABC):
         for name in sorted({"records", "since", "development"} - self.supports):
             if getattr(config, name):
                 raise BadStream(f"this stream does not support stream.{name}: leave it out, or choose another stream (docs/schedules.md)")
+        if config.keep == "wrong" and "wrong" not in self.supports:
+            raise BadStream("stream.keep=wrong needs true answers to install, which this stream does not have: use all or believed")
         if problems := config.problems():
             raise BadStream("; ".join(problems))
 

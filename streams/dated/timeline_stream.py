@@ -27,7 +27,7 @@ class DatedStream(EntryStream):
     """
 
     time_axis = "dated"
-    supports = frozenset({"since"})
+    supports = frozenset({"since", "wrong"})
 
     readers: ClassVar[tuple[Callable[[Path | None, SourceData], None], ...]]
     """Each adds the facts of one source under a data root. Raises `BadStream`."""

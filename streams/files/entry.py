@@ -107,6 +107,21 @@ def for_development(data: EntryData) -> EntryData:
     return replace(data, entries=tuple(replace(e, role=swapped[e.role]) for e in kept), origin=f"{data.origin}, development part")
 
 
+def with_true_targets(data: EntryData) -> EntryData:
+    """The entries with their answer before any edit as the target, for a model that gets it wrong.
+
+    Left out are entries without such an answer, and questions whose answer holds for the counterfactual target alone.
+    """
+
+    def true(e: FactEntry) -> FactEntry:
+        kept = tuple(q for q in e.questions if q.is_locality or q.answer is None)
+        return replace(e, target=e.previous or "", previous=None if e.role == "edit" else e.previous, questions=kept)
+
+    usable = tuple(e for e in data.entries if e.previous)
+    lost = tuple(Skipped(e.source, "no true answer to install") for e in data.entries if not e.previous)
+    return replace(data, entries=tuple(map(true, usable)), skipped=(*data.skipped, *lost), origin=f"{data.origin}, true targets")
+
+
 def rotated(items: Sequence[T], *parts: object) -> Sequence[T]:
     """The items from a position on that a hash of `parts` picks, the items before that position behind them."""
     start = int(hash_fraction(*parts) * len(items))

@@ -16,7 +16,17 @@ from typing import Any, ClassVar
 
 from streams import transforms
 from streams.base import Stream, StreamConfig, TrainPool
-from streams.files.entry import EntryData, EntryQuestion, FactEntry, QuestionCollector, consistent, for_development, rotated, sample
+from streams.files.entry import (
+    EntryData,
+    EntryQuestion,
+    FactEntry,
+    QuestionCollector,
+    consistent,
+    for_development,
+    rotated,
+    sample,
+    with_true_targets,
+)
 from streams.files.records import distinct, normalize
 from testbed.core.events import EditEvent, Question
 
@@ -28,7 +38,7 @@ class EntryStream(Stream):
     """
 
     time_axis = "scheduled"
-    supports = frozenset({"records", "development"})
+    supports = frozenset({"records", "development", "wrong"})
     far_controls: ClassVar[bool] = True
     """Ask a control of another category as `locality_far`, where the record brings no such question itself."""
     purpose: ClassVar[str] = ""
@@ -43,6 +53,8 @@ class EntryStream(Stream):
         self._data = sample(self.read(config), config.records)
         if config.development:
             self._data = for_development(self._data)
+        if config.keep == "wrong" and self.time_axis != "dated":
+            self._data = with_true_targets(self._data)
         self.skipped = list(self._data.skipped)
         self._edited = tuple(e for e in self._data.entries if e.role == "edit")
         self._by_source = {e.source: e for e in self._edited}

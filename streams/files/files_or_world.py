@@ -28,7 +28,7 @@ def or_world(name: str, form: str) -> Callable[[S], S]:
 class FilesOrWorld(Stream):
     """Delegates to one of two streams; `origin` and `time_axis` say which of the two a run has used."""
 
-    supports = frozenset({"records", "since", "development"})  # the source refuses what it does not support
+    supports = frozenset({"records", "since", "development", "wrong"})  # the source refuses what it does not support
     form: ClassVar[str]
     files: ClassVar[type[Stream]]
 

@@ -20,6 +20,7 @@ from testbed.core.schema import SCHEMA_VERSION, BaseAnswer, EventRow, QuestionRo
 from testbed.editors.base import Editor
 from testbed.experiment import preflight, schedule
 from testbed.experiment.answering import answer_base
+from testbed.experiment.beliefs import Belief, belief, kept_events
 from testbed.experiment.config import LOCATIONS, BadConfig, ResolvedRun, RunConfig, plain
 from testbed.experiment.interrupt import Stopped, StopRequest
 from testbed.experiment.loop import Context, run_editor
@@ -82,13 +83,26 @@ def prepare(resolved: ResolvedRun) -> PreparedRun:
     handle = load(config.model, config.device, config.dtype, config.device_map)
     handle.cache_folder = config.cache
     chosen = ask_in_form(resolved, stream, len(events), handle)
+    if stream.config.keep != "all":
+        events = kept_events(stream, config.edits, handle, RunFolder(config.resume).event_ids() if config.resume else ())
     events = arrange(stream, events, lambda adds: losses(handle, adds))
     options = schedule.ScheduleConfig(config.batch, config.seed, config.probe_budget, resolved.benchmarks.every)
     planned = schedule.build(stream, events, options)
     preflight.check(planned, handle)
     manifest = _manifest(resolved, stream, events, planned, handle) | {"prompt": chosen.stored()}
     manifest["notes"].append(chosen.line)
+    if (held := _belief(config, handle, events)) is not None:
+        manifest["belief"] = held.stored()
+        manifest["notes"] += held.lines()
     return PreparedRun(resolved, stream, events, planned, handle, manifest)
+
+
+def _belief(config: RunConfig, handle: ModelHandle, events: list[EditEvent]) -> Belief | None:
+    """What the model makes of the old answers; a run that goes on has asked already."""
+    if config.resume is None:
+        return belief(handle, events)
+    stored = RunFolder(config.resume).manifest().get("belief")
+    return Belief(**stored) if stored else None
 
 
 def ask_in_form(resolved: ResolvedRun, stream: Stream, taken: int, handle: ModelHandle) -> ChosenForm:

@@ -87,6 +87,11 @@ class RunFolder:
             text = "\n  ".join(lines)
             raise StoreError(f"{self.path} cannot go on, it was made with another configuration, data or model:\n  {text}")
 
+    def event_ids(self) -> list[str]:
+        """The ids of the run's edits; empty where the file is absent or damaged."""
+        path = self.path / "events.parquet"
+        return pq.read_table(path, columns=["edit_id"])["edit_id"].to_pylist() if is_complete(path) else []
+
     def base_answers(self) -> dict[str, BaseAnswer]:
         """The stored answers of the unedited model by question id; empty where the file is absent or damaged."""
         path = self.path / "base" / "answers.parquet"
