@@ -150,6 +150,45 @@ class AnswerScorer:
         return out
 
 
+class FirstLine:
+    """A stopping criterion: a row ends behind its first line, because `natural_stop` drops what follows.
+
+    A row goes on while it still follows its answer, so that an answer of several lines is scored to its end.
+
+    Args:
+        handle: the model whose tokenizer says which tokens break a line.
+        answers: token ids, a row each.
+        start: token position at which the generation starts.
+    """
+
+    def __init__(self, handle: ModelHandle, answers: Sequence[Sequence[int]], start: int) -> None:
+        self._text, self._break, self._inner = _line_tokens(handle)
+        self._answers, self._start, self._seen = answers, start, 0
+        self._begun = torch.zeros(len(answers), dtype=torch.bool)
+        self._ended = torch.zeros(len(answers), dtype=torch.bool)
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        new = input_ids[:, self._start + self._seen :].cpu()
+        for token in new.T:
+            self._ended |= (self._break[token] & self._begun) | self._inner[token]
+            self._begun |= self._text[token]
+        self._seen += new.shape[1]
+        made = input_ids[:, self._start :].tolist()
+        follows = torch.tensor([len(a) > len(m) and list(a[: len(m)]) == m for a, m in zip(self._answers, made)])
+        return (self._ended & ~follows).to(input_ids.device)
+
+
+def _line_tokens(handle: ModelHandle) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(V,) bool each: the token holds more than white space; it holds a line break; it holds one behind other text."""
+    if "line tokens" not in handle.cache:
+        size = handle.model.get_input_embeddings().num_embeddings
+        texts = handle.tokenizer.batch_decode([[i] for i in range(min(size, len(handle.tokenizer)))], skip_special_tokens=True)
+        texts = [t.replace("\ufffd", "") for t in texts] + [""] * (size - len(texts))  # a part of a character may be of white space
+        kinds = [[bool(t.strip()), "\n" in t, t.lstrip().find("\n") > 0] for t in texts]
+        handle.cache["line tokens"] = tuple(torch.tensor(kinds, dtype=torch.bool).T)
+    return handle.cache["line tokens"]
+
+
 class OverModel(Predictor):
     """A predictor that changes questions or answers and leaves the rest to another one, `base`."""
 
@@ -278,7 +317,9 @@ class ModelPredictor(Predictor):
             batch = collate(self.handle, asks, side="left")
         with self.around(batch), _greedy_decoding(self.handle), timed("prefill") as turn:
             scorer = AnswerScorer(ids, then=lambda: turn("decode"))
-            tokens = self.handle.model.generate(**batch.inputs, max_new_tokens=max_new_tokens, logits_processor=[scorer])
+            stop = FirstLine(self.handle, ids, batch.inputs["input_ids"].shape[1])
+            limits: Any = {"max_new_tokens": max_new_tokens, "stopping_criteria": [stop]}
+            tokens = self.handle.model.generate(**batch.inputs, **limits, logits_processor=[scorer])
             extras = self.explain(batch) if self.explain else [{} for _ in asks]
         new = tokens[:, batch.inputs["input_ids"].shape[1] :]
         texts = self.handle.tokenizer.batch_decode(new, skip_special_tokens=True)

@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from testbed.core.events import Ask
 from testbed.core.grading import natural_stop
 from testbed.model.encoding import answer_ids, collate
 from testbed.model.handle import weights_hash
-from testbed.model.predictor import FIRST_IDS, ModelPredictor, Response, Score
+from testbed.model.predictor import FIRST_IDS, FirstLine, ModelPredictor, Response, Score
 from tests.helpers.models import KINDS, TEXT, Noise, build
 
 PROMPTS = (
@@ -39,6 +41,26 @@ def assert_same(a: Score, b: Score) -> None:
 def scored(r: Response) -> Score:
     assert r.score is not None
     return r.score
+
+
+LINES = ("who", "\n", " ", "\n\n", ".\n", "green\nred", "\u00a0", "東", "</s>", "<pad>")
+
+
+@settings(deadline=None)
+@given(st.lists(st.sampled_from(LINES), max_size=12), st.integers(0, 12))
+def test_a_row_ends_behind_its_first_line_and_not_before(parts: list[str], n: int) -> None:
+    """Whatever follows an end changes nothing; without an end the text is still its first line, or not yet begun."""
+    handle = build("gpt2")
+    ids = handle.tokenizer("".join(parts), add_special_tokens=False)["input_ids"]
+    said = [natural_stop(handle.tokenizer.decode(ids[:k], skip_special_tokens=True)) for k in range(len(ids) + 1)]
+    stop, ended = FirstLine(handle, [ids[:n]], 0), []
+    for k in range(1, len(ids) + 1):
+        ended.append(bool(stop(torch.tensor([ids[:k]]), None)[0]))
+    for k, now in enumerate(ended, 1):
+        assert not now or (said[k] == said[-1] and k >= min(n, len(ids)))
+    whole = handle.tokenizer.decode(ids, skip_special_tokens=True).strip()
+    if ended and "\n" in whole and whole.isascii():
+        assert ended[-1]
 
 
 def first_words(predictor: ModelPredictor, some: list[Ask]) -> list[str]:
