@@ -7,7 +7,7 @@ extension of a shorter one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from streams import transforms
@@ -33,12 +33,19 @@ def arrange(stream: Stream, events: Sequence[EditEvent], losses: Losses) -> list
         loss_of = losses([e for e in events if e.revises is None])
         sign = -1 if order == "hardest" else 1
         moved = by_rank(events, {name: sign * loss for name, loss in loss_of.items()})
-    times: Iterable[float] = (e.time for e in events)
     if stream.time_axis == "dated":
         stream.time_axis = "scheduled"
-        c = stream.config
-        times = transforms.calendar(c.edits_per_year, c.bursts, transforms.generator(c.seed, "years"))
-    return [replace(e, seq=i, time=t) for i, (e, t) in enumerate(zip(moved, times))]
+        return renumbered(stream, moved)
+    return [replace(e, seq=i, time=old.time) for i, (e, old) in enumerate(zip(moved, events))]
+
+
+def renumbered(stream: Stream, events: Sequence[EditEvent]) -> list[EditEvent]:
+    """The events in this order, at the times of a schedule without gaps; events of a dated stream keep their dates."""
+    if stream.time_axis == "dated":
+        return [replace(e, seq=i) for i, e in enumerate(events)]
+    c = stream.config
+    times = transforms.calendar(c.edits_per_year, c.bursts, transforms.generator(c.seed, "years"))
+    return [replace(e, seq=i, time=t) for i, (e, t) in enumerate(zip(events, times))]
 
 
 def by_rank(events: Sequence[EditEvent], rank: Mapping[str, float]) -> list[EditEvent]:

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,6 +15,14 @@ if TYPE_CHECKING:
     from testbed.experiment.runner import study
 
 __all__ = ["RunConfig", "study"]
+for _name in ("streams", "analysis"):  # `python -m` looks into the current folder first, where a user may have such folders
+    _spec, _own = find_spec(_name), Path(__file__).parents[1] / _name
+    if _spec is None or _spec.origin is None or Path(_spec.origin).parent != _own:
+        _found = _spec.origin if _spec else "nothing"
+        raise ImportError(
+            f"the package {_name} of the testbed lies in {_own}, but Python finds {_found} under that name, because it "
+            "looks into the current folder first: use the command `testbed`, or start Python in another folder"
+        )
 _MODULES = {"RunConfig": "testbed.experiment.config", "study": "testbed.experiment.runner"}
 
 

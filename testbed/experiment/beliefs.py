@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from dataclasses import asdict, dataclass
 
-from streams import transforms
+from streams.arrange import renumbered
 from streams.base import Stream
 from testbed.core import grading
 from testbed.core.events import EditEvent
@@ -95,13 +94,4 @@ def kept_events(stream: Stream, wanted: int, handle: ModelHandle, known: Collect
             shown.advance(f"facts that are {keep}", min(len(out), wanted), wanted)
     if len(out) < wanted:
         raise BadConfig(f"stream.keep={keep}: {len(out)} of the {seen} edits asked are {keep}, {wanted} are wanted: use --edits {len(out)}")
-    return _dated(stream, out[:wanted])
-
-
-def _dated(stream: Stream, events: list[EditEvent]) -> list[EditEvent]:
-    """The events at their own times where the stream is dated, else at those of a schedule without the facts left out."""
-    if stream.time_axis == "dated":
-        return [replace(e, seq=i) for i, e in enumerate(events)]
-    c = stream.config
-    times = islice(transforms.calendar(c.edits_per_year, c.bursts, transforms.generator(c.seed, "years")), len(events))
-    return [replace(e, seq=i, time=t) for i, (e, t) in enumerate(zip(events, times))]
+    return renumbered(stream, out[:wanted])

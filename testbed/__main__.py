@@ -1,0 +1,65 @@
+"""All commands under one name: `testbed run ...` and `python -m testbed run ...` are `python -m testbed.run ...`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+from testbed.core import threads
+
+COMMANDS = {
+    "run": ("testbed.run", "take editors through a stream of edits and write a report"),
+    "ask": ("testbed.ask", "ask an edited model of a run a question"),
+    "tune": ("testbed.tune", "choose an editor's settings for a model on development edits"),
+    "sweep": ("testbed.sweep", "run a grid of editors, streams, models, seeds and settings"),
+    "analyze": ("analysis.__main__", "make the report, figures and tables of run folders again"),
+    "streams": ("streams.__main__", "show what a stream reads from files, and what it leaves out"),
+    "bisect": ("testbed.bisect", "find the edit that broke a model"),
+    "bench": ("testbed.bench.__main__", "measure the speed and memory of editors"),
+    "pretrain": ("testbed.pretrain", "train the tiny model on the simulated world or on a stream's old answers"),
+    "lm-eval": ("testbed.integrations.lm_eval", "ask tasks of lm-evaluation-harness of the edited models of a run"),
+}
+"""By name the module whose `main` takes the arguments, and what the command does."""
+_EXAMPLES = """examples:
+  testbed run --stream okedit-yearly            the main job: editors, 500 edits, ten years, a report
+  testbed run --list                            all editors, streams and probes
+  testbed run --model smollm2 --stream countries-yearly --dry-run
+  testbed ask runs/FOLDER "What is the capital of France?" --editor balancedit
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code of the command; 0 for the list of commands and the version, 2 for an unknown command."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if args[:1] in (["--version"], ["-V"]):
+        print(f"lifelong-editing-testbed {installed_version()}")
+        return 0
+    if not args or args[0] in ("--help", "-h"):
+        print(overview())
+        return 0
+    if args[0] not in COMMANDS:
+        print(f"error: there is no command {args[0]!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    if args[0] != "run":  # which knows the threads of a run that goes on
+        threads.prepare()
+    return importlib.import_module(COMMANDS[args[0]][0]).main(args[1:])
+
+
+def overview() -> str:
+    """The commands with a line each, and examples."""
+    lines = [f"  {name:<10}{what}" for name, (_, what) in COMMANDS.items()]
+    return "\n".join(["usage: testbed COMMAND [options]; testbed COMMAND --help shows its options", "", *lines, "", _EXAMPLES])
+
+
+def installed_version() -> str:
+    """The version of the installed distribution."""
+    try:
+        return version("lifelong-editing-testbed")
+    except PackageNotFoundError:
+        return "(not installed as a package)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
