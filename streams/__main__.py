@@ -32,7 +32,7 @@ class InspectConfig:
     missing_images: MissingImages = "skip"
     """Records without their picture: skip them, ask without, or put their caption."""
     fields: tuple[str, ...] = ()
-    """For `jsonl:` and `hub:`: OURS=THEIRS, as many as needed."""
+    """For `jsonl:`, `csv:` and `hub:`: OURS=THEIRS, as many as needed."""
     edits: int = 1000
     """Edits to make."""
 
@@ -49,6 +49,7 @@ def inspect_stream(config: InspectConfig) -> list[str]:
     kinds = ", ".join(f"{n:,} {kind}" for kind, n in sorted(Counter(e.kind for e in events).items()))
     lines = [f"{stream.name}: {stream.origin}", f"time: {stream.time_axis}; licence: {stream.licence}"]
     lines += [f"edits: {len(events):,} ({kinds})"] + [f"year {e.year}: {e.prompt} -> {e.target}" for e in events[:3]]
+    lines += stream.notes(events)
     lines += [f"skipped: {n:,} x {reason}" for reason, n in sorted(manifest["skipped_by_reason"].items(), key=lambda r: -r[1])[:10]]
     lines += [f"no picture for {field}: {n:,}" for field, n in manifest.get("missing_images", {}).items()]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6

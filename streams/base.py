@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -51,7 +51,7 @@ class StreamConfig:
     """Order of the facts among the edits that a run takes: as drawn (or dated), by the unedited model's loss on the
     target, or those of one subject together. It depends on how many edits are taken; see `streams.arrange`."""
     records: NonNegativeInt = 0
-    """How many usable records of MMEdit, VLKEB, zsRE, CounterFact, KnowEdit, `jsonl:` or `hub:` are taken, drawn by a
+    """How many usable records of MMEdit, VLKEB, zsRE, CounterFact, KnowEdit, `jsonl:`, `csv:` or `hub:` are taken, drawn by a
     hash of their names, so the same ones under every seed: a small model can be taught only so many beliefs. 0 is all
     of them; other streams refuse a number."""
     since: NonNegativeInt = 0
@@ -66,7 +66,7 @@ class StreamConfig:
     missing_images: MissingImages = "skip"
     """What to do with a record whose picture is absent: skip it, ask without a picture, or put its caption in the prompt."""
     fields: tuple[str, ...] = ()
-    """For `jsonl:` and `hub:`: the source's name of a field of ours, as OURS=THEIRS, separated by commas."""
+    """For `jsonl:`, `csv:` and `hub:`: the source's name of a field of ours, as OURS=THEIRS, separated by commas."""
     world_seed: int = 0
     """Which simulated world; the committed tiny model knows world 0."""
     world_size: int = 0
@@ -121,7 +121,7 @@ class Stream(ABC):
     size: ClassVar[str]
     """How much the published source holds, for --list; `origin` says how much of it a run could use."""
 
-    supports: ClassVar[frozenset[str]] = frozenset()
+    supports: frozenset[str] = frozenset()
     """Which of the settings `records`, `since` and `development`, and whether keep=`wrong`, this stream understands; it refuses
     the others."""
 
@@ -173,6 +173,10 @@ class Stream(ABC):
     def beliefs(self) -> Iterator[Question]:
         """What a model must believe before the first edit, for `testbed.pretrain`. Empty by default."""
         return iter(())
+
+    def notes(self, events: Sequence[EditEvent]) -> list[str]:
+        """What was read, passed over or invented for these events, a line each; shown to the user and kept in the manifest."""
+        return []
 
     def data_hash(self) -> str:
         """Hash of the source's content (not of the schedule)."""

@@ -9,7 +9,7 @@ A name with `@FOLDER` reads that folder under the data root.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import islice
@@ -81,6 +81,10 @@ class Merged(Stream):
 
     def counts(self) -> dict[str, Any]:
         return {"merged": {p.name: p.manifest() for p in self.parts}}
+
+    def notes(self, events: Sequence[EditEvent]) -> list[str]:
+        own = [[e for e in events if self._part_of(e) == i] for i in range(len(self.parts))]
+        return [f"{p.name}: {note}" for p, given in zip(self.parts, own) for note in p.notes(given)]
 
     def events(self, n: int) -> list[EditEvent]:
         given = [p.events(max(n, 0)) if events is None else events for p, events in zip(self.parts, self._finite)]

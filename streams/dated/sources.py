@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 from streams.base import BadStream
 from streams.data import table
 from streams.dated.states import Day, SourceData, State, Timeline, day, read_day, state
-from streams.files.fields import find_files, read_rows
 from streams.files.records import BadField, clean, kind_of, parse_json, text_at, texts_in
+from streams.files.tables import find_files, read_rows
 
 PROMPTS: dict[str, dict[str, Any]] = table(__file__, "prompts.yaml")
 
@@ -222,13 +222,13 @@ def _country(row: Mapping[str, Any]) -> int:
 def _leader(row: Mapping[str, Any], where: str) -> State:
     start = day(_whole(row, "syear"), _whole(row, "smonth"), _whole(row, "sdate"), "start")
     end: Day | None = None
-    if (row.get("eyear") or "").strip():
+    if (row.get("eyear") or "").strip().casefold() not in ("", "nan"):
         end = day(_whole(row, "eyear"), _whole(row, "emonth"), 0, "end")
     return state(text_at(row, "leader"), start, end, where)
 
 
 def _whole(row: Mapping[str, Any], name: str) -> int:
-    value = (row.get(name) or "").strip()
+    value = (row.get(name) or "").strip().removesuffix(".0")  # pandas writes whole numbers of a column with gaps so
     if not (value.isascii() and value.isdigit() and len(value) < 6):
         raise BadField(f"{name} must be a whole number, found {value[:20]!r}")
     return int(value)

@@ -5,17 +5,21 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from datetime import UTC, date, datetime
 from itertools import pairwise
 from pathlib import Path
 
 from streams.base import Skipped
+from streams.files.entry import DatedChange
 from streams.files.fields import RecordReader
 from streams.files.pictures import FilePicture
-from streams.files.records import BadField, digest_of, normalize, read_bytes
+from streams.files.records import BadField, digest_of, normalize, read_bytes, texts_in
 
 Day = tuple[int, int, int]
 """Year, month, day; 0 where month or day are not known."""
 _DAY = re.compile(r"\+?(\d{1,4})(?:-(\d\d|##))?(?:-(\d\d|##))?(?:T.*)?")
+_YEAR = re.compile(r"[1-9]\d{0,3}(\.\d+)?")
+_UNIX = re.compile(r"\d{9,13}(\.\d+)?")
 _UNKNOWN = re.compile(r"#*(-##)*")
 
 
@@ -48,19 +52,6 @@ class Timeline:
         return f"{self.source}: {self.subject}, {self.relation}"
 
 
-@dataclass(frozen=True, slots=True)
-class DatedChange:
-    """One certain change: `previous` ended no later than `target` began, at `time` in years.
-
-    `aliases` are other values of the fact that held at that time.
-    """
-
-    previous: str
-    target: str
-    time: float
-    aliases: tuple[str, ...] = ()
-
-
 @dataclass
 class SourceData(RecordReader):
     """The facts of one source, with the number of its records and those that were skipped."""
@@ -74,21 +65,44 @@ class SourceData(RecordReader):
         return raw
 
 
-def read_day(text: object, name: str) -> Day | None:
+def read_day(value: object, name: str) -> Day | None:
     """A date as these sources write it: 2014, 2014-05, 2014-05-31, +2014-05-00T00:00:00Z, 2014-##-##; None for ####-##-##.
 
-    Raises `BadField` for anything else.
+    A year may be a number, also 2014.0. Raises `BadField` for anything else.
     """
-    if not isinstance(text, str):
-        raise BadField(f"{name} must be a date, found {type(text).__name__}")
-    bare = text.strip()
-    if not bare or _UNKNOWN.fullmatch(bare):
+    bare = next(iter(texts_in(value, name)), "").removesuffix(".0")
+    if not bare or bare.casefold() == "nan" or _UNKNOWN.fullmatch(bare):
         return None
     found = _DAY.fullmatch(bare)
     year, month, day = (int(p) if p and p.isdigit() else 0 for p in found.groups()) if found else (0, 0, 0)
     if not year or month > 12 or day > 31:
         raise BadField(f"{name} {bare[:30]!r} cannot be read: expected YYYY-MM-DD from year 1 on")
     return year, month, day if month else 0
+
+
+def time_of(value: object, name: str) -> float:
+    """A time in years: a year, an ISO date with or without time and zone (taken as UTC), or seconds or milliseconds since 1970.
+
+    Raises `BadField` for anything else.
+    """
+    try:
+        if not isinstance(value, date):
+            text = next(iter(texts_in(value, name)), "")
+            if _YEAR.fullmatch(text):
+                return float(text)
+            if _UNIX.fullmatch(text):
+                seconds = float(text) / (1000 if len(text.split(".")[0]) > 11 else 1)
+                value = datetime.fromtimestamp(seconds, UTC)
+            else:
+                value = datetime.fromisoformat(text)
+        if isinstance(value, datetime):
+            at = value.astimezone(UTC) if value.tzinfo else value
+            return years((at.year, at.month, at.day)) + (at.hour * 3600 + at.minute * 60 + at.second) / 86400 / 372
+        return years((value.year, value.month, value.day))
+    except (ValueError, OverflowError, OSError) as e:
+        if (found := read_day(value, name)) is None:
+            raise BadField(f"{name} is absent or empty: no date") from e
+        return years(found)
 
 
 def day(year: int, month: int, number: int, name: str) -> Day:

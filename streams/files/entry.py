@@ -36,7 +36,7 @@ class EntryQuestion:
     """A question that a record brings with it.
 
     Without an `answer`, a locality question is compared with the unedited model's own answer, and any other question
-    has the edited fact's value as its answer. A given `portability` answer holds for the record's own target only.
+    has the edited fact's value as its answer.
     """
 
     split: Split
@@ -44,6 +44,10 @@ class EntryQuestion:
     answer: str | None = None
     image: AnyPicture | None = None
     aliases: tuple[str, ...] = ()
+    of_value: str | None = None
+    """The value of the fact under which a given `portability` answer holds; None is the record's own target."""
+    needs: tuple[str, ...] = ()
+    """Names (`source`) of other entries that must have their targets too, for a question that follows from several edits."""
 
     @property
     def is_locality(self) -> bool:
@@ -78,15 +82,34 @@ class FactEntry(EditableFact):
         return Question("general", prompt, self.previous, image=self.image, aliases=self.aliases, topic=topic)
 
 
+@dataclass(frozen=True, slots=True)
+class DatedChange:
+    """One change of a fact: `target` takes the place of `previous` (None: not known) at `time` in years.
+
+    `aliases` are other values of the fact that held at that time.
+    """
+
+    previous: str | None
+    target: str
+    time: float
+    aliases: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True)
 class EntryData:
-    """What a loader returns. `digest` is a hash of the content; `missing` counts absent pictures by field."""
+    """What a loader returns.
+
+    `digest` is a hash of the content, `missing` counts absent pictures by field, and `notes` what was passed over within
+    records. `changes` has the dated changes of each entry, by its name, where the source has dates.
+    """
 
     origin: str
     entries: tuple[FactEntry, ...]
     skipped: tuple[Skipped, ...]
     digest: str
     missing: Mapping[str, int] = field(default_factory=dict)
+    notes: Mapping[str, int] = field(default_factory=dict)
+    changes: Mapping[str, Sequence[DatedChange]] = field(default_factory=dict)
 
 
 def sample(data: EntryData, number: int) -> EntryData:
@@ -183,10 +206,10 @@ class QuestionCollector:
         """Whether an answer differs from the edit's new value."""
         return normalize(answer) != self._value
 
-    def add_unreserved(self, question: EntryQuestion) -> None:
+    def add_unreserved(self, question: EntryQuestion, needs: tuple[str, ...] = ()) -> None:
         """Add the question unless an edit or the train pool has the very same."""
         if question_key(question.image, question.prompt) not in self.reserved:
-            self.add(question)
+            self.add(question, needs)
 
     def add_choice(self, split: Split, question: EntryQuestion, answer: str, other: str) -> None:
         """Ask whether `answer` is likelier than `other`, unless they are the same or another edit or the train pool asks it."""
@@ -196,9 +219,10 @@ class QuestionCollector:
             made = Question(split, question.prompt, answer, self.event.id, question.image, (), self.topic, choices, "mean")
             self._questions.setdefault(made.id, made)
 
-    def add(self, question: EntryQuestion) -> None:
+    def add(self, question: EntryQuestion, needs: tuple[str, ...] = ()) -> None:
+        """Add the question; `needs` are the ids of other events that must be live when it is asked."""
         q = question
-        made = Question(q.split, q.prompt, q.answer, self.event.id, q.image, q.aliases, self.topic)
+        made = Question(q.split, q.prompt, q.answer, self.event.id, q.image, q.aliases, self.topic, needs=needs)
         self._questions.setdefault(made.id, made)
 
 

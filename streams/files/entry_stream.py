@@ -1,14 +1,15 @@
 """The stream that every source of records stands on.
 
 A loader reads its files into `FactEntry`s, and `EntryStream` does the rest, the same for every source: 15 % of the
-records are never edited (half are asked as controls, half make the train pool), and `transforms` puts the others on a
-drawn schedule. A source that differs in one step overrides that step.
+records are never edited (half are asked as controls, half make the train pool), and the others are edited in the order
+of their dates or, without dates, on a schedule that `transforms` draws. A source that differs in one step overrides it.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import islice
@@ -17,6 +18,7 @@ from typing import Any, ClassVar
 from streams import transforms
 from streams.base import Stream, StreamConfig, TrainPool
 from streams.files.entry import (
+    DatedChange,
     EntryData,
     EntryQuestion,
     FactEntry,
@@ -32,9 +34,10 @@ from testbed.core.events import EditEvent, Question
 
 
 class EntryStream(Stream):
-    """A scheduled stream over entries; a subclass gives `read`.
+    """A stream over entries, dated where they have `changes`, else scheduled; a subclass gives `read`.
 
-    Raises `BadStream` where the files, or the configuration, cannot be used.
+    Of dated entries the first change is an `add` and each later one a `revise`; `seed` orders changes of the same date; the
+    shares of kinds, `edits_per_year` and `drift` have no effect. Raises `BadStream` where the files, or the configuration, cannot be used.
     """
 
     time_axis = "scheduled"
@@ -45,6 +48,8 @@ class EntryStream(Stream):
     """Prefix of the names of this source's random generators."""
     compares: ClassVar[bool] = False
     """Ask besides whether the new answer is likelier than the old one, as papers score CounterFact (probe `choices`)."""
+    invents: bool = True
+    """Whether a scheduled fact may be revised to the value of another fact of its relation."""
     topics: ClassVar[Mapping[str, str]] = {}
     """Topics of controls and beliefs by role or split; by default a record's category, and a locality question's split."""
 
@@ -53,6 +58,7 @@ class EntryStream(Stream):
         self._data = sample(self.read(config), config.records)
         if config.development:
             self._data = for_development(self._data)
+        self.time_axis = "dated" if self._data.changes else "scheduled"
         if config.keep == "wrong" and self.time_axis != "dated":
             self._data = with_true_targets(self._data)
         self.skipped = list(self._data.skipped)
@@ -67,16 +73,54 @@ class EntryStream(Stream):
 
     @property
     def origin(self) -> str:
-        return f"{self._data.origin}, {len(self._data.entries) - len(self._edited):,} of them never edited"
+        never = f"{len(self._data.entries) - len(self._edited):,} of them never edited"
+        if not self._data.changes:
+            return f"{self._data.origin}, {never}"
+        facts, since = self._data.entries, f" from {self.config.since} on" if self.config.since else ""
+        changes = sum(len(self._data.changes[e.source]) for e in facts)
+        return f"{self._data.origin}, {changes:,} dated changes{since} of {len(facts):,} facts, {never.replace('them', 'these')}"
 
     def data_hash(self) -> str:
         return self._data.digest
 
     def counts(self) -> dict[str, Any]:
-        return {"missing_images": dict(self._data.missing)} if self._data.missing else {}
+        found: dict[str, Any] = {"read": self._read_counts(), "passed_over": dict(self._data.notes)}
+        if self._data.missing:
+            found["missing_images"] = dict(self._data.missing)
+        if self._data.changes:
+            found["edits_by_year"] = dict(Counter(str(event.year) for event, _ in self._dated.values()))
+        return found
+
+    def _read_counts(self) -> dict[str, int]:
+        """How many facts have each optional part, and how many questions of each split they bring."""
+        facts = self._data.entries
+        found = {"facts": len(facts), "old answers": sum(e.previous is not None for e in facts)}
+        found |= {"subjects": sum(e.subject is not None for e in facts), "pictures": sum(e.image is not None for e in facts)}
+        found |= {"held-out paraphrases": sum(len(e.held_out) for e in facts), "train paraphrases": sum(len(e.train) for e in facts)}
+        return found | Counter(q.split for e in facts for q in e.questions)
+
+    def notes(self, events: Sequence[EditEvent]) -> list[str]:
+        found = ", ".join(f"{n:,} {name}" for name, n in self._read_counts().items())
+        out = [f"read: {found}", *(f"{n:,} x {note}" for note, n in sorted(self._data.notes.items()))]
+        if invented := sum(e.kind == "revise" for e in events) if self.time_axis == "scheduled" else 0:
+            share = f"{invented:,} of {len(events):,} edits ({invented / len(events):.0%})"
+            out.append(f"{share} are invented revisions, with values of other facts of the same relation (stream.revise)")
+        return out
 
     def events(self, n: int) -> list[EditEvent]:
+        if self._data.changes:
+            return [event for event, _ in self._dated.values()][: max(n, 0)]
         return list(islice(transforms.scheduled(self._edited, self._values, self.config, self.purpose), max(n, 0)))
+
+    @cached_property
+    def _dated(self) -> dict[str, tuple[EditEvent, DatedChange]]:
+        """Every dated event with its change, by the event's id, in order."""
+        tie = {e.source: transforms.hash_fraction("tie", self.config.seed, e.source) for e in self._edited}
+        pairs = [(e, i, c) for e in self._edited for i, c in enumerate(self._data.changes.get(e.source, ()))]
+        pairs.sort(key=lambda p: (p[2].time, tie[p[0].source], p[1]))
+        steps = (transforms.FactChange("revise" if i else "add", e, c.target, c.previous) for e, i, c in pairs)
+        events = transforms.dated(steps, (c.time for _, _, c in pairs))
+        return {event.id: (event, c) for event, (_, _, c) in zip(events, pairs)}
 
     def questions(self, event: EditEvent) -> tuple[Question, ...]:
         """See `Stream.questions`. After a retire the answer is the one before any edit, where it is known."""
@@ -114,18 +158,33 @@ class EntryStream(Stream):
 
     def aliases_of(self, entry: FactEntry, event: EditEvent, value: str) -> tuple[str, ...]:
         """Other answers that are right while the fact has this value."""
+        if event.id in self._dated:
+            return self._dated[event.id][1].aliases
         return entry.aliases if value == entry.previous else ()
 
     def _add_of_value(
         self, collector: QuestionCollector, entry: FactEntry, question: EntryQuestion, value: str, aliases: tuple[str, ...]
     ) -> None:
-        """Add a question of generality or portability: an answer that is the record's target moves with the value."""
-        if question.answer is None:
+        """Add a question of generality or portability: an answer that is the record's target moves with the value.
+
+        A question that follows from several edits is added where all of them will be made.
+        """
+        target = question.of_value or entry.target
+        if question.needs:
+            needs = [self._additions[name] for name in question.needs if name in self._additions]
+            if value == target and len(needs) == len(question.needs):
+                collector.add_unreserved(question, tuple(needs))
+        elif question.answer is None:
             collector.add_unreserved(replace(question, answer=value, aliases=aliases))
-        elif normalize(question.answer) == normalize(entry.target):
-            collector.add_unreserved(replace(question, answer=value, aliases=question.aliases if value == entry.target else ()))
-        elif value == entry.target:
+        elif normalize(question.answer) == normalize(target):
+            collector.add_unreserved(replace(question, answer=value, aliases=question.aliases if value == target else ()))
+        elif value == target:
             collector.add_unreserved(question)
+
+    @cached_property
+    def _additions(self) -> dict[str, str]:
+        """The id of the first event of each edited entry, by the entry's name."""
+        return {e.source: e.id for e in self.events(10**6) if e.kind == "add"}
 
     def _add_locality(self, collector: QuestionCollector, entry: FactEntry, own: list[EntryQuestion]) -> None:
         """Add the locality questions: those the record brings (`own`), and controls of the stream."""
@@ -203,14 +262,14 @@ class EntryStream(Stream):
 
     @cached_property
     def _values(self) -> dict[str, list[str]]:
-        """What a revision may draw from: the targets of each category, sorted."""
+        """What a revision may draw from: the targets of each relation, sorted; nothing where no relation is given."""
         pool: dict[str, dict[str, str]] = {}
-        for e in self._data.entries:
+        for e in self._data.entries if self.invents else ():
             pool.setdefault(e.relation, {}).setdefault(normalize(e.target), e.target)
         return {category: sorted(values.values()) for category, values in pool.items()}
 
     def _entry_of(self, event: EditEvent) -> FactEntry:
         entry = self._by_source.get(event.source)
-        if entry is None or entry.prompt != event.prompt:
+        if entry is None or entry.prompt != event.prompt or (self._data.changes and event.id not in self._dated):
             raise self.foreign_event(event)
         return entry

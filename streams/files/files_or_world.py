@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 from streams.base import Stream, StreamConfig, TrainPool
@@ -65,6 +65,9 @@ class FilesOrWorld(Stream):
 
     def data_hash(self) -> str:
         return self._source.data_hash()
+
+    def notes(self, events: Sequence[EditEvent]) -> list[str]:
+        return self._source.notes(events)
 
     def counts(self) -> dict[str, Any]:
         return self._source.counts()

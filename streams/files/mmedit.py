@@ -15,10 +15,11 @@ from typing import Any, ClassVar
 from streams.base import MissingImages, StreamConfig
 from streams.files.entry import EntryData, EntryQuestion, FactEntry
 from streams.files.entry_stream import EntryStream
-from streams.files.fields import SOURCES, RecordReader, as_object, find_parts, must_differ, nested_questions, read_rows
+from streams.files.fields import SOURCES, RecordReader, as_object, must_differ, questions_at
 from streams.files.files_or_world import or_world
 from streams.files.pictures import FilePicture, list_folder, stays_inside
 from streams.files.records import BadField, distinct, normalize, optional_text, text_at, texts_at
+from streams.files.tables import find_parts, read_rows
 from testbed.core.events import content_id
 
 PICTURES = ("image", "image_rephrase", "m_loc")
@@ -125,7 +126,7 @@ class _MMEditReader(RecordReader):
             image=photo,
             held_out=tuple(stand_in + p for p in held_out),
             train=tuple(stand_in + p for p in distinct(train, [src, *held_out])),
-            questions=tuple(_questions(row, stand_in + src, target, (photo, rephrased, local))),
+            questions=tuple(self._questions(row, stand_in + src, target, (photo, rephrased, local))),
         )
         where = " about the same picture" if photo else ", asked without its picture,"
         self.take(entry.key, f"the same question{where}")
@@ -152,30 +153,22 @@ class _MMEditReader(RecordReader):
             raise BadField("no file for image, and the record has no caption: choose --missing-images skip or text")
         raise BadField("no file for image")
 
-
-def _questions(row: Mapping[str, Any], prompt: str, target: str, pictures: tuple[FilePicture | None, ...]) -> list[EntryQuestion]:
-    """The questions that a record brings: with a new picture, about unrelated text and an unrelated picture, one hop further."""
-    photo, rephrased, local = pictures
-    out = []
-    if photo is not None and rephrased is not None:
-        out.append(EntryQuestion("image_generality", prompt, target, rephrased))
-    if loc := (optional_text(row, "loc") or "").removeprefix(_PREFIX).strip():
-        out.append(EntryQuestion("locality_text", loc, optional_text(row, "loc_ans")))
-    if local is not None and (far := optional_text(row, "m_loc_q")):
-        out.append(EntryQuestion("locality_far", far, optional_text(row, "m_loc_a"), local))
-    if photo is not None:
-        out += [EntryQuestion(a.split, a.prompt, a.answer, photo, a.aliases) for a in _one_hop(row)]
-    return out
-
-
-def _one_hop(row: Mapping[str, Any]) -> list[EntryQuestion]:
-    """`port_new: [{"Q&A": {"Question": ..., "Answer": ...}}]` of VLKEB's evaluation files."""
-    hops = row.get("port_new")
-    if not isinstance(hops, list):
-        return []
-    pairs = [h.get("Q&A") for h in hops if isinstance(h, Mapping)]
-    rows = [{"prompt": p.get("Question"), "ground_truth": p.get("Answer")} for p in pairs if isinstance(p, Mapping)]
-    return list(nested_questions({"port": rows}, "port", "portability"))
+    def _questions(self, row: Mapping[str, Any], prompt: str, target: str, pictures: tuple[FilePicture | None, ...]) -> list[EntryQuestion]:
+        """The questions that a record brings: with a new picture, about unrelated text and an unrelated picture, one hop further."""
+        photo, rephrased, local = pictures
+        out = []
+        if photo is not None and rephrased is not None:
+            out.append(EntryQuestion("image_generality", prompt, target, rephrased))
+        if loc := (optional_text(row, "loc") or "").removeprefix(_PREFIX).strip():
+            out.append(EntryQuestion("locality_text", loc, optional_text(row, "loc_ans")))
+        if local is not None and (far := optional_text(row, "m_loc_q")):
+            out.append(EntryQuestion("locality_far", far, optional_text(row, "m_loc_a"), local))
+        hops = questions_at(row, {"portability": "port_new"}, "portability", self.notes)
+        if photo is not None:
+            out += [replace(q, image=photo) for q in hops]
+        elif hops:
+            self.notes["port_new: a question one hop further needs the record's picture, which is absent"] += len(hops)
+        return out
 
 
 def _unquoted(text: str) -> str:

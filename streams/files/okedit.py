@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 from streams.base import BadStream, MissingImages, StreamConfig, TrainPool
 from streams.files.entry import EntryData, EntryQuestion, FactEntry, QuestionCollector, rotated, with_roles
 from streams.files.entry_stream import EntryStream
-from streams.files.fields import RecordReader, find_files
+from streams.files.fields import RecordReader
 from streams.files.files_or_world import or_world
 from streams.files.pictures import FilePicture, coco_photos, numbered, same_pixels
 from streams.files.records import BadField, distinct, id_of, normalize, optional_text, read_table, text_at, texts_at, votes_of
+from streams.files.tables import find_files
 from testbed.core.events import EditEvent, content_id
 
 _PREFIX, _SUFFIX = "mscoco_", "_annotations_train.json"
@@ -39,8 +40,8 @@ class Details(NamedTuple):
 class OkeditFiles(EntryStream):
     """The files of OKEDIT on a yearly schedule. Raises `BadStream` where they, or the configuration, cannot be used.
 
-    Three steps differ from other sources: the pictures of a record lie in folders, which are listed when they are needed;
-    copies of a photo are found by their pixels; probes ask every held-out paraphrase, even one that equals an edited question.
+    Two steps differ from other sources: the pictures of a record lie in folders, which are listed when they are needed;
+    copies of a photo are found by their pixels.
     """
 
     summary = "counterfactual answers about photos (OKEDIT files with --data-root, else the simulated world)"
@@ -52,7 +53,6 @@ class OkeditFiles(EntryStream):
 
     def __init__(self, config: StreamConfig) -> None:
         super().__init__(config)
-        self._reserved = set()  # `own_questions` compares pixels instead
         edited = {self._details[e.source].image_id for e in self._edited}
         self._far_pool = [e for e in self._controls if self._details[e.source].image_id not in edited]
 

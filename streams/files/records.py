@@ -1,4 +1,4 @@
-"""Read the JSON files and typed fields of published data sets, which hold mistakes.
+"""Read the bytes, the values and the texts of published data sets, which hold mistakes.
 
 A file that cannot be read raises `BadStream`. A record that cannot be used raises `BadField`, which a loader turns into
 a `Skipped` record, so that one bad record never costs the others.
@@ -14,6 +14,8 @@ import string
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from datetime import date, datetime, time
+from decimal import Decimal
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,7 @@ from streams.base import BadStream, Skipped
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans(dict.fromkeys(string.punctuation, " "))
-
-
+_SPECIAL_TOKENS = re.compile(r"(<\|[^<>|]*\|>|</?s>|<(pad|unk|bos|eos|mask|(start|end)_of_turn)>|\[(PAD|UNK|CLS|SEP|MASK|BOS|EOS)\])+")
 ABSENT = object()
 
 
@@ -128,15 +129,24 @@ def value_at(record: object, path: str) -> object:
 
 
 def texts_in(value: object, field: str) -> tuple[str, ...]:
-    """One text, a number, or nested lists of them, as texts in order without the empty ones. Raises `BadField`."""
-    if value is ABSENT or value is None:
+    """One value or nested lists of values as texts, in order. Raises `BadField` for what is no text, number or date.
+
+    A whole number loses its ".0" and a day its midnight. Null, NaN, blanks and a tokenizer's special tokens are no text.
+    """
+    if value is ABSENT or value is None or value != value:  # NaN and NaT differ from themselves
         return ()
     if isinstance(value, (list, tuple)):
         return tuple(text for item in value for text in texts_in(item, field))
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return (str(value),)
+    if isinstance(value, datetime):
+        value = value.date() if value.time() == time() else value.isoformat(" ")
+    if isinstance(value, date):
+        value = value.isoformat()
+    if isinstance(value, (int, float, Decimal)) and not isinstance(value, bool):
+        if value in (float("inf"), float("-inf")):
+            raise BadField(f"{field} is infinite")
+        value = str(int(value)) if value == int(value) and abs(value) < 1e16 else str(value)
     text = clean(value, field)
-    return (text,) if text else ()
+    return (text,) if text and not _SPECIAL_TOKENS.fullmatch(text) else ()
 
 
 def text_at(record: object, path: str) -> str:
@@ -146,7 +156,8 @@ def text_at(record: object, path: str) -> str:
         raise BadField(f"{path} is absent")
     texts = texts_in(value, path)
     if not texts:
-        raise BadField(f"{path} is null" if value is None else f"{path} is empty")
+        held = "NaN" if value != value else "a special token" if isinstance(value, str) and value.strip() else "empty"
+        raise BadField(f"{path} is {'null' if value is None else held}")
     return texts[0]
 
 
@@ -191,3 +202,25 @@ def reasons(skipped: list[Skipped], most: int = 3) -> str:
     """The commonest reasons with their counts, for a message: "12 x no photo; 3 x target is empty"."""
     counts = Counter(s.reason for s in skipped)
     return "; ".join(f"{n} x {reason}" for reason, n in counts.most_common(most))
+
+
+def span_of(text: str, wanted: str) -> str | None:
+    """The whole words of a text that equal `wanted` up to case and Unicode form; None where there are none."""
+    clusters: list[str] = []
+    for c in text:
+        if clusters and unicodedata.combining(c):
+            clusters[-1] += c
+        else:
+            clusters.append(c)
+    folded = [unicodedata.normalize("NFKC", c).casefold() for c in clusters]
+    target = unicodedata.normalize("NFKC", wanted).casefold()
+    for start in range(len(folded) if target else 0):
+        stop, found = start, ""
+        while stop < len(folded) and len(found) < len(target):
+            found, stop = found + folded[stop], stop + 1
+        inside = (start and (folded[start - 1] + folded[start]).isalnum()) or (
+            "".join(folded[stop - 1 : stop + 1]).isalnum() and stop < len(folded)
+        )
+        if found == target and not inside:
+            return "".join(clusters[start:stop])
+    return None

@@ -10,19 +10,10 @@ from typing import Any, ClassVar
 from streams.base import BadStream, StreamConfig
 from streams.files.entry import EntryData, EntryQuestion, FactEntry, QuestionCollector
 from streams.files.entry_stream import EntryStream
-from streams.files.fields import (
-    SOURCES,
-    FieldMap,
-    RecordReader,
-    as_object,
-    columns,
-    find_parts,
-    first_file,
-    nested_questions,
-    read_entry,
-)
+from streams.files.fields import SOURCES, FieldMap, RecordReader, as_object, columns, questions_at, read_entry
 from streams.files.records import ABSENT, BadField, distinct, normalize, optional_text, text_at, value_at
 from streams.files.subjects import subjects
+from streams.files.tables import find_parts, first_file
 from streams.transforms import hash_fraction
 from testbed.core.events import content_id
 from testbed.core.registry import STREAMS
@@ -48,7 +39,9 @@ class TextReader(RecordReader):
         guesses = [None] * len(rows) if "subject" in form else _guess_subjects(rows, form)
 
         def entry(item: tuple[Any, tuple[str, str] | None], where: str) -> FactEntry:
-            made = read_entry(as_object(item[0]), form, where, item[1])
+            made = read_entry(as_object(item[0]), form, where, self.notes, item[1])
+            if made.previous is None:
+                raise BadField(f"{form['previous']} is absent or empty")
             self.take(normalize(made.prompt), "the same prompt")
             if made.subject and made.previous:
                 self.take((normalize(made.subject), normalize(made.previous)), "the same subject with the same old answer")
@@ -78,7 +71,7 @@ class TextReader(RecordReader):
 
         def add(row: Any, _: str) -> None:
             key = normalize(text_at(as_object(row), form["prompt"])), normalize(text_at(row, form["target"]))
-            by_fact.setdefault(key, []).extend(nested_questions(row, form["portability"], "portability"))
+            by_fact.setdefault(key, []).extend(questions_at(row, form, "portability", self.notes))
 
         list(self.usable(rows, add, file))
         found = [by_fact.get((normalize(e.prompt), normalize(e.target)), []) for e in self.entries]

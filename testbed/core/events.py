@@ -152,8 +152,9 @@ class Question:
 
     `answer` may be absent for locality splits (the answer of the unedited model is the reference), for `text` (running
     text: the perplexity of `prompt` itself is measured) and for the scorings `refuse` and `comply`. `aliases` count as
-    right too. The scorings `sum`, `norm`, `mean` and `text` pick one of `choices`, of which `answer` is the right one. Raises
-    `BadEvent` for a field that is not valid.
+    right too. The scorings `sum`, `norm`, `mean` and `text` pick one of `choices`, of which `answer` is the right one. A question
+    that follows from several edits is asked only while the events in `needs`, by id, are live too. Raises `BadEvent` for a
+    field that is not valid.
     """
 
     split: Split
@@ -165,6 +166,7 @@ class Question:
     topic: str = ""
     choices: tuple[str, ...] = ()
     scoring: Scoring = "generate"
+    needs: tuple[str, ...] = ()
     id: str = ""
 
     def __post_init__(self) -> None:
@@ -181,6 +183,7 @@ class Question:
             key = self.image.key if self.image is not None else None
             parts = ("question", self.split, self.prompt, self.answer, self.event_id, key, sorted(self.aliases), self.topic)
             more = () if self.scoring == "generate" else (self.scoring, self.choices)
+            more += (sorted(self.needs),) if self.needs else ()
             object.__setattr__(self, "id", content_id(*parts, *more))
 
     def _check_choices(self) -> None:

@@ -3,9 +3,11 @@ decoded once, every target and answer is tokenized once, and every prompt must f
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 
 from testbed.core.events import Ask, BadPicture, Question
+from testbed.core.grading import exact, natural_stop
 from testbed.experiment.schedule import Schedule
 from testbed.model.encoding import answer_ids, prompt_inputs
 from testbed.model.handle import BadModel, ModelHandle
@@ -26,6 +28,29 @@ def check(schedule: Schedule, handle: ModelHandle) -> None:
     answers += [(q.prompt, a) for q in questions for a in q.choices or filter(None, [q.answer])]
     _raise(BadModel, (_answer_problem(handle, prompt, answer) for prompt, answer in answers))
     _raise(BadModel, (_length_problem(handle, q) for q in questions))
+
+
+def never_right(schedule: Schedule, handle: ModelHandle, max_new_tokens: int) -> list[str]:
+    """Notes on questions none of whose right answers free generation can give, with their number: the answer is longer than
+    `max_new_tokens`, or has a second line, at which generations are cut. Call it after `check`."""
+    reasons: Counter[str] = Counter()
+    for q in schedule.unique_questions.values():
+        if q.scoring == "generate" and q.answer is not None:
+            found = [_out_of_reach(handle, q, answer, max_new_tokens) for answer in q.golds]
+            if all(found):
+                reasons[str(found[0])] += 1
+    return [f"{n:,} questions can never be right by free generation: the answer {reason}" for reason, n in sorted(reasons.items())]
+
+
+def _out_of_reach(handle: ModelHandle, question: Question, answer: str, max_new_tokens: int) -> str | None:
+    """Why free generation cannot give this answer."""
+    if not exact(natural_stop(answer), [answer]):
+        return "has more than one line"
+    try:
+        n = len(answer_ids(handle, question.ask(), answer))
+    except BadModel:
+        return "cannot be written by this tokenizer"
+    return f"is longer than {max_new_tokens} tokens (--max-new-tokens)" if n > max_new_tokens else None
 
 
 def _raise(error: type[Exception], problems: Iterable[str | None]) -> None:

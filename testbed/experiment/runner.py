@@ -267,7 +267,10 @@ def _manifest(
         "dtype": str(handle.dtype).removeprefix("torch."),
         "versions": _versions(),
         "git": git_commit(),
-        "notes": _notes(config, stream, events, planned) + handle.notes + left_out,
+        "notes": _notes(config, stream, events, planned)
+        + preflight.never_right(planned, handle, config.max_new_tokens)
+        + handle.notes
+        + left_out,
         "benchmarks": {b.topic: benchmarks.describe(b) for b in resolved.benchmarks.every},
     }
 
@@ -275,13 +278,14 @@ def _manifest(
 def _notes(config: RunConfig, stream: Stream, events: list[EditEvent], planned: schedule.Schedule) -> list[str]:
     """One line for everything that stands in, was skipped or was cut; shown to the user and kept in the manifest."""
     out = [f"{config.stream}: {stream.origin}; its time axis is {stream.time_axis}"]
-    if config.data_root is None and stream.time_axis != type(stream).time_axis:
+    if config.data_root is None and stream.time_axis == "simulated" != type(stream).time_axis:
         out.append("no --data-root was given: the simulated world stands in for files")
     if (order := stream.config.order) != "drawn":
         out.append(f"the same edits as without stream.order, in another order: {order}")
     if stream.skipped:
         reasons = stream.manifest()["skipped_by_reason"]
         out.append(f"{len(stream.skipped)} records were skipped: " + "; ".join(f"{n} x {r}" for r, n in sorted(reasons.items())))
+    out += stream.notes(events)
     if len(events) < config.edits:
         out.append(f"the stream holds {len(events)} edits, {config.edits} were asked for")
     if planned.scale < 1:

@@ -138,6 +138,7 @@ def _build(past: EditHistory, events: Sequence[EditEvent], batch: int, probes: d
             live[a.event.id] = a
         alive = tuple(a for a in edits if a.event.id in live)
         now = replace(past, new=alive, live=tuple(live.values()), coming=every[checkpoint.edits :])
+        now = replace(now, questions=lambda e, live=live: [q for q in past.questions(e) if not q.needs or live.keys() >= set(q.needs)])
         questions = [ScheduledQuestion(plan, name, p.version) for name, p in sorted(probes.items()) for plan in p.ask(now, checkpoint)]
         steps.append(Step(checkpoint, edits, tuple(questions)))
     return Schedule(tuple(steps), past.scale)

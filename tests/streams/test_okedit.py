@@ -129,6 +129,21 @@ def test_every_photo_with_two_questions_has_a_sibling_control(tmp_path: Path) ->
         assert siblings[0].prompt != event.prompt
 
 
+def test_a_paraphrase_that_is_another_edited_question_about_the_photo_is_not_asked(tmp_path: Path) -> None:
+    """Its answer would be the other edit's target."""
+    make_folder(tmp_path, [q for i in range(1000, 1400, 10) for q in (i, i + 1, i + 2)])
+    questions = json.loads((tmp_path / QUESTIONS).read_text())
+    for row, other in zip(questions["questions"], [*questions["questions"][1:], None]):
+        if other and row["image_id"] == other["image_id"]:
+            row["rephrased_questions"].append(other["question"])
+    (tmp_path / QUESTIONS).write_text(json.dumps(questions))
+    stream = OkeditYearly(StreamConfig(data_root=tmp_path))
+    edited = {(e.image.key, e.prompt) for e in stream.events(10**6) if e.image}
+    asked = [q for e in stream.events(60) for q in stream.questions(e) if q.split == "text_generality"]
+    assert asked
+    assert not edited & {(q.image.key, q.prompt) for q in asked if q.image}
+
+
 # the real files ----------------------------------------------------------------------------------------------
 
 

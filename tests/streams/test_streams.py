@@ -25,9 +25,10 @@ from tests.helpers.real_files import own_record, small_copy
 N = 300
 FILES = "okedit-yearly on files"
 OWN = "jsonl:records.jsonl"
+DATED = "jsonl:dated.jsonl"
 BOTH = "merged:jsonl:records.jsonl+jsonl:others.jsonl"
 _NAMES = [name for name in STREAMS.names() if not name.endswith(":")]
-CASES = [*_NAMES, FILES, OWN, BOTH, *(name for name in REAL if name not in _NAMES)]
+CASES = [*_NAMES, FILES, OWN, DATED, BOTH, *(name for name in REAL if name not in _NAMES)]
 Make = Callable[..., Stream]
 
 
@@ -46,6 +47,11 @@ def make(request: pytest.FixtureRequest, case: str, folder: Path, tmp_path_facto
     """Makes a fresh instance of one stream: `make(seed=1)`."""
     if case == FILES:
         return lambda **config: STREAMS.get("okedit-yearly")(StreamConfig(data_root=folder, **config))
+    if case == DATED:
+        records = tmp_path_factory.mktemp("dated")
+        rows = [own_record(i) | {"target": f"Ann {i}.{k}", "when": 2000 + 3 * k + i % 3} for i in range(80) for k in range(3)]
+        (records / "dated.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        return lambda **config: STREAMS.get(case)(StreamConfig(data_root=records, fields=("time=when",), **config))
     if case in (OWN, BOTH):
         records = tmp_path_factory.mktemp("own")
         (records / "records.jsonl").write_text("\n".join(json.dumps(own_record(i)) for i in range(300)))

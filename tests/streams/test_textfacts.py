@@ -111,6 +111,16 @@ def test_zsre_takes_portability_of_the_same_question_and_target(tmp_path: Path) 
         assert not [q for q in alone.questions(e) if q.split == "portability"]
 
 
+def test_a_portability_record_that_cannot_be_read_lends_nothing(tmp_path: Path) -> None:
+    rows = [{"edit_id": i, "requested_rewrite": f"Land of S{i}?", "target_old": f"o{i}", "target_new": f"n{i}"} for i in range(40)]
+    root = put(tmp_path, "zsre/fullTest/edit_data.json", rows)
+    port = [{"prompt": "Capital of that land?", "ground_truth": "c"}, {"ask": "x"}]
+    put(tmp_path, "knowedit_portability/data/ZsRE/ZsRE-test-all.json", [{"prompt": "Land of S3?", "target_new": "n3", "portability": port}])
+    s = stream("zsre-yearly", root)
+    assert "portability of 0" in s.origin
+    assert [k.where for k in s.skipped] == ["ZsRE-test-all.json record 0"]
+
+
 def test_portability_follows_the_records_own_target(tmp_path: Path) -> None:
     def row(i: int) -> dict[str, Any]:
         port = {"Reasoning": [{"prompt": f"Capital of the land of S{i}?", "ground_truth": [[f"c{i}", f"d{i}"]]}], "Alias": None}
@@ -150,7 +160,7 @@ ONE = {
     "object": ({"target_new": {"a": 1}}, "target_new must be text, found an object"),
     "same": ({"target_new": "the OLD 3"}, "target_new equals ground_truth"),
     "no old answer": ({"ground_truth": []}, "ground_truth is absent or empty"),
-    "portability of texts": ({"portability": {"a": ["x"]}}, "portability must hold objects"),
+    "portability of unknown fields": ({"portability": {"a": [{"b": "x"}]}}, "portability holds b: expected a question"),
     "twice": ({"prompt": "P 2"}, "the same prompt stands in an earlier record"),
 }
 
@@ -208,5 +218,5 @@ def test_the_development_part_edits_what_no_run_edits_or_asks_about(tmp_path: Pa
     assert not asked & {e.prompt for e in events}
     assert len(development.train_pool().questions) <= len(events)
     assert development.origin.endswith("never edited") and "development part" in development.origin
-    with pytest.raises(BadStream, match="does not support stream.development"):
+    with pytest.raises(BadStream, match=r"does not support stream\.development"):
         STREAMS.get("world-yearly")(StreamConfig(development=True))

@@ -99,8 +99,9 @@ class EditBenchmark(CLScenario):
         return [e for e in group if e.kind != "retire" and e.id not in self._revised]
 
     def _questions(self, group: Sequence[EditEvent], splits: Sequence[str]) -> list[Question]:
-        """The questions about edits that no later edit replaces, because their right answer is the same in every evaluation."""
-        return [q for e in self._live(group) for q in self.source.questions(e) if q.split in splits]
+        """The questions about edits that no later edit replaces, because their right answer is the same in every evaluation;
+        questions that follow from several edits are left out."""
+        return [q for e in self._live(group) for q in self.source.questions(e) if q.split in splits and not q.needs]
 
     def _in_every_group(self, splits: Sequence[str]) -> bool:
         return all(self._questions(group, splits) for group in self.groups)
