@@ -14,10 +14,12 @@ from analysis.metrics.bootstrap import REPLICATES
 from analysis.reading.records import BadRun
 from analysis.reporting.report import COMPARISON, TABLES, write_all
 from analysis.reporting.tables import terminal_table
+from testbed.core.terminal import replace_what_the_terminal_lacks
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0 when everything was written, 2 when a run cannot be analysed or the folder not be written."""
+    replace_what_the_terminal_lacks()
     given = parser().parse_args(argv)
     to = given.out or (given.runs[0] if len(given.runs) == 1 else given.runs[0] / COMPARISON)
     try:

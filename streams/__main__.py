@@ -19,6 +19,7 @@ import tyro
 
 from streams.base import BadStream, MissingImages, StreamConfig
 from testbed.core.registry import STREAMS, UnknownName
+from testbed.core.terminal import replace_what_the_terminal_lacks
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ def inspect_stream(config: InspectConfig) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code is 2 where the stream cannot be used."""
+    replace_what_the_terminal_lacks()
     config = tyro.cli(InspectConfig, args=None if argv is None else list(argv), prog="python -m streams")
     try:
         lines, code = inspect_stream(config), 0

@@ -35,7 +35,7 @@ class Range:
         low = "" if self.least is None else f"{self.least:g} or more"
         low = low or ("" if self.above is None else "positive" if self.above == 0 else f"more than {self.above:g}")
         if self.least is not None and self.most is not None:
-            return f"between {self.least:g} and {self.most:g}"
+            return f"between {self.least:.12g} and {self.most:.12g}"
         return " and ".join(filter(None, (low, "" if self.most is None else f"at most {self.most:g}")))
 
 
@@ -44,6 +44,8 @@ NonNegativeInt = Annotated[int, Range(least=0)]
 PositiveFloat = Annotated[float, Range(above=0)]
 NonNegativeFloat = Annotated[float, Range(least=0)]
 Fraction = Annotated[float, Range(least=0, most=1)]
+Seed = Annotated[int, Range(least=0, most=2**32 - 1)]
+"""Seeds that numpy, torch and the hashes of panels all take."""
 PositiveFraction = Annotated[float, Range(above=0, most=1)]
 
 

@@ -11,6 +11,7 @@ from streams.base import BadStream
 from testbed.benchmarks.files import BadBenchmark
 from testbed.core.events import BadEvent, BadPicture
 from testbed.core.registry import UnknownName
+from testbed.core.terminal import replace_what_the_terminal_lacks
 from testbed.experiment.config import BadConfig
 from testbed.experiment.interrupt import Stopped
 from testbed.storage.files import StoreError
@@ -26,6 +27,7 @@ def run_command(work: Callable[[], T], resume_with: str = "--resume and the run 
     Exit code 2 is a mistake of the user or lack of memory, 130 an interrupt, 143 a stop by SIGTERM.
     resume_with: how the user continues interrupted work, for the message.
     """
+    replace_what_the_terminal_lacks()
     console = Console(stderr=True)
     try:
         return 0, work()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -16,7 +17,7 @@ from streams.base import MissingImages, Stream, StreamConfig
 from testbed.benchmarks import files as benchmarks
 from testbed.benchmarks.files import BadBenchmark, BenchmarkConfig
 from testbed.core import variants
-from testbed.core.ranges import PositiveInt, out_of_range
+from testbed.core.ranges import PositiveInt, Seed, out_of_range
 from testbed.core.registry import EDITORS, STREAMS, UnknownName
 from testbed.core.schema import folder_name
 from testbed.experiment.track import missing
@@ -51,7 +52,7 @@ class RunConfig:
     """Number of edits."""
     batch: PositiveInt = 1
     """Edits per step."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the order of the stream, the panels and the editors."""
     prompt: Literal["auto", "bare", "question", "examples", "chat"] = "auto"
     """How a text model is asked: bare, as a question, after two examples of the relation, or by its chat template. auto asks a
@@ -93,6 +94,20 @@ class RunConfig:
     """Print what would run and what it would cost, and stop."""
     list: bool = False
     """Print every editor, stream and probe with one line each, and stop."""
+
+    def __post_init__(self) -> None:
+        """Take values as the command line takes them: text for a path or a number, one name for a list. Raises `BadConfig`."""
+        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        hints = get_type_hints(type(self))
+        odd = {name: value for name, value in given.items() if not _fits(value, hints[name])}
+        wrong = []
+        for name, value in odd.items():
+            try:
+                object.__setattr__(self, name, parse_value(value, hints[name]))
+            except ValueError as e:
+                wrong.append(f"--{name.replace('_', '-')} {value!r}: {e}")
+        if wrong:
+            raise BadConfig("\n".join(wrong))
 
     def resolve(self) -> ResolvedRun:
         """Look up the stream and the editors and read the benchmarks. Raises `BadConfig` with every mistake at once."""
@@ -162,6 +177,9 @@ class RunConfig:
             out.append(f"--editor names two editors that would share a folder: {', '.join(self.editor)}")
         if self.data_root is not None and not self.data_root.is_dir():
             out.append(f"--data-root {self.data_root} is not a folder")
+        for name, path in (("out", self.out), ("save-model", self.save_model), ("cache", self.cache), ("log", self.log)):
+            if path is not None and not _can_hold(path.parent if name == "log" else path, exists=name == "log"):
+                out.append(f"--{name} {path} cannot be written: make the folder, or choose another one")
         return out
 
     def _set_problems(self) -> list[str]:
@@ -265,6 +283,25 @@ def set_fields(config: D, values: Mapping[str, Any]) -> D:
     if wrong:
         raise BadConfig("\n".join(wrong))
     return replace(config, **out)  # type: ignore[type-var]
+
+
+def _can_hold(folder: Path, exists: bool) -> bool:
+    """Whether files can be written into a folder that is there or, unless it must exist, one that can be made."""
+    while not exists and not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of the type of a field, text for a path and a whole number for a text not counted."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, a) for a in args)
+    if origin is Literal:
+        return value in args
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(v, args[0]) for v in value)
+    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
 
 
 def parse_value(text: Any, hint: Any) -> Any:

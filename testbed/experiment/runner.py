@@ -34,6 +34,8 @@ from testbed.storage.files import Phase, StoreError, read_json, write_rows
 from testbed.storage.run_folder import RunFolder
 from testbed.storage.shared_cache import base_answers, package_version
 
+OWN_FORM = "the family's own"
+"""Name of the prompt form of a model whose family has a template, or of a stream that knows no old answers."""
 SAME = ("config", "model_hash", "stream_hash", "schedule_hash", "schema_version")
 """Entries of the manifest in which a resumed run must equal the stored one."""
 
@@ -56,7 +58,11 @@ class PreparedRun:
     @property
     def out(self) -> Path:
         """The run folder."""
-        return self.config.resume or self.config.out or Path("runs") / f"{self.config.stream}-{self.config.seed}-{self.manifest['run'][:8]}"
+        return (
+            self.config.resume
+            or self.config.out
+            or Path("runs") / f"{folder_name(self.config.stream)}-{self.config.seed}-{self.manifest['run'][:8]}"
+        )
 
     def editor(self, name: str) -> Editor:
         """A new editor, bound to the model, before its first edit."""
@@ -90,7 +96,7 @@ def prepare(resolved: ResolvedRun) -> PreparedRun:
     planned = schedule.build(stream, events, options)
     preflight.check(planned, handle)
     manifest = _manifest(resolved, stream, events, planned, handle) | {"prompt": chosen.stored()}
-    manifest["notes"].append(chosen.line)
+    manifest["notes"] += [chosen.line] if chosen.form.name != OWN_FORM else []
     if (held := _belief(config, handle, events)) is not None:
         manifest["belief"] = held.stored()
         manifest["notes"] += held.lines()
@@ -110,7 +116,7 @@ def ask_in_form(resolved: ResolvedRun, stream: Stream, taken: int, handle: Model
 
     taken: number of edits of the run; a form is chosen by the old answers of the stream's next edits. Raises `BadConfig`.
     """
-    config, own = resolved.config, PromptForm("the family's own", handle.family.text, handle.family.answer)
+    config, own = resolved.config, PromptForm(OWN_FORM, handle.family.text, handle.family.answer)
     stored = RunFolder(config.resume).manifest().get("prompt") if config.resume else None
     if (config.resume and stored is None) or (config.prompt == "auto" and own.text != PromptForm.text):
         return ChosenForm(own)

@@ -206,3 +206,33 @@ def test_an_absent_or_binary_yaml_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "b.yaml").write_bytes(b"\xff\xfe\x00\x01")
     with pytest.raises(BadConfig, match="cannot be read"):
         read_yaml(tmp_path / "b.yaml")
+
+
+def test_values_are_taken_as_the_command_line_takes_them(tmp_path: Path) -> None:
+    given: dict[str, Any] = {"data_root": str(tmp_path), "out": "x", "model": Path("m"), "editor": "noop", "edits": "2", "batch": 3.0}
+    config = RunConfig(**given)
+    assert config == RunConfig(data_root=tmp_path, out=Path("x"), model="m", editor=("noop",), edits=2, batch=3)
+    several: Any = ["noop", "finetune"]
+    assert RunConfig(editor=several).editor == ("noop", "finetune")
+    wrong: dict[str, Any] = {"edits": "many", "seed": 1.5, "prompt": "loud"}
+    with pytest.raises(BadConfig) as e:
+        RunConfig(**wrong)
+    assert str(e.value).splitlines() == [
+        "--edits 'many': expected a whole number",
+        "--seed 1.5: expected a whole number",
+        "--prompt 'loud': expected one of auto, bare, question, examples, chat",
+    ]
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63 - 1])
+def test_a_seed_out_of_range_is_refused_with_the_range(seed: int) -> None:
+    assert RunConfig(seed=seed).problems() == [f"--seed must be between 0 and 4294967295, got {seed}"]
+
+
+def test_places_that_cannot_be_written_are_named_before_work_starts(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    config = RunConfig(log=tmp_path / "absent" / "log.txt", out=tmp_path / "file" / "run", save_model=tmp_path / "new" / "models")
+    assert config.problems() == [
+        f"--out {tmp_path / 'file' / 'run'} cannot be written: make the folder, or choose another one",
+        f"--log {tmp_path / 'absent' / 'log.txt'} cannot be written: make the folder, or choose another one",
+    ]
