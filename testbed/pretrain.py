@@ -25,7 +25,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -33,6 +33,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from streams.base import BadStream, MissingImages, Stream, StreamConfig
+from streams.data import table
 from streams.world.facts import world
 from testbed.core.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, Range, out_of_range
 from testbed.core.registry import STREAMS, UnknownName
@@ -40,10 +41,8 @@ from testbed.experiment.config import BadConfig, set_fields
 from testbed.pretraining import stages
 from testbed.pretraining.evaluation import AbilityScore
 
-if TYPE_CHECKING:
-    from testbed.pretraining.stages import StageReport
-
 ASSETS = Path(__file__).parent / "assets"
+_CARD: str = table(stages.__file__, "model_card.yaml")["text"]
 
 
 @dataclass(frozen=True)
@@ -84,13 +83,8 @@ class PretrainConfig:
 
     def stream_config(self) -> StreamConfig:
         """The part of the configuration on which the run's stream depends. Raises `BadConfig` for a bad value of `set`."""
-        base = StreamConfig(
-            data_root=self.data_root,
-            seed=self.seed,
-            missing_images=self.missing_images,
-            world_seed=self.world_seed,
-            world_size=self.world_size,
-        )
+        shared = ("data_root", "seed", "missing_images", "world_seed", "world_size")
+        base = StreamConfig(**{name: getattr(self, name) for name in shared})
         given = [item.partition("=") for item in self.set]
         if odd := [a + b + c for a, b, c in given if not b or not a.startswith("stream.")]:
             raise BadConfig(f"--set {', '.join(map(repr, odd))}: expected stream.field=value")
@@ -112,7 +106,7 @@ class BadPretrain(ValueError):
     """A training that is not possible; the message lists every reason."""
 
 
-def pretrain(config: PretrainConfig, report: StageReport = lambda stage, done, loss: None) -> list[AbilityScore]:
+def pretrain(config: PretrainConfig, report: stages.StageReport = lambda stage, done, loss: None) -> list[AbilityScore]:
     """Train, write the folder and its model card, and return the scores of the saved model.
 
     Raises `BadPretrain` for a configuration or a stream that cannot be learned, `UnknownName` for a stream that does not
@@ -142,7 +136,7 @@ def _threads(number: int) -> Iterator[None]:
         torch.set_num_threads(own)
 
 
-def _train(config: PretrainConfig, stream: Stream, report: StageReport) -> stages.TrainingResult:
+def _train(config: PretrainConfig, stream: Stream, report: stages.StageReport) -> stages.TrainingResult:
     known = world(stream.config.world_seed, stream.config.world_size)
     if config.course == "stream" and stream.data_hash() == known.content_hash():
         phases = stages.shorten_phases(stages.WORLD, config.steps, config.minutes)
@@ -179,26 +173,10 @@ def command_of(config: PretrainConfig) -> str:
 
 def model_card(config: PretrainConfig, stream: Stream, result: stages.TrainingResult, minutes: float) -> str:
     """The model card as Markdown: how the model was made, what it has learned, and its scores."""
-    lines = [
-        "# Tiny image-text model",
-        "",
-        "`LlavaForConditionalGeneration` (CLIP tower 3x96, Llama 4x192), byte-level BPE tokenizer, PIL image processor;",
-        "48x48 pictures, 36 image tokens. Weights are stored in bf16 and load as fp32.",
-        "",
-        f"- Made by: `{command_of(config)}`",
-        f"- Learned: {result.learned or stream.origin}",
-        f"- Seed {config.seed}; {result.steps:,} steps after the tower; {minutes:.1f} minutes in all, on {config.threads} threads",
-        f"- SHA-256 of `model.safetensors`: `{weights_sha256(config.out)}`",
-        f"- Licence: MIT, as the project. {stream.licence}",
-        *(f"- {note}" for note in result.notes),
-        "",
-        "Sums of bf16 products depend on the machine, so the same command gives other weights on another one; they are accepted",
-        "if they meet the thresholds. Answers are generated greedily and compared by exact match, on n questions for each score.",
-        "",
-        *score_table(result.scores),
-        "",
-    ]
-    return "\n".join(lines)
+    notes = "".join(f"- {note}\n" for note in result.notes)
+    made = {"config": config, "result": result, "stream": stream, "minutes": minutes, "command": command_of(config), "notes": notes}
+    learned, scores = result.learned or stream.origin, "\n".join(score_table(result.scores))
+    return _CARD.format(**made, learned=learned, sha256=weights_sha256(config.out), scores=scores)
 
 
 def score_table(scores: Sequence[AbilityScore]) -> list[str]:
@@ -211,7 +189,7 @@ def score_table(scores: Sequence[AbilityScore]) -> list[str]:
 
 
 @contextmanager
-def _bars(console: Console) -> Iterator[StageReport]:
+def _bars(console: Console) -> Iterator[stages.StageReport]:
     """Progress bars, one for each stage; nothing where the output is no terminal."""
     loss = TextColumn("{task.percentage:>3.0f}%  loss {task.fields[loss]:.3f}")
     columns = (TextColumn("{task.description:>14}"), BarColumn(), loss, TimeRemainingColumn())

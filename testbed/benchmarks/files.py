@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
+from streams.data import table
 from testbed.benchmarks.formats import LETTERS, BadItem, BenchmarkItem, RecordSource, SkippedItem, item_of
 from testbed.core.events import BadPicture, Question
 from testbed.core.ranges import NonNegativeInt, PositiveInt, out_of_range
@@ -67,7 +66,7 @@ class LoadedBenchmarks:
     skipped: tuple[str, ...] = ()
 
 
-SUITES: dict[str, dict[str, str]] = yaml.safe_load(Path(__file__).with_name("suites.yaml").read_text(encoding="utf-8"))
+SUITES: dict[str, dict[str, str]] = table(__file__, "suites.yaml")
 """By the name of a suite, the names of its benchmarks and the patterns of their files under the folder `benchmarks` of a data root."""
 
 
@@ -102,17 +101,16 @@ def _benchmark(name: str, items: Sequence[BenchmarkItem], config: BenchmarkConfi
 
 
 def _question(name: str, item: BenchmarkItem, examples: Sequence[BenchmarkItem], config: BenchmarkConfig) -> Question:
+    topic = f"{item.kind}:{name}"
     if item.scoring == "perplexity":
-        return Question("text", item.prompt, topic=f"{item.kind}:{name}")
+        return Question("text", item.prompt, topic=topic)
     scoring: Any = config.scoring if item.scoring == "choice" else item.scoring
     solved = "".join(f"{e.prompt} {e.answer}\n\n" for e in examples if item.shown)
     choices = item.choices if scoring != "generate" else ()
-    topic = f"{item.kind}:{name}"
     return Question("general", solved + item.prompt, item.answer, None, item.image, item.aliases, topic, choices, scoring)
 
 
 def _read_suite(suite: str, data_root: Path | None, skipped: list[str]) -> Iterator[tuple[str, list[BenchmarkItem]]]:
-    """The same of a suite; a benchmark whose file is absent is a line of `skipped`."""
     if data_root is None:
         raise BadBenchmark(f"--benchmarks {suite} is a suite of files under --data-root: give the folder that holds benchmarks/")
     found = {name: next(iter(sorted((data_root / "benchmarks").glob(pattern))), None) for name, pattern in SUITES[suite].items()}
@@ -150,27 +148,22 @@ def _name(path: Path) -> str:
 
 def _items(path: Path, skipped: list[str]) -> Iterator[BenchmarkItem]:
     """Items of one file. Raises `BadBenchmark` with the file and the record's number."""
-    source, n = RecordSource(path.parent, _name(path)), 0
-    for where, record in _records(path):
-        n += 1
-        try:
-            yield item_of(record, source)
-        except SkippedItem as e:
-            skipped.append(f"{where}: {e}")
-        except BadItem as e:
-            raise BadBenchmark(f"{where}: {e}") from e
-    if not n:
-        raise BadBenchmark(f"{path} holds no records")
-
-
-def _records(path: Path) -> Iterator[tuple[str, Any]]:
-    """The position and the fields of each record of a file."""
     if path.suffix not in _READERS:
         raise BadBenchmark(f"{path}: expected a file that ends in {', '.join(_READERS)}")
+    source, n = RecordSource(path.parent, _name(path)), 0
     try:
-        yield from _READERS[path.suffix](path)
+        for where, record in _READERS[path.suffix](path):
+            n += 1
+            try:
+                yield item_of(record, source)
+            except SkippedItem as e:
+                skipped.append(f"{where}: {e}")
+            except BadItem as e:
+                raise BadBenchmark(f"{where}: {e}") from e
     except (OSError, UnicodeDecodeError, zipfile.BadZipFile, csv.Error) as e:
         raise BadBenchmark(f"{path} cannot be read: {e}") from e
+    if not n:
+        raise BadBenchmark(f"{path} holds no records")
 
 
 def _json_lines(name: str, text: str) -> Iterator[tuple[str, Any]]:
@@ -208,14 +201,13 @@ def _paragraphs(path: Path) -> Iterator[tuple[str, Any]]:
 def _table(path: Path) -> Iterator[tuple[str, Any]]:
     """Records of a csv file with a header, or of MMLU's six columns without one."""
     rows = list(csv.reader(io.StringIO(path.read_text(encoding="utf-8-sig"))))
-    if rows and _mmlu_row(rows[0]):
-        for i, row in enumerate(rows, 1):
-            if not _mmlu_row(row):
-                raise BadBenchmark(f"{path}:{i}: expected a question, four choices and a letter from A to D, found {len(row)} columns")
+    bare = bool(rows) and _mmlu_row(rows[0])
+    for i, row in enumerate(rows, 1):
+        if bare and not _mmlu_row(row):
+            raise BadBenchmark(f"{path}:{i}: expected a question, four choices and a letter from A to D, found {len(row)} columns")
+        if bare:
             yield f"{path}:{i}", {"question": row[0], "choices": row[1:5], "answer": row[5]}
-        return
-    for i, row in enumerate(rows[1:], 2):
-        if row:
+        elif row and i > 1:
             yield f"{path}:{i}", dict(zip(rows[0], row))
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from streams.data import table
 from streams.files.pictures import FilePicture
 from testbed.core.events import Scoring
 
@@ -61,22 +62,14 @@ class RecordSource:
 Record = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class BenchmarkFormat:
-    """A format: the fields by which it is recognised, and the function that makes an item of a record."""
-
-    fields: tuple[str, ...]
-    make: Callable[[Record, RecordSource], BenchmarkItem]
-
-
 def item_of(record: Any, source: RecordSource) -> BenchmarkItem:
     """The item of a record. Raises `BadItem` with the fields that were found and the known formats."""
     if not isinstance(record, dict):
         raise BadItem(f"expected an object, found {type(record).__name__}")
-    for known_format in FORMATS:
-        if all(f in record for f in known_format.fields):
-            return known_format.make(record, source)
-    known = "; ".join(", ".join(f.fields) for f in FORMATS)
+    for fields, make in FORMATS.items():
+        if all(f in record for f in fields):
+            return make(record, source)
+    known = "; ".join(map(", ".join, FORMATS))
     raise BadItem(f"the fields {', '.join(map(str, record)) or '(none)'} fit no known format. Known formats: {known}")
 
 
@@ -143,7 +136,7 @@ def _dialogue(r: Record, source: RecordSource) -> BenchmarkItem:
 
 
 def _pair(r: Record, source: RecordSource) -> BenchmarkItem:
-    good, bad = _text(r, "sentence_good").strip(), _text(r, "sentence_bad").strip()
+    good, bad = (_text(r, name).strip() for name in ("sentence_good", "sentence_bad"))
     return _choose(good, sorted((good, bad)), good, scoring="text")
 
 
@@ -193,51 +186,39 @@ def _vqa(r: Record, source: RecordSource) -> BenchmarkItem:
     return BenchmarkItem(_text(r, "question").strip(), best, aliases=tuple(aliases), image=FilePicture(source.folder, _text(r, "image")))
 
 
-GLUE: dict[str, tuple[str, dict[str, str]]] = {
-    "sst2": ("Review: {sentence}\nIs this review negative or positive?\nAnswer:", {"0": "negative", "1": "positive"}),
-    "cola": ("Sentence: {sentence}\nIs this sentence acceptable English, yes or no?\nAnswer:", {"0": "no", "1": "yes"}),
-    "mrpc": ("First: {sentence1}\nSecond: {sentence2}\nDo they mean the same, yes or no?\nAnswer:", {"0": "no", "1": "yes"}),
-    "rte": ("{sentence1}\nDoes it follow that {sentence2} Yes or no?\nAnswer:", {"0": "yes", "1": "no"}),
-    "nli": ("{sentence1}\nDoes it follow that {sentence2} Yes or no?\nAnswer:", {"entailment": "yes", "not_entailment": "no"}),
-}
-GLUE["sentiment_analysis"] = GLUE["sst2"]
-"""Prompt template and answers of each GLUE task, by the name of its file, because records hold sentences and a label alone."""
+GLUE: dict[str, dict[str, Any]] = table(__file__, "glue.yaml")
 
 
 def _glue(r: Record, source: RecordSource) -> BenchmarkItem:
     if source.name not in GLUE:
         raise BadItem(f"records of sentences and a label mean nothing without their task; name the file one of {', '.join(GLUE)}")
-    template, words = GLUE[source.name]
+    words = GLUE[source.name]["answers"]
     if str(r["label"]) not in words:
         raise BadItem(f"label must be one of {', '.join(words)} for {source.name}, found {r['label']!r}")
     parts = {name: _text(r, name).strip() for name in ("sentence", "sentence1", "sentence2") if name in r}
     try:
-        return _choose(template.format(**parts), tuple(words.values()), words[str(r["label"])])
+        return _choose(GLUE[source.name]["prompt"].format(**parts), tuple(words.values()), words[str(r["label"])])
     except KeyError as e:
         raise BadItem(f"{source.name} needs the field {e}") from e
 
 
-FORMATS = (
-    BenchmarkFormat(("query", "choices", "gold"), _query),
-    BenchmarkFormat(
-        ("context", "continuation"), lambda r, _: BenchmarkItem(_text(r, "context").rstrip(), _text(r, "continuation").strip())
-    ),
-    BenchmarkFormat(("context_options", "continuation", "gold"), _options),
-    BenchmarkFormat(("context", "answer"), _open),
-    BenchmarkFormat(("question", "mc1_targets"), _truthful),
-    BenchmarkFormat(("image", "question", "answer"), _vqa),
-    BenchmarkFormat(("image", "question", "answers"), _vqa),
-    BenchmarkFormat(
-        ("question", "choices", "answer"),
-        lambda r, _: _lettered(_text(r, "question").strip(), _texts(r, "choices"), r["answer"], "answer"),
-    ),
-    BenchmarkFormat(("article", "options", "answers"), _dialogue),
-    BenchmarkFormat(("sentence_good", "sentence_bad"), _pair),
-    BenchmarkFormat(("prompt", "harmful"), _request),
-    BenchmarkFormat(("goal", "target"), lambda r, _: _safety(r, "goal", True)),
-    BenchmarkFormat(("prompt", "type"), lambda r, _: _safety(r, "prompt", _text(r, "type").startswith("contrast"))),
-    BenchmarkFormat(("sentence", "label"), _glue),
-    BenchmarkFormat(("sentence1", "sentence2", "label"), _glue),
-    BenchmarkFormat(("Corpus", "Text"), lambda r, _: BenchmarkItem(_text(r, "Text").strip(), scoring="perplexity")),
-    BenchmarkFormat(("text",), lambda r, _: BenchmarkItem(_text(r, "text").strip(), scoring="perplexity")),
-)
+FORMATS: dict[tuple[str, ...], Callable[[Record, RecordSource], BenchmarkItem]] = {
+    ("query", "choices", "gold"): _query,
+    ("context", "continuation"): lambda r, _: BenchmarkItem(_text(r, "context").rstrip(), _text(r, "continuation").strip()),
+    ("context_options", "continuation", "gold"): _options,
+    ("context", "answer"): _open,
+    ("question", "mc1_targets"): _truthful,
+    ("image", "question", "answer"): _vqa,
+    ("image", "question", "answers"): _vqa,
+    ("question", "choices", "answer"): lambda r, _: _lettered(_text(r, "question").strip(), _texts(r, "choices"), r["answer"], "answer"),
+    ("article", "options", "answers"): _dialogue,
+    ("sentence_good", "sentence_bad"): _pair,
+    ("prompt", "harmful"): _request,
+    ("goal", "target"): lambda r, _: _safety(r, "goal", True),
+    ("prompt", "type"): lambda r, _: _safety(r, "prompt", _text(r, "type").startswith("contrast")),
+    ("sentence", "label"): _glue,
+    ("sentence1", "sentence2", "label"): _glue,
+    ("Corpus", "Text"): lambda r, _: BenchmarkItem(_text(r, "Text").strip(), scoring="perplexity"),
+    ("text",): lambda r, _: BenchmarkItem(_text(r, "text").strip(), scoring="perplexity"),
+}
+"""By the fields by which a format is recognised, the function that makes an item of a record."""

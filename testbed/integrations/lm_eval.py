@@ -27,7 +27,7 @@ from testbed.core.events import Ask
 from testbed.experiment.config import BadConfig
 from testbed.experiment.rebuild import rebuild
 from testbed.model.handle import ModelHandle
-from testbed.model.predictor import ModelPredictor, Predictor, Score
+from testbed.model.predictor import ModelPredictor, Predictor
 from testbed.probes.base import draw
 from testbed.storage.files import write_json
 
@@ -101,27 +101,15 @@ def _samples(tasks: dict[Any, Any], items: int) -> dict[str, list[int]] | None:
 
 def _leaves(tree: dict[Any, Any]) -> list[tuple[str, Any]]:
     """Name and task of every leaf of the tree of task groups."""
-    out = []
-    for key, value in tree.items():
-        out += _leaves(value) if isinstance(value, dict) else [(str(key), value)]
-    return out
+    below = (_leaves(value) if isinstance(value, dict) else [(str(key), value)] for key, value in tree.items())
+    return [leaf for leaves in below for leaf in leaves]
 
 
 def evaluate(lm: Any, tasks: Sequence[str], manager: Any, samples: dict[str, list[int]] | None, shots: int | None) -> dict[str, Any]:
     """The harness's metrics of one model by task, without its bootstrap."""
-    output = _library().simple_evaluate(
-        model=lm,
-        tasks=list(tasks),
-        task_manager=manager,
-        samples=samples,
-        num_fewshot=shots,
-        bootstrap_iters=0,
-        log_samples=False,
-        random_seed=0,
-        numpy_random_seed=0,
-        torch_random_seed=0,
-        fewshot_random_seed=0,
-    )
+    seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), 0)
+    asked = {"tasks": list(tasks), "task_manager": manager, "samples": samples, "num_fewshot": shots}
+    output = _library().simple_evaluate(model=lm, **asked, **seeds, bootstrap_iters=0, log_samples=False)
     return {task: {k: v for k, v in row.items() if isinstance(v, (int, float))} for task, row in output["results"].items()}
 
 
@@ -133,8 +121,9 @@ def model(predictor: Predictor, handle: ModelHandle) -> Any:
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
             pairs = [(context.rstrip(), continuation.strip()) for context, continuation in (r.args for r in requests)]
             texts = iter(predictor.text_logprobs([y for x, y in pairs if not x]))
-            scores = iter(predictor.score([Ask(x) for x, _ in pairs if x], [y for x, y in pairs if x]))
-            return [_total(next(scores)) if x else (float(next(texts).sum()), False) for x, _ in pairs]
+            scores = predictor.score([Ask(x) for x, _ in pairs if x], [y for x, y in pairs if x])
+            totals = ((float(s.logprobs.sum()), bool(s.hits.all())) for s in scores)
+            return [next(totals) if x else (float(next(texts).sum()), False) for x, _ in pairs]
 
         def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
             texts = [r.args[0] for r in requests]
@@ -154,11 +143,6 @@ def model(predictor: Predictor, handle: ModelHandle) -> Any:
             return [out[i] for i in range(len(requests))]
 
     return PredictorLM()
-
-
-def _total(score: Score) -> tuple[float, bool]:
-    """Summed log-probability (nats) of an answer, and whether greedy decoding gives it."""
-    return float(score.logprobs.sum()), bool(score.hits.all())
 
 
 def _stops(settings: dict[str, Any]) -> tuple[list[str], int]:

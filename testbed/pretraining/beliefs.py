@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image
@@ -16,7 +16,6 @@ from PIL import Image
 from testbed.core.events import BadPicture, Picture, Question
 from testbed.editors.retrieval import prompts
 from testbed.pretraining.curriculum import Curriculum, pick
-from testbed.pretraining.evaluation import EvaluationQuestion
 from testbed.pretraining.packing import Example, PackedBatch, Packer
 from testbed.pretraining.tiny_model import SIDE
 
@@ -167,12 +166,6 @@ class BeliefExamples:
         return pick(self._all, self.rng).answer or ""
 
 
-def reading_questions(examples: BeliefExamples, n: int) -> list[EvaluationQuestion]:
-    """n evaluation questions without a photo, each after facts of which one overrides the belief."""
-    drawn = [examples.after_facts(e, overrides=True) for e in examples.text_row(n)]
-    return [EvaluationQuestion(e.prompt, e.answer or "") for e in drawn]
-
-
 def _opening(prompt: str) -> str:
     """The first two words, because questions that begin alike mostly ask alike."""
     return " ".join(prompt.split()[:2])
@@ -207,8 +200,6 @@ def belief_texts(groups: list[PhotoBeliefs]) -> list[str]:
     return [f"{lead}{e.prompt}" for e in examples for lead in (" ", "\n")] + [f" {e.answer}" for e in examples for _ in range(8)]
 
 
-def belief_questions(groups: list[PhotoBeliefs], rng: np.random.Generator) -> list[EvaluationQuestion]:
-    """Every belief as an evaluation question, those with a photo with a new crop."""
-    return [
-        EvaluationQuestion(e.prompt, e.answer or "", None if g.photo is None else crop(g.photo, rng)) for g in groups for e in g.examples
-    ]
+def belief_questions(groups: list[PhotoBeliefs], rng: np.random.Generator) -> list[Example]:
+    """Every belief as a question, those with a photo with a new crop."""
+    return [e if g.photo is None else replace(e, photo=crop(g.photo, rng)) for g in groups for e in g.examples]

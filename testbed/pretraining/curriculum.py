@@ -9,23 +9,12 @@ from typing import TypeVar
 
 import numpy as np
 
+from streams.world import words
 from streams.world.emblem import PARTS, photograph, random_code
 from streams.world.facts import Entity, World
 from streams.world.general import two_hops
 from streams.world.skills import arithmetic, caption, comparison, grammar, perception, running_text, text_orders
-from streams.world.words import (
-    CAPTION_PROMPT,
-    CAPTION_TRAIN,
-    KINDS,
-    NAMING_PROMPT,
-    NAMING_TRAIN,
-    RELATIONS,
-    SLOTS,
-    Relation,
-    canonical,
-    phrasings,
-    picture_ref,
-)
+from streams.world.words import KINDS, RELATIONS, SLOTS, Relation, canonical, phrasings, picture_ref
 from testbed.editors.retrieval import prompts
 from testbed.pretraining.packing import Example
 
@@ -80,15 +69,11 @@ class Curriculum:
         self._order: list[int] = []
         self.progress = 0.0
 
-    def _easy(self) -> bool:
-        """Draw whether the next row of stated facts is an easy one."""
-        low, high = self.mixture.easy
-        return self.rng.random() > (self.progress - low) / (high - low)
-
     def context(self, by_picture: bool) -> tuple[np.ndarray | None, str, list[Example]]:
         """Stated facts with questions that they do or do not answer: (photo or None, shared beginning of all prompts, examples
         whose prompts continue it)."""
-        entity, easy = self._next_entity() if by_picture else self._entity(), self._easy()
+        entity = self._next_entity() if by_picture else self._entity()
+        easy = self.rng.random() > self._phased(self.mixture.easy)
         near = fact_keys_by_picture(entity, self.rng) if by_picture else fact_keys_by_name(self.world, entity, self.rng, self.mixture.near)
         count = 1 + (self._below(2) if easy else int(self.rng.choice(4, p=self.mixture.counts)))
         stated = draw_stated_facts(self.world, near, count, self.rng)
@@ -106,6 +91,11 @@ class Curriculum:
         order = self.rng.permutation(len(out))
         photo = photograph(entity.code, self.rng) if by_picture else None
         return photo, shared, [out[int(i)] for i in order]
+
+    def _phased(self, between: tuple[float, float]) -> float:
+        """How far training has gone through a range of progress, as a share; below 0 before it and above 1 after it."""
+        low, high = between
+        return (self.progress - low) / (high - low)
 
     def _learned(self, key: FactKey, pictured: Entity) -> str:
         entity = self.world.by_name.get(key[1], pictured)
@@ -129,8 +119,7 @@ class Curriculum:
             code = random_code(self.rng)
             return photograph(code, self.rng), [Example(*perception(code, p, self.rng, False)) for p in PARTS * 2]
         entity = self._next_entity()
-        low, high = self.mixture.facts
-        facts = [s for s in range(SLOTS) if self.rng.random() < (self.progress - low) / (high - low)]
+        facts = [s for s in range(SLOTS) if self.rng.random() < self._phased(self.mixture.facts)]
         out = [self._naming(entity)]
         out += [Example(self._ask(entity.relations[s], picture_ref(entity.kind)), self.world.value(entity, s)) for s in facts]
         out.append(self._caption(entity) if self._below(3) == 0 else self._naming(entity))
@@ -147,10 +136,10 @@ class Curriculum:
         return phrase_question(relation, ref, self.rng, held_out=False)
 
     def _naming(self, entity: Entity) -> Example:
-        return Example(pick((NAMING_PROMPT, *NAMING_TRAIN), self.rng).format(kind=entity.kind), entity.name)
+        return Example(pick((words.NAMING_PROMPT, *words.NAMING_TRAIN), self.rng).format(kind=entity.kind), entity.name)
 
     def _caption(self, entity: Entity) -> Example:
-        prompt = pick((CAPTION_PROMPT, CAPTION_PROMPT, *CAPTION_TRAIN), self.rng)
+        prompt = pick((words.CAPTION_PROMPT, words.CAPTION_PROMPT, *words.CAPTION_TRAIN), self.rng)
         return Example(prompt, caption(entity, self.world.value(entity, 0)))
 
     def _fact_by_name(self) -> Example:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,21 +19,13 @@ from streams.world.questions import QuestionForm, QuestionMaker
 from streams.world.skills import arithmetic, comparison, grammar, perception
 from streams.world.words import NAMING_HELD, SLOTS, picture_ref
 from testbed.pretraining.curriculum import phrase_question, pick, question_in_context
+from testbed.pretraining.packing import Example
 from testbed.pretraining.tiny_model import TEXT_ONLY, WITH_IMAGE
 
 NEW_PHOTO = 500
 """Photos of entities from this number on are used for evaluation alone."""
 DAMAGE_RATE, DAMAGE_STEPS = 2.5e-3, 20
 """Learning rate and steps of each edit in `sibling_damage`."""
-
-
-@dataclass(frozen=True, slots=True)
-class EvaluationQuestion:
-    """Prompt, expected answer, and the photo, uint8 (48, 48, 3), if the question has one."""
-
-    prompt: str
-    answer: str
-    photo: np.ndarray | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +44,7 @@ class AbilityScore:
         return None if self.threshold is None else self.value >= self.threshold
 
 
-def generate(model: Any, processor: Any, questions: Sequence[EvaluationQuestion], new_tokens: int = 24, batch: int = 128) -> list[str]:
+def generate(model: Any, processor: Any, questions: Sequence[Example], new_tokens: int = 24, batch: int = 128) -> list[str]:
     """Greedy answers, stripped. Prompts of similar length share a batch, padded on the left."""
     out = [""] * len(questions)
     order = sorted(range(len(questions)), key=lambda i: (questions[i].photo is None, len(questions[i].prompt)))
@@ -64,7 +56,7 @@ def generate(model: Any, processor: Any, questions: Sequence[EvaluationQuestion]
     return out
 
 
-def _generate(model: Any, processor: Any, questions: list[EvaluationQuestion], new_tokens: int) -> list[str]:
+def _generate(model: Any, processor: Any, questions: list[Example], new_tokens: int) -> list[str]:
     if questions[0].photo is None:
         texts = [TEXT_ONLY.format(prompt=q.prompt) for q in questions]
         inputs = processor.tokenizer(texts, return_tensors="pt", padding=True)
@@ -77,65 +69,65 @@ def _generate(model: Any, processor: Any, questions: list[EvaluationQuestion], n
     return [t.strip() for t in processor.tokenizer.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)]
 
 
-def share_right(model: Any, processor: Any, questions: Sequence[EvaluationQuestion]) -> float:
+def share_right(model: Any, processor: Any, questions: Sequence[Example]) -> float:
     """The share of questions whose generated answer equals the expected one."""
     made = generate(model, processor, questions)
     return float(np.mean([m == q.answer for m, q in zip(made, questions, strict=True)]))
 
 
-def _fact_by_name(world: World, rng: np.random.Generator) -> EvaluationQuestion:
+def _fact_by_name(world: World, rng: np.random.Generator) -> Example:
     entity, slot = pick(world.entities, rng), int(rng.integers(SLOTS))
-    return EvaluationQuestion(phrase_question(entity.relations[slot], entity.name, rng, held_out=True), world.value(entity, slot))
+    return Example(phrase_question(entity.relations[slot], entity.name, rng, held_out=True), world.value(entity, slot))
 
 
-def _fact_by_picture(world: World, rng: np.random.Generator, near_duplicates: bool = False) -> EvaluationQuestion:
+def _fact_by_picture(world: World, rng: np.random.Generator, near_duplicates: bool = False) -> Example:
     """A question about the photo of an entity; with `near_duplicates`, of one whose emblem differs in a single part from another's."""
     entity = pick(world.entities, rng)
     while near_duplicates and not world.has_near_duplicate(entity):
         entity = pick(world.entities, rng)
     slot = int(rng.integers(SLOTS))
     prompt = phrase_question(entity.relations[slot], picture_ref(entity.kind), rng, held_out=True)
-    return EvaluationQuestion(prompt, world.value(entity, slot), _new_photo(world, entity, rng))
+    return Example(prompt, world.value(entity, slot), _new_photo(world, entity, rng))
 
 
 def _new_photo(world: World, entity: Entity, rng: np.random.Generator) -> np.ndarray:
     return Photo(entity.code, (world.seed + 1) * 10**6 + NEW_PHOTO + int(rng.integers(10**5))).load()
 
 
-def _naming(world: World, rng: np.random.Generator) -> EvaluationQuestion:
+def _naming(world: World, rng: np.random.Generator) -> Example:
     entity = pick(world.entities, rng)
-    return EvaluationQuestion(pick(NAMING_HELD, rng).format(kind=entity.kind), entity.name, _new_photo(world, entity, rng))
+    return Example(pick(NAMING_HELD, rng).format(kind=entity.kind), entity.name, _new_photo(world, entity, rng))
 
 
-def _seeing(part: str, rng: np.random.Generator) -> EvaluationQuestion:
+def _seeing(part: str, rng: np.random.Generator) -> Example:
     code = random_code(rng)
-    return EvaluationQuestion(*perception(code, part, rng, held_out=True), Photo(code, int(rng.integers(2**31))).load())
+    return Example(*perception(code, part, rng, held_out=True), Photo(code, int(rng.integers(2**31))).load())
 
 
-def _in_context(world: World, rng: np.random.Generator, by_picture: bool, modes: tuple[str, ...]) -> EvaluationQuestion:
+def _in_context(world: World, rng: np.random.Generator, by_picture: bool, modes: tuple[str, ...]) -> Example:
     entity, mode = pick(world.entities, rng), pick(modes, rng)
     example = question_in_context(world, entity, rng, by_picture, mode)
-    return EvaluationQuestion(example.prompt, example.answer or "", _new_photo(world, entity, rng) if by_picture else None)
+    return replace(example, photo=_new_photo(world, entity, rng)) if by_picture else example
 
 
-def ability_questions(world: World, rng: np.random.Generator) -> dict[str, tuple[float | None, Callable[[], EvaluationQuestion]]]:
+def ability_questions(world: World, rng: np.random.Generator) -> dict[str, tuple[float | None, Callable[[], Example]]]:
     """By the name of each ability, its acceptance threshold and a function that draws a question."""
     which = ("which", "which", "which", "which", "none")
-    out: dict[str, tuple[float | None, Callable[[], EvaluationQuestion]]] = {
+    out: dict[str, tuple[float | None, Callable[[], Example]]] = {
         "facts by name, held-out paraphrase": (0.98, lambda: _fact_by_name(world, rng)),
         "facts by picture, new photo, held-out paraphrase": (0.95, lambda: _fact_by_picture(world, rng)),
         "the same on near-duplicate emblems": (0.93, lambda: _fact_by_picture(world, rng, near_duplicates=True)),
         "naming the pictured entity": (0.97, lambda: _naming(world, rng)),
-        "arithmetic, seen pairs, held-out wording": (0.95, lambda: EvaluationQuestion(*arithmetic(rng, held_out=True))),
-        "comparison, unseen pairs": (0.95, lambda: EvaluationQuestion(*comparison(rng, held_out=True))),
-        "grammatical pairs, unseen combinations": (0.95, lambda: EvaluationQuestion(*grammar(rng, held_out=True))),
+        "arithmetic, seen pairs, held-out wording": (0.95, lambda: Example(*arithmetic(rng, held_out=True))),
+        "comparison, unseen pairs": (0.95, lambda: Example(*comparison(rng, held_out=True))),
+        "grammatical pairs, unseen combinations": (0.95, lambda: Example(*grammar(rng, held_out=True))),
         "stated fact against what was learned, by name": (0.9, lambda: _in_context(world, rng, False, ("answer",))),
         "stated fact against what was learned, by picture": (0.9, lambda: _in_context(world, rng, True, ("answer",))),
         "which of four facts bears, or none, by name": (0.9, lambda: _in_context(world, rng, False, which)),
         "which of four facts bears, or none, by picture": (0.9, lambda: _in_context(world, rng, True, which)),
         "facts that do not bear leave memory alone, by name": (None, lambda: _in_context(world, rng, False, ("memory",))),
         "facts that do not bear leave memory alone, by picture": (None, lambda: _in_context(world, rng, True, ("memory",))),
-        "unseen sums": (None, lambda: EvaluationQuestion(*arithmetic(rng, held_out=True, unseen=True))),
+        "unseen sums": (None, lambda: Example(*arithmetic(rng, held_out=True, unseen=True))),
     }
     for part in PARTS:
         out[f"perception: {part}"] = (0.94, lambda part=part: _seeing(part, rng))
@@ -151,7 +143,7 @@ def measure(model: Any, processor: Any, world: World, n: int, seed: int = 0) -> 
     seen = [s for s in out if s.ability.startswith("perception")]
     out.append(AbilityScore("perception: mean", float(np.mean([s.value for s in seen])), n * len(seen), 0.97))
     for held_out, label in ((False, "two-hop, trained compositions"), (True, "two-hop, held-out compositions")):
-        questions = [EvaluationQuestion(*pair) for pair in two_hops(world, held_out)[:n]]
+        questions = [Example(*pair) for pair in two_hops(world, held_out)[:n]]
         if questions:
             out.append(AbilityScore(label, share_right(model, processor, questions), len(questions)))
     texts = held_out_texts(world, rng, n)
@@ -200,7 +192,7 @@ def sibling_damage(model: Any, processor: Any, world: World, n: int, edits: int 
     ]
 
 
-def _siblings(world: World, changes: list[WorldChange], n: int) -> list[EvaluationQuestion]:
+def _siblings(world: World, changes: list[WorldChange], n: int) -> list[Example]:
     rng = np.random.default_rng([world.seed, world.size, 59])
     edited = {(c.fact.entity.index, c.fact.slot) for c in changes}
     entities = {c.fact.entity.index: c.fact.entity for c in changes}
@@ -209,7 +201,7 @@ def _siblings(world: World, changes: list[WorldChange], n: int) -> list[Evaluati
     for i in range(n):
         entity, slot = facts[i % len(facts)]
         prompt = phrase_question(entity.relations[slot], picture_ref(entity.kind), rng, held_out=True)
-        out.append(EvaluationQuestion(prompt, world.value(entity, slot), world.photo(entity, NEW_PHOTO + i).load()))
+        out.append(Example(prompt, world.value(entity, slot), world.photo(entity, NEW_PHOTO + i).load()))
     return out
 
 

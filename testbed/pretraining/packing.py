@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
-from testbed.pretraining.tiny_model import IMAGE, IMAGE_TOKENS, ROLES, image_features, pixels
+from testbed.pretraining.tiny_model import IMAGE, IMAGE_TOKENS, ROLES, pixels
 
 ROW = 192
 """Longest row, in tokens."""
@@ -23,10 +23,14 @@ ROW = 192
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A prompt and its answer. Without an answer, the prompt is running text and every token is supervised."""
+    """A prompt, its answer, and for a question of an evaluation its photo, uint8 (48, 48, 3), if it has one.
+
+    Without an answer, the prompt is running text and every token is supervised.
+    """
 
     prompt: str
     answer: str | None
+    photo: np.ndarray | None = None
 
 
 class Row:
@@ -109,8 +113,8 @@ class Packer:
         visible = (block[:, None, :] == block[:, :, None]) | (block[:, None, :] == 0)
         mask = torch.from_numpy(visible & causal)[:, None]
         photos = [r.photo for r in rows if r.photo is not None]
-        tensors = torch.from_numpy(ids), mask, torch.from_numpy(position_ids), pixels(photos) if photos else None
-        return PackedBatch(*tensors, *_predicting(rows, labels))
+        seen = pixels(photos) if photos else None
+        return PackedBatch(torch.from_numpy(ids), mask, torch.from_numpy(position_ids), seen, *_predicting(rows, labels))
 
 
 def _predicting(rows: list[Row], labels: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -128,7 +132,8 @@ def packed_logits(model: LlavaForConditionalGeneration, batch: PackedBatch, phot
     """Logits (N, vocabulary) at the positions of the batch that predict a label."""
     embedded = model.get_input_embeddings()(batch.ids)
     if batch.photos is not None:
-        features = image_features(model, batch.photos).to(embedded.dtype)
+        projected: Any = model.model.get_image_features(pixel_values=batch.photos)
+        features = torch.stack(list(projected.pooler_output)).to(embedded.dtype)
         n, end = len(features), photo_at + IMAGE_TOKENS
         with_photo = torch.cat([embedded[:n, :photo_at], features, embedded[:n, end:]], 1)
         embedded = torch.cat([with_photo, embedded[n:]])

@@ -15,7 +15,6 @@ from streams.world.skills import arithmetic, comparison
 from streams.world.words import Relation, canonical, picture_ref
 from testbed.editors.retrieval import prompts
 from testbed.pretraining.curriculum import FactKey, phrase_question, pick
-from testbed.pretraining.evaluation import EvaluationQuestion
 from testbed.pretraining.packing import Example, PackedBatch, Packer
 
 ROWS = 24
@@ -50,12 +49,12 @@ class RewritingExamples:
             examples.append(Example(prompts.rewrite(fact, prompt, answer).removeprefix(shared), wanted))
         return shared, examples
 
-    def question(self, relevant: bool) -> EvaluationQuestion:
+    def question(self, relevant: bool) -> Example:
         """One question to which the stated fact is relevant, or is not."""
         key, entity = self._fact_key()
         value = self._value(key[0])
         prompt, answer, wanted = self._question(key, entity, value, relevant)
-        return EvaluationQuestion(prompts.rewrite(prompts.statement(canonical(*key), value), prompt, answer), wanted)
+        return Example(prompts.rewrite(prompts.statement(canonical(*key), value), prompt, answer), wanted)
 
     def _question(self, key: FactKey, entity: Entity, value: str, relevant: bool) -> tuple[str, str, str]:
         """(question, answer to be rewritten, expected reply)."""

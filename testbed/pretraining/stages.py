@@ -8,20 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from streams.data import table
 from streams.world.facts import World
 from testbed.core.events import Question
-from testbed.pretraining.beliefs import (
-    BeliefExamples,
-    PhotoBeliefs,
-    belief_batches,
-    belief_questions,
-    belief_texts,
-    gather,
-    reading_questions,
-)
+from testbed.pretraining import beliefs as of_beliefs
+from testbed.pretraining.beliefs import BeliefExamples, PhotoBeliefs
 from testbed.pretraining.curriculum import Curriculum, ExampleMixture, corpus
 from testbed.pretraining.evaluation import AbilityScore, measure, share_right, sibling_damage
 from testbed.pretraining.packing import Packer
@@ -46,32 +41,12 @@ class TrainingPhase:
     """Number of the phase's generator (`rng_of`)."""
 
 
-PAST = (-1.0, -0.5)
-"""A range of progress that lies behind the phase: facts are phased in, or easy rows phased out, from its first step on."""
-POLISH = ExampleMixture(
-    facts=PAST,
-    easy=PAST,
-    entity_photos=0.7,
-    counts=(0.1, 0.2, 0.3, 0.4),
-    text={"fact": 0.5, "sum": 0.08, "compare": 0.25, "grammar": 0.06, "hop": 0.06, "text": 0.05},
-    by_number=True,
+_SCHEDULES: dict[str, Any] = table(__file__, "schedules.yaml")
+WORLD = tuple(
+    TrainingPhase(p["name"], TrainingSchedule(**p["schedule"]), ExampleMixture(**p["mixture"]), p["generator"]) for p in _SCHEDULES["world"]
 )
-NAMES = replace(POLISH, near=(0.25, 0.5))
-_CONTINUED = TrainingSchedule(steps=1628, rate=1.5e-3, warm=0.03)
-"""The schedule of the phases after the first, up to their steps and rows."""
-WORLD = (
-    TrainingPhase("facts", TrainingSchedule(steps=2460, stop=0.64), ExampleMixture(by_number=True), 2),
-    TrainingPhase("context", replace(_CONTINUED, rows=(6, 7, 3, 8)), ExampleMixture(facts=PAST, easy=(0.0, 0.4), by_number=True), 3),
-    TrainingPhase("polish", replace(_CONTINUED, steps=1542, rows=(6, 6, 4, 8)), POLISH, 4),
-    TrainingPhase("names", replace(_CONTINUED, steps=1679, rows=(4, 5, 3, 14)), NAMES, 5),
-    TrainingPhase("quoting", replace(_CONTINUED, steps=900, rows=(7, 7, 4, 8)), replace(NAMES, by_number=False), 7),
-)
-"""Phases of the training on the world. Copying from the prompt is learned late and needs many rows of stated facts, so it has
-phases of its own. Entities that differ in their names alone are told apart only some 600 steps into "names"; with targets
-instead of numbers as answers from the start the model did not learn that, with these phases or without them."""
-BELIEFS = TrainingSchedule(steps=1600, minutes=9, rate=1.5e-3, warm=0.05)
+BELIEFS, REWRITING = TrainingSchedule(**_SCHEDULES["beliefs"]), TrainingSchedule(**_SCHEDULES["rewriting"])
 BELIEF_THRESHOLD = 0.95
-REWRITING = TrainingSchedule(steps=1200, minutes=15, rate=1e-3, warm=0.05)
 REWRITES, LEAVES = "rewrites where the fact bears, held-out wording", "leaves other answers alone, held-out wording"
 REWRITING_ABILITIES = {REWRITES: (True, 0.95), LEAVES: (False, 0.95)}
 """By ability, whether the stated fact is relevant to the question, and the acceptance threshold."""
@@ -147,15 +122,15 @@ def train_on_beliefs(training: BeliefTraining, beliefs: Sequence[Question], out:
 
     Raises ValueError where there are no beliefs, or none that can be used.
     """
-    groups, unreadable = gather(beliefs)
+    groups, unreadable = of_beliefs.gather(beliefs)
     if not groups:
         raise ValueError(f"none of the {len(beliefs)} beliefs can be used: {'; '.join(unreadable[:3]) or 'there are none'}")
     model, old = load(training.start)
-    tokenizer, parents = extend_tokenizer(old.tokenizer, belief_texts(groups), NEW_TOKENS)
+    tokenizer, parents = extend_tokenizer(old.tokenizer, of_beliefs.belief_texts(groups), NEW_TOKENS)
     extend_model(model, parents)
     packer = Packer(tokenizer)
     rehearsal = None if training.world is None else Curriculum(training.world, rng_of(training.seed, 7))
-    batches = belief_batches(BeliefExamples(groups, rng_of(training.seed, 2), training.reading), packer, rehearsal)
+    batches = of_beliefs.belief_batches(BeliefExamples(groups, rng_of(training.seed, 2), training.reading), packer, rehearsal)
     steps = train(model, packer, batches, training.schedule, _of_stage(report, "beliefs"))
     save(model, build_processor(tokenizer), out)
     return TrainingResult(evaluate_beliefs(out, groups, training), steps, tuple(f"Left out: {line}" for line in unreadable))
@@ -165,11 +140,11 @@ def evaluate_beliefs(folder: Path, groups: list[PhotoBeliefs], training: BeliefT
     """The share of beliefs that the model in a folder generates, with new crops of the photos; after a training with reading
     also the share of stated facts that it follows or names."""
     model, processor = load(folder)
-    questions = belief_questions(groups, rng_of(training.seed, 9))
+    questions = of_beliefs.belief_questions(groups, rng_of(training.seed, 9))
     scores = [AbilityScore("beliefs, new crops", share_right(model, processor, questions), len(questions), BELIEF_THRESHOLD)]
     examples = BeliefExamples(groups, rng_of(training.seed, 0), training.reading)
     if training.reading and examples.text_only:
-        questions = reading_questions(examples, READING_QUESTIONS)
+        questions = [examples.after_facts(e, overrides=True) for e in examples.text_row(READING_QUESTIONS)]
         ability = "a stated fact against the belief, followed or named"
         scores.append(AbilityScore(ability, share_right(model, processor, questions), len(questions)))
     return scores

@@ -23,17 +23,17 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from streams.data import table
+
+SETTINGS: dict[str, dict[str, Any]] = table(__file__, "tiny_model.yaml")
 PAD, BOS, EOS, IMAGE = "<pad>", "<s>", "</s>", "<image>"
 ROLES = ("USER:", " ASSISTANT:")
 WITH_IMAGE = "USER: <image>\n{prompt} ASSISTANT:"
 TEXT_ONLY = "USER: {prompt} ASSISTANT:"
-SIDE = 48
+SIDE: int = SETTINGS["vision"]["image_size"]
 """Side of a picture in pixels."""
-PATCH = 8
-IMAGE_TOKENS = (SIDE // PATCH) ** 2
+IMAGE_TOKENS: int = SETTINGS["model"]["image_seq_length"]
 VOCABULARY = 4096
-LONGEST = 512
-"""Longest sequence in tokens."""
 
 
 def build_tokenizer(texts: Iterable[str], vocabulary: int = VOCABULARY) -> PreTrainedTokenizerFast:
@@ -57,61 +57,24 @@ def build_tokenizer(texts: Iterable[str], vocabulary: int = VOCABULARY) -> PreTr
 
 def wrap_tokenizer(core: Tokenizer) -> PreTrainedTokenizerFast:
     """The tokenizer with the special tokens and the limits of the tiny model."""
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        bos_token=BOS,
-        eos_token=EOS,
-        pad_token=PAD,
-        padding_side="left",
-        model_max_length=LONGEST,
-        extra_special_tokens={"image_token": IMAGE},
-        clean_up_tokenization_spaces=False,
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=core, **SETTINGS["tokenizer"])
 
 
 def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
     """The tokenizer with a PIL image processor (48x48 pixels; a picture takes 36 tokens)."""
-    images = CLIPImageProcessorPil(
-        size={"shortest_edge": SIDE},
-        crop_size={"height": SIDE, "width": SIDE},
-        image_mean=[0.5] * 3,
-        image_std=[0.5] * 3,
-    )
-    return LlavaProcessor(
-        image_processor=images,
-        tokenizer=tokenizer,
-        patch_size=PATCH,
-        vision_feature_select_strategy="default",
-        image_token=IMAGE,
-        num_additional_image_tokens=1,
-    )
+    images = CLIPImageProcessorPil(**SETTINGS["image_processor"])
+    return LlavaProcessor(image_processor=images, tokenizer=tokenizer, **SETTINGS["processor"])
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlavaForConditionalGeneration:
-    """A new fp32 model whose weights depend on `seed` alone; the state of the global generator is restored.
-
-    Input and output embeddings are tied, because with separate ones the model did not learn to copy a stated value.
-    """
-    vision = CLIPVisionConfig(
-        hidden_size=96, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4, image_size=SIDE,
-        patch_size=PATCH, projection_dim=96, initializer_range=0.08,
-    )  # fmt: skip
-    image: Any = tokenizer.convert_tokens_to_ids(IMAGE)
+    """A new fp32 model whose weights depend on `seed` alone; the state of the global generator is restored."""
     special: dict[str, Any] = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
-    text = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=4, initializer_range=0.08, max_position_embeddings=LONGEST, tie_word_embeddings=True,
-        **special,
-    )  # fmt: skip
+    image: Any = tokenizer.convert_tokens_to_ids(IMAGE)
     config = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
+        vision_config=CLIPVisionConfig(**SETTINGS["vision"]),
+        text_config=LlamaConfig(vocab_size=len(tokenizer), **SETTINGS["text"], **special),
         image_token_index=image,
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="default",
-        image_seq_length=IMAGE_TOKENS,
-        tie_word_embeddings=True,
-        **{"pad_token_id": special["pad_token_id"]},
+        **{**SETTINGS["model"], "pad_token_id": special["pad_token_id"]},
     )
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)
@@ -123,12 +86,6 @@ def pixels(images: list[np.ndarray]) -> Tensor:
     """uint8 photos (48, 48, 3) as the processor would return them: float32 (n, 3, 48, 48) in [-1, 1]."""
     stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float()
     return (stacked / 255 - 0.5) / 0.5
-
-
-def image_features(model: LlavaForConditionalGeneration, values: Tensor) -> Tensor:
-    """Image features after the projector: pixels (n, 3, 48, 48) to (n, 36, width)."""
-    features: Any = model.model.get_image_features(pixel_values=values)
-    return torch.stack(list(features.pooler_output))
 
 
 def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: Path) -> None:

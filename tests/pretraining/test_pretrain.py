@@ -19,7 +19,7 @@ from testbed.core.events import EditEvent, Question
 from testbed.core.registry import STREAMS
 from testbed.editors.retrieval import prompts
 from testbed.pretraining.curriculum import Curriculum, corpus, question_in_context
-from testbed.pretraining.evaluation import AbilityScore, EvaluationQuestion, ability_questions, generate, share_right, sibling_damage
+from testbed.pretraining.evaluation import AbilityScore, ability_questions, generate, share_right, sibling_damage
 from testbed.pretraining.packing import Example, Packer, packed_logits
 from testbed.pretraining.stages import evaluate_world, rng_of
 from testbed.pretraining.tiny_model import TEXT_ONLY, WITH_IMAGE, build_model, build_processor, build_tokenizer, load, save
@@ -119,10 +119,10 @@ def test_batching_does_not_change_answers(saved):
     model, processor = load(saved)
     photo = np.zeros((48, 48, 3), np.uint8)
     asked = [
-        EvaluationQuestion("What is 2 plus 3?", "5"),
-        EvaluationQuestion("Who?", "x", photo),
-        EvaluationQuestion("Which is larger, 3 or 12?", "12"),
-        EvaluationQuestion("Tell me the name of it.", "y", photo),
+        Example("What is 2 plus 3?", "5"),
+        Example("Who?", "x", photo),
+        Example("Which is larger, 3 or 12?", "12"),
+        Example("Tell me the name of it.", "y", photo),
     ]
     together = generate(model, processor, asked, new_tokens=4)
     assert together == [generate(model, processor, [a], new_tokens=4)[0] for a in asked]

@@ -1,4 +1,4 @@
-# ruff: noqa: E402  (`load_avalanche` must import Avalanche before any other import does)
+# ruff: noqa: E402, F401  (`load_avalanche` must import Avalanche before any other import does; the imports are what this package offers)
 """Avalanche in both directions: a stream of edits as a benchmark, an editor as a strategy, and strategies that learn answers.
 
     from testbed.integrations.avalanche import EditorStrategy, answer_strategy, edit_benchmark
@@ -18,18 +18,3 @@ from testbed.editors.continual.rows import AnswerModel, AnswerRows, answer_loss
 from testbed.integrations.avalanche.benchmark import EditBenchmark, EditExperience, EvalItem, edit_benchmark
 from testbed.integrations.avalanche.editing import EditorStrategy
 from testbed.integrations.avalanche.metrics import answer_metrics
-
-__all__ = [
-    "AnswerModel",
-    "AnswerRows",
-    "EditBenchmark",
-    "EditExperience",
-    "EditorStrategy",
-    "EvalItem",
-    "answer_loss",
-    "answer_metrics",
-    "answer_strategy",
-    "dataset_of",
-    "edit_benchmark",
-    "seeded",
-]

@@ -21,11 +21,7 @@ from testbed.experiment.schedule import checkpoints
 from testbed.model import loading
 from testbed.model.handle import ModelHandle
 
-SPLITS: dict[str, tuple[str, ...]] = {
-    "test": ("edit",),
-    "generality": ("text_generality", "image_generality"),
-    "locality": LOCALITY_SPLITS,
-}
+SPLITS = {"test": ("edit",), "generality": ("text_generality", "image_generality"), "locality": LOCALITY_SPLITS}
 """Evaluation streams and the question splits of each."""
 
 
@@ -86,7 +82,9 @@ class EditBenchmark(CLScenario):
                     "take more edits for each experience, or a stream with StreamConfig(revise=0, revert=0, retire=0)"
                 )
         streams = [EditStream("train", len(groups), self._train_experience)]
-        streams += [EditStream(n, len(groups), partial(self._eval_experience, s)) for n, s in SPLITS.items() if self._in_every_group(s)]
+        for name, splits in SPLITS.items():
+            if all(self._questions(group, splits) for group in groups):
+                streams.append(EditStream(name, len(groups), partial(self._eval_experience, splits)))
         super().__init__(streams)
         for stream in streams:
             stream.benchmark = self
@@ -102,9 +100,6 @@ class EditBenchmark(CLScenario):
         """The questions about edits that no later edit replaces, because their right answer is the same in every evaluation;
         questions that follow from several edits are left out."""
         return [q for e in self._live(group) for q in self.source.questions(e) if q.split in splits and not q.needs]
-
-    def _in_every_group(self, splits: Sequence[str]) -> bool:
-        return all(self._questions(group, splits) for group in self.groups)
 
     def _train_experience(self, i: int) -> EditExperience:
         edits = self.groups[i]

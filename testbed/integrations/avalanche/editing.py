@@ -105,7 +105,8 @@ class EditorStrategy(BaseTemplate):
         for edits in self.dataloader:
             with torch.enable_grad():
                 reports.append(self._apply(edits, view.paraphrases))
-            self._show([EvalItem(_question(e), e.target, (e.target,)) for e in edits if e.kind != "retire"])
+            live = [e for e in edits if e.kind != "retire"]
+            self._show([EvalItem(Question("edit", e.prompt, e.target, e.id, e.image), e.target, (e.target,)) for e in live])
             if self._items:
                 trigger_plugins(self, "before_training_iteration", **kwargs)
                 trigger_plugins(self, "after_training_iteration", **kwargs)
@@ -128,7 +129,6 @@ class EditorStrategy(BaseTemplate):
             trigger_plugins(self, "after_eval_iteration", **kwargs)
 
     def _show(self, items: Sequence[EvalItem]) -> None:
-        """Make these the current minibatch."""
         self._items, self._answers = list(items), None
 
     @property
@@ -188,15 +188,9 @@ class EditorStrategy(BaseTemplate):
         return done
 
 
-def _question(event: EditEvent) -> Question:
-    return Question("edit", event.prompt, event.target, event.id, event.image)
-
-
 def _joined(reports: Sequence[EditReport]) -> EditReport:
-    """The reports of an experience's `apply` calls as one."""
-    last = reports[-1]
     return replace(
-        last,
+        reports[-1],
         event_ids=tuple(i for r in reports for i in r.event_ids),
         seconds=sum(r.seconds for r in reports),
         peak_bytes=max(r.peak_bytes for r in reports),

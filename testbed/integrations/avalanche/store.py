@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,35 +46,30 @@ class RunRecorder:
             if e.revises in self.events:
                 self.events[e.revises]["superseded_step"] = self.step
         applied = tuple(Applied(e, self.step, len(self.events) + i + 1) for i, e in enumerate(edits))
-        self.events |= {row.edit_id: _as_dict(row) for row in self._schedule(applied, ()).event_rows()}
+        self.events |= {row.edit_id: asdict(row) for row in self._schedule(applied, ()).event_rows()}
         self.unsaved.append(([], replace(report, step=self.step)))
 
     def add_answers(self, items: Sequence[EvalItem], answers: Sequence[Answer]) -> None:
         """Record answers; those given before the first edit are the unedited model's."""
         asked = tuple(ScheduledQuestion(Planned(item.question, _PANEL[1]), _PANEL[0], 1) for item in items)
-        self.questions |= {row.question_id: _as_dict(row) for row in self._schedule((), asked).question_rows()}
+        self.questions |= {row.question_id: asdict(row) for row in self._schedule((), asked).question_rows()}
         for item, answer in zip(items, answers):
+            question = item.question
             if self.step == 0:
                 own = {k: v for k, v in vars(answer).items() if k != "extras"}
-                self.base[item.question.id] = BaseAnswer(item.question.id, item.reference, **own)
-            else:
-                self._add_records(item, answer)
+                self.base[question.id] = BaseAnswer(question.id, item.reference, **own)
+                continue
+            right_after = question.split == "edit" and self.events.get(question.event_id or "", {}).get("step") == self.step
+            self.unsaved[-1][0].extend(self._as_record(item, answer, *panel) for panel in (_PANEL, _AFTER)[: 1 + right_after])
 
     def _schedule(self, edits: tuple[Applied, ...], asked: tuple[ScheduledQuestion, ...]) -> Schedule:
         """A schedule of the current step alone, which makes the same rows of events and questions as in any run."""
         n = len(self.events)
         return Schedule((Step(Checkpoint(self.step, n, self.time, frozenset(), n - len(edits)), edits, asked),))
 
-    def _add_records(self, item: EvalItem, answer: Answer) -> None:
-        edit_step = self.events.get(item.question.event_id or "", {}).get("step")
-        right_after = edit_step == self.step and item.question.split == "edit"
-        self.unsaved[-1][0].extend(self._as_record(item, answer, *panel) for panel in (_PANEL, *([_AFTER] if right_after else [])))
-
     def _as_record(self, item: EvalItem, answer: Answer, probe: str, panel: str) -> Record:
-        q = item.question
+        q, base = item.question, self.base.get(item.question.id)
         event = self.events.get(q.event_id or "", {})
-        base = self.base.get(q.id)
-        local = q.split in LOCALITY_SPLITS
         return Record(
             run=self.run,
             editor=self.editor.name,
@@ -91,7 +86,7 @@ class RunRecorder:
             question_id=q.id,
             answer=item.reference,
             target=event.get("target"),
-            base_answer=item.reference if local else (base.generated if base else None) or "",
+            base_answer=item.reference if q.split in LOCALITY_SPLITS else (base.generated if base else None) or "",
             panel=panel,
             incl_prob=1.0,
             seconds=0.0,
@@ -110,8 +105,7 @@ class RunRecorder:
         write_rows(folder / "events.parquet", EventRow, self.events.values())
         write_rows(folder / "questions.parquet", QuestionRow, self.questions.values())
         out.write_base_answers(self.base.values())
-        records = [r for part, _ in self.unsaved for r in part]
-        results = StepResults(records, reports=[report for _, report in self.unsaved])
+        results = StepResults([r for records, _ in self.unsaved for r in records], reports=[report for _, report in self.unsaved])
         out.editor(self.editor.name).save(self.step, results, state)
         self.unsaved = []
 
@@ -140,7 +134,3 @@ class RunRecorder:
             "seed": self.editor.seed,
             "notes": ["trained through Avalanche: a step is an experience", *self.editor.notes],
         }
-
-
-def _as_dict(row: Any) -> dict[str, Any]:
-    return {name: getattr(row, name) for name in row.__slots__}
