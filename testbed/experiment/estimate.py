@@ -92,9 +92,9 @@ def measure(run: PreparedRun) -> tuple[float, list[EditorCost]]:
     steps = run.schedule.steps[: max(2, min(STEPS, EDITS // run.config.batch))]
     asked = [*sample, *(q for s in steps for q in _right_after(s).questions)]
     questions = list({q.plan.question.id: q.plan.question for q in asked}.values())
-    answer_base(run.handle, questions[:4], run.config.max_new_tokens)  # warm up
+    answer_base(run.handle, questions[:4], run.max_new_tokens)  # warm up
     start = time.perf_counter()
-    answers = answer_base(run.handle, questions, run.config.max_new_tokens)
+    answers = answer_base(run.handle, questions, run.max_new_tokens)
     each = (time.perf_counter() - start) / max(1, len(questions))
     context = run.context({a.question_id: a for a in answers})
     costs = [_editor_cost(run, context, name, steps, (sample, len(panels))) for name in run.config.editor]

@@ -14,6 +14,8 @@ from testbed.model.handle import BadModel, ModelHandle
 from testbed.model.image_loading import Decoded, decoded
 
 _SHOWN = 10
+_CHOICES = ("sum", "norm", "mean", "text")
+"""Scorings of questions that are answered without a generation."""
 
 
 def check(schedule: Schedule, handle: ModelHandle) -> None:
@@ -28,6 +30,13 @@ def check(schedule: Schedule, handle: ModelHandle) -> None:
     answers += [(q.prompt, a) for q in questions for a in q.choices or filter(None, [q.answer])]
     _raise(BadModel, (_answer_problem(handle, prompt, answer) for prompt, answer in answers))
     _raise(BadModel, (_length_problem(handle, q) for q in questions))
+
+
+def new_tokens(schedule: Schedule, handle: ModelHandle, wanted: int) -> int:
+    """The longest generation, in tokens, of at most `wanted`, that fits into the window behind every prompt. Call it after `check`."""
+    asked = (q.ask() for q in schedule.unique_questions.values() if q.split != "text" and q.scoring not in _CHOICES)
+    longest = max((prompt_inputs(handle, ask)["input_ids"].shape[1] for ask in asked), default=0)
+    return max(1, min(wanted, handle.window - longest))
 
 
 def never_right(schedule: Schedule, handle: ModelHandle, max_new_tokens: int) -> list[str]:

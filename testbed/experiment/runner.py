@@ -2,40 +2,34 @@
 
 from __future__ import annotations
 
-import platform
-import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from streams.arrange import arrange
 from streams.base import Stream
-from testbed.benchmarks import files as benchmarks
-from testbed.core import grading
-from testbed.core.events import Ask, EditEvent, content_id
-from testbed.core.schema import SCHEMA_VERSION, BaseAnswer, EventRow, QuestionRow, ScheduleRow, folder_name
+from testbed.core.events import Ask, EditEvent
+from testbed.core.schema import BaseAnswer, EventRow, QuestionRow, ScheduleRow, folder_name
 from testbed.editors.base import Editor
 from testbed.experiment import preflight, schedule
 from testbed.experiment.answering import answer_base
 from testbed.experiment.beliefs import Belief, belief, kept_events
-from testbed.experiment.config import LOCATIONS, BadConfig, ResolvedRun, RunConfig, plain
+from testbed.experiment.config import LOCATIONS, BadConfig, ResolvedRun, RunConfig
 from testbed.experiment.interrupt import Stopped, StopRequest
 from testbed.experiment.loop import Context, run_editor
+from testbed.experiment.manifest import manifest_of
 from testbed.experiment.track import TrackedRun, tracking
 from testbed.model.difficulty import losses
 from testbed.model.handle import ModelHandle
 from testbed.model.loading import load
 from testbed.model.progress import Bars, bars
-from testbed.model.prompt_forms import QUESTIONS, ChosenForm, PromptForm, choose, forms, show_examples, use
+from testbed.model.prompt_forms import OWN_FORM, QUESTIONS, ChosenForm, PromptForm, choose, forms, show_examples, use
 from testbed.storage.files import Phase, StoreError, read_json, write_rows
 from testbed.storage.run_folder import RunFolder
-from testbed.storage.shared_cache import base_answers, package_version
+from testbed.storage.shared_cache import base_answers
 
-OWN_FORM = "the family's own"
-"""Name of the prompt form of a model whose family has a template, or of a stream that knows no old answers."""
 SAME = ("config", "model_hash", "stream_hash", "schedule_hash", "schema_version")
 """Entries of the manifest in which a resumed run must equal the stored one."""
 
@@ -49,7 +43,16 @@ class PreparedRun:
     events: list[EditEvent]
     schedule: schedule.Schedule
     handle: ModelHandle
-    manifest: dict[str, Any]
+    prompt: ChosenForm
+    belief: Belief | None
+    """What the model makes of the old answers; None where the edits have none."""
+    max_new_tokens: int
+    """Longest free generation, in tokens, that fits into the model's window behind every prompt."""
+
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        """What manifest.json says about the run."""
+        return manifest_of(self)
 
     @property
     def config(self) -> RunConfig:
@@ -58,11 +61,8 @@ class PreparedRun:
     @property
     def out(self) -> Path:
         """The run folder."""
-        return (
-            self.config.resume
-            or self.config.out
-            or Path("runs") / f"{folder_name(self.config.stream)}-{self.config.seed}-{self.manifest['run'][:8]}"
-        )
+        default = Path("runs") / f"{folder_name(self.config.stream)}-{self.config.seed}-{self.manifest['run'][:8]}"
+        return self.config.resume or self.config.out or default
 
     def editor(self, name: str) -> Editor:
         """A new editor, bound to the model, before its first edit."""
@@ -72,7 +72,7 @@ class PreparedRun:
 
     def context(self, base: Mapping[str, BaseAnswer], **more: Any) -> Context:
         """The context of the loop. `base`: the unedited model's answers by question id; `more`: other fields of `Context`."""
-        answers = (self.manifest["run"], self.config.seed, base, self.config.max_new_tokens)
+        answers = (self.manifest["run"], self.config.seed, base, self.max_new_tokens)
         return Context(*answers, self.handle, self.stream, self.schedule, self.config.save_every, **more)
 
 
@@ -95,12 +95,8 @@ def prepare(resolved: ResolvedRun) -> PreparedRun:
     options = schedule.ScheduleConfig(config.batch, config.seed, config.probe_budget, resolved.benchmarks.every)
     planned = schedule.build(stream, events, options)
     preflight.check(planned, handle)
-    manifest = _manifest(resolved, stream, events, planned, handle) | {"prompt": chosen.stored()}
-    manifest["notes"] += [chosen.line] if chosen.form.name != OWN_FORM else []
-    if (held := _belief(config, handle, events)) is not None:
-        manifest["belief"] = held.stored()
-        manifest["notes"] += held.lines()
-    return PreparedRun(resolved, stream, events, planned, handle, manifest)
+    held, new_tokens = _belief(config, handle, events), preflight.new_tokens(planned, handle, config.max_new_tokens)
+    return PreparedRun(resolved, stream, events, planned, handle, chosen, held, new_tokens)
 
 
 def _belief(config: RunConfig, handle: ModelHandle, events: list[EditEvent]) -> Belief | None:
@@ -221,7 +217,7 @@ def _base_answers(run: PreparedRun, folder: RunFolder, shown: Bars, stop: StopRe
         stop.check("stopped while the unedited model was asked")
         shown.advance("unedited model", *now)
 
-    what = (run.handle, questions, run.config.max_new_tokens)
+    what = (run.handle, questions, run.max_new_tokens)
     answers = base_answers(run.config.cache, *what, lambda: answer_base(*what, progress))
     folder.write_base_answers(answers)
     return {a.question_id: a for a in answers}
@@ -242,79 +238,6 @@ def _save_models(run: PreparedRun, folder: RunFolder, say: Callable[[str], None]
             run.handle.model.save_pretrained(target)
         (run.handle.processor or run.handle.tokenizer).save_pretrained(target)
         say(f"{name}: edited model written to {target}")
-
-
-def _manifest(
-    resolved: ResolvedRun, stream: Stream, events: list[EditEvent], planned: schedule.Schedule, handle: ModelHandle
-) -> dict[str, Any]:
-    config, editors = resolved.config, resolved.editors
-    hashes = {"model_hash": handle.hash, "stream_hash": stream.stream_hash(events), "schedule_hash": planned.hash}
-    parameters = sum(p.numel() for p in handle.model.parameters())
-    left_out = [f"benchmarks, left out: {line}" for line in resolved.benchmarks.skipped]
-    return {
-        "run": content_id(config.identity(), hashes),
-        "schema_version": SCHEMA_VERSION,
-        "grading_version": grading.VERSION,
-        "config": config.stored(),
-        "editors": list(editors),
-        "references": [name for name, e in editors.items() if e.create().traits.told_truth],
-        "editor_configs": {name: plain(e.config) for name, e in editors.items()},
-        "stream": stream.manifest(),
-        "model": {"name": handle.name, "hash": handle.hash, "family": handle.family.name, "parameters": parameters},
-        **hashes,
-        "seed": config.seed,
-        "edits": len(events),
-        "years": len({e.year for e in events}),
-        "steps": len(planned.steps),
-        "questions": planned.n_questions,
-        "panel_scale": planned.scale,
-        "device": str(handle.device),
-        "threads": torch.get_num_threads(),
-        "dtype": str(handle.dtype).removeprefix("torch."),
-        "versions": _versions(),
-        "git": git_commit(),
-        "notes": _notes(config, stream, events, planned)
-        + preflight.never_right(planned, handle, config.max_new_tokens)
-        + handle.notes
-        + left_out,
-        "benchmarks": {b.topic: benchmarks.describe(b) for b in resolved.benchmarks.every},
-    }
-
-
-def _notes(config: RunConfig, stream: Stream, events: list[EditEvent], planned: schedule.Schedule) -> list[str]:
-    """One line for everything that stands in, was skipped or was cut; shown to the user and kept in the manifest."""
-    out = [f"{config.stream}: {stream.origin}; its time axis is {stream.time_axis}"]
-    if config.data_root is None and stream.time_axis == "simulated" != type(stream).time_axis:
-        out.append("no --data-root was given: the simulated world stands in for files")
-    if (order := stream.config.order) != "drawn":
-        out.append(f"the same edits as without stream.order, in another order: {order}")
-    if stream.skipped:
-        reasons = stream.manifest()["skipped_by_reason"]
-        out.append(f"{len(stream.skipped)} records were skipped: " + "; ".join(f"{n} x {r}" for r, n in sorted(reasons.items())))
-    out += stream.notes(events)
-    if len(events) < config.edits:
-        out.append(f"the stream holds {len(events)} edits, {config.edits} were asked for")
-    if planned.scale < 1:
-        out.append(f"panels were shrunk to {100 * planned.scale:.2g} % to keep to {config.probe_budget} questions per 500 edits")
-    if planned.n_questions > (allowed := config.probe_budget * max(1.0, len(events) / schedule.GRID)):
-        smallest = "the questions right after each edit and the smallest panels take more"
-        out.append(f"{planned.n_questions} questions are asked of each editor, not {allowed:.0f} (--probe-budget): {smallest}")
-    return out
-
-
-def _versions() -> dict[str, str]:
-    packages = ("torch", "transformers", "numpy", "pyarrow", "pandas", "lifelong-editing-testbed")
-    return {"python": platform.python_version(), **{p: package_version(p) or "not installed as a package" for p in packages}}
-
-
-def git_commit() -> str | None:
-    """The commit of the source tree, with + where tracked files differ from it; None outside a repository."""
-    command = ["git", "describe", "--always", "--exclude=*", "--dirty=+"]
-    try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True, timeout=10)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
 
 
 def phase_log(path: Path | None) -> Phase:

@@ -184,8 +184,8 @@ def _line_tokens(handle: ModelHandle) -> tuple[torch.Tensor, torch.Tensor, torch
         size = handle.model.get_input_embeddings().num_embeddings
         texts = handle.tokenizer.batch_decode([[i] for i in range(min(size, len(handle.tokenizer)))], skip_special_tokens=True)
         texts = [t.replace("\ufffd", "") for t in texts] + [""] * (size - len(texts))  # a part of a character may be of white space
-        kinds = [[bool(t.strip()), "\n" in t, t.lstrip().find("\n") > 0] for t in texts]
-        handle.cache["line tokens"] = tuple(torch.tensor(kinds, dtype=torch.bool).T)
+        text, breaks = torch.tensor([bool(t.strip()) for t in texts]), torch.tensor(["\n" in t for t in texts])
+        handle.cache["line tokens"] = (text, breaks, torch.tensor([t.lstrip().find("\n") > 0 for t in texts]))
     return handle.cache["line tokens"]
 
 

@@ -18,6 +18,8 @@ from testbed.model.predictor import ModelPredictor
 
 QUESTIONS, NEW_TOKENS = 40, 12
 """Development questions by which a form is chosen, and tokens generated for each."""
+OWN_FORM = "the family's own"
+"""Name of the form of a model whose family has a template, or of a stream that knows no old answers."""
 _USER = "{prompt}"
 
 

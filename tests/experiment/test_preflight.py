@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from testbed.core.events import Question
-from testbed.experiment.preflight import never_right
+from testbed.core.events import Ask, Question
+from testbed.experiment.preflight import check, never_right, new_tokens
 from testbed.experiment.schedule import ScheduleConfig, build
+from testbed.model.encoding import prompt_inputs
+from testbed.model.predictor import ModelPredictor
 from tests.helpers.models import build as build_model
 from tests.helpers.plain_stream import Line, PlainStream
 
@@ -39,3 +41,17 @@ def test_answers_of_two_lines_and_long_answers_are_counted() -> None:
 
 def test_an_alias_that_can_be_given_is_enough() -> None:
     assert notes(("a\nb", "a")) == []
+
+
+def test_generations_end_at_the_window_behind_the_longest_prompt() -> None:
+    handle = build_model("gpt2")
+    words = " ".join(f"w{i}" for i in range(60))
+    asked = Asked(Question("edit", "Who?", "a"), Question("text_generality", words, "a"))
+    planned = build(asked, asked.all, ScheduleConfig())
+    check(planned, handle)
+    longest = prompt_inputs(handle, Ask(words))["input_ids"].shape[1]
+    room = handle.window - longest
+    assert 0 < room < 200
+    assert (new_tokens(planned, handle, 4), new_tokens(planned, handle, 500)) == (4, room)
+    (response,) = ModelPredictor(handle).respond([Ask(words)], ["a"], room)
+    assert response.score is not None

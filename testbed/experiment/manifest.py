@@ -1,0 +1,109 @@
+"""What manifest.json says about a run: everything that was fixed before the first edit, and a line for all that a reader must know."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from testbed.benchmarks import files as benchmarks
+from testbed.core import grading
+from testbed.core.events import content_id
+from testbed.core.schema import SCHEMA_VERSION
+from testbed.experiment import preflight
+from testbed.experiment.config import plain
+from testbed.experiment.schedule import GRID
+from testbed.model.prompt_forms import OWN_FORM
+from testbed.storage.shared_cache import package_version
+
+if TYPE_CHECKING:
+    from testbed.experiment.runner import PreparedRun
+
+
+def manifest_of(run: PreparedRun) -> dict[str, Any]:
+    """The content of manifest.json."""
+    config, handle, editors = run.config, run.handle, run.resolved.editors
+    hashes = {"model_hash": handle.hash, "stream_hash": run.stream.stream_hash(run.events), "schedule_hash": run.schedule.hash}
+    parameters = sum(p.numel() for p in handle.model.parameters())
+    return {
+        "run": content_id(config.identity(), hashes),
+        "schema_version": SCHEMA_VERSION,
+        "grading_version": grading.VERSION,
+        "config": config.stored(),
+        "editors": list(editors),
+        "references": [name for name, e in editors.items() if e.create().traits.told_truth],
+        "editor_configs": {name: plain(e.config) for name, e in editors.items()},
+        "stream": run.stream.manifest(),
+        "model": {"name": handle.name, "hash": handle.hash, "family": handle.family.name, "parameters": parameters},
+        "prompt": run.prompt.stored(),
+        "belief": run.belief.stored() if run.belief else None,
+        **hashes,
+        "seed": config.seed,
+        "edits": len(run.events),
+        "years": len({e.year for e in run.events}),
+        "steps": len(run.schedule.steps),
+        "questions": run.schedule.n_questions,
+        "panel_scale": run.schedule.scale,
+        "max_new_tokens": run.max_new_tokens,
+        "device": str(handle.device),
+        "threads": torch.get_num_threads(),
+        "dtype": str(handle.dtype).removeprefix("torch."),
+        "versions": _versions(),
+        "git": git_commit(),
+        "notes": [*_stream_notes(run), *_question_notes(run), *_model_notes(run)],
+        "benchmarks": {b.topic: benchmarks.describe(b) for b in run.resolved.benchmarks.every},
+    }
+
+
+def _stream_notes(run: PreparedRun) -> list[str]:
+    """What stands in, was skipped or reordered."""
+    config, stream, n = run.config, run.stream, len(run.events)
+    out = [f"{config.stream}: {stream.origin}; its time axis is {stream.time_axis}"]
+    if config.data_root is None and stream.time_axis == "simulated" != type(stream).time_axis:
+        out.append("no --data-root was given: the simulated world stands in for files")
+    if (order := stream.config.order) != "drawn":
+        out.append(f"the same edits as without stream.order, in another order: {order}")
+    if stream.skipped:
+        reasons = stream.manifest()["skipped_by_reason"]
+        out.append(f"{len(stream.skipped)} records were skipped: " + "; ".join(f"{n} x {r}" for r, n in sorted(reasons.items())))
+    out += stream.notes(run.events)
+    return out + ([f"the stream holds {n} edits, {config.edits} were asked for"] if n < config.edits else [])
+
+
+def _question_notes(run: PreparedRun) -> list[str]:
+    """How the questions were cut to their budget and to the model, and what can never be right."""
+    config, schedule, out = run.config, run.schedule, list[str]()
+    if schedule.scale < 1:
+        out.append(f"panels were shrunk to {100 * schedule.scale:.2g} % to keep to {config.probe_budget} questions per 500 edits")
+    if schedule.n_questions > (allowed := config.probe_budget * max(1.0, len(run.events) / GRID)):
+        smallest = "the questions right after each edit and the smallest panels take more"
+        out.append(f"{schedule.n_questions} questions are asked of each editor, not {allowed:.0f} (--probe-budget): {smallest}")
+    if run.max_new_tokens < config.max_new_tokens:
+        window = f"the window of {run.handle.window} tokens leaves no more behind the longest prompt"
+        out.append(f"generations end after {run.max_new_tokens} tokens, not {config.max_new_tokens} (--max-new-tokens): {window}")
+    return out + preflight.never_right(schedule, run.handle, run.max_new_tokens)
+
+
+def _model_notes(run: PreparedRun) -> list[str]:
+    """How the model was loaded and is asked, and what it believes."""
+    form = [run.prompt.line] if run.prompt.form.name != OWN_FORM else []
+    left_out = [f"benchmarks, left out: {line}" for line in run.resolved.benchmarks.skipped]
+    return [*run.handle.notes, *form, *(run.belief.lines() if run.belief else []), *left_out]
+
+
+def _versions() -> dict[str, str]:
+    packages = ("torch", "transformers", "numpy", "pyarrow", "pandas", "lifelong-editing-testbed")
+    return {"python": platform.python_version(), **{p: package_version(p) or "not installed as a package" for p in packages}}
+
+
+def git_commit() -> str | None:
+    """The commit of the source tree, with + where tracked files differ from it; None outside a repository."""
+    command = ["git", "describe", "--always", "--exclude=*", "--dirty=+"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
