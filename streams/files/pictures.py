@@ -64,8 +64,19 @@ class FilePicture:
         except OSError as e:
             raise BadPicture(f"picture {self.path} cannot be read: {e.strerror or e}") from e
 
+    @cached_property
+    def transparent(self) -> bool:
+        """Whether the file has transparent pixels, which are laid on white; False where it cannot be read."""
+        from PIL import Image
+
+        try:
+            with Image.open(self.path) as opened:
+                return opened.has_transparency_data
+        except Exception:  # `load` says what is wrong
+            return False
+
     def load(self) -> np.ndarray:
-        """RGB, uint8, (height, width, 3), turned as its EXIF orientation says. Raises `BadPicture`."""
+        """RGB, uint8, (height, width, 3), turned as its EXIF orientation says, transparency laid on white. Raises `BadPicture`."""
         if self.size == 0:
             raise BadPicture(f"picture {self.path} is empty: fetch it again")
         return _decode(self.path, str(self.path))
@@ -113,6 +124,9 @@ def _decode(source: Path | io.BytesIO, where: str) -> np.ndarray:
             raise BadPicture(f"picture {where} has 32-bit pixels without a scale: save it with 8 bits a channel")
         if image.mode.startswith("I;16"):  # PIL would clip deep grey to white
             return np.repeat((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)[..., None], 3, axis=2)
+        if image.has_transparency_data:
+            seen = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen)
         return np.asarray(image.convert("RGB"), dtype=np.uint8)
     except BadPicture:
         raise

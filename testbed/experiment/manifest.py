@@ -84,6 +84,9 @@ def _question_notes(run: PreparedRun) -> list[str]:
     if run.max_new_tokens < config.max_new_tokens:
         window = f"the window of {run.handle.window} tokens leaves no more behind the longest prompt"
         out.append(f"generations end after {run.max_new_tokens} tokens, not {config.max_new_tokens} (--max-new-tokens): {window}")
+    pictures = {q.image.key: q.image for q in schedule.unique_questions.values() if q.image is not None}
+    if transparent := sum(getattr(p, "transparent", False) for p in pictures.values()):
+        out.append(f"{transparent} pictures have transparent pixels, which are laid on white")
     return out + preflight.never_right(schedule, run.handle, run.max_new_tokens)
 
 

@@ -72,7 +72,10 @@ def _picture_problem(handle: ModelHandle, picture: Decoded | BadPicture) -> str 
     """Why a picture cannot be decoded; the tensors of a decoded one stay in the cache of the handle."""
     if isinstance(picture, BadPicture):
         return str(picture)
-    prompt_inputs(handle, Ask("", picture))
+    try:
+        prompt_inputs(handle, Ask("", picture))
+    except BadPicture as e:
+        return str(e)
     return None
 
 

@@ -13,8 +13,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from testbed.core.events import Ask, Picture
+from testbed.core.events import Ask, BadPicture, Picture
 from testbed.model.handle import BadModel, ModelHandle
+from testbed.model.image_loading import place_of
 
 Side = Literal["left", "right"]
 
@@ -155,7 +156,12 @@ def _process(handle: ModelHandle, text: str, picture: Picture) -> dict[str, torc
     from PIL import Image
 
     processor: Any = handle.processor
-    out = processor(images=[Image.fromarray(picture.load())], text=[text], return_tensors="pt")
+    pixels = picture.load()
+    try:
+        out = processor(images=[Image.fromarray(pixels)], text=[text], return_tensors="pt")
+    except Exception as e:  # a processor may raise anything, for instance for a picture of one line
+        size = f"{pixels.shape[1]} x {pixels.shape[0]} pixels"
+        raise BadPicture(f"picture {place_of(picture)} ({size}) is refused by the processor of {handle.name}: {e}") from e
     kept = {k: v for k, v in out.items() if k != "attention_mask" and isinstance(v, torch.Tensor)}
     n = len(without_end(handle, kept["input_ids"][0].tolist()))
     return {k: v[:, :n] if v.shape == kept["input_ids"].shape else v for k, v in kept.items()}

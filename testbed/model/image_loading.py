@@ -21,6 +21,8 @@ class Decoded:
 
     key: str
     pixels: np.ndarray
+    where: str = ""
+    """Where it was read, for messages."""
 
     def load(self) -> np.ndarray:
         return self.pixels
@@ -38,8 +40,13 @@ def decoded(pictures: Iterable[Picture]) -> Iterator[Decoded | BadPicture]:
             yield waiting.popleft().result()
 
 
+def place_of(picture: Picture) -> str:
+    """The path of a picture's file where it has one, else its key."""
+    return str(getattr(picture, "where", "") or getattr(picture, "path", picture.key))
+
+
 def _decode(picture: Picture) -> Decoded | BadPicture:
     try:
-        return Decoded(picture.key, picture.load())
+        return Decoded(picture.key, picture.load(), place_of(picture))
     except BadPicture as e:
         return e
