@@ -16,6 +16,7 @@ from testbed.core.events import Ask
 from testbed.model import families
 from testbed.model.encoding import Batch, collate
 from testbed.model.handle import BadModel, ModelHandle
+from testbed.model.refusals import REMOTE_CODE, refuse_adapter, refuse_kind, refuse_weights
 from testbed.model.sources import ModelSource, find_source
 
 _SHIFT = 3
@@ -76,20 +77,23 @@ def load(name: str, device: str = "auto", dtype: str = "auto", device_map: str |
     try:
         handle = _load(name, source.place, place, kind, parts)
         handle.notes += [source.note] if source.note else []
+        refuse_weights(handle)
         verify_padding(handle)
         return handle
     except (BadModel, families.UnknownLayout):
         raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as e:
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise BadModel(f"model {name!r} cannot be loaded: {reason}. {_advice(source.place)}") from e
+        advice = REMOTE_CODE if "trust_remote_code" in str(e) else _advice(source.place)
+        raise BadModel(f"model {name!r} cannot be loaded: {reason}. {advice}") from e
 
 
 def _load(name: str, source: str, place: torch.device, kind: torch.dtype, parts: str | dict[str, Any] | None) -> ModelHandle:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
+    refuse_adapter(name, source)
     config = AutoConfig.from_pretrained(source)
-    _require_unquantised(name, config)
+    refuse_kind(name, config)
     family = families.family_of(config)
     cls = AutoModelForImageTextToText if family.image is not None else AutoModelForCausalLM
     loaded: Any = cls.from_pretrained(source, dtype=kind, output_loading_info=True, device_map=parts)
@@ -112,18 +116,6 @@ def _load(name: str, source: str, place: torch.device, kind: torch.dtype, parts:
     if parts is not None:
         return spread(ModelHandle(model, tokenizer, processor, name, family, place, notes))
     return ModelHandle(model.to(place), tokenizer, processor, name, family, place, notes)
-
-
-def _require_unquantised(name: str, config: Any) -> None:
-    """Raise `BadModel` for a model whose weights stay quantised after loading: they cannot be edited."""
-    found = getattr(config, "quantization_config", None)
-    if found is not None:
-        kind = found.get("quant_method", "unknown") if isinstance(found, dict) else getattr(found, "quant_method", "unknown")
-        method = getattr(kind, "value", kind)
-        raise BadModel(
-            f"model {name!r} stays quantised after loading ({method}), and quantised weights cannot be edited: use the model that it "
-            "was made from, or a GGUF file, which is dequantised"
-        )
 
 
 def spread(handle: ModelHandle) -> ModelHandle:
