@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ def test_an_image_text_type_that_is_not_in_the_table_is_named(tmp_path: Path) ->
 
 def test_weights_that_are_not_finite_name_the_parameter(tmp_path: Path) -> None:
     save("llama", tmp_path)
-    model = LlamaForCausalLM.from_pretrained(tmp_path)
+    model: Any = LlamaForCausalLM.from_pretrained(tmp_path)
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
     model.save_pretrained(tmp_path)
@@ -51,7 +52,7 @@ def test_a_tokenizer_of_another_model_is_refused_and_added_tokens_are_not(tmp_pa
     tokenizer.add_tokens(["<unused>"])
     tokenizer.save_pretrained(tmp_path)
     load(str(tmp_path), device="cpu")
-    model = LlamaForCausalLM.from_pretrained(tmp_path)
+    model: Any = LlamaForCausalLM.from_pretrained(tmp_path)
     model.resize_token_embeddings(300)
     model.save_pretrained(tmp_path)
     with pytest.raises(BadModel, match=r"has 100 tokens beyond the 300 rows of the model's embedding"):
