@@ -11,7 +11,7 @@ from streams.dated.states import DatedChange, SourceData, certain_changes
 from streams.files.entry import EntryData, EntryQuestion, FactEntry, QuestionCollector, drawn_role, question_key, rotated
 from streams.files.entry_stream import EntryStream
 from streams.files.records import reasons
-from testbed.core.events import Split, content_id
+from testbed.core.events import content_id
 
 
 class DatedStream(EntryStream):
@@ -81,16 +81,7 @@ class DatedStream(EntryStream):
         }
 
     def _add_locality(self, collector: QuestionCollector, entry: FactEntry, own: list[EntryQuestion]) -> None:
-        """Add one control each: the same relation of another subject; another relation; another relation of the same subject."""
-        order = rotated(self._controls, "control of", entry.source)[:400]
-        fits = [c for c in order if collector.reveals_leak(c.previous)]
-        same = next((c for c in fits if c.relation == entry.relation), None)
-        other = next((c for c in fits if c.relation != entry.relation and c.subject != entry.subject), None)
-        sibling = next((c for c in self._controls if c.subject == entry.subject and collector.reveals_leak(c.previous)), None)
-        found: list[tuple[FactEntry | None, Split]] = [(same, "locality_hard"), (other, "locality_far"), (sibling, "locality_sibling")]
-        for control, split in found:
-            if control is not None:
-                collector.add_unreserved(control.as_control(split))
+        self.add_controls(collector, entry, rotated(self._controls, "control of", entry.source)[:400])
 
     def probe_prompts(self, entry: FactEntry) -> tuple[str, ...]:
         """Also the edit's own prompt, unless it needs its picture."""

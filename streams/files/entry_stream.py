@@ -30,7 +30,7 @@ from streams.files.entry import (
     with_true_targets,
 )
 from streams.files.records import distinct, normalize
-from testbed.core.events import EditEvent, Question
+from testbed.core.events import EditEvent, Question, Split
 
 
 class EntryStream(Stream):
@@ -198,6 +198,18 @@ class EntryStream(Stream):
             far = self._far(collector, entry)
             if far is not None:
                 collector.add_unreserved(far.as_control("locality_far"))
+
+    def add_controls(self, collector: QuestionCollector, entry: FactEntry, order: Sequence[FactEntry]) -> None:
+        """Add one control each, the first in order whose answer tells a leak apart: of the same relation of another subject; of
+        another relation; of another relation of the same subject."""
+        fits = [c for c in order if collector.reveals_leak(c.previous)]
+        same = next((c for c in fits if c.relation == entry.relation), None)
+        other = next((c for c in fits if c.relation != entry.relation and c.subject != entry.subject), None)
+        sibling = next((c for c in self._controls if c.subject == entry.subject and collector.reveals_leak(c.previous)), None)
+        found: list[tuple[FactEntry | None, Split]] = [(same, "locality_hard"), (other, "locality_far"), (sibling, "locality_sibling")]
+        for control, split in found:
+            if control is not None:
+                collector.add_unreserved(control.as_control(split))
 
     def is_unaffected(self, collector: QuestionCollector, question: EntryQuestion) -> bool:
         """Whether the answer to a locality question that the record brings must stay as it is after the edit."""

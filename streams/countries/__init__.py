@@ -1,0 +1,1 @@
+"""A stream of real facts about countries, from a table in the package."""
