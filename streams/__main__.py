@@ -18,6 +18,7 @@ from typing import Annotated
 import tyro
 
 from streams.base import BadStream, MissingImages, StreamConfig
+from testbed.core.events import BadPicture
 from testbed.core.registry import STREAMS, UnknownName
 from testbed.core.terminal import replace_what_the_terminal_lacks
 
@@ -39,7 +40,7 @@ class InspectConfig:
 
 
 def inspect_stream(config: InspectConfig) -> list[str]:
-    """Lines of text about a stream. Raises `BadStream` or `UnknownName`."""
+    """Lines of text about a stream. Raises `BadStream`, `BadPicture` or `UnknownName`."""
     settings = StreamConfig(data_root=config.data_root, missing_images=config.missing_images, fields=config.fields)
     began = time.process_time()
     stream = STREAMS.get(config.stream)(settings)
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = tyro.cli(InspectConfig, args=None if argv is None else list(argv), prog="python -m streams")
     try:
         lines, code = inspect_stream(config), 0
-    except (BadStream, UnknownName) as e:
+    except (BadStream, BadPicture, UnknownName) as e:
         lines, code = [f"error: {e}"], 2
     sys.stdout.write("\n".join(lines) + "\n")
     return code

@@ -205,8 +205,8 @@ def _picture(row: Mapping[str, Any], form: Mapping[str, str], folder: Path | Non
     if folder is None:
         raise BadField("a picture must lie in a column of pictures (datasets.Image), found text")
     picture = FilePicture(folder, name)
-    if not picture.path.is_file():
-        raise BadField("no file for image")
+    if not picture.path.is_file() or not picture.size:
+        raise BadField("the file for image is empty" if picture.path.is_file() else "no file for image")
     return picture
 
 

@@ -113,11 +113,12 @@ def build(stream: Stream, events: Sequence[EditEvent], config: ScheduleConfig, p
     check_order(list(events))
     probes = probes if probes is not None else {name: cls() for name, cls in PROBES.items()}
     questions = {e.id: stream.questions(e) for e in events}
+    joint = any(q.needs for asked in questions.values() for q in asked)
     past = EditHistory((), (), lambda e: questions[e.id], stream.general(), config.seed, benchmarks=config.benchmarks)
     allowed = config.budget * max(1.0, len(events) / GRID)
     scale = 1.0
     for _ in range(8):
-        schedule = _build(replace(past, scale=scale), events, config.batch, probes)
+        schedule = _build(replace(past, scale=scale), events, config.batch, probes, joint)
         if schedule.n_questions <= allowed or scale < 0.02:
             break
         fixed = sum(q.plan.panel == "immediate" for s in schedule.steps for q in s.questions)
@@ -126,7 +127,8 @@ def build(stream: Stream, events: Sequence[EditEvent], config: ScheduleConfig, p
     return schedule
 
 
-def _build(past: EditHistory, events: Sequence[EditEvent], batch: int, probes: dict[str, Probe]) -> Schedule:
+def _build(past: EditHistory, events: Sequence[EditEvent], batch: int, probes: dict[str, Probe], joint: bool) -> Schedule:
+    """All steps; with `joint` some questions are asked only while several edits are live."""
     steps: list[Step] = []
     live: dict[str, Applied] = {}
     planned = list(checkpoints(events, batch))
@@ -138,7 +140,8 @@ def _build(past: EditHistory, events: Sequence[EditEvent], batch: int, probes: d
             live[a.event.id] = a
         alive = tuple(a for a in edits if a.event.id in live)
         now = replace(past, new=alive, live=tuple(live.values()), coming=every[checkpoint.edits :])
-        now = replace(now, questions=lambda e, live=live: [q for q in past.questions(e) if not q.needs or live.keys() >= set(q.needs)])
+        if joint:
+            now = replace(now, questions=lambda e, live=live: [q for q in past.questions(e) if live.keys() >= set(q.needs)])
         questions = [ScheduledQuestion(plan, name, p.version) for name, p in sorted(probes.items()) for plan in p.ask(now, checkpoint)]
         steps.append(Step(checkpoint, edits, tuple(questions)))
     return Schedule(tuple(steps), past.scale)

@@ -472,6 +472,14 @@ def test_no_revision_is_invented_without_a_relation(tmp_path: Path) -> None:
     assert "no relation is given (stream.fields=relation=...), so no revision is invented" in bare.notes(bare.events(10))
 
 
+def test_a_picture_without_content_is_skipped_by_name(tmp_path: Path) -> None:
+    for i in range(40):
+        (tmp_path / f"{i}.png").write_bytes(b"" if i == 3 else bytes([i]))
+    s = stream(tmp_path, [record(i, image=f"{i}.png") for i in range(41)])
+    assert [(k.where, k.reason) for k in s.skipped] == [("record 3", "the file for image is empty"), ("record 40", "no file for image")]
+    assert s.events(10)
+
+
 def test_the_command_line_says_what_was_read_and_lost(tmp_path: Path) -> None:
     (tmp_path / "own.csv").write_text(
         "prompt,target,previous,note\n" + "".join(f"P {i},t {i},</s>,x\n" for i in range(40)) + "P 1,t 1,o,x\n"
