@@ -59,6 +59,10 @@ class Fired:
     event: EditEvent | None = None
     step: int | None = None
 
+    def __str__(self) -> str:
+        event = self.event
+        return f"{event.prompt} -> {event.target} (step {self.step}, year {event.year}, edit {event.id})" if event else self.name
+
 
 @dataclass(frozen=True)
 class AskResult:
@@ -100,7 +104,6 @@ def answer(stored: StoredRun, editor: Editor, step: int, prompt: Ask, max_new_to
 
 
 def _editor_name(stored: StoredRun, name: str) -> str:
-    """The editor to ask. Raises `BadConfig`."""
     if not name and len(stored.names()) > 1:
         raise BadConfig(f"--editor must say which of {', '.join(stored.names())}")
     chosen = stored.names([name] if name else ())[0]
@@ -126,25 +129,19 @@ def _fired(stored: StoredRun, editor: Editor, extras: Mapping[str, Any]) -> tupl
     """The edits in the notes of the editor: `used` (facts in the prompt) or `entry` (the codebook entry that answered)."""
     if not editor.traits.gated and "used" not in extras and "entry" not in extras:
         return None
-    names = extras["used"] if "used" in extras else [extras.get("entry")]
+    names = extras.get("used", [extras.get("entry")])
     made = {a.event.id: (a.event, s.checkpoint.step) for s in stored.run.schedule.steps for a in s.edits}
     return tuple(Fired(n, *made.get(n, (None, None))) for n in names if n is not None)
 
 
 def lines(result: AskResult) -> list[tuple[str, str]]:
     """Labels and texts for the command line."""
-    out = [("edited", result.answer), ("unedited", result.unedited)]
+    fired = [str(f) for f in result.fired or ()]
     if result.fired is None:
-        return [*out, ("fired", "no single edit: all that was changed acts on every question")]
-    if not result.fired:
-        return [*out, ("fired", "no edit: the question was left to the unedited model")]
-    return [*out, *(("fired", _description(f)) for f in result.fired)]
-
-
-def _description(fired: Fired) -> str:
-    if fired.event is None:
-        return fired.name
-    return f"{fired.event.prompt} -> {fired.event.target} (step {fired.step}, year {fired.event.year}, edit {fired.event.id})"
+        fired = ["no single edit: all that was changed acts on every question"]
+    elif not fired:
+        fired = ["no edit: the question was left to the unedited model"]
+    return [("edited", result.answer), ("unedited", result.unedited), *(("fired", text) for text in fired)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,15 +16,16 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
 
-from testbed.core.schema import folder_name
+from testbed.core.schema import BaseAnswer, folder_name
 from testbed.editors.base import Editor
-from testbed.experiment.answering import answer_questions, text_answers
+from testbed.experiment.answering import Answer, answer_questions, text_answers
 from testbed.experiment.command import run_command
 from testbed.experiment.config import BadConfig
 from testbed.experiment.loop import Context, apply_step
@@ -72,7 +73,7 @@ def find(config: BisectConfig) -> dict[str, Any]:
     upto = stored.n_steps if config.upto is None else config.upto
     if not 0 <= config.after < upto <= stored.n_steps:
         raise BadConfig(f"--after {config.after} and --upto {upto} must be steps of the run in this order, from 0 to {stored.n_steps}")
-    signal = _signal(stored.context(), config.signal)
+    signal = partial(_SIGNALS.get(config.signal, partial(_monitor, name=config.signal)), stored.context())
     work, kind = (_alone, "alone") if config.alone else (_crossing, "bisect")
     found = {"signal": config.signal, "above": above, **work(stored, replace(config, above=above, upto=upto), signal)}
     write_json(config.out / folder_name(config.editor) / f"{kind}-{folder_name(config.signal)}.json", found)
@@ -109,7 +110,6 @@ def _crossing(stored: StoredRun, config: BisectConfig, signal: Signal) -> dict[s
 
 
 def _alone(stored: StoredRun, config: BisectConfig, signal: Signal) -> dict[str, Any]:
-    """The signal after each of a sample of edits, made alone on the clean model."""
     steps = stored.run.schedule.steps[config.after : config.upto]
     pool = [(s, a) for s in steps for a in s.edits if a.event.kind != "retire"]
     chosen = smallest(pool, config.alone, lambda x: draw(stored.run.config.seed, "alone", x[1].event.id))
@@ -128,50 +128,37 @@ def _crossed(value: float, above: float) -> bool:
     return math.isnan(value) or value > above
 
 
-def _signal(context: Context, name: str) -> Signal:
-    """The function that measures a signal on an edited model. Raises `BadConfig` where the run has no questions for it."""
-    if name == "perplexity":
-        return _perplexity(context)
-    if name == "unrelated":
-        return _unrelated(context)
-    if not context.watch.asks:
-        raise BadConfig("the run has no questions that monitors could look at")
-    return lambda editor: _monitor(context, editor, name)
-
-
-def _perplexity(context: Context) -> Signal:
+def _perplexity(context: Context, editor: Editor) -> float:
     """Rise of the negative log-likelihood (nats per token) over the unedited model, pooled over the texts of the run."""
     texts = [q for q in context.schedule.unique_questions.values() if q.split == "text"]
     if not texts:
         raise BadConfig("the run asks no running text, so there is no perplexity; choose another --signal")
-    base = [context.base[q.id] for q in texts]
-    before = -sum(b.logprob or 0.0 for b in base) / sum(b.n_tokens or 0 for b in base)
 
-    def signal(editor: Editor) -> float:
-        now = text_answers(editor.predictor(), texts)
-        return -sum(a.logprob or 0.0 for a in now) / sum(a.n_tokens or 0 for a in now) - before
+    def loss(answers: Sequence[Answer | BaseAnswer]) -> float:
+        return -sum(a.logprob or 0.0 for a in answers) / sum(a.n_tokens or 0 for a in answers)
 
-    return signal
+    return loss(text_answers(editor.predictor(), texts)) - loss([context.base[q.id] for q in texts])
 
 
-def _unrelated(context: Context) -> Signal:
+def _unrelated(context: Context, editor: Editor) -> float:
     """Share of the fixed panel of unrelated questions whose answers differ from those of the unedited model."""
     panel = {a.plan.question.id: a.plan.question for s in context.schedule.steps for a in s.questions if a.plan.panel == _UNRELATED}
     if not panel:
         raise BadConfig("the run has no panel of unrelated questions; choose another --signal")
-
-    def signal(editor: Editor) -> float:
-        answers = answer_questions(context, editor.predictor(), list(panel.values()), [None] * len(panel))
-        return 1 - sum(bool(a.exact) for a in answers) / len(panel)
-
-    return signal
+    answers = answer_questions(context, editor.predictor(), list(panel.values()), [None] * len(panel))
+    return 1 - sum(bool(a.exact) for a in answers) / len(panel)
 
 
 def _monitor(context: Context, editor: Editor, name: str) -> float:
+    if not context.watch.asks:
+        raise BadConfig("the run has no questions that monitors could look at")
     rows = {r.name: r.value for r in context.watch.rows(0, editor.predictor(), editor.edited_weights())}
     if name not in rows:
         raise BadConfig(f"--signal {name!r} is not perplexity, unrelated or a monitor that has a value here: {', '.join(sorted(rows))}")
     return rows[name]
+
+
+_SIGNALS = {"perplexity": _perplexity, "unrelated": _unrelated}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -70,7 +70,7 @@ class Board:
 
     def __post_init__(self) -> None:
         self.state = {i: "done" if cell.done else "waiting" for i, cell in self.grid.cells.items()}
-        self._logs = {i: _size(cell.log) for i, cell in self.grid.cells.items()}
+        self._logs = {i: cell.log_size for i, cell in self.grid.cells.items()}
         self.save()
 
     def set(self, cell: Cell, error: str | None) -> None:
@@ -83,17 +83,16 @@ class Board:
     def update(self) -> None:
         """Set waiting cells to running whose log has grown."""
         waiting = [i for i, s in self.state.items() if s == "waiting"]
-        self.state |= {i: "running" for i in waiting if _size(self.grid.cells[i].log) > self._logs[i]}
+        self.state |= {i: "running" for i in waiting if self.grid.cells[i].log_size > self._logs[i]}
 
     def save(self) -> None:
         """Write sweep.json. Raises `StoreError`."""
-        cells = {i: self._row(i, cell) for i, cell in self.grid.cells.items()}
+        cells = {}
+        for i, cell in self.grid.cells.items():
+            folder = str(cell.folder.relative_to(self.folder.absolute()))
+            about = {"editor": cell.editor, "seed": cell.config.seed, "folder": folder, "config": cell.config.stored()}
+            cells[i] = {**about, "state": self.state[i], "error": self.error.get(i)}
         write_json(self.folder / "sweep.json", {"comparisons": self.grid.comparisons, "cells": cells})
-
-    def _row(self, name: str, cell: Cell) -> dict[str, Any]:
-        folder = str(cell.folder.relative_to(self.folder.absolute()))
-        state = {"state": self.state[name], "error": self.error.get(name)}
-        return {"editor": cell.editor, "seed": cell.config.seed, "folder": folder, **state, "config": cell.config.stored()}
 
     def table(self) -> Table:
         """One row per cell: its editor, seed, state, newest saved step and comparison."""
@@ -108,10 +107,6 @@ class Board:
             # Text, because the brackets in an editor's name would be markup of rich
             table.add_row(Text(cell.editor), str(cell.config.seed), Text(state, _STYLES[state]), steps, Text(apart))
         return table
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0
 
 
 _STYLES = {"waiting": "dim", "running": "cyan", "done": "green", "failed": "bold red"}
@@ -219,19 +214,11 @@ def parse(argv: Sequence[str] | None) -> tuple[SweepConfig, dict[str, Any]]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 every cell is done, 1 some failed (the report names them), 2 a mistake of the user, 130 interrupted."""
     start, console = time.perf_counter(), Console(stderr=True)
-
-    def work() -> Board:
-        config, values = parse(argv)
-        return sweep(config, values, console)
-
-    code, board = run_command(work, "the same command")
-    if board is None:
-        return code
-    return _finish(board, time.perf_counter() - start)
+    code, board = run_command(lambda: sweep(*parse(argv), console), "the same command")
+    return code if board is None else _finish(board, time.perf_counter() - start)
 
 
 def _finish(board: Board, seconds: float) -> int:
-    """Write the report and print its summary; return the exit code."""
     from analysis.reporting.sweep import write_sweep  # imported here: pandas and matplotlib are heavy, and --help needs neither
     from analysis.reporting.tables import terminal_table
 

@@ -18,22 +18,23 @@ if __name__ == "__main__":  # before torch is loaded
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from rich.console import Console
 
 from testbed.bench import codebook, editors, late
-from testbed.bench.common import BenchConfig, Rows, as_json, machine, table
+from testbed.bench.common import BenchConfig, Rows, as_json, each_editor, machine, table
 from testbed.bench.compare import compare
 from testbed.core import variants
 from testbed.experiment.command import run_command
 from testbed.storage.files import replacing
 
 TABLES: dict[str, Callable[[BenchConfig], Rows]] = {
-    "editors": editors.editor_rows,
-    "paths": editors.path_rows,
-    "flops": editors.flop_rows,
+    "editors": partial(each_editor, lambda *measured: [editors.measure_editor(*measured)]),
+    "paths": partial(each_editor, lambda *measured: [editors.measure_paths(*measured)]),
+    "flops": partial(each_editor, editors.measure_flops),
     "late": late.late_rows,
     "codebook": codebook.codebook_rows,
     "compare": compare,

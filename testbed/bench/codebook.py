@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from streams.base import Stream
-from testbed.bench.common import BenchConfig, Rows, questions_about
+from testbed.bench.common import BenchConfig, Rows, questions_about, seconds_of
 from testbed.bench.models import open_model
 from testbed.editors.codebook.balancedit import LowRankWeights
 from testbed.editors.codebook.codebook import Codebook, Entry
@@ -31,6 +30,7 @@ RANK = 4
 SIZES = (100, 1_000, 10_000, 20_000)
 """Numbers of entries."""
 _CLUSTER = 400
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -99,10 +99,11 @@ def insertion(sizes: tuple[int, ...] = SIZES, width: int = 512, times: int = 50)
     for n in sizes:
         while len(codebook) < n:
             insert_next(codebook, keys, distance * 0.2)
-        overlapping, disjoint = (
-            sorted(_seconds(lambda r=radius: insert_next(codebook, keys, r)) for _ in range(times)) for radius in (distance * 1.5, 0.0)
-        )
-        out.append(InsertionTime(n, 1e3 * overlapping[times // 2], 1e3 * disjoint[times // 2]))
+        middle = []
+        for radius in (distance * 1.5, 0.0):
+            spent = [seconds_of(CPU, lambda r=radius: insert_next(codebook, keys, r))[0] for _ in range(times)]
+            middle.append(1e3 * sorted(spent)[times // 2])
+        out.append(InsertionTime(n, *middle))
     return out
 
 
@@ -145,20 +146,13 @@ def codebook_bytes(entries: int = 10_000, width: int = WIDTH_7B, inner: int = IN
         path = Path(folder) / "step-000001.safetensors"
         write_state(path, {"keys": keys.all, **values})
         disk = path.stat().st_size
-    name = f"rank {RANK} of {inner} x {width}"
-    out = CodebookBytes(name, entries, keys.all.nbytes, value_bytes, keys.nbytes + value_bytes, disk)
+    out = CodebookBytes(f"rank {RANK} of {inner} x {width}", entries, keys.all.nbytes, value_bytes, keys.nbytes + value_bytes, disk)
     del keys, values
     gc.collect()
     return out
 
 
-def _seconds(work: Callable[[], object]) -> float:
-    start = time.process_time()
-    work()
-    return time.process_time() - start
-
-
 def _fastest(work: Callable[[], object], times: int) -> float:
     """CPU seconds, the least of several after a first time that is not counted."""
     work()
-    return min(_seconds(work) for _ in range(times))
+    return min(seconds_of(CPU, work)[0] for _ in range(times))

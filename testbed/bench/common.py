@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -30,8 +29,7 @@ Rows = Iterator[list[Any]]
 """Rows of tables as they are measured. Each is a dataclass; those of one class form one table."""
 Make = Callable[[], Editor]
 """Creates a fresh editor."""
-Stages = dict[str, float]
-"""Seconds, or another quantity, by stage of an edit or a question."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -91,11 +89,8 @@ class BenchConfig:
         name = self.stream if reads_pictures else self.text_stream
         return RunConfig(stream=name, seed=self.seed).resolve_stream().create()
 
-    def create_editor(self, name: str) -> Editor:
-        return RunConfig(set=self.set).resolve_editor(name).create()
 
-
-def each_editor(config: BenchConfig, measure: Callable[[ModelHandle, Stream, Make], list[Any]]) -> Rows:
+def each_editor(measure: Callable[[ModelHandle, Stream, Make, BenchConfig], list[Any]], config: BenchConfig) -> Rows:
     """The rows of every editor on every model. What one editor caches on the model is dropped before the next."""
     with bars() as progress:
         for i, name in enumerate(config.model):
@@ -106,7 +101,8 @@ def each_editor(config: BenchConfig, measure: Callable[[ModelHandle, Stream, Mak
                 continue
             for j, editor in enumerate(config.editor, 1):
                 handle.cache.clear()
-                yield measure(handle, config.open_stream(handle.reads_pictures), partial(config.create_editor, editor))
+                make = RunConfig(set=config.set).resolve_editor(editor).create
+                yield measure(handle, config.open_stream(handle.reads_pictures), make, config)
                 progress.advance("bench", i * len(config.editor) + j, len(config.model) * len(config.editor))
 
 
@@ -115,17 +111,9 @@ def apply_edits(editor: Editor, stream: Stream, events: Sequence[EditEvent], ste
     return editor.apply(EditBatch(tuple(events), step, {e.id: stream.paraphrases(e) for e in events}))
 
 
-def stages_of(report: EditReport) -> Stages:
+def stages_of(report: EditReport) -> dict[str, float]:
     """Wall seconds of a batch by stage."""
     return {k.removeprefix(NOTE_PREFIX): v for k, v in report.notes.items() if k.startswith(NOTE_PREFIX)}
-
-
-def sum_stages(reports: Iterable[EditReport]) -> Stages:
-    """Wall seconds by stage of all reports."""
-    out: Stages = {}
-    for report in reports:
-        out |= {k: out.get(k, 0.0) + v for k, v in stages_of(report).items()}
-    return out
 
 
 def questions_about(handle: ModelHandle, stream: Stream, events: Sequence[EditEvent], n: int) -> tuple[list[Ask], list[str | None]]:
@@ -134,19 +122,16 @@ def questions_about(handle: ModelHandle, stream: Stream, events: Sequence[EditEv
     return [q.ask() for q in found], [q.answer for q in found]
 
 
-def clock_of(handle: ModelHandle) -> Callable[[], float]:
-    """A clock in seconds: CPU time where the model runs on a CPU, so that other processes do not count, otherwise wall time."""
-    return time.process_time if handle.device.type == "cpu" else time.perf_counter
+def seconds_of(device: torch.device, work: Callable[[], T], wall: bool = False) -> tuple[float, T]:
+    """The seconds of a piece of work up to the end of all work on the device, and its result.
 
-
-def seconds_of(handle: ModelHandle, work: Callable[[], object]) -> float:
-    """Seconds by `clock_of`, up to the end of all work on the device."""
-    clock = clock_of(handle)
-    start = clock()
-    work()
-    if handle.device.type == "cuda":
-        torch.cuda.synchronize(handle.device)
-    return clock() - start
+    CPU time on a CPU, so that other processes do not count, otherwise wall time; with `wall` always wall time.
+    """
+    clock = time.process_time if device.type == "cpu" and not wall else time.perf_counter
+    start, result = clock(), work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return clock() - start, result
 
 
 def table(rows: Sequence[Any]) -> Table:

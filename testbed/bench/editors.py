@@ -7,7 +7,7 @@ at a time, and nothing kept on the model between edits but the second moments of
 
 from __future__ import annotations
 
-import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from streams.base import Stream
-from testbed.bench.common import BenchConfig, Make, Rows, apply_edits, each_editor, questions_about, seconds_of, sum_stages
+from testbed.bench.common import BenchConfig, Make, apply_edits, questions_about, seconds_of, stages_of
 from testbed.bench.reference import recorded_losses, whole_model
 from testbed.core.events import EditEvent
 from testbed.core.schema import EditReport
@@ -60,18 +60,14 @@ class EditorSpeed:
         return self.edits_per_second / self.reference_per_second if self.reference_per_second else None
 
 
-def editor_rows(config: BenchConfig) -> Rows:
-    """Every editor on every model."""
-    return each_editor(config, lambda handle, stream, make: [measure_editor(handle, stream, make, config)])
-
-
 def measure_editor(handle: ModelHandle, stream: Stream, make: Make, config: BenchConfig) -> EditorSpeed:
     """Measure one editor on the stream's first events."""
     reset_peak(handle.device)
     events, editor = stream.events(config.edits), make()
     batch = min(config.batch or 1, editor.traits.max_batch or config.batch or 1)
-    prepared = seconds_of(handle, lambda: editor.prepare(handle, stream.train_pool()))
+    prepared, _ = seconds_of(handle.device, lambda: editor.prepare(handle, stream.train_pool()))
     reports: list[EditReport] = []
+    stages: dict[str, float] = defaultdict(float)
 
     def edit() -> None:
         with bars() as progress:
@@ -79,10 +75,13 @@ def measure_editor(handle: ModelHandle, stream: Stream, make: Make, config: Benc
                 reports.append(apply_edits(editor, stream, events[at : at + batch], step))
                 progress.advance(editor.name, min(at + batch, len(events)), len(events))
 
-    seconds = seconds_of(handle, edit)
+    seconds, _ = seconds_of(handle.device, edit)
+    for stage, spent in (item for report in reports for item in stages_of(report).items()):
+        stages[stage] += spent
     handle.cache.clear()
     asks, answers = questions_about(handle, stream, events, config.questions)
-    first_probe, probe = (seconds_of(handle, partial(editor.predictor().respond, asks, answers, 16)) for _ in range(2))
+    respond = partial(editor.predictor().respond, asks, answers, 16)
+    first_probe, probe = (seconds_of(handle.device, respond)[0] for _ in range(2))
     per_thousand = 1000 / max(1, len(asks))
     peak, singles = peak_bytes(handle.device), [[e] for e in events[: config.plain]]
     reference = apply_steps(handle, stream, make(), singles, reference=True) if singles else None
@@ -95,7 +94,7 @@ def measure_editor(handle: ModelHandle, stream: Stream, make: Make, config: Benc
         edits_per_second=len(events) / seconds,
         reference_per_second=len(singles) / sum(reference.seconds) if reference else None,
         prepare_seconds=prepared,
-        edit_seconds=", ".join(f"{stage} {s:.2f}" for stage, s in sum_stages(reports).items()) or f"{seconds:.2f}",
+        edit_seconds=", ".join(f"{stage} {s:.2f}" for stage, s in stages.items()) or f"{seconds:.2f}",
         probe_seconds_per_thousand=per_thousand * probe,
         probe_seconds_per_thousand_first=per_thousand * first_probe,
         state_bytes_per_edit=(reports[-1].state_bytes if reports else 0) / max(1, len(events)),
@@ -131,11 +130,11 @@ def apply_steps(
             moments = {k: v for k, v in handle.cache.items() if k == "second moments"}
             handle.cache.clear()
             handle.cache.update(moments)
-        reports: list[EditReport] = []
         with whole_model(handle) if reference else nullcontext(), recorded_losses() as seen:
-            seconds.append(seconds_of(handle, lambda n=n, e=events, r=reports: r.append(apply_edits(editor, stream, e, n))))
+            spent, report = seconds_of(handle.device, partial(apply_edits, editor, stream, events, n))
+        seconds.append(spent)
         losses.append(list(seen))
-        failed += len(reports[0].failed)
+        failed += len(report.failed)
     return AppliedSteps([len(s) for s in steps], seconds, losses, failed)
 
 
@@ -166,14 +165,9 @@ class MethodSpeed:
         return self.batch_per_second / self.reference_per_second if self.batch_per_second else None
 
 
-def path_rows(config: BenchConfig) -> Rows:
-    """Every method on every model beside its reference implementation."""
+def measure_paths(handle: ModelHandle, stream: Stream, make: Make, config: BenchConfig) -> MethodSpeed:
+    """Measure one method on the stream's first new facts: at most 4 by the reference, 4 times as many singly, 2 batches."""
     edits, batch = min(4, config.edits), config.batch or 16
-    return each_editor(config, lambda handle, stream, make: [measure_paths(handle, stream, make, edits, batch)])
-
-
-def measure_paths(handle: ModelHandle, stream: Stream, make: Make, edits: int = 4, batch: int = 16) -> MethodSpeed:
-    """Measure one method on the stream's first new facts: `edits` by the reference, 4 times as many singly, 2 batches."""
     events, editor = [e for e in stream.events(8 * max(edits, batch)) if e.kind == "add"], make()
     slow = apply_steps(handle, stream, make(), [[e] for e in events[:edits]], reference=True)
     single = apply_steps(handle, stream, make(), [[e] for e in events[: 4 * edits]])
@@ -194,7 +188,6 @@ def measure_paths(handle: ModelHandle, stream: Stream, make: Make, edits: int = 
 
 
 def _by_edit(losses: list[list[Tensor]], batch: int) -> list[list[Tensor]]:
-    """Losses of batches, edit by edit."""
     return [[x[i : i + 1] for x in seen] for seen in losses for i in range(batch) if seen and i < len(seen[0])]
 
 
@@ -220,11 +213,6 @@ class FlopShare:
     """gigaflops by wall time, as a share of the rate of one large matrix product in the model's dtype on this device."""
 
 
-def flop_rows(config: BenchConfig) -> Rows:
-    """The edits and questions of every editor on every model."""
-    return each_editor(config, lambda handle, stream, make: measure_flops(handle, stream, make, config))
-
-
 def measure_flops(handle: ModelHandle, stream: Stream, make: Make, config: BenchConfig) -> list[FlopShare]:
     """Measure one editor twice, each time fresh and with empty caches: once timed, and once with FLOPs counted."""
     first, *events = stream.events(config.edits + 1)
@@ -241,18 +229,12 @@ def measure_flops(handle: ModelHandle, stream: Stream, make: Make, config: Bench
         respond()
         return {"edit": edit, "question": measure(respond)}
 
-    seconds, flops = by_unit(wall_seconds), by_unit(count_flops)
+    seconds, flops = by_unit(lambda work: seconds_of(handle.device, work, wall=True)[0]), by_unit(count_flops)
     return [
         FlopShare(handle.name, make().name, unit, 1e3 * seconds[unit] / n, flops[unit] / n / 1e9, flops[unit] / seconds[unit] / peak)
         for unit, n in numbers.items()
         if n
     ]
-
-
-def wall_seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
 
 
 def count_flops(work: Callable[[], object]) -> float:

@@ -10,7 +10,6 @@ from pathlib import Path
 from statistics import median
 
 from testbed.bench.common import BenchConfig, Rows, apply_edits, questions_about, seconds_of, stages_of
-from testbed.core.schema import EditReport
 from testbed.core.timing import collect_seconds
 from testbed.editors.base import Editor
 from testbed.experiment.rebuild import StoredRun, rebuild
@@ -77,10 +76,9 @@ def _edit(stored: StoredRun, pair: tuple[Editor, Editor], n: int) -> tuple[list[
     for turn, at in enumerate(range(0, len(events), size)):
         part = [e for e in events[at : at + size] if e.kind != "retire"]
         for i in (0, 1) if turn % 2 else (1, 0):
-            reports: list[EditReport] = []
             edit = partial(apply_edits, pair[i], run.stream, part, stored.n_steps + turn + 1)
-            spent = seconds_of(run.handle, lambda r=reports, edit=edit: r.append(edit()))
-            out[i].append(_per_unit(spent, stages_of(reports[0]), len(part)))
+            spent, report = seconds_of(run.handle.device, edit)
+            out[i].append(_per_unit(spent, stages_of(report), len(part)))
     return out
 
 
@@ -93,7 +91,7 @@ def _ask(stored: StoredRun, pair: tuple[Editor, Editor], upto: int, n: int) -> t
         for editor, costs in zip(pair, out):
             respond = partial(editor.predictor().respond, asks, answers, run.config.max_new_tokens)
             with collect_seconds() as stages:
-                spent = seconds_of(run.handle, respond)
+                spent, _ = seconds_of(run.handle.device, respond)
             costs.extend([_per_unit(spent, stages, len(asks))] if repetition else [])
     return out
 

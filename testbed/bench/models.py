@@ -6,13 +6,12 @@ longer or shorter than with the model's own.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-import yaml
 
+from streams.data import table
 from testbed.model import families, loading
 from testbed.model.handle import ModelHandle
 
@@ -41,7 +40,7 @@ def _blip2_processor(images: dict[str, Any], tokenizer: Any) -> Any:
     return processor
 
 
-SHAPES: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("shapes.yaml").read_text(encoding="utf-8"))
+SHAPES: dict[str, dict[str, Any]] = table(__file__, "shapes.yaml")
 _PROCESSORS = {"llava": _llava_processor, "blip-2": _blip2_processor}
 
 
@@ -62,11 +61,6 @@ def processor_of(name: str, like: ModelHandle) -> Any:
     return _PROCESSORS[SHAPES[name]["config"]["model_type"]](images, like.tokenizer) if images else None
 
 
-def open_model(name: str, device: str = "auto", dtype: str = "auto") -> ModelHandle:
-    """A shape by name, otherwise the model that `loading.load` finds. Raises `ModelTooLarge` for a shape, and `BadModel`."""
-    return _random(name, device, dtype) if name in SHAPES else loading.load(name, device, dtype)
-
-
 def parameters(name: str) -> int:
     """The number of parameters of a shape, without allocating them."""
     config = config_of(name, loading.load("tiny", "cpu"))
@@ -80,23 +74,22 @@ def _class(name: str) -> Any:
     return AutoModelForImageTextToText if "image_processor" in SHAPES[name] else AutoModelForCausalLM
 
 
-def _random(name: str, device: str, dtype: str) -> ModelHandle:
+def open_model(name: str, device: str = "auto", dtype: str = "auto") -> ModelHandle:
+    """A shape by name, otherwise the model that `loading.load` finds. Raises `ModelTooLarge` for a shape, and `BadModel`."""
+    if name not in SHAPES:
+        return loading.load(name, device, dtype)
     from transformers.initialization import no_init_weights
 
     like, where = loading.load("tiny", "cpu"), loading.pick_device(device)
     config, kind = config_of(name, like), loading.pick_dtype(dtype, where)
-    size, free = parameters(name) * kind.itemsize, _free(where)
+    size = parameters(name) * kind.itemsize
+    free = torch.cuda.mem_get_info(where)[0] if where.type == "cuda" else psutil.virtual_memory().available
     if size * _HEADROOM > free:
         raise ModelTooLarge(f"{name} takes {size / 1e9:.1f} GB, and a quarter more to work in; {free / 1e9:.1f} GB are free on {where}")
     with no_init_weights(), where:
         model = _class(name).from_config(config, dtype=kind)
     _fill(model)
     return ModelHandle(model, like.tokenizer, processor_of(name, like), name, families.family_of(config), where)
-
-
-def _free(device: torch.device) -> int:
-    """Free bytes of memory of the device."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol, get_args, runtime_checkable
@@ -122,13 +123,8 @@ class EditEvent:
         if self.kind in ("revise", "revert", "retire") and not self.revises:
             raise BadEvent(f"a {self.kind} must name the event it revises ({self.source or 'no source'})")
         if not self.id:
-            object.__setattr__(self, "id", self._content_id())
-
-    def _content_id(self) -> str:
-        key = self.image.key if self.image is not None else None
-        return content_id(
-            "edit", self.kind, self.prompt, key, self.target, self.previous, self.subject, self.relation, self.revises, self.source
-        )
+            fact = (self.previous, self.subject, self.relation, self.revises, self.source)
+            object.__setattr__(self, "id", content_id("edit", self.kind, self.prompt, _key(self.image), self.target, *fact))
 
     @property
     def year(self) -> int:
@@ -141,9 +137,7 @@ class EditEvent:
     @property
     def fact(self) -> tuple[str, str]:
         """The changed fact: (subject, relation) where the source names them, else (picture key, prompt)."""
-        if self.subject and self.relation:
-            return self.subject, self.relation
-        return (self.image.key if self.image is not None else ""), self.prompt
+        return (self.subject, self.relation) if self.subject and self.relation else (_key(self.image) or "", self.prompt)
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,9 +212,7 @@ class EditBatch:
     paraphrases: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
 
     def __post_init__(self) -> None:
-        ids = [e.id for e in self.events]
-        if len(set(ids)) != len(ids):
-            twice = sorted({i for i in ids if ids.count(i) > 1})
+        if twice := sorted(i for i, n in Counter(e.id for e in self.events).items() if n > 1):
             raise BadEvent(f"step {self.step} holds the same edit twice: {', '.join(twice)}")
 
     def __len__(self) -> int:
@@ -247,6 +239,10 @@ def check_order(events: list[EditEvent] | tuple[EditEvent, ...]) -> None:
             raise BadEvent(f"event {i} ({e.source}) revises {e.revises}, which does not come before it")
         seen.add(e.id)
         last = e.time
+
+
+def _key(image: Picture | None) -> str | None:
+    return image.key if image is not None else None
 
 
 def _require_kind(value: str, allowed: tuple[str, ...], name: str, where: str) -> None:

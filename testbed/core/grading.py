@@ -15,10 +15,8 @@ from collections.abc import Iterable
 VERSION = 2
 """Incremented whenever a verdict can change; the manifest records it."""
 
-_QUOTE_MARKS = dict.fromkeys("\u2018\u2019\u201a\u201b\u2032\u00b4`", "'") | dict.fromkeys(
-    "\u201c\u201d\u201e\u201f\u00ab\u00bb\u2033", '"'
-)
-_SAME = str.maketrans(_QUOTE_MARKS)
+_SINGLE, _DOUBLE = "\u2018\u2019\u201a\u201b\u2032\u00b4`", "\u201c\u201d\u201e\u201f\u00ab\u00bb\u2033"
+_SAME = str.maketrans(dict.fromkeys(_SINGLE, "'") | dict.fromkeys(_DOUBLE, '"'))
 _DASHES = re.compile(r"[\u2010-\u2015\u2212\ufe58\ufe63\uff0d]")
 _GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:[,'\u00a0\u2009\u202f]\d{3})+(?!\d)")
 """A number written with its thousands apart: commas, apostrophes or spaces that do not break a line."""
@@ -72,9 +70,7 @@ def _kept(text: str, at: int) -> str:
     before, after = text[at - 1 : at] if at else "", text[at + 1 : at + 2]
     if kind[0] not in "PS" or c in _KEPT or kind == "Sc":
         return c
-    if c == "-" and after.isdigit() and not _in_word(before):
-        return c
-    if c == "." and after.isdigit() and (before.isdigit() or not _in_word(before)):
+    if c in "-." and after.isdigit() and (not _in_word(before) or (c == "." and before.isdigit())):
         return c
     inside = _in_word(before) and _in_word(after) and c not in _SEPARATORS and kind[0] == "P"
     return "" if inside else " "
@@ -124,12 +120,8 @@ def first_sentence(text: str) -> str:
 
 def _holds(text: str, phrase: str) -> bool:
     """Whether a phrase stands in a normalised text as whole words."""
-    at = text.find(phrase)
-    while at >= 0:
-        if _ends_word(text, at) and _ends_word(text, at + len(phrase)):
-            return True
-        at = text.find(phrase, at + 1)
-    return False
+    found = (m.start() for m in re.finditer(f"(?={re.escape(phrase)})", text))
+    return any(_ends_word(text, at) and _ends_word(text, at + len(phrase)) for at in found)
 
 
 def _ends_word(text: str, at: int) -> bool:

@@ -26,10 +26,8 @@ class Range:
 
     def holds(self, x: float) -> bool:
         """True for a number within the bounds; NaN lies in no range."""
-        if x != x:
-            return False
         low = (self.least is None or x >= self.least) and (self.above is None or x > self.above)
-        return low and (self.most is None or x <= self.most)
+        return x == x and low and (self.most is None or x <= self.most)
 
     def __str__(self) -> str:
         low = "" if self.least is None else f"{self.least:g} or more"
@@ -57,7 +55,7 @@ def out_of_range(config: Any) -> list[str]:
         for field in dataclasses.fields(config)
         for value in [getattr(config, field.name)]
         for bound in _ranges(hints[field.name])
-        if not all(bound.holds(x) for x in _items(value) if _is_number(x))
+        if not all(bound.holds(x) for x in _items(value) if isinstance(x, (int, float)) and not isinstance(x, bool))
     ]
 
 
@@ -70,7 +68,3 @@ def _ranges(hint: Any) -> list[Range]:
 
 def _items(value: Any) -> list[Any]:
     return [*typing.cast("Iterable[Any]", value)] if isinstance(value, (tuple, list)) else [value]
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 C = TypeVar("C", bound=type)
@@ -79,13 +79,12 @@ class Registry:
 
     def names(self) -> list[str]:
         """All registered names in alphabetical order."""
-        self.scan()
-        return sorted(self._entries)
+        return [name for name, _ in self.items()]
 
-    def items(self) -> Iterator[tuple[str, Any]]:
+    def items(self) -> list[tuple[str, Any]]:
         """Names and classes in alphabetical order of the names."""
-        for name in self.names():
-            yield name, self._entries[name]
+        self.scan()
+        return sorted(self._entries.items())
 
     def get(self, name: str) -> Any:
         """The class registered as `name`, or composed from "host+wrapper". Raises `UnknownName` with near matches and the list."""

@@ -11,8 +11,7 @@ from __future__ import annotations
 import re
 import types
 import typing
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field
 
 SCHEMA_VERSION = 2
 """Incremented when a field or a file is added, removed or changes its meaning."""
@@ -195,12 +194,9 @@ def folder_name(editor: str) -> str:
 
 def columns(row: type) -> dict[str, tuple[type, bool]]:
     """Field name to (Python type, may be None) of a row dataclass; every list type becomes `list`."""
-    hints = typing.get_type_hints(row)
-    return {f.name: _unwrap(hints[f.name]) for f in fields(row)}
-
-
-def _unwrap(hint: Any) -> tuple[type, bool]:
-    if isinstance(hint, types.UnionType):
-        inner = [a for a in typing.get_args(hint) if a is not type(None)]
-        return inner[0], True
-    return (list, False) if typing.get_origin(hint) is list else (hint, False)
+    out: dict[str, tuple[type, bool]] = {}
+    for name, hint in typing.get_type_hints(row).items():
+        optional = isinstance(hint, types.UnionType)
+        inner = next(a for a in typing.get_args(hint) if a is not type(None)) if optional else hint
+        out[name] = typing.get_origin(inner) or inner, optional
+    return out

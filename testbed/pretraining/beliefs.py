@@ -15,7 +15,7 @@ from PIL import Image
 
 from testbed.core.events import BadPicture, Picture, Question
 from testbed.editors.retrieval import prompts
-from testbed.pretraining.curriculum import Curriculum, pick
+from testbed.pretraining.curriculum import Curriculum, pick, shuffled, shuffled_rounds
 from testbed.pretraining.packing import Example, PackedBatch, Packer
 from testbed.pretraining.tiny_model import SIDE
 
@@ -100,15 +100,14 @@ class BeliefExamples:
         self._same_opening: dict[str, list[Example]] = defaultdict(list)
         for e in self.text_only:
             self._same_opening[_opening(e.prompt)].append(e)
-        self._order: list[int] = []
+        self._rounds = shuffled_rounds(self.with_photo, rng)
 
-    def photo_row(self) -> tuple[np.ndarray, list[Example]]:
-        """A new crop of the next photo, with its beliefs in random order and one of them after stated facts."""
-        if not self._order:
-            self._order = [int(i) for i in self.rng.permutation(len(self.with_photo))]
-        photo, beliefs = self.with_photo[self._order.pop()]
-        examples = [beliefs[int(i)] for i in self.rng.permutation(len(beliefs))]
-        return crop(photo, self.rng), [*examples[:3], self.in_context(examples[0]), *examples[3:]]
+    def photo_row(self) -> tuple[list[Example], np.ndarray]:
+        """The beliefs about the next photo in random order, with one of them after stated facts, and a new crop of the photo."""
+        photo, beliefs = next(self._rounds)
+        examples = shuffled(beliefs, self.rng)
+        cropped = crop(photo, self.rng)
+        return [*examples[:3], self.in_context(examples[0]), *examples[3:]], cropped
 
     def rows(self) -> tuple[int, int]:
         """(rows with a photo, rows without) of a batch, so that all beliefs are seen about equally often."""
@@ -145,14 +144,12 @@ class BeliefExamples:
         stated = {e.prompt: value() for e in others if e.prompt != asked.prompt}
         if overrides:
             stated[asked.prompt] = value()
-        keys = list(stated)
-        facts = [prompts.statement(keys[int(i)], stated[keys[int(i)]]) for i in self.rng.permutation(len(keys))]
+        facts = [prompts.statement(*fact) for fact in shuffled(list(stated.items()), self.rng)]
         if self.rng.random() < 0.3 and facts:
             return Example(prompts.which_fact(facts, asked.prompt), stated[asked.prompt] if overrides else prompts.NONE)
         return Example(prompts.in_context(facts, asked.prompt), stated[asked.prompt] if overrides else asked.answer)
 
     def _draw(self, pool: list[Example], n: int) -> list[Example]:
-        """n examples of the pool, with replacement."""
         return [pool[int(i)] for i in self.rng.integers(0, len(pool), n)]
 
     def _new_value(self) -> str:
@@ -179,16 +176,14 @@ def belief_batches(examples: BeliefExamples, packer: Packer, world: Curriculum |
     with_photo, without = examples.rows()
 
     def batch(progress: float) -> PackedBatch:
-        rows = [packer.row(drawn, photo) for photo, drawn in (examples.photo_row() for _ in range(with_photo))]
+        rows = [packer.row(*examples.photo_row()) for _ in range(with_photo)]
         reading = round(examples.reading * without)
         rows += [packer.row(examples.text_row(PER_TEXT_ROW)) for _ in range(without - reading)]
         rows += [packer.row(examples.reading_row()) for _ in range(reading)]
         if world is not None:
             rows += [packer.row([next(texts) for _ in range(16)]) for _ in range(WORLD_ROWS // 4)]
-            rows += [packer.row(drawn, photo) for photo, drawn in (world.photo() for _ in range(WORLD_ROWS // 4))]
-            for i in range(WORLD_ROWS // 2):
-                photo, shared, drawn = world.context(by_picture=i % 2 == 0)
-                rows.append(packer.row(drawn, photo, shared))
+            rows += [packer.row(*world.photo()) for _ in range(WORLD_ROWS // 4)]
+            rows += [packer.row(*world.context(by_picture=i % 2 == 0)) for i in range(WORLD_ROWS // 2)]
         return packer.batch(rows)
 
     return batch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from typing import TypeVar
 
@@ -66,12 +67,12 @@ class Curriculum:
             "hop": lambda: Example(*pick(self._hops, rng)),
             "text": self._text,
         }
-        self._order: list[int] = []
+        self._next_entity = partial(next, shuffled_rounds(world.entities, rng))
         self.progress = 0.0
 
-    def context(self, by_picture: bool) -> tuple[np.ndarray | None, str, list[Example]]:
-        """Stated facts with questions that they do or do not answer: (photo or None, shared beginning of all prompts, examples
-        whose prompts continue it)."""
+    def context(self, by_picture: bool) -> tuple[list[Example], np.ndarray | None, str]:
+        """Stated facts with questions that they do or do not answer: (examples, photo or None, shared beginning of all prompts,
+        which those of the examples continue)."""
         entity = self._next_entity() if by_picture else self._entity()
         easy = self.rng.random() > self._phased(self.mixture.easy)
         near = fact_keys_by_picture(entity, self.rng) if by_picture else fact_keys_by_name(self.world, entity, self.rng, self.mixture.near)
@@ -88,9 +89,8 @@ class Curriculum:
             out.append(Example(prompts.in_context(stated.facts, question).removeprefix(shared), answer))
             if key in stated.about or self._below(3) == 0:
                 out.append(Example(prompts.which_fact(stated.facts, question).removeprefix(shared), relevant_fact))
-        order = self.rng.permutation(len(out))
-        photo = photograph(entity.code, self.rng) if by_picture else None
-        return photo, shared, [out[int(i)] for i in order]
+        out = shuffled(out, self.rng)
+        return out, photograph(entity.code, self.rng) if by_picture else None, shared
 
     def _phased(self, between: tuple[float, float]) -> float:
         """How far training has gone through a range of progress, as a share; below 0 before it and above 1 after it."""
@@ -107,24 +107,19 @@ class Curriculum:
     def _entity(self) -> Entity:
         return pick(self.world.entities, self.rng)
 
-    def _next_entity(self) -> Entity:
-        """Entities in shuffled rounds, so that each is shown equally often."""
-        if not self._order:
-            self._order = [int(i) for i in self.rng.permutation(self.world.size)]
-        return self.world.entities[self._order.pop()]
-
-    def photo(self) -> tuple[np.ndarray, list[Example]]:
-        """A new photo, uint8 (48, 48, 3), and more examples about it than fit into a row, the most important first."""
+    def photo(self) -> tuple[list[Example], np.ndarray]:
+        """More examples about a photo than fit into a row, the most important first, and the new photo, uint8 (48, 48, 3)."""
         if self.rng.random() > self.mixture.entity_photos:
             code = random_code(self.rng)
-            return photograph(code, self.rng), [Example(*perception(code, p, self.rng, False)) for p in PARTS * 2]
+            photo = photograph(code, self.rng)
+            return [Example(*perception(code, p, self.rng, False)) for p in PARTS * 2], photo
         entity = self._next_entity()
         facts = [s for s in range(SLOTS) if self.rng.random() < self._phased(self.mixture.facts)]
         out = [self._naming(entity)]
         out += [Example(self._ask(entity.relations[s], picture_ref(entity.kind)), self.world.value(entity, s)) for s in facts]
         out.append(self._caption(entity) if self._below(3) == 0 else self._naming(entity))
-        out += [Example(*perception(entity.code, PARTS[int(i)], self.rng, False)) for i in self.rng.permutation(5)]
-        return photograph(entity.code, self.rng), out
+        out += [Example(*perception(entity.code, part, self.rng, False)) for part in shuffled(PARTS, self.rng)]
+        return out, photograph(entity.code, self.rng)
 
     def text(self) -> Iterator[Example]:
         """Examples without a picture, without end."""
@@ -190,7 +185,7 @@ def draw_stated_facts(world: World, keys: Iterable[FactKey], count: int, rng: np
         value = pick(world.vocabularies[key[0].values], rng)
         if value not in about.values():
             about[key] = value
-    order = [list(about)[int(i)] for i in rng.permutation(len(about))]
+    order = shuffled(list(about), rng)
     return StatedFacts(tuple(order), tuple(about[p] for p in order))
 
 
@@ -242,6 +237,17 @@ def pick(values: Sequence[T], rng: np.random.Generator) -> T:
     return values[int(rng.integers(len(values)))]
 
 
+def shuffled(values: Sequence[T], rng: np.random.Generator) -> list[T]:
+    """The values in random order."""
+    return [values[int(i)] for i in rng.permutation(len(values))]
+
+
+def shuffled_rounds(values: Sequence[T], rng: np.random.Generator) -> Iterator[T]:
+    """The values in random rounds without end, so that each is drawn equally often."""
+    while True:
+        yield from reversed(shuffled(values, rng))
+
+
 def corpus(world: World, rng: np.random.Generator) -> Iterator[str]:
     """Texts to train the tokenizer on: every fact, every name three times, and a sample of all other examples."""
     curriculum = Curriculum(world, rng)
@@ -256,6 +262,6 @@ def corpus(world: World, rng: np.random.Generator) -> Iterator[str]:
         example = next(texts)
         yield f" {example.prompt} {example.answer or ''}"
     for _ in range(1000):
-        yield from (f"\n{e.prompt} {e.answer}" for e in curriculum.photo()[1])
-        _, shared, examples = curriculum.context(by_picture=False)
+        yield from (f"\n{e.prompt} {e.answer}" for e in curriculum.photo()[0])
+        examples, _, shared = curriculum.context(by_picture=False)
         yield from (f" {shared}{e.prompt} {e.answer}" for e in examples[:2])

@@ -175,14 +175,12 @@ def sibling_damage(model: Any, processor: Any, world: World, n: int, edits: int 
     kept = weight.detach().clone()
     before = share_right(model, processor, questions)
     maker = QuestionMaker(world, QuestionForm("damage", pictures=True))
-    trained = [p for p in model.parameters() if p.requires_grad and p is not weight]
-    for p in trained:
-        p.requires_grad_(False)
+    model.requires_grad_(False)
+    weight.requires_grad_(True)
     for change in changes:
         _fine_tune(model, processor, maker, change, weight)
     after = share_right(model, processor, questions)
-    for p in trained:
-        p.requires_grad_(True)
+    model.requires_grad_(True)
     with torch.no_grad():
         weight.copy_(kept)
     title = f"plain fine-tuning of the last down-projection, {edits} edits at {DAMAGE_RATE}"

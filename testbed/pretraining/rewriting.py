@@ -37,22 +37,20 @@ class RewritingExamples:
     def __init__(self, world: World, rng: np.random.Generator, held_out: bool = False) -> None:
         self.world, self.rng, self.held_out = world, rng, held_out
 
-    def row(self) -> tuple[str, list[Example]]:
-        """Questions about one fact: (shared beginning of all prompts, examples whose prompts continue it)."""
-        key, entity = self._fact_key()
-        value = self._value(key[0])
+    def row(self) -> tuple[list[Example], None, str]:
+        """Questions about one fact: (examples, no photo, shared beginning of all prompts, which those of the examples continue)."""
+        key, entity, value = self._stated_fact()
         fact = prompts.statement(canonical(*key), value)
         shared = REWRITE_BEGINNING.format(facts=prompts.numbered([fact]))
         examples = []
         for _ in range(QUESTIONS):
             prompt, answer, wanted = self._question(key, entity, value, self.rng.random() < 0.5)
             examples.append(Example(prompts.rewrite(fact, prompt, answer).removeprefix(shared), wanted))
-        return shared, examples
+        return examples, None, shared
 
     def question(self, relevant: bool) -> Example:
         """One question to which the stated fact is relevant, or is not."""
-        key, entity = self._fact_key()
-        value = self._value(key[0])
+        key, entity, value = self._stated_fact()
         prompt, answer, wanted = self._question(key, entity, value, relevant)
         return Example(prompts.rewrite(prompts.statement(canonical(*key), value), prompt, answer), wanted)
 
@@ -84,10 +82,11 @@ class RewritingExamples:
         other_ref = picture_ref(other.kind) if by_picture else other.name
         return phrase_question(asked, other_ref, self.rng, self.held_out), self.world.value(other, other.relations.index(asked))
 
-    def _fact_key(self) -> tuple[FactKey, Entity]:
+    def _stated_fact(self) -> tuple[FactKey, Entity, str]:
         entity = pick(self.world.entities, self.rng)
         ref = picture_ref(entity.kind) if self.rng.random() < 0.3 else entity.name
-        return (pick(entity.relations, self.rng), ref), entity
+        relation = pick(entity.relations, self.rng)
+        return (relation, ref), entity, self._value(relation)
 
     def _entity(self, fits: Callable[[Entity], bool]) -> Entity:
         while True:
@@ -103,6 +102,6 @@ def rewriting_batches(examples: RewritingExamples, packer: Packer) -> Callable[[
     """A function that draws a batch; progress does not matter to it."""
 
     def batch(progress: float) -> PackedBatch:
-        return packer.batch([packer.row(continued, None, shared) for shared, continued in (examples.row() for _ in range(ROWS))])
+        return packer.batch([packer.row(*examples.row()) for _ in range(ROWS)])
 
     return batch

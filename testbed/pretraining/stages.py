@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from testbed.pretraining.packing import Packer
 from testbed.pretraining.rewriting import RewritingExamples, rewriting_batches
 from testbed.pretraining.tiny_model import build_model, build_processor, build_tokenizer, load, save
 from testbed.pretraining.tokenizer_extension import extend_model, extend_tokenizer
-from testbed.pretraining.training import Report, TrainingSchedule, train, train_tower, world_batches
+from testbed.pretraining.training import TrainingSchedule, train, train_tower, world_batches
 
 StageReport = Callable[[str, float, float], None]
 """Progress callback, called with the name of the stage, the share of it that is done, and the loss."""
@@ -81,19 +82,15 @@ def train_on_world(
     """Train the tiny model on a world from nothing, save it to `out`, and measure the saved model."""
     tokenizer = build_tokenizer(corpus(world, rng_of(seed, 6)))
     processor, model, packer = build_processor(tokenizer), build_model(tokenizer, seed), Packer(tokenizer)
-    accuracy = train_tower(model, rng_of(seed, 1), TOWER_STEPS, _of_stage(report, "vision tower"))
+    accuracy = train_tower(model, rng_of(seed, 1), TOWER_STEPS, partial(report, "vision tower"))
     steps = 0
     for phase in phases:
         batches = world_batches(Curriculum(world, rng_of(seed, phase.generator), phase.mixture), packer, phase.schedule)
-        steps += train(model, packer, batches, phase.schedule, _of_stage(report, phase.name))
+        steps += train(model, packer, batches, phase.schedule, partial(report, phase.name))
     save(model, processor, out)
     learned = f"simulated world {world.seed} ({world.size:,} entities) by name and by picture, its skills, and reading stated facts"
     note = f"The tower alone classified {accuracy:.1%} of the parts of random emblems correctly."
     return TrainingResult(evaluate_world(out, world, questions), steps, (note,), learned)
-
-
-def _of_stage(report: StageReport, stage: str) -> Report:
-    return lambda done, loss: report(stage, done, loss)
 
 
 def evaluate_world(folder: Path, world: World, questions: int) -> list[AbilityScore]:
@@ -131,7 +128,7 @@ def train_on_beliefs(training: BeliefTraining, beliefs: Sequence[Question], out:
     packer = Packer(tokenizer)
     rehearsal = None if training.world is None else Curriculum(training.world, rng_of(training.seed, 7))
     batches = of_beliefs.belief_batches(BeliefExamples(groups, rng_of(training.seed, 2), training.reading), packer, rehearsal)
-    steps = train(model, packer, batches, training.schedule, _of_stage(report, "beliefs"))
+    steps = train(model, packer, batches, training.schedule, partial(report, "beliefs"))
     save(model, build_processor(tokenizer), out)
     return TrainingResult(evaluate_beliefs(out, groups, training), steps, tuple(f"Left out: {line}" for line in unreadable))
 
@@ -170,7 +167,7 @@ def train_rewriting(
     model, processor = load(start)
     packer = Packer(processor.tokenizer)
     batches = rewriting_batches(RewritingExamples(world, rng_of(seed, 2)), packer)
-    steps = train(model, packer, batches, schedule, _of_stage(report, "rewriting"))
+    steps = train(model, packer, batches, schedule, partial(report, "rewriting"))
     save(model, processor, out)
     model, processor = load(out)
     examples, scores = RewritingExamples(world, rng_of(seed, 8), held_out=True), []

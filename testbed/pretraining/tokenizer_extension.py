@@ -46,15 +46,9 @@ def extend_tokenizer(
 
 def _pieces(core: Tokenizer, texts: Iterable[str]) -> dict[tuple[str, ...], int]:
     """The words of the texts that are more than one token, as old tokens, with their counts."""
-    counts: Counter[str] = Counter()
-    for text in texts:
-        counts.update(word for word, _ in core.pre_tokenizer.pre_tokenize_str(text))
-    out = {}
-    for word, n in counts.items():
-        pieces = tuple(token.value for token in core.model.tokenize(word))
-        if len(pieces) > 1:
-            out[pieces] = n
-    return out
+    counts = Counter(word for text in texts for word, _ in core.pre_tokenizer.pre_tokenize_str(text))
+    tokens = {tuple(token.value for token in core.model.tokenize(word)): n for word, n in counts.items()}
+    return {pieces: n for pieces, n in tokens.items() if len(pieces) > 1}
 
 
 def _best_pair(words: Mapping[tuple[str, ...], int]) -> tuple[str, str] | None:

@@ -117,10 +117,8 @@ def world_batches(curriculum: Curriculum, packer: Packer, schedule: TrainingSche
     def batch(progress: float) -> PackedBatch:
         curriculum.progress = progress
         photos, photo_contexts, plain, contexts = schedule.rows
-        rows = [packer.row(examples, photo) for photo, examples in (curriculum.photo() for _ in range(photos))]
-        for by_picture in (True,) * photo_contexts + (False,) * contexts:
-            photo, shared, examples = curriculum.context(by_picture)
-            rows.append(packer.row(examples, photo, shared))
+        rows = [packer.row(*curriculum.photo()) for _ in range(photos)]
+        rows += [packer.row(*curriculum.context(by_picture=i < photo_contexts)) for i in range(photo_contexts + contexts)]
         rows += [packer.row([next(texts) for _ in range(22)]) for _ in range(plain)]
         return packer.batch(rows)
 

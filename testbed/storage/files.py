@@ -72,16 +72,13 @@ def locked(lock: Path, option: str, wait: bool = True) -> Generator[None]:
     """
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
-        file_lock = FileLock(lock, timeout=-1 if wait else 0)
-        file_lock.acquire()
+        held = FileLock(lock, timeout=-1 if wait else 0).acquire()
     except Timeout as e:
         raise StoreError(f"{lock.parent} is being written by another process: wait for it, stop it, or choose another {option}") from e
     except OSError as e:
         raise StoreError(f"{lock.parent} cannot be written: {e}; choose another {option}") from e
-    try:
+    with held:
         yield
-    finally:
-        file_lock.release()
 
 
 def write_rows(path: Path, row: type, rows: Iterable[Any], phase: Phase | None = None, step: int = 0) -> None:

@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,6 @@ class RunFolder:
 
 
 def _differences(name: str, stored: Any, now: Any, ignored: Sequence[str]) -> list[str]:
-    """One line for every value in which two entries differ."""
     if isinstance(stored, dict) and isinstance(now, dict):
         return [line for k in sorted({*stored, *now}) for line in _differences(f"{name}.{k}", stored.get(k), now.get(k), ignored)]
     return [] if stored == now or name in ignored else [f"{name}: stored {stored!r}, now {now!r}"]
@@ -167,7 +167,11 @@ class EditorFolder:
         parts = [p for p in self._parts() if step_of(p) <= step]
         if steps != list(range(1, step + 1)) or not all(map(is_complete, parts)):
             return False
-        return expected is None or _contain(parts, step, expected)
+        if expected is None:
+            return True
+        answers = sum(pq.read_metadata(p).num_rows for p in parts if p.parent.name == "records")
+        monitors = [pq.read_table(p, columns=["step"])["step"].to_pylist() for p in parts if p.parent.name == "monitors"]
+        return answers == sum(expected.questions[:step]) and {s for s in expected.monitored if s <= step} <= set(chain(*monitors))
 
     def newest(self) -> tuple[int, dict[str, Any]]:
         """The newest saved step and its state. Raises `StoreError` when there is none."""
@@ -201,10 +205,3 @@ class EditorFolder:
 
 def _as_lines(reports: Iterable[dict[str, Any]]) -> str:
     return "".join(json.dumps(r, sort_keys=True) + "\n" for r in reports)
-
-
-def _contain(parts: Sequence[Path], step: int, expected: ExpectedContents) -> bool:
-    """True when complete part files contain every answer and every monitored step up to `step`."""
-    answers = sum(pq.read_metadata(p).num_rows for p in parts if p.parent.name == "records")
-    seen = {s for p in parts if p.parent.name == "monitors" for s in pq.read_table(p, columns=["step"])["step"].to_pylist()}
-    return answers == sum(expected.questions[:step]) and {s for s in expected.monitored if s <= step} <= seen

@@ -14,7 +14,6 @@ import traceback
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +59,16 @@ class Cell:
     def log(self) -> Path:
         """The log of its runs: start and resumption with the host, stand-ins, skipped records."""
         return self.folder.with_name(f"{self.folder.name}.log")
+
+    def say(self, line: str) -> None:
+        """Append a line to the log."""
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("a", encoding="utf-8") as f:
+            f.write(line + "\n")
+
+    @property
+    def log_size(self) -> int:
+        return self.log.stat().st_size if self.log.is_file() else 0
 
     @property
     def step(self) -> int:
@@ -145,16 +154,13 @@ def _cell(chosen: Mapping[str, Any], out: Path) -> Cell:
     kept = tuple(s for s in config.set if setting_owner(s) in (*owners, ""))
     data_root = config.data_root.absolute() if config.data_root is not None else None
     files = tuple(p.absolute() if p.exists() else p for p in config.benchmarks)  # a suite is a name and no path
-    paths = {"data_root": data_root, "model": _absolute(config.model), "benchmarks": files}
+    # absolute, because a worker has another working directory; a hub id is no folder
+    model = str(Path(config.model).absolute()) if Path(config.model).is_dir() else config.model
+    paths = {"data_root": data_root, "model": model, "benchmarks": files}
     config = replace(config, set=kept, **paths)
     name = content_id("cell", config.stored())[:12]
     folder = out.absolute() / "cells" / f"{folder_name(config.editor[0])}-{config.seed}-{name}"
     return Cell(name, replace(config, out=folder, cache=out.absolute() / "shared"), folder)
-
-
-def _absolute(model: str) -> str:
-    """The absolute path of a model's folder, because a worker has another working directory; other names unchanged."""
-    return str(Path(model).absolute()) if Path(model).is_dir() else model
 
 
 def _check_owners(settings: Any, editors: set[str]) -> None:
@@ -188,18 +194,11 @@ def run_cell(cell: Cell, cpus: int) -> str | None:
         if cell.done:
             return None
         config = replace(cell.config, out=None, resume=cell.folder) if cell.begun else cell.config
-        say = partial(_append, cell.log)
-        say(f"{'resumed' if cell.begun else 'started'} on {socket.gethostname()}, process {os.getpid()}")
+        cell.say(f"{'resumed' if cell.begun else 'started'} on {socket.gethostname()}, process {os.getpid()}")
         try:
-            runner.study(config, say)
+            runner.study(config, cell.say)
         except user_errors() as e:
             return str(e)
         except Exception:
             return traceback.format_exc()
     return None
-
-
-def _append(path: Path, line: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as f:
-        f.write(line + "\n")

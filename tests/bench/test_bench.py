@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ GRADIENTS = [n for n in EDITORS.names() if n in ("balancedit", "balancedit-plus"
 def test_a_method_and_its_reference_implementation_have_the_same_losses(name: str) -> None:
     cls = EDITORS.get(name)
     config = dataclasses.replace(cls.Config(), steps=6)
-    row = measure_paths(build("gpt2"), plain_stream(24), lambda: cls(config), edits=2, batch=4)
+    row = measure_paths(build("gpt2"), plain_stream(24), lambda: cls(config), BenchConfig(edits=2, batch=4))
     assert row.failed == 0
     assert row.loss_difference is not None and row.loss_difference <= 1e-4
     assert row.batch_ratio is not None and row.batch_ratio > 0
@@ -38,7 +39,7 @@ def test_a_method_and_its_reference_implementation_have_the_same_losses(name: st
 
 
 def test_an_editor_without_losses_is_timed_all_the_same() -> None:
-    row = measure_paths(build("gpt2"), plain_stream(24), EDITORS.get("noop"), edits=1, batch=2)
+    row = measure_paths(build("gpt2"), plain_stream(24), EDITORS.get("noop"), BenchConfig(edits=1, batch=2))
     assert row.loss_difference is None
     assert row.ratio > 0
 
@@ -56,14 +57,14 @@ def test_the_first_step_is_a_warm_up() -> None:
 
 def test_a_batch_of_a_locate_editor_and_failed_edits_are_measured() -> None:
     memit = EDITORS.get("memit")
-    row = measure_paths(build("gpt2"), plain_stream(60), memit, edits=2, batch=4)
+    row = measure_paths(build("gpt2"), plain_stream(60), memit, BenchConfig(edits=2, batch=4))
     assert row.failed == 0 and row.batch_ratio is not None and min(row.batch_ratio, row.ratio) > 0
 
     class Failing(EDITORS.get("noop")):
         def apply(self, batch: EditBatch) -> EditReport:
             return dataclasses.replace(super().apply(batch), failed={e.id: "no" for e in batch.events})
 
-    assert measure_paths(build("gpt2"), plain_stream(24), Failing, edits=1, batch=2).failed == 1 + 4 + 4
+    assert measure_paths(build("gpt2"), plain_stream(24), Failing, BenchConfig(edits=1, batch=2)).failed == 1 + 4 + 4
 
 
 def test_insertions_overlap_neighbours_or_none() -> None:
@@ -143,7 +144,7 @@ def test_a_shape_with_images_has_the_image_tokens_of_its_model(name: str, tokens
 
 
 def test_a_shape_that_does_not_fit_is_left_out_with_a_note(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(shapes, "_free", lambda device: 10**9)
+    monkeypatch.setattr(shapes.psutil, "virtual_memory", lambda: SimpleNamespace(available=10**9))
     assert command.main(["--model", "random:llama-3-8b", "--editor", "noop", "--device", "cpu", "--dtype", "bfloat16"]) == 0
     assert "left out: random:llama-3-8b takes 16.1 GB" in capsys.readouterr().err
 

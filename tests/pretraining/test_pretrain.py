@@ -52,7 +52,7 @@ def test_a_packed_row_computes_what_separate_prompts_do(small, parts):
     tokenizer, processor, model = parts
     curriculum = Curriculum(small, np.random.default_rng(3))
     curriculum.progress = 1.0
-    photo, examples = curriculum.photo()
+    examples, photo = curriculum.photo()
     packer = Packer(tokenizer)
     texts = [Example("What is 2 plus 3?", "5"), Example("There is a club called Fasuna.", None)]
     batch = packer.batch([packer.row(texts), packer.row(examples, photo)])
@@ -148,7 +148,7 @@ def test_examples_in_context_share_a_beginning_and_follow_the_stated_facts(small
     curriculum = Curriculum(small, np.random.default_rng(4))
     curriculum.progress = progress
     for _ in range(30):
-        photo, shared, examples = curriculum.context(by_picture)
+        examples, photo, shared = curriculum.context(by_picture)
         assert (photo is not None) is by_picture and shared.startswith("Facts: 1) ") and examples
         for e in examples:
             assert e.prompt.startswith((" Question: ", " Which fact answers: "))
@@ -159,7 +159,7 @@ def test_examples_in_context_share_a_beginning_and_follow_the_stated_facts(small
 def test_a_shared_beginning_changes_no_token_of_a_prompt(small, parts):
     curriculum, packer = Curriculum(small, np.random.default_rng(5)), Packer(parts[0])
     for by_picture in (False, True):
-        photo, shared, examples = curriculum.context(by_picture)
+        examples, photo, shared = curriculum.context(by_picture)
         row = packer.row(examples[:1], photo, shared)
         whole = packer.row([Example(shared + examples[0].prompt, examples[0].answer)], photo)
         assert row.ids == whole.ids and row.position == whole.position and row.label == whole.label

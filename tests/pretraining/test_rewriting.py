@@ -19,7 +19,7 @@ def test_examples_are_the_prompts_of_the_editor_and_their_answers_follow_from_th
     rewriting = RewritingExamples(WORLD, np.random.default_rng(0))
     wanted = []
     for _ in range(60):
-        shared, examples = rewriting.row()
+        examples, _, shared = rewriting.row()
         for e in examples:
             whole = shared + e.prompt
             facts, _, rest = whole.removeprefix("Facts: 1) ").partition(" Answer: ")
