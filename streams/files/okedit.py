@@ -20,7 +20,7 @@ from streams.files.files_or_world import or_world
 from streams.files.pictures import FilePicture, coco_photos, numbered, same_pixels
 from streams.files.records import BadField, distinct, id_of, normalize, optional_text, read_table, text_at, texts_at, votes_of
 from streams.files.tables import find_files
-from testbed.core.events import EditEvent, content_id
+from testbed.core.events import content_id
 
 _PREFIX, _SUFFIX = "mscoco_", "_annotations_train.json"
 _EXPECTED = (
@@ -116,9 +116,6 @@ class OkeditFiles(EntryStream):
         """A control about a photo that no event touches, whose answer tells a leak apart."""
         order = rotated(self._far_pool, "okedit far", self._details[entry.source].question_id)
         return next((c for c in order if collector.reveals_leak(c.previous)), None)
-
-    def paraphrases(self, event: EditEvent) -> tuple[str, ...]:
-        return distinct(self._entry_of(event).train, [event.prompt, *(q.prompt for q in self.questions(event))])
 
     def train_pool(self) -> TrainPool:
         """The questions, and their train paraphrases, of the records set aside for training."""
