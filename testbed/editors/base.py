@@ -26,12 +26,15 @@ from testbed.core.events import EditBatch, EditEvent, hide_previous
 from testbed.core.ranges import out_of_range
 from testbed.core.schema import EditReport
 from testbed.core.timing import NOTE_PREFIX, collect_seconds
+from testbed.editors.hyperparameters import PLAIN, Table, Values, doubts, model_key, resolve
 from testbed.model import out_of_memory as memory
 from testbed.model.encoding import UntokenizableAnswer
 from testbed.model.handle import ModelHandle
 from testbed.model.predictor import ModelPredictor, Predictor
 
 Sample = Literal["paraphrase", "previous", "train_pool"]
+_FIRST = 4
+"""Edits after which an editor is looked at."""
 
 
 class EditFailed(RuntimeError):
@@ -83,13 +86,21 @@ class Editor(ABC):
     summary: ClassVar[str]
     traits: ClassVar[Traits]
     Config: ClassVar[type[EditorConfig]]
+    published: ClassVar[Table] = {}
+    """The method's published values by model, in its own file."""
+    defaults: ClassVar[Values] = {}
+    """Values of fields that are None in the configuration, where neither a published row nor a derived value says otherwise."""
 
     handle: ModelHandle
+    hyper: Any
+    """The configuration with its None fields filled in for the model (`testbed.editors.hyperparameters`)."""
 
     def __init__(self, config: Any = None, seed: int = 0) -> None:
         self.config: Any = config if config is not None else self.Config()
         self.seed = seed
         self.notes: list[str] = []
+        self._first: list[EditEvent] | None = []
+        """The first edits until there are enough to look at; None after that, and in a run that goes on."""
         self._revises: dict[str, str | None] = {}
         self.step = 0
         """Step of the newest batch."""
@@ -98,8 +109,28 @@ class Editor(ABC):
 
     def prepare(self, handle: ModelHandle, pool: TrainPool) -> None:
         """Bind the editor to a model, once, before the first edit. It sees an empty pool unless its Traits declare its use."""
-        self.handle = handle
+        self.handle, self._plain = handle, pool.texts[:8] or PLAIN
+        self._resolve()
         self._prepare(pool if "train_pool" in self.traits.uses else TrainPool())
+
+    def _resolve(self) -> None:
+        """Fill in `hyper` for the model, and say where its values come from."""
+        key = model_key(self.handle)
+        self.hyper, source = resolve(self._tuned(self.config), key, self.published, self._derived(), self.defaults)
+        if self.traits.learns == "training":
+            self.notes.append(f"{self.name}: {source}" + ("" if key in self.published else f"; choose better ones with {self._tune}"))
+
+    @property
+    def _tune(self) -> str:
+        return f"python -m testbed.tune --model {self.handle.name} --editor {self.name}"
+
+    def _derived(self) -> Values:
+        """Values for a model without a published row."""
+        return {}
+
+    def _tuned(self, config: Any) -> Any:
+        """The configuration before the model's row fills it in; a wrapper may fill in its own values first."""
+        return config
 
     def apply(self, batch: EditBatch) -> EditReport:
         """Make the edits of one step; an empty batch is the identity.
@@ -118,7 +149,19 @@ class Editor(ABC):
             return report
         self.step = batch.step
         parts = self._in_parts(batch)
+        self._look_at_first(batch.events)
         return replace(_joined(report, parts), delta_norm=self.delta_norm(), state_bytes=self.state_bytes())
+
+    def _look_at_first(self, events: Sequence[EditEvent]) -> None:
+        """Say once, when a few edits are made, whether they change nothing or wreck the model."""
+        if self._first is None or self.traits.learns == "no":
+            return
+        newest = {e.fact: e for e in (*self._first, *events) if e.kind != "retire" and e.id in self._revises}
+        self._first = [*newest.values()]
+        if len(self._first) >= _FIRST:
+            found = doubts(self.handle, self.predictor(), self._first, self._plain)
+            self.notes += [f"{self.name}: {doubt}; choose other values with {self._tune}" for doubt in found]
+            self._first = None
 
     def _in_parts(self, batch: EditBatch) -> list[EditReport]:
         """A report for each part that was made or failed as one: the whole batch where nothing fails."""
@@ -214,6 +257,7 @@ class Editor(ABC):
         """Take over what `state_dict` returned. Raises `BadEditor` for a state of another shape or model."""
         state = dict(state)
         self._revises = dict(state.pop("revises", {}))
+        self._first = None if self._revises and not self.step else self._first
         self._load(state)
 
     def revert(self, event_ids: Iterable[str]) -> None:

@@ -23,7 +23,7 @@ from testbed.editors.adapters import lowrank
 from testbed.editors.adapters.elder_routing import AllocationCodes, CodeRouter, Mixture, MixtureGate, MixtureShape, experts_for
 from testbed.editors.base import BadEditor, Editor, EditorConfig, Traits, minimise, need, require_same
 from testbed.editors.codebook.keys import last_position
-from testbed.editors.hyperparameters import ModelKey, Values, resolve
+from testbed.editors.hyperparameters import GPT2_XL, LLAMA_2_7B, SHALLOW, Row, Table, Values
 from testbed.model.handle import ModelHandle
 from testbed.model.predictor import ModelPredictor, Predictor
 
@@ -32,24 +32,26 @@ DEFAULTS: Values = {"rank": 8, "active": 2, "guide": 0.01, "lr": 1e-4, "steps": 
 _EXPERTS = 4
 """N in the paper."""
 
-PUBLISHED: dict[ModelKey, Values] = {
-    ("gpt2", 48): {"modules": r"\.h\.(35|36|37|38|39|40)\.mlp\.c_fc$"},  # GPT2-XL: the paper
-    ("llama", 32): {"modules": r"\.layers\.(21|22|23|24|25|26)\.mlp\.down_proj$"},  # Llama-2-7B: the paper
+PUBLISHED: Table = {
+    GPT2_XL: Row(
+        "ELDER's text, layers 35 to 40; its list has 36 to 40", {"modules": r"\.h\.(35|36|37|38|39|40)\.mlp\.c_fc$", "experts": 4}
+    ),
+    LLAMA_2_7B: Row("the paper", {"modules": r"\.layers\.(21|22|23|24|25|26)\.mlp\.down_proj$", "experts": 4}),
 }
-"""By type and number of layers of the language model."""
 
 
-def derived(handle: ModelHandle) -> tuple[Values, str]:
+def derived(handle: ModelHandle) -> Values:
     """Values for a model without published ones: down-projections of up to six layers that end at four fifths of the depth.
 
     A shallow model is given those of its upper half, with larger steps (chosen on a development stream of the committed model).
+    With the paper's step and weight SmolLM2 learns nothing, so other models get larger ones (chosen on SmolLM2).
     """
     depth = handle.n_layers
-    stop = depth if depth < 8 else round(0.82 * depth)
+    stop = depth if depth < SHALLOW else round(0.82 * depth)
     layers = range(max(0, stop - min(6, max(1, depth // 2))), stop)
     names = [handle.down_weight(i).removesuffix(".weight").replace(".", r"\.") for i in layers]
-    shallow = {"lr": 2e-3, "guide": 1.0, "steps": 30} if depth < 8 else {}
-    return {"modules": f"^({'|'.join(names)})$", **shallow}, f"adapters at the down-projections of layers {layers[0]} to {layers[-1]}"
+    steps = {"lr": 2e-3, "guide": 1.0, "steps": 30} if depth < SHALLOW else {"lr": 1e-3, "guide": 0.1}
+    return {"modules": f"^({'|'.join(names)})$", **steps}
 
 
 @dataclass(frozen=True)
@@ -104,9 +106,12 @@ class Elder(Editor):
     summary = "mixture of LoRA, routed by the prompt, deferring to the base far from every edit (ELDER)"
     traits = Traits(gated=True, uses=frozenset({"paraphrase"}))
     Config = ElderConfig
+    published, defaults = PUBLISHED, DEFAULTS
+
+    def _derived(self) -> Values:
+        return derived(self.handle)
 
     def _prepare(self, pool: TrainPool) -> None:
-        self.hyper, note = resolve(self.config, self.handle, PUBLISHED, derived, DEFAULTS)
         h = self.hyper
         self.targets = lowrank.find_target_modules(self.handle, h.modules)
         n = h.experts or experts_for(len(self.targets), h.active, h.planned_edits, _EXPERTS)
@@ -115,7 +120,6 @@ class Elder(Editor):
         lowrank.check_rank(self.targets, h.rank)
         self.shape = MixtureShape(len(self.targets), n, h.active)
         self.eps = h.eps if h.eps is not None else len(self.targets) * h.active
-        self.notes = [note] if note else []
         self.notes.append(
             f"{len(self.targets)} target modules, N = {n}, k = {h.active}, r = {h.rank}, deferral under distance {self.eps}, "
             f"{self.shape.capacity:,} codes for {self.config.planned_edits:,} planned edits"

@@ -22,21 +22,32 @@ from testbed.core.registry import EDITORS
 from testbed.core.timing import timed
 from testbed.editors.adapters import elder, lowrank
 from testbed.editors.base import EditorConfig, WeightEditor, minimise, need, require_same
-from testbed.editors.hyperparameters import resolve
+from testbed.editors.hyperparameters import GPT2_XL, GPT_J, LLAMA_2_7B, LLAMA_3_8B, LLAMA_32_3B, SHALLOW, Row, Table, Values
+
+_ATTENTION: Values = {"modules": r"\.self_attn\.(q|v)_proj$", "scale": 4.0, "lr": 5e-3, "steps": 70}
+"""What EasyEdit's files for LoRA on the Llama family agree on."""
+
+PUBLISHED: Table = {
+    GPT2_XL: Row("EasyEdit, hparams/LoRA/gpt2-xl.yaml, AdaLoRA there", {**_ATTENTION, "modules": r"\.attn\.c_attn$", "steps": 30}),
+    GPT_J: Row("EasyEdit, hparams/LoRA/gpt-j-6B.yaml, AdaLoRA there", {**_ATTENTION, "modules": r"\.mlp\.fc_(in|out)$", "steps": 50}),
+    LLAMA_2_7B: Row("EasyEdit, hparams/LoRA/llama-7b.yaml, AdaLoRA there", _ATTENTION),
+    LLAMA_3_8B: Row("EasyEdit, hparams/LoRA/llama3-8b.yaml, AdaLoRA there", _ATTENTION),
+    LLAMA_32_3B: Row("EasyEdit, hparams/LoRA/llama3.2-3b.yaml, AdaLoRA there", _ATTENTION),
+}
 
 
 @dataclass(frozen=True)
 class LoraConfig(EditorConfig):
     modules: str | None = None
-    """Regular expression over the names of the decoder's linear maps; by default those that ELDER adapts, so that the two compare."""
+    """Regular expression over the names of the decoder's linear maps; without a published row those that ELDER adapts."""
     rank: PositiveInt = 8
     """r (ELDER's baseline: 8; WikiBigEdit: 4)."""
-    scale: PositiveFloat = 1.0
-    """alpha / r, the factor on the product of the two matrices (WikiBigEdit: 2)."""
+    scale: PositiveFloat | None = None
+    """alpha / r, the factor on the product of the two matrices (WikiBigEdit: 2, EasyEdit: 4)."""
     lr: PositiveFloat | None = None
-    """Adam's step size; by default ELDER's for the model."""
+    """Adam's step size."""
     steps: PositiveInt | None = None
-    """Optimiser steps a batch; by default ELDER's for the model. The optimiser starts afresh for each batch."""
+    """Optimiser steps a batch. The optimiser starts afresh for each batch."""
 
 
 @EDITORS.register("lora")
@@ -45,12 +56,16 @@ class Lora(WeightEditor):
 
     summary = "one LoRA adapter, trained edit after edit"
     Config = LoraConfig
+    published, defaults = PUBLISHED, {**elder.DEFAULTS, "scale": 1.0}
     share = 1.0
     """The share of the adapter that the answers are given with."""
 
+    def _derived(self) -> Values:
+        """ELDER's target modules, so that the two compare, with a step that was chosen on SmolLM2 for deeper models."""
+        found = elder.derived(self.handle)
+        return found if self.handle.n_layers < SHALLOW else {**found, "lr": 5e-4}
+
     def _prepare(self, pool: TrainPool) -> None:
-        self.hyper, note = resolve(self.config, self.handle, elder.PUBLISHED, elder.derived, elder.DEFAULTS)
-        self.notes = [note] if note and None in (self.config.modules, self.config.lr, self.config.steps) else []
         self.targets = lowrank.find_target_modules(self.handle, self.hyper.modules)
         lowrank.check_rank(self.targets, self.config.rank)
         self.pairs = self._fresh(0)
@@ -75,7 +90,7 @@ class Lora(WeightEditor):
     def _train(self, suffix: lowrank.AdaptedSuffix) -> tuple[tuple[tuple[Tensor, Tensor], ...], float]:
         """The adapter after one batch and the last loss (nats a token). Raises `EditFailed` when the loss is not finite."""
         pairs = [(u.clone().requires_grad_(True), v.clone().requires_grad_(True)) for u, v in self.pairs]
-        adds = [lowrank.Adapter(u, v, self.config.scale) for u, v in pairs]
+        adds = [lowrank.Adapter(u, v, self.hyper.scale) for u, v in pairs]
         tensors = [t for pair in pairs for t in pair]
         loss = minimise(tensors, lambda: suffix.losses(adds).mean(), self.hyper.lr, self.hyper.steps)
         return tuple((u.detach(), v.detach()) for u, v in pairs), float(loss)
@@ -85,7 +100,7 @@ class Lora(WeightEditor):
         return [lowrank.delta(target, adapter) for target, adapter in zip(self.targets, self._adapters())]
 
     def _adapters(self) -> list[lowrank.Adapter]:
-        return [lowrank.Adapter(u, v, self.share * self.config.scale) for u, v in self.pairs]
+        return [lowrank.Adapter(u, v, self.share * self.hyper.scale) for u, v in self.pairs]
 
     def edited_weights(self) -> dict[str, Tensor]:
         return self._changed_by(self._changes())
@@ -128,6 +143,7 @@ class YearlyLora(Lora):
 
     summary = "one LoRA adapter a year, a share of each merged into the weights (LoRA-Merge of WikiBigEdit)"
     Config = YearlyConfig
+    published = {}
 
     def _prepare(self, pool: TrainPool) -> None:
         super()._prepare(pool)

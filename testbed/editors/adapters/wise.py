@@ -24,7 +24,7 @@ from testbed.core.registry import EDITORS
 from testbed.core.timing import timed
 from testbed.editors.base import Editor, EditorConfig, Traits, need, require_finite_loss, require_same
 from testbed.editors.codebook.gate import Answer, Gate
-from testbed.editors.hyperparameters import ModelKey, Values, resolve
+from testbed.editors.hyperparameters import GPT_J, LLAMA_2_7B, LLAMA_3_8B, LLAMA_32_3B, MISTRAL_7B, QWEN_25_7B, SHALLOW, Row, Table, Values
 from testbed.model.encoding import Batch, collate
 from testbed.model.handle import ModelHandle, project
 from testbed.model.predictor import ModelPredictor, Predictor
@@ -38,25 +38,32 @@ _CACHED = 4
 """Edited matrices that a predictor keeps; others are added up again when a prompt needs them."""
 
 
-DEFAULTS: Values = {"lr": 1.0, "steps": 70, "clamp": 1.0, "alpha": 5.0, "beta": 20.0, "gamma": 10.0, "relative": False}
+DEFAULTS: Values = {"lr": 1.0, "steps": 70, "clamp": 1.0, "alpha": 5.0, "beta": 20.0, "gamma": 10.0, "ratio": 0.88, "relative": False}
 """The paper's values."""
 
-PUBLISHED: dict[ModelKey, Values] = {
-    ("llama", 32): {"layer": 27},  # Llama-2-7B: the paper (Llama-3-8B has the same type and depth)
-    ("mistral", 32): {"layer": 27},  # Mistral-7B: the paper
-    ("gptj", 28): {"layer": 21},  # GPT-J-6B: the paper
+PUBLISHED: Table = {
+    GPT_J: Row("EasyEdit, hparams/WISE/gpt-j-6B.yaml", {"layer": 21, "alpha": 15.0, "beta": 40.0, "gamma": 20.0}),
+    LLAMA_2_7B: Row("EasyEdit, hparams/WISE/llama-7b.yaml", {"layer": 27}),
+    LLAMA_3_8B: Row(
+        "EasyEdit, hparams/WISE/llama3-8b.yaml; the file for 3.1 has alpha 5, beta 10, ratio 0.88",
+        {"layer": 29, "lr": 0.9, "steps": 30, "alpha": 2.0, "ratio": 0.5},
+    ),
+    LLAMA_32_3B: Row("EasyEdit, hparams/WISE/llama3.2-3b.yaml", {"layer": 27}),
+    MISTRAL_7B: Row("EasyEdit, hparams/WISE/mistral-7b.yaml", {"layer": 27}),
+    QWEN_25_7B: Row("EasyEdit, hparams/WISE/qwen2.5-7b.yaml", {"layer": 23}),
 }
-"""By type and number of layers of the language model."""
 
 
-def derived(handle: ModelHandle) -> tuple[Values, str]:
-    """Values for a model without published ones: the layer at 27/32 of the depth, and margins relative to the layer's output.
+def derived(handle: ModelHandle) -> Values:
+    """Values for a model without published ones, with margins relative to the layer's output.
 
-    They were chosen on a development stream of the committed model.
+    A shallow model is edited at 27/32 of its depth (chosen on a development stream of the committed model), others at two
+    thirds with ten times the step (chosen on SmolLM2).
     """
-    layer = min(handle.n_layers - 1, round(handle.n_layers * 27 / 32))
+    depth = handle.n_layers
+    layer, lr = (min(depth - 1, round(depth * 27 / 32)), 0.3) if depth < SHALLOW else (round(depth * 2 / 3), 3.0)
     margins = {"alpha": 0.25, "beta": 1.0, "gamma": 0.5, "relative": True}
-    return {"layer": layer, "lr": 0.3, **margins}, f"side memory at layer {layer}, margins relative"
+    return {"layer": layer, "lr": lr, **margins}
 
 
 @dataclass(frozen=True)
@@ -79,7 +86,7 @@ class WiseConfig(EditorConfig):
     """gamma: the amount by which D of an edit must exceed that of an irrelevant prompt (paper: 10)."""
     relative: bool | None = None
     """alpha, beta and gamma are multiples of the mean norm of the layer's output over irrelevant prompts (paper: not)."""
-    ratio: PositiveFraction = 0.88
+    ratio: PositiveFraction | None = None
     """Share of the smallest D seen in editing that a prompt must reach (act_ratio; paper: 0.88)."""
     density: PositiveFraction = 0.2
     """rho: share of the matrix that one shard of edits may change (mask_ratio; paper: 0.2)."""
@@ -123,11 +130,15 @@ class Wise(Editor):
     summary = "side memory beside one down-projection, routed by how differently it answers, sharded and merged (WISE)"
     traits = Traits(gated=True, uses=frozenset({"train_pool"}))
     Config = WiseConfig
+    published, defaults = PUBLISHED, DEFAULTS
+
+    def _derived(self) -> Values:
+        own = derived(self.handle)
+        relative = ("alpha", "beta", "gamma", "relative") if self.config.relative is False else ()
+        return {k: v for k, v in own.items() if k not in relative}
 
     def _prepare(self, pool: TrainPool) -> None:
         self.irrelevant = [q.ask() for q in pool.questions if self.handle.reads_pictures or q.image is None]
-        self.hyper, note = resolve(self.config, self.handle, PUBLISHED, derived, DEFAULTS)
-        self.notes = [note] if note else []
         if not self.irrelevant:
             self.notes.append("the stream has no train pool: D of edits is pushed up, and no irrelevant prompt's is pushed down")
         self.module, self.weight_name = self.handle.down(self.hyper.layer), self.handle.down_weight(self.hyper.layer)
@@ -170,7 +181,7 @@ class Wise(Editor):
         edits, others = self._read(asks), self._draw_irrelevant(batch)
         self.working, loss, steps = self._train(suffix, edits, others)
         self.edits_made += len(batch.events)
-        notes = {"loss": loss, "steps": float(steps), "threshold": self.working.least * self.config.ratio}
+        notes = {"loss": loss, "steps": float(steps), "threshold": self.working.least * self.hyper.ratio}
         with torch.no_grad():
             notes["signal_irrelevant"] = float(self._signal(others, self.working.change).mean()) if others else 0.0
         self._shard(batch.step, self.edits_made - len(batch.events))
@@ -238,7 +249,7 @@ class Wise(Editor):
 
     def predictor(self) -> Predictor:
         live = self._live()
-        router = MemoryRouter([m.least * self.config.ratio for m in live])
+        router = MemoryRouter([m.least * self.hyper.ratio for m in live])
         gate = Gate(self.handle, [(self.module, self._answer(live))], router, lambda act, batch: self._signals(act, batch, live))
         return ModelPredictor(self.handle, gate.around, gate.explain)
 

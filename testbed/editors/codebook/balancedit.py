@@ -35,6 +35,7 @@ from testbed.editors.codebook.codebook import Codebook, Entry
 from testbed.editors.codebook.gate import CodebookEditor, Hits
 from testbed.editors.codebook.keys import DimmedImage, TextAndImageKey, UniformImage, read_keys, reading_error, spread_of
 from testbed.editors.codebook.nearest import Metric, Rule, direct
+from testbed.editors.hyperparameters import ModelKey, Row, Table
 from testbed.model.encoding import answer_ids
 from testbed.model.handle import as_matrix, project
 from testbed.model.predictor import Predictor
@@ -110,13 +111,18 @@ def train(form: EntryWeights, suffix: DownProjectionSuffix, starts: Sequence[Ten
     return weights.detach(), losses.tolist()
 
 
+_BLIP2 = Row("BalancEdit's repository, BLIP-2's file for Euclidean distances", {"w_pos": 0.05, "lr": 1e-4})
+PUBLISHED: Table = {ModelKey("opt", 32, 2560, vocabulary): _BLIP2 for vocabulary in (50272, 50304)}
+"""BLIP-2 with OPT-2.7B, before and after its image token. MiniGPT-4, the paper's other model, wraps an up-projection."""
+
+
 @dataclass(frozen=True)
 class BalancEditConfig(EditorConfig):
     layer: int = -1
     """Decoder layer whose down-projection is wrapped (paper: the last)."""
-    w_pos: Fraction = 0.2
+    w_pos: Fraction | None = None
     """alpha: weight of the positive anchor's distance in the radius (paper: 0.2 on MiniGPT-4)."""
-    lr: PositiveFloat = 5e-3
+    lr: PositiveFloat | None = None
     """Adam's step size (paper: 1e-4 at widths of 11,008; a narrow layer needs larger steps)."""
     steps: PositiveInt = 50
     """Optimiser steps an edit (paper: 50)."""
@@ -163,6 +169,7 @@ class BalancEdit(CodebookEditor):
     summary = "codebook of tuned copies of one layer, radius between a paraphrase and a black picture (BalancEdit)"
     traits = Traits(gated=True, undo=True, uses=frozenset({"paraphrase", "train_pool"}))
     Config = BalancEditConfig
+    published, defaults = PUBLISHED, {"w_pos": 0.2, "lr": 5e-3}
 
     def _prepare(self, pool: TrainPool) -> None:
         self._prepare_layer()
@@ -195,7 +202,7 @@ class BalancEdit(CodebookEditor):
         starts = [self.tensors[i] if i is not None else self._fresh(e) for i, e in zip(near, batch.events)]
         asks, targets = [e.ask() for e in batch.events], [e.target for e in batch.events]
         suffix = suffix_from_down_projection(self.handle, asks, targets, self.config.layer, prefixes=self._prefixes)
-        trained, losses = train(self.form, suffix, starts, self.config.lr, self.config.steps)
+        trained, losses = train(self.form, suffix, starts, self.hyper.lr, self.config.steps)
         superseded = [self._insert(scope) for scope in scopes]
         self._add_tensors(batch, trained)
         return {
@@ -239,7 +246,7 @@ class BalancEdit(CodebookEditor):
         label = tuple(answer_ids(self.handle, event.ask(), event.target))
         positive_radius = max(d_pos, least) if self.config.revision == "zone" else least
         entry = Entry(event.id, label, d_pos < d_neg, positive_radius)
-        return Scope(key, max(radius(self.config.w_pos, d_pos, d_neg), least), entry)
+        return Scope(key, max(radius(self.hyper.w_pos, d_pos, d_neg), least), entry)
 
     def _positive(self, event: EditEvent, paraphrases: tuple[str, ...]) -> list[Ask]:
         out = [replace(event.ask(), prompt=p) for p in paraphrases[: self.config.positives]] or [event.ask()]

@@ -153,7 +153,7 @@ class CodebookEditor(Editor):
     """Inputs of the layer (B, T, f) and their batch to (B, width) float32 keys of prompts."""
 
     def _prepare_layer(self) -> None:
-        self.layer = self.handle.layer_index(self.config.layer)
+        self.layer = self.handle.layer_index(self.hyper.layer)
         self.module, weight_name = self.handle.down(self.layer), self.handle.down_weight(self.layer)
         self.weight = self.handle.parameter(weight_name).detach().float()
         self._prefixes = ImagePrefixes(self.handle, self.module)

@@ -30,6 +30,7 @@ from testbed.editors.base import EditFailed, EditorConfig, Traits, minimise, nee
 from testbed.editors.codebook.gate import CodebookEditor, Hits
 from testbed.editors.codebook.keys import last_position, read_keys, reading_error
 from testbed.editors.codebook.nearest import Keys, Nearest
+from testbed.editors.hyperparameters import GPT_J, LLAMA_2_7B, LLAMA_32_3B, QWEN_25_7B, Row, Table
 from testbed.model.encoding import answer_ids, collate, prompt_inputs
 from testbed.model.handle import ModelHandle, project
 from testbed.model.prefix_cache import ImagePrefixes
@@ -41,15 +42,23 @@ Losses = Callable[[Tensor], Tensor]
 """Vectors (B, d) to losses (B,), nats a token of each row's answer, its end token included."""
 
 
+PUBLISHED: Table = {
+    GPT_J: Row("EasyEdit, hparams/GRACE/gpt-j-6b.yaml", {"layer": 25, "steps": 200}),
+    LLAMA_2_7B: Row("EasyEdit, hparams/GRACE/llama-7b.yaml", {"layer": 27, "steps": 50}),
+    LLAMA_32_3B: Row("EasyEdit, hparams/GRACE/llama3.2-3b.yaml", {"layer": 27, "steps": 50}),
+    QWEN_25_7B: Row("EasyEdit, hparams/GRACE/qwen2.5-7b.yaml", {"layer": 18, "steps": 50}),
+}
+
+
 @dataclass(frozen=True)
 class GraceConfig(EditorConfig):
-    layer: int = -2
+    layer: int | None = None
     """Decoder layer whose down-projection is wrapped (paper: three quarters up); layers above must be able to read the vector."""
     eps_init: PositiveFloat = 1.0
     """Radius of a new entry (paper: 1.0)."""
     lr: PositiveFloat = 1.0
     """Adam's step size (paper: 1.0)."""
-    steps: PositiveInt = 100
+    steps: PositiveInt | None = None
     """Optimiser steps of a new entry (paper: 100)."""
     replace: Literal["last", "prompt"] = "last"
     """Prompt positions whose output is replaced: the last (later copies), or all up to it (original)."""
@@ -163,6 +172,7 @@ class Grace(CodebookEditor):
     summary = "codebook of output vectors at the last prompt token, balls split and expand (GRACE)"
     traits = Traits(gated=True, undo=True)
     Config = GraceConfig
+    published, defaults = PUBLISHED, {"layer": -2, "steps": 100}
     _key = staticmethod(last_position)
 
     def _prepare(self, pool: TrainPool) -> None:
@@ -202,7 +212,7 @@ class Grace(CodebookEditor):
     def _train(self, losses_of: Losses, starts: Tensor) -> tuple[Tensor, list[float]]:
         """(B, d) vectors, trained from `starts` (B, d), and their last losses. Raises `EditFailed` on a loss that is not finite."""
         vectors = starts.to(self.weight.device).requires_grad_(True)
-        losses = minimise([vectors], lambda: losses_of(vectors), self.config.lr, self.config.steps)
+        losses = minimise([vectors], lambda: losses_of(vectors), self.config.lr, self.hyper.steps)
         return vectors.detach(), losses.tolist()
 
     def _answer(self, hits: Hits, book: GraceCodebook) -> Tensor:

@@ -16,17 +16,16 @@ from torch import Tensor
 from testbed.core.ranges import PositiveFloat
 from testbed.core.registry import EDITORS
 from testbed.editors.base import BadEditor
-from testbed.editors.hyperparameters import ModelKey, Values
+from testbed.editors.hyperparameters import GPT2_XL, GPT_J, LLAMA_3_8B, QWEN_25_7B, Row, Table
 from testbed.editors.locate.core import LocateConfig, LocateEditor, scale_of
 from testbed.editors.locate.solver import IdentityPrior, NullSpacePrior, Prior
 
-PUBLISHED: dict[ModelKey, Values] = {
-    ("gpt2", 48): {"layers": (13, 14, 15, 16, 17), "steps": 20},  # GPT2-XL: AlphaEdit's released configuration
-    ("gptj", 28): {"layers": (3, 4, 5, 6, 7, 8)},  # GPT-J-6B: AlphaEdit's released configuration
-    ("llama", 32): {"layers": (4, 5, 6, 7, 8), "lr": 0.1},  # Llama-3-8B: AlphaEdit's released configuration
-    ("qwen2", 28): {"layers": (4, 5, 6, 7, 8), "clamp": 4.0, "decay": 1e-3, "l2": 1.0},  # Qwen2.5-7B: EasyEdit's
+PUBLISHED: Table = {
+    GPT2_XL: Row("AlphaEdit's repository, hparams/AlphaEdit/gpt2-xl.json", {"layers": (13, 14, 15, 16, 17), "steps": 20}),
+    GPT_J: Row("AlphaEdit's repository, hparams/AlphaEdit/EleutherAI_gpt-j-6B.json", {"layers": (3, 4, 5, 6, 7, 8)}),
+    LLAMA_3_8B: Row("AlphaEdit's repository, hparams/AlphaEdit/Llama3-8B.json", {"layers": (4, 5, 6, 7, 8), "lr": 0.1}),
+    QWEN_25_7B: Row("EasyEdit, hparams/AlphaEdit/qwen2.5-7b.yaml", {"layers": (4, 5, 6, 7, 8), "clamp": 4.0, "decay": 1e-3, "l2": 1.0}),
 }
-"""By type and number of layers of the language model."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class AlphaEdit(LocateEditor):
     Config = AlphaEditConfig
     defaults = {**LocateEditor.defaults, "l2": 10.0, "threshold": 2e-2}
     published = PUBLISHED
-    derived = {"l2": 0.1, "threshold": 1.0}
+    relative = {"l2": 0.1, "threshold": 1.0}
 
     @property
     def history(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]

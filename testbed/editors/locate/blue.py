@@ -12,19 +12,19 @@ from typing import Any
 from streams.base import TrainPool
 from testbed.core.registry import WRAPPERS
 from testbed.editors.base import EditorConfig, Wrapper
-from testbed.editors.hyperparameters import ModelKey, Values, filled, model_key
+from testbed.editors.hyperparameters import GPT2_XL, GPT_J, LLAMA_3_8B, ModelKey, Values, filled, model_key
 from testbed.editors.locate.alphaedit import AlphaEdit
 from testbed.editors.locate.core import LocateEditor
 from testbed.editors.locate.emmet import Emmet
 from testbed.editors.locate.memit import Memit
+from testbed.editors.locate.pmet import Pmet
 
 PUBLISHED: dict[ModelKey, dict[type[LocateEditor], Values]] = {
-    ("gpt2", 48): {AlphaEdit: {"l2": 80.0}, Memit: {"lam": 20_000.0}, Emmet: {}},  # GPT2-XL
-    ("gptj", 28): {AlphaEdit: {"l2": 95.0}, Memit: {"lam": 15_000.0}, Emmet: {}},  # GPT-J-6B
-    ("llama", 32): {AlphaEdit: {"l2": 1.0}, Memit: {"lam": 15_000.0}, Emmet: {}},  # Llama-3-8B
-    ("qwen2", 28): {AlphaEdit: {"l2": 1.0}, Memit: {"lam": 15_000.0}, Emmet: {}},  # Qwen2.5-7B
+    GPT2_XL: {AlphaEdit: {"l2": 80.0}, Memit: {"lam": 20_000.0}, Pmet: {"lam": 10_000.0}, Emmet: {}},
+    GPT_J: {AlphaEdit: {"l2": 95.0}, Memit: {"lam": 15_000.0}, Pmet: {"lam": 1_000.0}, Emmet: {}},
+    LLAMA_3_8B: {AlphaEdit: {"l2": 1.0}, Memit: {"lam": 15_000.0}, Pmet: {"lam": 15_000.0}, Emmet: {}},
 }
-"""What BLUE's released configurations change in the host's own, by type and number of layers of the language model.
+"""What the files of BLUE's repository (hparams/*/*-blue.json) change in the host's own.
 
 A host takes the row of the nearest class that it stands on; EMMET's lambda weighs C in another way, and BLUE gives none.
 """

@@ -12,7 +12,7 @@ both made, at the mean where they conflict, and counted as `collisions`.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,13 +25,12 @@ from testbed.core.events import EditBatch, EditEvent
 from testbed.core.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt
 from testbed.core.timing import timed
 from testbed.editors.base import BadEditor, EditFailed, EditorConfig, Traits, WeightEditor
-from testbed.editors.hyperparameters import ModelKey, Values, resolve
+from testbed.editors.hyperparameters import SHALLOW, Values
 from testbed.editors.locate.keys import KeyComputation, ask_of, draw_contexts, subject_of
 from testbed.editors.locate.second_moments import corpus_of, second_moments
 from testbed.editors.locate.solver import Prior, Ridge, Solution
 from testbed.editors.locate.targets import Targets, TargetTask, layer_outputs, search
 from testbed.editors.locate.weight_changes import WeightDeltas
-from testbed.model.handle import ModelHandle
 from testbed.model.suffix import suffix_from_down_projection
 
 _SAME_KEY = 0.98
@@ -60,8 +59,8 @@ class LocateConfig(EditorConfig):
     """Sampled sentences before the prompt, beside the bare prompt."""
     relative: bool | None = None
     """lambda is a multiple of the key width, L2 and the threshold are multiples of the mean eigenvalue of C."""
-    context_tokens: PositiveInt = 10
-    """Length of each, in tokens."""
+    context_tokens: tuple[PositiveInt, ...] | None = None
+    """Their lengths in tokens, as many contexts of each."""
     end: bool = True
     """The end token is part of the target, so that a free generation stops after the answer."""
     corpus: str | None = None
@@ -76,12 +75,10 @@ class LocateConfig(EditorConfig):
 
 
 DEFAULTS: Values = {
-    "steps": 25, "lr": 0.5, "decay": 0.5, "clamp": 0.75, "kl": 0.0625, "stop": 0.05, "contexts": 5, "relative": False,
+    "steps": 25, "lr": 0.5, "decay": 0.5, "clamp": 0.75, "kl": 0.0625, "stop": 0.05, "contexts": 5, "context_tokens": (10,),
+    "relative": False,
 }  # fmt: skip
 """The values of the released MEMIT and AlphaEdit, where a model's row names no others."""
-
-SHALLOW = 8
-"""Layers under which a model reads a subject in its first layer and has no room to spread a change."""
 
 
 def derived_layers(depth: int) -> tuple[int, ...]:
@@ -95,6 +92,11 @@ def derived_layers(depth: int) -> tuple[int, ...]:
     return tuple(range(max(0, last - 4, round(depth * 0.12)), last + 1)) if last else (0,)
 
 
+def middle(layers: tuple[int, ...]) -> int:
+    """The layer that a method of a single layer edits among the critical ones."""
+    return layers[len(layers) // 2]
+
+
 class LocateEditor(WeightEditor):
     """Targets, one sweep of keys and residuals, a ridge solve a layer. Subclasses choose the prior and what else differs."""
 
@@ -105,38 +107,38 @@ class LocateEditor(WeightEditor):
     """Weight of the bare prompt's key beside the contexts' (MEMIT: half)."""
 
     defaults: ClassVar[Values] = DEFAULTS
-    published: ClassVar[Mapping[ModelKey, Values]] = {}
-    """The method's published values by model, in its own file."""
-    derived: ClassVar[Values] = {}
-    """The method's own values for a model without published ones, relative to the model's keys; a callable is given the layers."""
+    relative: ClassVar[Values] = {}
+    """The method's own weights for a model without published ones, relative to the model's keys."""
     shallow: ClassVar[Values] = {"steps": 30, "contexts": 0, "clamp": 10.0}
-    """What differs on a model of few layers."""
+    """What differs on a model of few layers without published values, and on a deeper one (what most published rows agree on)."""
+    deep: ClassVar[Values] = {"clamp": 4.0, "decay": 1e-3}
+    needs_second_moments = True
 
     def _prepare(self, pool: TrainPool) -> None:
-        self.hyper, note = resolve(self._tuned(self.config), self.handle, self.published, self._derive, self.defaults)
         self.pool = pool
-        self.notes += [note] if note and self.config.layers is None else []
         self.deltas = WeightDeltas(self.handle, self._check_layers())
         self.second_moments: dict[int, Tensor] = {}
         self.priors: dict[int, Prior] = {}
         self.ridges: dict[int, Ridge] = {}
         self.contexts: list[str] = []
 
-    def _derive(self, handle: ModelHandle) -> tuple[Values, str]:
-        """Values for a model nobody tuned: weights relative to its keys, layers up to a quarter of the depth.
+    def _resolve(self) -> None:
+        super()._resolve()
+        own = [f"{k} {getattr(self.config, k):g}" for k in self.relative if getattr(self.config, k) is not None]
+        if self.hyper.relative and self.config.relative is None and own:
+            unit = f"{self.name}.relative=false takes it as it stands"
+            self.notes.append(f"{self.name}: {', '.join(own)} is a multiple of the size of the model's keys; --set {unit}")
+
+    def _derived(self) -> Values:
+        """Values for a model nobody tuned: weights relative to its keys (unless `relative` is off), layers up to a quarter of the depth.
 
         The published lambda is 1 to 3 times the key width in GPT2-XL, GPT-J and Llama-3; here it is twice. Shallow
         models, the committed one among them, are edited in their first layer, without sampled contexts and with a
         wider clamp. Both were chosen on a development stream of the tiny model.
         """
-        layers = derived_layers(handle.n_layers)
-        own: dict[str, Any] = {k: v(layers) if callable(v) else v for k, v in self.derived.items()}
-        own |= self.shallow if handle.n_layers < SHALLOW else {}
-        return {"layers": layers, "relative": True, **own}, f"layers {', '.join(map(str, layers))}, weights relative to its keys"
-
-    def _tuned(self, config: Any) -> Any:
-        """The configuration before the model's row fills it in; a wrapper may fill in its own values first."""
-        return config
+        depth = self.handle.n_layers
+        weights = {} if self.config.relative is False or not self.relative else {"relative": True, **self.relative}
+        return {"layers": derived_layers(depth), **weights, **(self.shallow if depth < SHALLOW else self.deep)}
 
     def _check_layers(self) -> list[int]:
         layers = sorted({n for stage in self._stages() for n in stage})
@@ -202,14 +204,15 @@ class LocateEditor(WeightEditor):
     def _set_up(self, event: EditEvent) -> None:
         """What the first edit needs: contexts, statistics, and a check that the layers have the form that is assumed."""
         if not self.contexts:
-            self.contexts = ["", *draw_contexts(self.handle, self.hyper.contexts, self.config.context_tokens, self.generator(0))]
+            self.contexts = ["", *draw_contexts(self.handle, self.hyper.contexts, self.hyper.context_tokens, self.generator(0))]
         if self.priors:
             return
         for layer in self.deltas.layers:
             suffix_from_down_projection(self.handle, [ask_of(event)], [event.target], layer)
-        corpus = corpus_of(self.pool, self.config.corpus)
-        self.second_moments = second_moments(self.handle, corpus, self.deltas.layers, self.config.moments)
-        self.priors = {n: self._prior(n, c) for n, c in self.second_moments.items()}
+        if self.needs_second_moments:
+            corpus = corpus_of(self.pool, self.config.corpus)
+            self.second_moments = second_moments(self.handle, corpus, self.deltas.layers, self.config.moments)
+        self.priors = {n: self._prior(n, self.second_moments.get(n, torch.zeros(0))) for n in self.deltas.layers}
 
     def _run_stage(self, layers: tuple[int, ...], events: Sequence[EditEvent], step: int, log: BatchLog) -> None:
         task = TargetTask(self.handle, events, layers[-1], self.contexts, self.config.end)

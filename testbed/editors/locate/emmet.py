@@ -8,16 +8,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from testbed.core.registry import EDITORS
-from testbed.editors.hyperparameters import ModelKey, Values
+from testbed.editors.hyperparameters import GPT2_XL, GPT_J, LLAMA_2_7B, LLAMA_32_3B, Row, Table, Values
+from testbed.editors.locate.core import middle
 from testbed.editors.locate.memit import Memit, MemitConfig
 
-PUBLISHED: dict[ModelKey, Values] = {
-    ("gpt2", 48): {"layer": 17, "steps": 20, "lam": 100.0},  # GPT2-XL: EMMET's released configuration
-    ("gptj", 28): {"layer": 5},  # GPT-J-6B: EMMET's released configuration
-    ("llama", 32): {"layer": 5, "lr": 0.1},  # Llama-2-7B: EMMET's released configuration
-    ("qwen2", 28): {"layer": 5, "clamp": 4.0, "decay": 1e-3},  # Qwen2.5-7B: EasyEdit's configuration
+PUBLISHED: Table = {
+    GPT2_XL: Row("EMMET's repository, hparams/EMMET/gpt2-xl.json", {"layer": 17, "steps": 20, "lam": 100.0}),
+    GPT_J: Row("EMMET's repository, hparams/EMMET/EleutherAI_gpt-j-6B.json", {"layer": 5, "lam": 1_000.0}),
+    LLAMA_2_7B: Row("EMMET's repository, hparams/EMMET/llama2-7b.json", {"layer": 5, "clamp": 4.0, "decay": 1e-3}),
+    LLAMA_32_3B: Row("EasyEdit, hparams/EMMET/llama3.2-3b.yaml", {"layer": 5, "clamp": 4.0, "decay": 1e-3, "lam": 10_000.0}),
 }
-"""By type and number of layers of the language model."""
+"""lam is emmet_lambda times mom2_update_weight of these files."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,12 @@ class Emmet(Memit):
     Config = EmmetConfig
     defaults = {**Memit.defaults, "lam": 0.1}
     published = PUBLISHED
-    derived = {"lam": 2.0, "layer": lambda layers: layers[len(layers) // 2]}
+    relative = {}
+    """lam is small beside C in EMMET (nearly met exactly), so that the published 0.1 stands for every model."""
+
+    def _derived(self) -> Values:
+        derived = super()._derived()
+        return {**derived, "layer": middle(derived["layers"])}
 
     def _stages(self) -> list[tuple[int, ...]]:
         return [(self.hyper.layer,)] if self.config.layers is None else [(n,) for n in self.config.layers]

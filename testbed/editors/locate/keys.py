@@ -127,8 +127,8 @@ def lookup(handle: ModelHandle, ask: Ask, subject: str | None) -> int:
 
 
 @torch.no_grad()
-def draw_contexts(handle: ModelHandle, n: int, length: int, generator: torch.Generator) -> list[str]:
-    """`n` beginnings of sentences of `length` tokens, sampled from the base model among its 5 likeliest next tokens.
+def draw_contexts(handle: ModelHandle, n: int, lengths: Sequence[int], generator: torch.Generator) -> list[str]:
+    """`n` beginnings of sentences, as many of each length in tokens, sampled from the base model among its 5 likeliest next tokens.
 
     Only ids that the tokenizer has are drawn: some models score more of them, and those have no text.
     """
@@ -136,7 +136,7 @@ def draw_contexts(handle: ModelHandle, n: int, length: int, generator: torch.Gen
     out = []
     for i in range(n):
         ids: list[int] = tok(STARTERS[i % len(STARTERS)])["input_ids"]
-        while len(ids) < length:
+        while len(ids) < lengths[i * len(lengths) // n]:
             logits = handle.model(**text_batch(handle, [ids]).inputs, use_cache=False).logits[0, -1, : len(tok)].float().cpu()
             best = logits.topk(_TOP_K)
             new = int(best.indices[torch.multinomial(best.values.softmax(-1), 1, generator=generator)])

@@ -12,17 +12,33 @@ from torch import Tensor
 
 from testbed.core.ranges import NonNegativeFloat, PositiveFloat
 from testbed.core.registry import EDITORS
-from testbed.editors.hyperparameters import ModelKey, Values
+from testbed.editors.hyperparameters import (
+    GPT2_XL,
+    GPT_J,
+    LLAMA_2_7B,
+    LLAMA_3_8B,
+    LLAMA_32_3B,
+    MISTRAL_7B,
+    QWEN_25_7B,
+    Row,
+    Table,
+    Values,
+)
 from testbed.editors.locate.core import LocateConfig, LocateEditor, scale_of
 from testbed.editors.locate.solver import Prior, SecondMomentPrior
 
-PUBLISHED: dict[ModelKey, Values] = {
-    ("gpt2", 48): {"layers": (13, 14, 15, 16, 17), "steps": 20, "lam": 20_000.0},  # GPT2-XL: MEMIT's released configuration
-    ("gptj", 28): {"layers": (3, 4, 5, 6, 7, 8)},  # GPT-J-6B: MEMIT's released configuration
-    ("llama", 32): {"layers": (4, 5, 6, 7, 8), "lr": 0.1},  # Llama-3-8B: AlphaEdit's released configuration
-    ("qwen2", 28): {"layers": (4, 5, 6, 7, 8), "clamp": 4.0, "decay": 1e-3},  # Qwen2.5-7B: EasyEdit's released configuration
+_EASY: Values = {"layers": (4, 5, 6, 7, 8), "clamp": 4.0, "decay": 1e-3}
+"""What EasyEdit's files for MEMIT agree on."""
+
+PUBLISHED: Table = {
+    GPT2_XL: Row("MEMIT's repository, hparams/MEMIT/gpt2-xl.json", {"layers": (13, 14, 15, 16, 17), "steps": 20, "lam": 20_000.0}),
+    GPT_J: Row("MEMIT's repository, hparams/MEMIT/EleutherAI_gpt-j-6B.json", {"layers": (3, 4, 5, 6, 7, 8)}),
+    LLAMA_2_7B: Row("EasyEdit, hparams/MEMIT/llama-7b.yaml", _EASY),
+    LLAMA_3_8B: Row("AlphaEdit's repository, hparams/MEMIT/Llama3-8B.json", {"layers": (4, 5, 6, 7, 8), "lr": 0.1}),
+    LLAMA_32_3B: Row("EasyEdit, hparams/MEMIT/llama3.2-3b.yaml", _EASY),
+    MISTRAL_7B: Row("EasyEdit, hparams/MEMIT/mistral-7b.yaml", _EASY),
+    QWEN_25_7B: Row("EasyEdit, hparams/MEMIT/qwen2.5-7b.yaml", _EASY),
 }
-"""By type and number of layers of the language model."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +65,7 @@ class Memit(LocateEditor):
     Config = MemitConfig
     defaults = {**LocateEditor.defaults, "lam": 15_000.0}
     published = PUBLISHED
-    derived = {"lam": 2.0}
+    relative = {"lam": 2.0}
 
     @property
     def history(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -14,19 +14,37 @@ from torch import Tensor
 from testbed.core.events import EditEvent
 from testbed.core.ranges import NonNegativeFloat
 from testbed.core.registry import EDITORS
-from testbed.editors.hyperparameters import ModelKey, Values, filled
-from testbed.editors.locate.core import LocateConfig, LocateEditor
+from testbed.editors.hyperparameters import (
+    GPT2_XL,
+    GPT_J,
+    LLAMA_2_7B,
+    LLAMA_3_8B,
+    LLAMA_32_3B,
+    MISTRAL_7B,
+    QWEN_25_7B,
+    Row,
+    Table,
+    Values,
+    filled,
+)
+from testbed.editors.locate.core import LocateConfig, LocateEditor, middle
 from testbed.editors.locate.keys import KeyComputation
-from testbed.editors.locate.solver import Prior, SecondMomentPrior, Solution
+from testbed.editors.locate.solver import IdentityPrior, Prior, SecondMomentPrior, Solution
 from testbed.editors.locate.targets import TargetTask, attention_and_mlp_outputs
 
-PUBLISHED: dict[ModelKey, Values] = {
-    ("gpt2", 48): {"layer": 17, "steps": 20},  # GPT2-XL: ROME's released configuration
-    ("gptj", 28): {"layer": 5},  # GPT-J-6B: ROME's released configuration
-    ("llama", 32): {"layer": 5},  # Llama-3-8B: AlphaEdit's released configuration
-    ("qwen2", 28): {"layer": 5, "decay": 1e-3},  # Qwen2.5-7B: EasyEdit's released configuration
+_EASY: Values = {"layer": 5, "decay": 1e-3, "second_moment": False}
+"""What EasyEdit's files for ROME agree on."""
+
+PUBLISHED: Table = {
+    GPT2_XL: Row("ROME's repository, hparams/ROME/gpt2-xl.json", {"layer": 17, "steps": 20}),
+    GPT_J: Row("ROME's repository, hparams/ROME/EleutherAI_gpt-j-6B.json", {"layer": 5, "steps": 20}),
+    LLAMA_2_7B: Row("EasyEdit, hparams/ROME/llama-7b.yaml", _EASY),
+    LLAMA_3_8B: Row("AlphaEdit's repository, hparams/ROME/Llama3-8B.json", _EASY),
+    LLAMA_32_3B: Row("EasyEdit, hparams/ROME/llama3.2-3b.yaml", _EASY),
+    MISTRAL_7B: Row("EasyEdit, hparams/ROME/mistral-7b.yaml", _EASY),
+    QWEN_25_7B: Row("EasyEdit, hparams/ROME/qwen2.5-7b.yaml", _EASY),
 }
-"""By type and number of layers of the language model. The clamp is a multiple of the norm of the MLP's output."""
+"""The clamp is a multiple of the norm of the MLP's output."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +53,8 @@ class RomeConfig(LocateConfig):
     """The layer that is edited."""
     eta: NonNegativeFloat = 1e-4
     """Added to C's diagonal, as a share of its mean."""
+    second_moment: bool | None = None
+    """mom2_adjustment: C is the second moment of general keys; without it C = I, and no general text is read."""
     compat: bool = False
     """The released code's inconsistent keys (averaged for u, bare in the denominator)."""
 
@@ -45,10 +65,13 @@ class Rome(LocateEditor):
 
     summary = "one layer, one fact at a time, met exactly (ROME with consistent keys)"
     Config = RomeConfig
-    defaults = {**LocateEditor.defaults, "clamp": 4.0}
+    defaults = {**LocateEditor.defaults, "clamp": 4.0, "contexts": 20, "context_tokens": (5, 10), "second_moment": True}
     published = PUBLISHED
-    derived = {"layer": lambda layers: layers[len(layers) // 2]}
     shallow = {**LocateEditor.shallow, "clamp": 20.0}
+
+    def _derived(self) -> Values:
+        derived = super()._derived()
+        return {**derived, "layer": middle(derived["layers"])}
 
     def _tuned(self, config: RomeConfig) -> RomeConfig:
         return config if config.layers is None else filled(config, {"layer": config.layers[-1]})
@@ -65,8 +88,12 @@ class Rome(LocateEditor):
     def _stages(self) -> list[tuple[int, ...]]:
         return [(self.hyper.layer,)]
 
+    @property
+    def needs_second_moments(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.hyper.second_moment
+
     def _prior(self, layer: int, second_moment: Tensor) -> Prior:
-        return SecondMomentPrior(second_moment, 1.0, self.config.eta)
+        return SecondMomentPrior(second_moment, 1.0, self.config.eta) if self.hyper.second_moment else IdentityPrior(1.0)
 
     def _unit(self, task: TargetTask, outputs: Tensor) -> Tensor:
         """The norm of the MLP's own output: the target is a change of it."""

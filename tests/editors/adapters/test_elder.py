@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streams.base import TrainPool
-from testbed.editors.adapters.elder import DEFAULTS, PUBLISHED, Elder, ElderConfig, derived
+from testbed.editors.adapters.elder import DEFAULTS, PUBLISHED, Elder, ElderConfig
 from testbed.editors.adapters.elder_routing import Mixture, MixtureShape
 from testbed.editors.base import BadEditor
-from testbed.editors.hyperparameters import filled, resolve
+from testbed.editors.hyperparameters import filled
 from testbed.model.encoding import collate
 from testbed.model.predictor import ModelPredictor
 from tests.helpers.elder_editors import BESIDE, PICTURED, asks, edited, gate_of, logits, make, scores_of
@@ -193,15 +193,13 @@ def test_what_does_not_fit_the_model_is_refused_with_what_there_is(config: dict[
 
 def test_published_defaults_stand_in_the_table_and_others_are_announced() -> None:
     for row in PUBLISHED.values():
-        h = filled(ElderConfig(), {**DEFAULTS, **row})
-        assert (h.rank, h.active, h.guide, h.lr, h.steps) == (8, 2, 0.01, 1e-4, 50)
-        assert row["modules"].count("|") == 5
-    assert resolve(ElderConfig(), build("gpt2"), PUBLISHED, derived, DEFAULTS)[1].startswith(
-        "no published hyper-parameters for gpt2 with 3 layers"
-    )
+        h = filled(ElderConfig(), {**DEFAULTS, **row.values})
+        assert (h.rank, h.experts, h.active, h.guide, h.lr, h.steps) == (8, 4, 2, 0.01, 1e-4, 50)
+        assert h.modules is not None and h.modules.count("|") == 5
     editor = Elder()
     editor.prepare(build("gpt2"), TrainPool())
     assert editor.eps == 2 * len(editor.targets)
+    assert any(note.startswith("elder: no published values for a gpt2 of 3 layers") for note in editor.notes)
     assert any("N = " in note for note in editor.notes)
 
 

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from streams.base import TrainPool
 from testbed.core.events import Ask, EditBatch, EditEvent, Question
-from testbed.editors.adapters.wise import DEFAULTS, PUBLISHED, MemoryRouter, SideMemory, Wise, WiseConfig, derived, ties, trimmed
+from testbed.editors.adapters.wise import DEFAULTS, PUBLISHED, MemoryRouter, SideMemory, Wise, WiseConfig, ties, trimmed
 from testbed.editors.base import BadEditor
 from testbed.editors.codebook.gate import Gate
-from testbed.editors.hyperparameters import filled, resolve
+from testbed.editors.hyperparameters import LLAMA_2_7B, LLAMA_3_8B, filled
 from testbed.model.encoding import collate
 from tests.helpers.facts import FACTS, POOL, fact
 from tests.helpers.models import Noise, build
@@ -268,8 +268,10 @@ def test_a_loss_that_is_not_finite_fails_and_a_state_of_another_layer_is_refused
 
 
 def test_published_values_stand_in_the_table_and_derived_ones_are_announced() -> None:
-    row = filled(WiseConfig(), {**DEFAULTS, **PUBLISHED["llama", 32]})
+    row = filled(WiseConfig(), {**DEFAULTS, **PUBLISHED[LLAMA_2_7B].values})
     assert (row.layer, row.lr, row.steps, row.clamp, row.alpha, row.beta, row.gamma, row.relative) == (27, 1, 70, 1, 5, 20, 10, False)
-    found, note = resolve(WiseConfig(), build("llama"), PUBLISHED, derived, DEFAULTS)
-    assert found.relative
-    assert "no published" in note
+    other = filled(WiseConfig(), {**DEFAULTS, **PUBLISHED[LLAMA_3_8B].values})
+    assert (other.layer, other.lr, other.steps, other.alpha, other.beta, other.gamma, other.ratio) == (29, 0.9, 30, 2, 20, 10, 0.5)
+    editor = make()
+    assert editor.hyper.relative
+    assert any("no published values" in note for note in editor.notes)

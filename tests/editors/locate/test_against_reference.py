@@ -43,10 +43,11 @@ def reference(editor: Any, layers: tuple[int, ...]) -> PlainLocate:
 
 
 def prior(editor: Any, lam: float) -> dict[int, Tensor]:
-    """lam (C + eta m I) of each layer."""
+    """lam (C + eta m I) of each layer, lam in units of the key width where it is relative."""
     out = {}
     for n, c in editor.second_moments.items():
-        out[n] = lam * len(c) * (c + editor.config.eta * c.diagonal().mean() * torch.eye(len(c), dtype=torch.float64))
+        unit = len(c) if editor.hyper.relative else 1
+        out[n] = lam * unit * (c + editor.config.eta * c.diagonal().mean() * torch.eye(len(c), dtype=torch.float64))
     return out
 
 

@@ -178,7 +178,7 @@ def test_equal_contexts_give_the_bare_key_and_weights_sum_to_one() -> None:
 
 def test_contexts_are_drawn_from_the_generator_alone() -> None:
     def draw(seed: int) -> list[str]:
-        return draw_contexts(build("llama"), 5, 10, torch.Generator().manual_seed(seed))
+        return draw_contexts(build("llama"), 5, (10,), torch.Generator().manual_seed(seed))
 
     before = torch.get_rng_state()
     assert draw(0) == draw(0)

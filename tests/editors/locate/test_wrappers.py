@@ -12,6 +12,7 @@ from streams.base import TrainPool
 from testbed.core.events import EditBatch
 from testbed.core.registry import EDITORS, WRAPPERS, UnknownName
 from testbed.editors.base import BadEditor, EditFailed, Editor
+from testbed.editors.hyperparameters import Row, model_key
 from testbed.editors.locate import alphaedit, blue, emmet, memit, pmet, rome
 from testbed.editors.locate.anchor import anchored, trimmed_mean
 from testbed.editors.locate.come import ComeConfig, unlearned
@@ -24,6 +25,7 @@ from testbed.editors.locate.targets import search
 from testbed.experiment.config import RunConfig
 from testbed.model.families import UnknownLayout
 from tests.helpers.facts import FACTS, METHODS, POOL, SMALL, make, task
+from tests.helpers.models import build
 
 
 def test_blue_changes_the_boundary_layers_only() -> None:
@@ -34,7 +36,7 @@ def test_blue_changes_the_boundary_layers_only() -> None:
     single = make("memit+blue", layers=(1,))
     assert single._stages() == [(1,)]  # type: ignore[attr-defined]
     assert wrapped.name == "alphaedit+blue"
-    assert ["boundary" in note for note in single.notes] == [True] and not wrapped.notes
+    assert [sum("boundary" in note for note in e.notes) for e in (single, wrapped)] == [1, 0]
 
 
 def test_prune_restrains_the_spectrum_and_nothing_else() -> None:
@@ -167,7 +169,7 @@ def test_a_family_without_a_known_down_projection_and_a_slow_tokenizer_are_refus
 
 
 def test_an_unknown_model_gets_derived_values_and_is_told_so() -> None:
-    assert any("no published hyper-parameters" in n for n in make("memit").notes)
+    assert any("no published values" in n and "testbed.tune --model" in n and "--editor memit" in n for n in make("memit").notes)
     for depth in range(2, 80):
         layers = derived_layers(depth)
         assert 0 <= layers[0] <= layers[-1] < depth - 1
@@ -176,17 +178,18 @@ def test_an_unknown_model_gets_derived_values_and_is_told_so() -> None:
 
 @pytest.mark.parametrize("method", [memit, alphaedit, rome, emmet, pmet])
 def test_published_rows_name_layers_that_their_model_has(method: Any) -> None:
-    assert method.PUBLISHED.keys() == memit.PUBLISHED.keys() == blue.PUBLISHED.keys()
-    for (_, depth), row in method.PUBLISHED.items():
-        layers = row.get("layers") or (row["layer"],)
-        assert 0 <= layers[0] <= layers[-1] < depth - 1
-        assert not row.get("relative")
+    assert blue.PUBLISHED.keys() <= alphaedit.PUBLISHED.keys() & memit.PUBLISHED.keys()
+    for key, row in method.PUBLISHED.items():
+        layers = row.values.get("layers") or (row.values["layer"],)
+        assert 0 <= layers[0] <= layers[-1] < key.layers - 1
+        assert not row.values.get("relative")
+        assert row.source
 
 
 def test_blue_puts_its_own_weights_in_the_place_of_the_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
-    key = ("llama", 3)
+    key = model_key(build("llama"))
     for method in (alphaedit, pmet, emmet):
-        monkeypatch.setitem(method.PUBLISHED, key, {"layers": (0, 1), "layer": 0})
+        monkeypatch.setitem(method.PUBLISHED, key, Row("a test", {"layers": (0, 1), "layer": 0}))
     monkeypatch.setitem(blue.PUBLISHED, key, {alphaedit.AlphaEdit: {"l2": 80.0}, memit.Memit: {"lam": 20.0}, emmet.Emmet: {}})
     assert [make(f"alphaedit{more}").hyper.l2 for more in ("", "+blue")] == [10.0, 80.0]  # type: ignore[attr-defined]
     assert make("alphaedit+blue", l2=3.0).hyper.l2 == 3.0  # type: ignore[attr-defined]
