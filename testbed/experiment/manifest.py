@@ -62,7 +62,7 @@ def _stream_notes(run: PreparedRun) -> list[str]:
     """What stands in, was skipped or reordered."""
     config, stream, n = run.config, run.stream, len(run.events)
     out = [f"{config.stream}: {stream.origin}; its time axis is {stream.time_axis}"]
-    if config.data_root is None and stream.time_axis == "simulated" != type(stream).time_axis:
+    if config.data_root is None and stream.time_axis == "simulated" != run.resolved.stream.cls.time_axis:
         out.append("no --data-root was given: the simulated world stands in for files")
     if (order := stream.config.order) != "drawn":
         out.append(f"the same edits as without stream.order, in another order: {order}")

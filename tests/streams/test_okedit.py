@@ -160,7 +160,7 @@ def real(request: pytest.FixtureRequest, data_root: Path) -> OkeditYearly:
 
 
 def _counted(stream: OkeditYearly) -> tuple[str, dict[str, Any]]:
-    source = stream._source
+    source = stream
     assert isinstance(source, OkeditFiles)
     entries = source._data.entries
     asked = Counter(q.split for e in stream.events(500) for q in stream.questions(e))
