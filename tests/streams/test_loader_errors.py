@@ -185,7 +185,7 @@ def test_missing_photos_by_policy(folder: Path) -> None:
     asked = stream(folder, missing_images="text")
     assert "25 usable" in asked.origin
     use(asked)
-    without_photo = [e.source for e in asked._source._data.entries if e.image is None]  # pyright: ignore
+    without_photo = [e.source for e in asked._data.entries if e.image is None]  # pyright: ignore
     assert without_photo == ["okedit val2014 question 1035"]
     refused = stream(folder, missing_images="caption")
     assert any("OKEDIT has no captions" in k.reason for k in refused.skipped)
@@ -217,7 +217,7 @@ def test_entities_bom_and_odd_ids_are_read(folder: Path) -> None:
     (folder / ANNOTATIONS).write_bytes(b"\xef\xbb\xbf" + raw)
     s = stream(folder)
     assert not s.skipped
-    entries = {e.source: e for e in s._source._data.entries}  # pyright: ignore
+    entries = {e.source: e for e in s._data.entries}  # pyright: ignore
     assert entries["okedit val2014 question 1035"].target == "salt & pepper"
     assert entries["okedit val2014 question 1035"].relation == "Animals & co"
 
