@@ -141,7 +141,8 @@ def _ages(ax: Axes, title: str, context: FigureContext) -> None:
 def _perplexity_axis(ax: Axes, frame: pd.DataFrame) -> None:
     ax.set_title("Running text: perplexity ratio (log)")
     ax.set_yscale("log", base=2)
-    low, high = min(0.9, float(frame[["value", "low"]].min(axis=None))), max(2.2, float(frame[["value", "high"]].max(axis=None)) * 1.1)
+    ends = frame[["value", "low", "high"]].to_numpy(float)
+    low, high = min(0.9, float(np.nanmin(ends))), max(2.2, float(np.nanmax(ends)) * 1.1)
     high = min(high, 1e12)
     ax.set_ylim(low, high)
     step = max(1, int(np.ceil(np.log2(high / 0.5) / 6)))

@@ -149,6 +149,6 @@ def _signal(ax: Axes, context: FigureContext, editor: str, signal: pd.DataFrame)
     marker = own.marker if len(signal) <= 40 else None
     ax.plot(signal["x"], signal["value"], color=own.colour, linewidth=1.2, marker=marker, markersize=3.5, dashes=own.dash)
     point = context.summary["editors"][editor].get("collapse_step")
-    if point is not None and len(signal):
+    if point is not None and point["value"] is not None and len(signal):
         at = float(context.run.edits_at(np.array([point["value"]]))[0])
         ax.plot([at], [np.interp(at, signal["x"], signal["value"])], "x", color="black", markersize=6, markeredgewidth=1.4, zorder=5)

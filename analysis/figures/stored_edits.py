@@ -62,9 +62,12 @@ def _score(run: Run, editor: EditorRun, resampler: Resampler, split: str, mode: 
 
 
 def harmonic_mean(run: Run, editor: EditorRun, resampler: Resampler, mode: ScoringMode) -> pd.DataFrame:
-    """Harmonic mean of both generalities and hard locality by edits applied, at checkpoints with answers to all three."""
+    """Harmonic mean of the panels' kinds that were measured, by edits applied, at checkpoints with answers to all of them."""
     splits = [panel_answers(editor.records, split) for split in _SCORED]
-    parts = [pooled_by(rows, rows[mode.column].to_numpy(), rows["step"].to_numpy(), resampler) for rows in splits]
+    measured = [rows for rows in splits if len(rows)]
+    if not measured:
+        return curves.table([], [])
+    parts = [pooled_by(rows, rows[mode.column].to_numpy(), rows["step"].to_numpy(), resampler) for rows in measured]
     steps = sorted(set.intersection(*map(set, parts)))
     return curves.table(run.edits_at(np.array(steps, int)), [combine(harmonic, *(p[s] for p in parts)) for s in steps])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -37,6 +38,13 @@ def perplexity_ratio(editor: EditorRun, resampler: Resampler) -> Metrics:
         return {}
     ratio = perplexity_ratios(end, np.zeros(len(end), int), 1, resampler)[0]
     return {} if ratio is None else {"perplexity_ratio": ratio}
+
+
+def broken_text(editor: EditorRun) -> dict[str, Any]:
+    """The entry `perplexity_ratio` without a number, where a log-probability of running text at the end is not finite."""
+    end = at_last_step(text_answers(editor))
+    broken = np.isinf(end["logprob"]).any()
+    return {"perplexity_ratio": {"value": None, "low": None, "high": None, "n": len(end), "kind": "not finite"}} if broken else {}
 
 
 def text_answers(editor: EditorRun) -> pd.DataFrame:

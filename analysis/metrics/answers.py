@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.metrics.bootstrap import Draws, Resampler, combine, harmonic
+from analysis.metrics.bootstrap import Draws, Resampler, combine
 from analysis.reading.load import EditorRun, Run
 from analysis.reading.records import AFTER, PANEL, SCORES, SCORING_MODES, ScoringMode, keys
 
@@ -132,14 +132,14 @@ def by_mode(name: str, metric: Callable[[ScoringMode], Draws | None]) -> Metrics
     return {name + mode.suffix: draws for mode in SCORING_MODES if (draws := metric(mode)) is not None}
 
 
-def harmonic_means(name: str, parts: Sequence[str], known: Metrics) -> Metrics:
-    """Harmonic mean of metrics in each scoring mode that has them all; 0 where one of them is 0."""
+def combined(name: str, function: Callable[..., np.ndarray], parts: Sequence[str], known: Metrics) -> Metrics:
+    """A function of metrics in each scoring mode that has them all."""
 
-    def mean_of(mode: ScoringMode) -> Draws | None:
+    def of_all(mode: ScoringMode) -> Draws | None:
         own = [known.get(part + mode.suffix) for part in parts]
-        return None if None in own else combine(harmonic, *filter(None, own))
+        return None if None in own else combine(function, *filter(None, own))
 
-    return by_mode(name, mean_of)
+    return by_mode(name, of_all)
 
 
 def mean_scores(name: str, rows: pd.DataFrame, resampler: Resampler) -> Metrics:

@@ -4,7 +4,8 @@ Answers that share a subject, a picture or a question are correlated, so the boo
 (`analysis.reading.clusters`) and not answers. One matrix serves all metrics and all editors of a run, so differences between
 editors are paired by construction. An interval is built from the standard error over the replicates, because percentiles of
 few clusters are too narrow.
-Sources: Efron and Tibshirani 1993, ch. 6; Wilson 1927 (score interval); Korn and Graubard 1998 (effective sample sizes).
+Sources: Efron and Tibshirani 1993, ch. 6; Wilson 1927 (shares); Agresti and Min 2005 (differences); Korn and Graubard 1998
+(effective sample sizes).
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class Draws:
         return {"value": value, "low": low, "high": high, "n": self.n, "questions": len(self.asked)}
 
     def _ends(self) -> tuple[float, float]:
-        """Ends of the interval: Wilson's for a share, Student's for a difference, Student's of the logarithm for a positive ratio."""
+        """Ends of the interval: Wilson's for a share, Agresti and Min's for a difference, Student's of the logarithm for a ratio."""
         kept = self.values[~np.isnan(self.values)]
         if not np.isfinite(kept).all() or len(kept) < 2:
             return percentile(self.values[1:])
@@ -69,13 +70,18 @@ class Draws:
         half = self._half_width(kept)
         if self.bounds == (0.0, 1.0) and 0 < self.value < 1:
             return wilson(self.value, half)
+        if self.bounds == (-1.0, 1.0):
+            return agresti_min(self.value, half, self._times(), self.clusters)
         least, most = self.bounds or (-np.inf, np.inf)
         return max(least, self.value - half), min(most, self.value + half)
 
     def _half_width(self, values: np.ndarray) -> float:
         """Student's t times the standard error over the replicates, which the bootstrap of m clusters underestimates by (m - 1) / m."""
-        freedom = max(1.0, self.clusters - 1)
-        return float(t.ppf((1 + LEVEL) / 2, freedom) * np.std(values[1:]) * np.sqrt(1 + 1 / freedom))
+        return float(self._times() * np.std(values[1:]) * np.sqrt(self.clusters / max(1.0, self.clusters - 1)))
+
+    def _times(self) -> float:
+        """Student's t for the effective number of clusters."""
+        return float(t.ppf((1 + LEVEL) / 2, max(1.0, self.clusters - 1)))
 
     def __sub__(self, other: Draws) -> Draws:
         """Paired difference; the difference of two proportions lies in [-1, 1]."""
@@ -114,6 +120,11 @@ def point(value: float, n: int) -> Interval:
     return {"value": float(value), "low": None, "high": None, "n": n}
 
 
+def never_within(checkpoints: int) -> Interval:
+    """The entry of an event that did not happen at any of the checkpoints at which it was looked for."""
+    return {"value": None, "low": None, "high": None, "n": checkpoints}
+
+
 def percentile(replicates: np.ndarray) -> tuple[float, float]:
     """Ends of the central 95 % of the replicates that are not nan; (nan, nan) where all are."""
     kept = replicates[~np.isnan(replicates)]
@@ -129,6 +140,18 @@ def wilson(share: float, half: float) -> tuple[float, float]:
     square = half**2 / spread
     root = np.sqrt(square * (spread + square / 4))
     return float((share + square / 2 - root) / (1 + square)), float((share + square / 2 + root) / (1 + square))
+
+
+def agresti_min(difference: float, half: float, times: float, clusters: float) -> tuple[float, float]:
+    """The interval of a paired difference of shares after Agresti and Min (2005): one more pair each way, and one half each way.
+
+    half: half the width of the symmetric interval, `times` standard errors, which gives the share of discordant pairs.
+    """
+    discordant = (half / times) ** 2 * clusters + difference**2
+    size = clusters + 2
+    centre = difference * clusters / size
+    error = np.sqrt(max(0.0, (discordant * clusters + 1) / size - centre**2) / size)
+    return max(-1.0, float(centre - times * error)), min(1.0, float(centre + times * error))
 
 
 def widen(value: float, clusters: float, bounds: tuple[float, float]) -> tuple[float, float]:
@@ -182,8 +205,10 @@ class Resampler:
             values[0] = np.bincount(cell, top, count) / np.bincount(cell, bottom, count)
             above, below = ((self._weights @ x[:, full].astype(np.float32)).astype(float) for x in sums)
             values[1:, full] = above / below
-        inside = [(cell == j) & (bottom != 0) for j in range(count)]
-        return [_draws(values[:, j], cluster[own], asked[own], bottom[own]) if own.any() else None for j, own in enumerate(inside)]
+        order = np.argsort(np.where(bottom != 0, cell, count), kind="stable")
+        ends = np.cumsum(np.bincount(cell[bottom != 0], minlength=count))
+        parts = np.split(order, ends)[:count]
+        return [_draws(values[:, j], cluster[own], asked[own], bottom[own]) if len(own) else None for j, own in enumerate(parts)]
 
 
 def _draws(values: np.ndarray, cluster: np.ndarray, asked: np.ndarray, weight: np.ndarray) -> Draws:

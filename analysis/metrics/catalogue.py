@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -30,11 +31,13 @@ class Metric:
 
 
 _TABLES: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
+KINDS: dict[str, str] = _TABLES["kinds"]
+"""Split to words of each kind of generality and locality."""
 MAIN = tuple(_TABLES["main"])
 """Metrics of the main table, in order of display."""
-METRICS = {name: Metric(**fields) for table in _TABLES.values() for name, fields in table.items()}
-GENERALITY = ("text_generality", "image_generality")
-LOCALITY = ("locality_hard", "locality_sibling", "locality_far", "locality_text")
+METRICS = {name: Metric(**fields) for table in ("main", "others") for name, fields in _TABLES[table].items()}
+GENERALITY = tuple(k for k in KINDS if k.endswith("generality"))
+LOCALITY = tuple(k for k in KINDS if k.startswith("locality"))
 
 
 def split_name(name: str) -> tuple[str, ScoringMode]:
@@ -55,16 +58,21 @@ def mode_title(name: str) -> str:
     return split_name(name)[1].title if metric_of(name).modes else ""
 
 
-def show(name: str, value: float | None) -> str:
-    """A value for a reader: shares and differences in per cent, bytes and counts in plain units, a dash for None."""
-    if value is None:
-        return "–"
+def show(name: str, value: float) -> str:
+    """A value for a reader: shares and differences in per cent, bytes and counts in plain units."""
     unit = metric_of(name).unit
     if unit == "share":
         return f"{100 * value:.1f}"
     if unit == "difference":
         return f"{100 * value:.1f}".replace("-", "−").replace("−0.0", "0.0")
     return _plain(value, unit)
+
+
+def shown(name: str, entry: Mapping[str, Any] | None) -> str:
+    """An entry's value for a reader: a dash where it was not measured, else the value, "never", or what it is in place of a number."""
+    if entry is None:
+        return "–"
+    return show(name, entry["value"]) if entry["value"] is not None else entry.get("kind", "never")
 
 
 def show_briefly(name: str, value: float) -> str:

@@ -14,14 +14,14 @@ import numpy as np
 import pandas as pd
 
 from analysis.metrics.ability import text_answers
-from analysis.metrics.bootstrap import Interval, point
+from analysis.metrics.bootstrap import Interval, never_within, point
 from analysis.reading.load import EditorRun, Run
 from analysis.reading.records import AFTER, PANEL
 
 LOG_PERPLEXITY = float(np.log(2))
 """A rise of the log-perplexity above this (nats a token) marks a checkpoint."""
 RETAINED = 0.2
-"""Retention under this share of the success right after the edit marks a checkpoint."""
+"""A gain under this share of the gain right after the edit marks a checkpoint."""
 LEAST_GAIN = 0.1
 """Retention counts only for an editor whose edits raised token accuracy by at least this much right after the edit."""
 LEAST_EDITS = 5
@@ -29,13 +29,25 @@ LEAST_EDITS = 5
 
 
 def collapse(run: Run, editor: EditorRun) -> dict[str, Interval]:
-    """{"collapse_step": ...} with the first step that starts two marked checkpoints in a row; empty without such a step.
+    """`collapse_step` and `collapse_edits`: the first step that starts two marked checkpoints in a row, and the edits applied by then.
 
     Each signal is followed over the checkpoints at which it was measured. `low` is the checkpoint before the marked one
-    (the collapse lies between the two), `n` the number of checkpoints of that signal.
+    (the collapse lies between the two), `n` the number of checkpoints of that signal; the value is None where it never
+    happened. `collapse_unconfirmed` is the last step, where it is marked and no later checkpoint could confirm it. Empty
+    where neither signal was measured.
     """
-    onsets = [f for s in (perplexity_marks(editor), retention_marks(editor)) if (f := _onset(*s)) is not None]
-    return {"collapse_step": min(onsets, key=lambda f: (f["value"], f["low"]))} if onsets else {}
+    signals = [s for s in (perplexity_marks(editor), retention_marks(editor)) if len(s[0])]
+    if not signals:
+        return {}
+    onsets = [f for s in signals if (f := _onset(*s)) is not None]
+    if onsets:
+        first = min(onsets, key=lambda f: (f["value"] or 0, f["low"] or 0))
+        edits = {k: float(run.edits_at(np.array([first[k]]))[0]) for k in ("value", "low", "high")}
+        return {"collapse_step": first, "collapse_edits": first | edits}
+    never = never_within(max(len(steps) for steps, _ in signals))
+    last = [_from_checkpoint(steps, len(steps) - 1) for steps, marked in signals if marked[-1]]
+    unconfirmed = {"collapse_unconfirmed": max(last, key=lambda f: f["value"] or 0)} if last else {}
+    return {"collapse_step": never, "collapse_edits": dict(never)} | unconfirmed
 
 
 def perplexity_marks(editor: EditorRun) -> tuple[np.ndarray, np.ndarray]:
@@ -47,20 +59,20 @@ def perplexity_marks(editor: EditorRun) -> tuple[np.ndarray, np.ndarray]:
 
 
 def retention_marks(editor: EditorRun) -> tuple[np.ndarray, np.ndarray]:
-    """Steps, and whether token accuracy on live edits is under RETAINED x the mean accuracy right after the edits so far.
+    """Steps, and whether what the edits gained in token accuracy is under RETAINED x their mean gain right after the edit so far.
 
-    A checkpoint is marked only where that mean is at least LEAST_GAIN above the unedited model's on the same questions.
+    A gain is the accuracy minus the unedited model's on the same questions, so that what it knew anyway does not count as
+    retained. A checkpoint is marked only where the mean gain right after the edit is at least LEAST_GAIN.
     """
     rows = editor.records
     rows = rows[(rows["split"] == "edit") & rows["live"] & rows["tf"].notna()]
-    after, later = rows[rows["role"] == AFTER], rows[rows["role"] == PANEL]
-    before = np.nan_to_num(editor.base["tf"].to_numpy()[after["question"]])
-    first = pd.DataFrame({"step": after["step"], "tf": after["tf"], "gain": after["tf"] - before, "n": 1.0}).groupby("step").sum().cumsum()
-    sums = pd.DataFrame({"step": later["step"], "top": later["tf"] * later["weight"], "bottom": later["weight"], "n": 1.0})
-    kept = sums.groupby("step").sum()
+    gain = rows["tf"] - np.nan_to_num(editor.base["tf"].to_numpy()[rows["question"]])
+    rows = rows.assign(gain=gain, top=gain * rows["weight"], n=1.0)
+    first = rows[rows["role"] == AFTER].groupby("step")[["gain", "n"]].sum().cumsum()
+    kept = rows[rows["role"] == PANEL].groupby("step")[["top", "weight", "n"]].sum()
     kept = kept[kept["n"] >= LEAST_EDITS]
-    so_far = first.div(first["n"], axis=0).reindex(kept.index.union(first.index)).ffill().reindex(kept.index)
-    lost = (kept["top"] / kept["bottom"] < RETAINED * so_far["tf"]) & (so_far["gain"] >= LEAST_GAIN)
+    so_far = (first["gain"] / first["n"]).reindex(kept.index.union(first.index)).ffill().reindex(kept.index)
+    lost = (kept["top"] / kept["weight"] < RETAINED * so_far) & (so_far >= LEAST_GAIN)
     return kept.index.to_numpy(), lost.to_numpy()
 
 
@@ -68,7 +80,11 @@ def _onset(steps: np.ndarray, marked: np.ndarray) -> Interval | None:
     twice = np.flatnonzero(marked[:-1] & marked[1:])
     if not len(twice):
         return None
-    at = int(twice[0])
+    return _from_checkpoint(steps, int(twice[0]))
+
+
+def _from_checkpoint(steps: np.ndarray, at: int) -> Interval:
+    """An event between a checkpoint and the one before it."""
     before = float(steps[at - 1]) if at else 0.0
     return {"value": float(steps[at]), "low": before, "high": float(steps[at]), "n": len(steps)}
 
@@ -138,7 +154,7 @@ def hard_edits_as_jsonl(run: Run, editor: EditorRun) -> str:
 def _only_step(editor: EditorRun, collapsed: dict[str, Interval]) -> int | None:
     """The step in which the model collapsed, where the interval of the collapse holds one step only."""
     point = collapsed.get("collapse_step")
-    if point is None:
+    if point is None or point["value"] is None:
         return None
     steps = editor.reports["step"]
     inside = steps[(steps > (point["low"] or 0)) & (steps <= (point["high"] or 0))]

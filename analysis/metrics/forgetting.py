@@ -10,7 +10,7 @@ import pandas as pd
 
 from analysis.metrics import answers
 from analysis.metrics.answers import SIGNED, Metrics
-from analysis.metrics.bootstrap import Draws, Resampler, combine
+from analysis.metrics.bootstrap import Draws, Resampler, combine, harmonic
 from analysis.reading.load import EditorRun, Run
 from analysis.reading.records import AFTER, LADDER, SCORES, SCORING_MODES, ScoringMode
 
@@ -118,7 +118,7 @@ def stability_plasticity(run: Run, rows: pd.DataFrame, resampler: Resampler) -> 
     old = end[made[end["edit"]] < last_year]
     kept = np.where(answers.right_after_scores(run, rows).to_numpy()[old["edit"]] == 1, old[SCORES].to_numpy(), np.nan)
     out |= answers.means("stability", old, kept, resampler)
-    return out | answers.harmonic_means("stability_plasticity", ("plasticity", "stability"), out)
+    return out | answers.combined("stability_plasticity", harmonic, ("plasticity", "stability"), out)
 
 
 def revised(run: Run, rows: pd.DataFrame, resampler: Resampler) -> Metrics:

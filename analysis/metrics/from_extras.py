@@ -17,17 +17,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
-from analysis.metrics.answers import Metrics, at_end, at_last_step, means
-from analysis.metrics.bootstrap import Interval, Resampler, point
-from analysis.metrics.catalogue import GENERALITY
+from analysis.metrics.answers import Metrics, at_end, at_last_step, means, pooled_together
+from analysis.metrics.bootstrap import Resampler, combine, mean
+from analysis.metrics.catalogue import GENERALITY, LOCALITY
 from analysis.reading.load import EditorRun, Run
-from analysis.reading.records import RIGHT_AFTER, SAFETY, answers_with, pc, rows_with
+from analysis.reading.records import AFTER, RIGHT_AFTER, SAFETY, answers_with, pc, rows_with
 
 FIRST_IDS = "first_ids"
 """Key in `extras` of the likeliest first tokens, in order."""
@@ -94,31 +95,50 @@ def probability_of(logprobs: Sequence[float | None], right: Sequence[bool]) -> f
 
 
 def gate_decisions(editor: EditorRun, steps: Collection[int] | None = None) -> pd.DataFrame:
-    """One row for each panel answer with a recorded decision: step, split, fired, weight (1 / inclusion probability).
+    """One row for each panel answer with a recorded decision: question_id, step, split, fired, weight (1 / inclusion probability).
 
     fired: an entry answered. steps: only answers at one of these steps.
     """
-    rows = answers_with(editor.folder, "entry", ("probe_step", "edit_step", "probe", "split", "incl_prob"), steps)
+    rows = answers_with(editor.folder, "entry", ("question_id", "probe_step", "edit_step", "probe", "split", "incl_prob"), steps)
     coming = rows["edit_step"].astype(float) > rows["probe_step"].astype(float)
     rows = rows[(rows["probe"] != RIGHT_AFTER) & ~coming]
     fired = ~rows["extras"].astype(str).str.contains(r'"entry":\s*null')
     weight = 1 / rows["incl_prob"].astype(float)
-    return pd.DataFrame({"step": rows["probe_step"], "split": rows["split"], "fired": fired, "weight": weight})
+    made = {"question_id": rows["question_id"], "step": rows["probe_step"], "split": rows["split"], "fired": fired, "weight": weight}
+    return pd.DataFrame(made)
 
 
-def deferral(decisions: pd.DataFrame) -> dict[str, Interval]:
-    """`deferral_precision` and `deferral_recall` from the decisions at the last step; absent where undefined.
+def deferral(run: Run, editor: EditorRun, resampler: Resampler) -> Metrics:
+    """Decisions at the last step: `deferred_SPLIT`, the share left to the unedited model, and their balance. All in [0, 1].
 
-    Precision: of the questions left to the unedited model, the share that no edit bears on. Recall: of the questions that
-    no edit bears on, the share left to the unedited model.
+    With u the mean of the shares over the splits that no edit bears on and b over those that one bears on: recall u,
+    precision u / (u + b). Each split counts alike, so that the composition of the panel plays no part: a gate that always
+    defers has precision 1/2. Empty for an editor whose answers hold no decisions.
     """
-    rows = at_last_step(decisions)
-    bears = rows["split"].isin(BEARING).to_numpy()
-    unrelated = (rows["split"].str.startswith("locality_") | (rows["split"] == "general")).to_numpy(bool)
-    left, weight = ~rows["fired"].to_numpy(bool), rows["weight"].to_numpy(float)
-    among = {"deferral_precision": left & (bears | unrelated), "deferral_recall": unrelated}
-    shares = {name: (weight[left & unrelated & mask].sum() / weight[mask].sum(), mask) for name, mask in among.items() if mask.any()}
-    return {name: point(share, int(mask.sum())) for name, (share, mask) in shares.items()}
+    rows = at_last_step(editor.records[(editor.records["role"] != AFTER) & (editor.records["made"] <= editor.records["step"])])
+    if rows.empty:
+        return {}
+    decisions = gate_decisions(editor, [int(rows["step"].iloc[0])]).drop_duplicates("question_id").set_index("question_id")["fired"]
+    fired = run.questions["question_id"].iloc[rows["question"]].map(decisions).to_numpy(object)
+    rows = rows.assign(left=[np.nan if pd.isna(f) else 1.0 - f for f in fired])
+    unrelated = ("general", *LOCALITY)
+    groups = {s: rows[rows["split"] == s] for s in (*BEARING, *unrelated)}
+    shares = {s: pooled_together(own, own["left"].to_numpy(), resampler) for s, own in groups.items()}
+    known = {s: d for s, d in shares.items() if d is not None}
+    bearing, others = ([known[s] for s in side if s in known] for side in (BEARING, unrelated))
+    metrics = {f"deferred_{s}": d for s, d in known.items()}
+    if others:
+        metrics["deferral_recall"] = combine(mean, *others)
+    if others and bearing:
+        metrics["deferral_precision"] = combine(partial(_precision, len(bearing)), *bearing, *others)
+    return metrics
+
+
+def _precision(bearing: int, *shares: np.ndarray) -> np.ndarray:
+    """u / (u + b) of shares of which the first few are those of splits that an edit bears on; nan where nothing was deferred."""
+    b, u = np.mean(shares[:bearing], axis=0), np.mean(shares[bearing:], axis=0)
+    with np.errstate(invalid="ignore"):
+        return u / (u + b)
 
 
 def _unedited_first_ids(file: Path, ids: np.ndarray) -> dict[str, list[int]]:

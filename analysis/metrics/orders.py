@@ -71,7 +71,14 @@ def half_width(sd: Any, orders: int) -> Any:
 
 
 def mean_and_range(entries: Sequence[Interval], orders: int) -> Interval:
-    """Mean over the orders that have a value, with the lowest and the highest end; `orders` counts them where some have none."""
+    """Mean over the orders that have a value, with the lowest and the highest end; `orders` counts them where some have none.
+
+    An event that happened in no order has no value.
+    """
+    happened = [e for e in entries if e["value"] is not None]
+    if not happened:
+        return entries[0] | {"n": sum(int(e["n"] or 0) for e in entries)}
+    entries = happened
     values = [float(e["value"] or 0.0) for e in entries]
     lows, highs = ([float(end) for e in entries if (end := e[k]) is not None] for k in ("low", "high"))
     low, high = (pick(ends) if len(ends) == len(entries) else None for pick, ends in ((min, lows), (max, highs)))

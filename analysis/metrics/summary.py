@@ -16,20 +16,21 @@ import numpy as np
 import pandas as pd
 
 from analysis.metrics import orders
-from analysis.metrics.ability import side_effect_metrics
-from analysis.metrics.alarm import EVIDENCE, alarm_step, run_alarm
-from analysis.metrics.answers import SIGNED, Metrics, at_end, harmonic_means, in_common, mean_scores, means, right_after, unedited
-from analysis.metrics.bootstrap import REPLICATES, Interval, Resampler, point
-from analysis.metrics.catalogue import GENERALITY, split_name
+from analysis.metrics.ability import broken_text, side_effect_metrics
+from analysis.metrics.alarm import alarm_promise, alarm_step
+from analysis.metrics.answers import SIGNED, Metrics, at_end, combined, in_common, mean_scores, means, right_after, unedited
+from analysis.metrics.bootstrap import REPLICATES, Interval, Resampler, harmonic, point
+from analysis.metrics.catalogue import GENERALITY, KINDS, LOCALITY, split_name
 from analysis.metrics.collapse import collapse, hard_edits
-from analysis.metrics.comparison import main_mode
+from analysis.metrics.comparison import competing, main_mode
 from analysis.metrics.forgetting import edit_metrics
-from analysis.metrics.from_extras import deferral, first_token_agreement, gate_decisions, truthfulness
+from analysis.metrics.from_extras import deferral, first_token_agreement, truthfulness
 from analysis.reading.load import EditorRun, Run
-from analysis.reading.records import AFTER, SCORES
+from analysis.reading.records import SCORES
 
-HARMONIC = (*GENERALITY, "locality_hard")
-_OWN_NAMES = (*HARMONIC, "locality_sibling", "locality_far", "locality_text", "portability")
+PUBLISHED = (*GENERALITY, "locality_hard")
+"""Kinds in the harmonic mean of the papers."""
+_OWN_NAMES = (*KINDS, "portability")
 AT_END = {"edit_success": "edit"} | dict(zip(_OWN_NAMES, _OWN_NAMES)) | {"stale_rate": "stale", "general_score": "general"}
 """Name to split of the metrics that are mean scores at the end."""
 EXPECTED = (*AT_END, "edit_success_now", "perplexity_ratio")
@@ -54,7 +55,8 @@ def summarise(runs: Run | Sequence[Run], seed: int = 0, replicates: int = REPLIC
     """
     runs = (runs,) if isinstance(runs, Run) else tuple(runs)
     by_order = [measure_order(run, np.random.default_rng((seed, i)), replicates) for i, run in enumerate(runs)]
-    editors = {e: _pool([o.measured[e] for o in by_order]) | _pool_points([o.points[e] for o in by_order]) for e in runs[0].editors}
+    pooled = {e: _pool([o.measured[e] for o in by_order]) | _pool_points([o.points[e] for o in by_order]) for e in runs[0].editors}
+    editors = {e: named_weakest(entries) for e, entries in pooled.items()}
     pairs = {p: _pool([o.pairs[p] for o in by_order]) for p in by_order[0].pairs}
     return {"run": describe(runs, editors), "editors": editors, "pairs": pairs}
 
@@ -69,10 +71,8 @@ def measure_order(run: Run, rng: np.random.Generator, replicates: int = REPLICAT
 
 
 def _points(run: Run, editor: EditorRun, rng: np.random.Generator) -> dict[str, Interval]:
-    """Metrics that are no means over answers: collapse, alarm, hard edits, deferral at the end, cost."""
-    steps = editor.records.loc[editor.records["role"] != AFTER, "step"]
-    deferred = deferral(gate_decisions(editor, [int(steps.max())])) if len(steps) else {}
-    return collapse(run, editor) | alarm_step(editor) | hard_edits(run, editor) | deferred | cost(editor, rng)
+    """Metrics that are no means over answers: collapse, alarm, hard edits, cost."""
+    return collapse(run, editor) | alarm_step(editor) | hard_edits(run, editor) | cost(editor, rng) | broken_text(editor)
 
 
 def measure(run: Run, editor: EditorRun, resampler: Resampler) -> Metrics:
@@ -82,10 +82,33 @@ def measure(run: Run, editor: EditorRun, resampler: Resampler) -> Metrics:
     for name, split in AT_END.items():
         metrics |= mean_scores(name, at_end(rows, split), resampler)
     metrics |= mean_scores("edit_success_now", right_after(rows), resampler) | gain(editor, resampler)
-    metrics |= harmonic_means("harmonic_mean", HARMONIC, metrics) | edit_metrics(run, editor, resampler)
+    metrics |= over_kinds(metrics) | edit_metrics(run, editor, resampler)
     metrics |= side_effect_metrics(run, editor, resampler)
-    metrics |= first_token_agreement(run, editor, resampler) | truthfulness(run, editor, resampler)
-    return {name: d for name, d in metrics.items() if np.isfinite(d.value)}
+    metrics |= first_token_agreement(run, editor, resampler) | truthfulness(run, editor, resampler) | deferral(run, editor, resampler)
+    return {name: d for name, d in metrics.items() if not np.isnan(d.value)}
+
+
+def over_kinds(known: Metrics) -> Metrics:
+    """Harmonic means and the minimum over kinds of generality and locality.
+
+    harmonic_mean: of both generalities, hard and sibling locality, of those that were measured, at least one of each side.
+    harmonic_mean_published: of both generalities and hard locality, as in the papers. weakest: the minimum over all kinds.
+    """
+    measured = [k for k in KINDS if k in known]
+    metrics = combined("harmonic_mean_published", harmonic, PUBLISHED, known)
+    parts = [k for k in (*PUBLISHED, "locality_sibling") if k in measured]
+    if any(k in parts for k in GENERALITY) and any(k in parts for k in LOCALITY):
+        metrics |= combined("harmonic_mean", harmonic, parts, known)
+    return metrics | (combined("weakest", lambda *v: np.min(v, axis=0), measured, known) if measured else {})
+
+
+def named_weakest(entries: dict[str, Interval]) -> dict[str, Any]:
+    """The entries, with the `kind` that is the smallest beside each entry `weakest`."""
+    out: dict[str, Any] = dict(entries)
+    for name in [n for n in entries if split_name(n)[0] == "weakest"]:
+        own = {k: entry["value"] or 0.0 for k in KINDS if (entry := entries.get(k + split_name(name)[1].suffix)) is not None}
+        out[name] = entries[name] | {"kind": KINDS[min(own, key=lambda k: own[k])]}
+    return out
 
 
 def gain(editor: EditorRun, resampler: Resampler) -> Metrics:
@@ -147,11 +170,10 @@ def describe(runs: Sequence[Run], editors: Mapping[str, Mapping[str, Interval]])
     last = {name: int(e.records["step"].max()) for name, e in run.editors.items()}
     not_applied = {n: {kind: _reasons(e.reports[kind]) for kind in ("failed", "skipped")} for n, e in run.editors.items()}
     out = run.manifest | {"notes": merged_notes(notes, list(editors)), "planned_step": run.planned_step, "last_step": last}
-    out |= {"not_applied": not_applied, "seeds": [r.manifest.get("seed") for r in runs], "precision": precision(editors)}
-    alarms = [a for a in map(run_alarm, run.editors.values()) if a is not None]
-    if alarms:
-        out["alarm"] = {"false_alarm_at_most": max(a.false_alarm for a in alarms), "evidence": EVIDENCE}
-    return out
+    references = run.manifest.get("references", ())
+    out |= {"not_applied": not_applied, "seeds": [r.manifest.get("seed") for r in runs], "precision": precision(editors, references)}
+    promise = alarm_promise([e for name, e in run.editors.items() if name not in references])
+    return out | ({"alarm": promise} if promise else {})
 
 
 def merged_notes(notes: Sequence[str], editors: Sequence[str]) -> list[str]:
@@ -164,17 +186,20 @@ def merged_notes(notes: Sequence[str], editors: Sequence[str]) -> list[str]:
     return [f"{', '.join(names)}: {text}" if names else text for (_, text), names in sharing.items()]
 
 
-def precision(editors: Mapping[str, Mapping[str, Interval]]) -> dict[str, dict[str, float]]:
-    """Median over editors of the interval's half-width and of the number of answers behind it, by metric of PRECISION.
+def precision(editors: Mapping[str, Mapping[str, Interval]], references: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
+    """The widest interval of a competing editor by metric of PRECISION: half_width, editor, n and questions.
 
     The metrics are those of the leading scoring mode.
     """
-    out = {}
-    for name in (n + main_mode({"editors": editors}).suffix for n in PRECISION):
-        known = [e[name] for e in editors.values() if name in e and e[name]["low"] is not None and e[name]["high"] is not None]
-        if known:
-            halves = [(float(k["high"] or 0) - float(k["low"] or 0)) / 2 for k in known]
-            out[name] = {"half_width": float(np.median(halves)), "n": float(np.median([float(k["n"] or 0) for k in known]))}
+    summary = {"editors": editors, "run": {"references": references}}
+    out: dict[str, dict[str, Any]] = {}
+    for name in (n + main_mode(summary).suffix for n in PRECISION):
+        known = {e: editors[e][name] for e in competing(summary) if name in editors[e] and editors[e][name]["low"] is not None}
+        halves = {e: (float(m["high"] or 0) - float(m["low"] or 0)) / 2 for e, m in known.items()}
+        if halves:
+            widest = max(halves, key=lambda e: halves[e])
+            counts = {k: known[widest].get(k) for k in ("n", "questions")}
+            out[name] = {"half_width": halves[widest], "editor": widest} | counts
     return out
 
 

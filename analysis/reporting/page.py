@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from analysis.figures import style
 from analysis.figures.context import FigureContext
-from analysis.metrics.catalogue import header, metric_of, mode_title, show, unit_of
+from analysis.metrics.catalogue import header, metric_of, mode_title, show, shown, unit_of
 from analysis.metrics.comparison import best, main_columns, main_mode, other_columns
 from analysis.reading.load import Run
 from analysis.reading.records import SCORING_MODES, ScoringMode
@@ -33,7 +33,7 @@ def html(context: FigureContext, figures: dict[str, Figure]) -> str:
 def render(template: str, **variables: Any) -> str:
     """A template of this folder with its variables; every text of the run is escaped."""
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined)
-    environment.globals |= {f.__name__: f for f in (best, header, interval, metric_of, mode_title, show, unit_of)}
+    environment.globals |= {f.__name__: f for f in (best, header, interval, metric_of, mode_title, show, shown, unit_of)}
     return environment.get_template(template).render(variables)
 
 
@@ -57,7 +57,6 @@ def template_variables(context: FigureContext, figures: dict[str, Figure]) -> di
             {"name": n, "caption": style.CAPTIONS[n]["caption"], "data": data_uri(f), "narrow": f.get_figwidth() < 5}
             for n, f in figures.items()
         ],
-        "precision": {metric_of(n).title: p for n, p in about["precision"].items()},
         "forgotten": {n: verdict.worst_forgotten(run, e, context.mode) for n, e in run.editors.items()},
         "forgotten_counts": {n: verdict.count_forgotten(e, context.mode) for n, e in run.editors.items()},
         "commands": commands(context),

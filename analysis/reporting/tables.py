@@ -14,7 +14,7 @@ from analysis.figures.context import FigureContext
 from analysis.metrics import curves
 from analysis.metrics.ability import topic_table
 from analysis.metrics.bootstrap import Resampler
-from analysis.metrics.catalogue import header, metric_of, mode_title, show, show_briefly, split_name, wrapped
+from analysis.metrics.catalogue import header, metric_of, mode_title, show, show_briefly, shown, split_name, wrapped
 from analysis.metrics.comparison import Summary, best, main_columns, main_mode
 from analysis.reading.load import EditorRun, Run
 from analysis.reading.records import SCORING_MODES, ScoringMode
@@ -53,19 +53,15 @@ def terminal_table(summary: Summary) -> Table:
 def cell(metrics: dict[str, Any], name: str, brief: bool = False) -> str:
     """Value with its interval, e.g. "41.8 [36.9, 46.5]" (brief: "41.8 [37, 47]"); a dash where not measured."""
     entry = metrics.get(name)
-    if entry is None:
-        return "–"
-    ends = "" if brief and metric_of(name).unit == "seconds" else interval(name, entry, brief)
-    return f"{show(name, entry['value'])} {ends}".replace("100.0", "100").rstrip()
+    ends = "" if entry is None or (brief and metric_of(name).unit == "seconds") else interval(name, entry, brief)
+    return f"{shown(name, entry)} {ends}".replace("100.0", "100").rstrip()
 
 
 def half_width_cell(metrics: dict[str, Any], name: str) -> str:
     """Value and half the width of its interval, for narrow columns: "41.8 ±5"."""
     entry = metrics.get(name)
-    if entry is None:
-        return "–"
-    unit, value = metric_of(name).unit, show(name, entry["value"])
-    if unit not in ("share", "difference", "ratio") or entry["low"] is None or entry["high"] is None:
+    unit, value = metric_of(name).unit, shown(name, entry)
+    if entry is None or unit not in ("share", "difference", "ratio") or entry["low"] is None or entry["high"] is None:
         return value
     half = show_briefly(name, (entry["high"] - entry["low"]) / 2)
     return (value if half == "0" else f"{value} ±{half}").replace("100.0", "100")
@@ -153,9 +149,8 @@ def _every_order(context: FigureContext, table: Callable[[Run, EditorRun, Resamp
 
 def _latex_cell(metrics: dict[str, Any], name: str, bold: bool) -> str:
     entry = metrics.get(name)
-    if entry is None:
-        return "--"
-    value, ends = (text.translate(_ESCAPES) for text in (show(name, entry["value"]), interval(name, entry)))
+    texts = (shown(name, entry), "" if entry is None else interval(name, entry))
+    value, ends = (text.translate(_ESCAPES) for text in texts)
     return (rf"\textbf{{{value}}}" if bold else value) + (rf" {{\scriptsize {ends}}}" if ends else "")
 
 

@@ -5,6 +5,7 @@ The words of a verdict follow from intervals by fixed rules (docs/semantics.md),
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,7 +16,8 @@ import pandas as pd
 from analysis.figures.context import FigureContext
 from analysis.metrics import curves
 from analysis.metrics.answers import at_end, right_after
-from analysis.metrics.catalogue import show
+from analysis.metrics.catalogue import GENERALITY, KINDS, LOCALITY, show, shown
+from analysis.metrics.comparison import learned
 from analysis.reading.load import EditorRun, Run, texts
 from analysis.reading.records import ScoringMode
 
@@ -23,7 +25,13 @@ NOTABLE = 0.05
 """A smaller loss is not called forgetting or damage, even where its interval excludes zero."""
 LARGE = 0.25
 """A loss of this size or more is marked as bad."""
-_TONES = {"good": "✓", "some": "▲", "bad": "✗", "none": "–"}
+PERPLEXITY = (1.1, 2.0)
+"""Perplexity ratios from which damage is named, and from which it is bad."""
+_TONES = {"good": "✓", "some": "▲", "bad": "✗", "none": ""}
+_WORSE = ("none", "good", "some", "bad")
+
+Metrics = Mapping[str, Mapping[str, Any]]
+"""An editor's entries in one scoring mode, by name without the mode's suffix."""
 
 
 @dataclass(frozen=True)
@@ -43,87 +51,143 @@ class VerdictCell:
         return _TONES[self.tone]
 
 
+NOT_MEASURED = VerdictCell("none", "not measured")
+
+
 def verdicts(context: FigureContext) -> dict[str, dict[str, VerdictCell]]:
-    """Editor to column to cell; columns are Learns, Forgets, Breaks, Damage and Cost."""
+    """Editor to column to cell; columns are Learns, Forgets, Breaks, Spares, Damage and Cost."""
     success = context.curves(partial(curves.by_year, split="edit", mode=context.mode))
-    editors, suffix = context.summary["editors"], context.mode.suffix
+    editors = context.summary["editors"]
     slowest = max((m["seconds_per_edit"]["value"] for m in editors.values() if "seconds_per_edit" in m), default=0.0)
     table = {}
-    for name, m in editors.items():
-        cells = {"Learns": _learns(m, suffix), "Forgets": _forgets(m, suffix, success[success["editor"] == name])}
-        table[name] = cells | {"Breaks": _breaks(m, context), "Damage": _damage(m, suffix), "Cost": _cost(m, slowest)}
+    for name, entries in editors.items():
+        m = in_mode(entries, context.mode)
+        cells = {"Learns": _learns(m), "Forgets": _forgets(m, success[success["editor"] == name]), "Breaks": _breaks(m, context)}
+        table[name] = cells | {"Spares": _spares(m), "Damage": _damage(m), "Cost": _cost(m, slowest)}
     return table
 
 
-def _learns(m: dict[str, Any], suffix: str) -> VerdictCell:
-    now = m.get("edit_success_now" + suffix)
+def in_mode(entries: Metrics, mode: ScoringMode) -> Metrics:
+    """The entries of one scoring mode without its suffix, and those of metrics without modes."""
+    return {**entries, **{n.removesuffix(mode.suffix): e for n, e in entries.items() if mode.suffix and n.endswith(mode.suffix)}}
+
+
+def _learns(m: Metrics) -> VerdictCell:
+    now, gain = m.get("edit_success_now"), m.get("edit_gain")
     if now is None:
-        return VerdictCell("none", "not asked")
-    tone = "good" if now["value"] >= 0.9 else "some" if now["value"] >= 0.5 else "bad"
-    return VerdictCell(tone, f"{100 * now['value']:.0f} %", "right just after the edit", ("bar", now["value"], tone))
+        return NOT_MEASURED
+    before = "" if gain is None else f"; {_percent(now['value'] - gain['value'])} unedited"
+    idle = gain is not None and not learned(gain)
+    tone = "bad" if idle or now["value"] < 0.5 else "some" if now["value"] < 0.9 else "good"
+    return VerdictCell(tone, _percent(now["value"]), f"right just after the edit{before}", ("bar", now["value"], tone))
 
 
-def _forgets(m: dict[str, Any], suffix: str, success: pd.DataFrame) -> VerdictCell:
-    lost, end, now = (m.get(k + suffix) for k in ("forgetting", "edit_success", "edit_success_now"))
+def _forgets(m: Metrics, success: pd.DataFrame) -> VerdictCell:
+    lost, end, now, gain = (m.get(k) for k in ("forgetting", "edit_success", "edit_success_now", "edit_gain"))
     picture = ("sparkline", success["value"].tolist()) if len(success) else ()
     if lost is None or end is None:
-        return VerdictCell("none", "not asked", picture=picture)
-    detail = f"{100 * now['value']:.0f} % → {100 * end['value']:.0f} % right" if now else f"{100 * end['value']:.0f} % right at the end"
-    if now is not None and now["value"] < NOTABLE:
+        return VerdictCell("none", "not measured", picture=picture)
+    detail = f"{_percent(now['value'])} → {_percent(end['value'])} right" if now else f"{_percent(end['value'])} right at the end"
+    if (gain is not None and not learned(gain)) or (now is not None and now["value"] < NOTABLE):
         return VerdictCell("none", "nothing to forget", detail, picture)
-    tone = _tone_of_loss(lost)
-    return VerdictCell(tone, "holds" if tone == "good" else f"forgets {100 * lost['value']:.0f} points", detail, picture)
+    points = f"{100 * lost['value']:.0f} points"
+    if lost["value"] < NOTABLE:
+        return VerdictCell("good", "holds", detail, picture)
+    if lost["low"] is None or lost["low"] <= 0:
+        return VerdictCell("some", f"may forget {points}", f"{detail}; unsure", picture)
+    most = gain is not None and lost["value"] > gain["value"] / 2
+    return VerdictCell("bad" if most or lost["value"] >= LARGE else "some", f"forgets {points}", detail, picture)
 
 
-def _tone_of_loss(entry: dict[str, Any]) -> str:
-    """good, unless the interval excludes zero and the loss is notable: then some, or bad for a large one."""
-    if entry["low"] is None or entry["low"] <= 0 or entry["value"] < NOTABLE:
-        return "good"
-    return "bad" if entry["value"] >= LARGE else "some"
-
-
-def _breaks(m: dict[str, Any], context: FigureContext) -> VerdictCell:
-    last, point, alarm = context.run.planned_step, m.get("collapse_step"), m.get("alarm_step")
-    at = [None if p is None else p["value"] / max(1, last) for p in (point, alarm)]
+def _breaks(m: Metrics, context: FigureContext) -> VerdictCell:
+    last, point, alarm, marked = context.run.planned_step, m.get("collapse_step"), m.get("alarm_step"), m.get("collapse_unconfirmed")
+    if point is None and alarm is None:
+        return NOT_MEASURED
+    at = [None if p is None or p["value"] is None else p["value"] / max(1, last) for p in (point, alarm)]
     picture = ("timeline", *at)
-    warned = f"alarm at step {alarm['value']:,.0f}" if alarm else ""
-    if point is not None:
+    warned = f"alarm at step {alarm['value']:,.0f}" if alarm and alarm["value"] is not None else ""
+    if point and point["value"] is not None:
         orders = f" in {point['orders']} of {len(context.runs)} orders" if "orders" in point else ""
-        return VerdictCell("bad", f"broke in steps {point['low']:,.0f}–{point['high']:,.0f}{orders}", warned, picture)
-    if alarm is not None:
-        return VerdictCell("some", warned, f"not broken by step {last:,}", picture)
-    return VerdictCell("good", "whole", f"to step {last:,}", picture)
+        after = f"after {m['collapse_edits']['value']:,.0f} edits"
+        return VerdictCell(
+            "bad", f"broke in steps {point['low']:,.0f}–{point['high']:,.0f}{orders}", "; ".join(filter(None, (after, warned))), picture
+        )
+    if marked:
+        tone = "bad" if _perplexity_tone(m) == "bad" else "some"
+        return VerdictCell(tone, "marked at the last checkpoint, unconfirmed", f"step {marked['value']:,.0f}", picture)
+    unseen = "" if "perplexity_ratio" in m else "; running text not measured"
+    if warned:
+        return VerdictCell("some", warned, f"not broken by step {last:,}{unseen}", picture)
+    return VerdictCell("good", "whole", f"to step {last:,}{unseen}", picture)
 
 
-def _damage(m: dict[str, Any], suffix: str) -> VerdictCell:
-    drop, ratio = m.get("general_drop" + suffix), m.get("perplexity_ratio")
-    hard = m.get("locality_hard" + suffix)
-    detail = [f"perplexity × {show('perplexity_ratio', ratio['value'])}"] if ratio else []
-    detail += [f"{100 * hard['value']:.0f} % of look-alikes kept"] if hard else []
-    if drop is None:
-        return VerdictCell("none", "not asked", ", ".join(detail))
-    tone = _tone_of_loss(drop)
-    word = "abilities intact" if tone == "good" else f"{100 * drop['value']:.0f} points of ability"
-    return VerdictCell(tone, word, ", ".join(detail), ("bar", drop["value"], tone))
+def _spares(m: Metrics) -> VerdictCell:
+    """Locality: the kind that was spared least, and all others."""
+    kept = {KINDS[k]: m[k]["value"] for k in LOCALITY if k in m}
+    if not kept:
+        return NOT_MEASURED
+    least = min(kept, key=lambda k: kept[k])
+    tone = _tone_of(1 - kept[least], NOTABLE, LARGE)
+    others = ", ".join(f"{_percent(v)} {k}" for k, v in kept.items() if k != least)
+    return VerdictCell(tone, f"{_percent(kept[least])} of {least}", others, ("bar", kept[least], tone))
 
 
-def _cost(m: dict[str, Any], slowest: float) -> VerdictCell:
+def _damage(m: Metrics) -> VerdictCell:
+    """The worst of ability, agreement on unrelated questions and perplexity; the first word is of the worst."""
+    parts: list[tuple[str, str]] = []
+    if drop := m.get("general_drop"):
+        before = m["general_score"]["value"] + drop["value"] if "general_score" in m else 1.0
+        sure = drop["low"] is None or drop["low"] > 0
+        tone = _tone_of(drop["value"], NOTABLE, LARGE)
+        tone = "none" if before < NOTABLE else tone if sure or tone == "good" else "some"
+        words = {"none": "nothing to lose: the unedited model knew nothing", "good": "abilities intact"}
+        parts.append((tone, words.get(tone, f"{100 * drop['value']:.0f} points of ability{'' if sure else ', unsure'}")))
+    if kept := m.get("unrelated_kept"):
+        tone = _tone_of(1 - kept["value"], NOTABLE, LARGE)
+        parts.append((tone, f"{_percent(kept['value'])} of unrelated answers kept"))
+    if ratio := m.get("perplexity_ratio"):
+        parts.append((_perplexity_tone(m), _perplexity_words(ratio)))
+    if not parts:
+        return NOT_MEASURED
+    worst = max(parts, key=lambda p: _WORSE.index(p[0]))
+    loss = ("bar", m["general_drop"]["value"], worst[0]) if "general_drop" in m else ()
+    return VerdictCell(worst[0], worst[1], ", ".join(words for _, words in parts if words != worst[1]), loss)
+
+
+def _tone_of(loss: float, notable: float, large: float) -> str:
+    return "bad" if loss >= large else "some" if loss >= notable else "good"
+
+
+def _perplexity_tone(m: Metrics) -> str:
+    if "perplexity_ratio" not in m:
+        return "none"
+    ratio = m["perplexity_ratio"]["value"]
+    return _tone_of(np.inf if ratio is None else ratio, *PERPLEXITY)
+
+
+def _cost(m: Metrics, slowest: float) -> VerdictCell:
     """Seconds of an edit, with a bar relative to the slowest editor."""
     seconds = m.get("seconds_per_edit")
     if seconds is None:
-        return VerdictCell("none", "not measured")
+        return NOT_MEASURED
     detail = [f"{show(k, m[k]['value'])} {words}" for k, words in (("state_bytes", "kept"), ("peak_bytes", "peak")) if k in m]
     word = f"{show('seconds_per_edit', seconds['value'])} an edit"
     return VerdictCell("none", word, ", ".join(detail), ("bar", seconds["value"] / (slowest or 1), "none"))
 
 
-def headline(metrics: dict[str, Any], mode: ScoringMode) -> str:
-    """One sentence on success, generality and locality, damage and collapse, without the parts that were not measured."""
-    suffix, point = mode.suffix, metrics.get("collapse_step")
-    collapse = f"the model broke down by step {point['value']:,.0f}" if point else ""
-    parts = [_success_words(metrics, suffix), _generality_words(metrics, suffix), _damage_words(metrics, suffix), collapse]
-    sentence = "; ".join(filter(None, parts))
-    return f"{sentence[0].upper()}{sentence[1:]} (by {mode.title})." if sentence else "Nothing was measured."
+def headline(entries: Metrics, mode: ScoringMode) -> str:
+    """One sentence on success, generality and locality, damage and collapse, and one on what was not measured."""
+    m = in_mode(entries, mode)
+    point, marked = m.get("collapse_step"), m.get("collapse_unconfirmed")
+    collapse = f"the model broke down by step {point['value']:,.0f}" if point and point["value"] is not None else ""
+    collapse = collapse or ("the model is marked as broken at the last checkpoint, unconfirmed" if marked else "")
+    reached = ", ".join(f"{_percent(m[k]['value'])} of {KINDS[k]} right" for k in GENERALITY if k in m)
+    spared = ", ".join(f"{_percent(m[k]['value'])} of {KINDS[k]} left as they were" for k in LOCALITY if k in m)
+    sentence = "; ".join(filter(None, [_success_words(m), reached, spared, _damage_words(m), collapse]))
+    looked = {"locality": spared, "general ability": m.get("general_drop"), "running text": m.get("perplexity_ratio")}
+    absent = [name for name, found in looked.items() if not found]
+    missing = f" Not measured: {', '.join(absent)}." if absent else ""
+    return f"{sentence[0].upper()}{sentence[1:]} (by {mode.title}).{missing}" if sentence else "Nothing was measured."
 
 
 def worst_forgotten(run: Run, editor: EditorRun, mode: ScoringMode, most: int = 10) -> list[dict[str, Any]]:
@@ -151,39 +215,36 @@ def _both_times(editor: EditorRun) -> pd.DataFrame:
     return at_end(editor.records, "edit").merge(right_after(editor.records), on="edit", suffixes=("", "_then"))
 
 
-def _success_words(m: dict[str, Any], suffix: str) -> str:
-    end, now = m.get("edit_success" + suffix), m.get("edit_success_now" + suffix)
+def _success_words(m: Metrics) -> str:
+    end, now = m.get("edit_success"), m.get("edit_success_now")
     if end is None:
-        return f"{_percent(now)} of edits are right just after they are made" if now else ""
-    ends = f" ({100 * end['low']:.0f} to {_percent(end, 'high')})" if end["low"] is not None else ""
-    then = f", {_percent(now)} were just after the edit" if now else ""
-    return f"{_percent(end)}{ends} of {end['n']:,} live edits are right in the end{then}"
+        return f"{_percent(now['value'])} of edits are right just after they are made" if now else ""
+    ends = f" ({100 * end['low']:.0f} to {_percent(end['high'])})" if end["low"] is not None and end["high"] is not None else ""
+    gain = m.get("edit_gain")
+    before = f" and {_percent(now['value'] - gain['value'])} before it" if now and gain else ""
+    then = f", {_percent(now['value'])} were just after the edit{before}" if now else ""
+    return f"{_percent(end['value'])}{ends} of {end['n']:,} live edits are right in the end{then}"
 
 
-def _generality_words(m: dict[str, Any], suffix: str) -> str:
-    named = {
-        "text_generality": "of rephrased questions right",
-        "image_generality": "with other pictures",
-        "locality_hard": "of look-alikes left as they were",
-    }
-    return ", ".join(f"{_percent(m[k + suffix])} {words}" for k, words in named.items() if k + suffix in m)
-
-
-def _damage_words(m: dict[str, Any], suffix: str) -> str:
+def _damage_words(m: Metrics) -> str:
     parts = []
-    if drop := m.get("general_drop" + suffix):
-        sure = drop["low"] is not None and (drop["low"] > 0 or drop["high"] < 0)
+    if drop := m.get("general_drop"):
+        sure = drop["low"] is not None and drop["high"] is not None and (drop["low"] > 0 or drop["high"] < 0)
         change = show("general_drop", -drop["value"])
         changed = f"{change} points{'' if sure else ' (within error)'}"
         parts.append(f"general ability {'unchanged' if change == '0.0' else changed}")
     if ratio := m.get("perplexity_ratio"):
-        text = show("perplexity_ratio", ratio["value"])
-        parts.append("perplexity unchanged" if text == "1.000" else f"perplexity × {text}")
+        parts.append(_perplexity_words(ratio))
     return ", ".join(parts)
 
 
-def _percent(entry: dict[str, Any], key: str = "value") -> str:
-    return f"{100 * entry[key]:.0f} %"
+def _perplexity_words(ratio: Mapping[str, Any]) -> str:
+    text = shown("perplexity_ratio", ratio)
+    return "perplexity unchanged" if text == "1.000" else f"perplexity {text}" if ratio["value"] is None else f"perplexity × {text}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
 
 
 def _answers(run: Run, editor: EditorRun, lost: pd.DataFrame) -> dict[tuple[str, int], str]:

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from analysis.metrics.alarm import BETS, EVIDENCE, TOLERATED, alarm_step, detect, run_alarm
+from analysis.metrics.alarm import BETS, EVIDENCE, TOLERATED, alarm_step, detect, power, run_alarm
+from analysis.metrics.summary import summarise
 from analysis.reading.load import load_run
 from tests.helpers.fake_run import event, question, record, write_run
 
@@ -63,8 +64,8 @@ def test_the_alarm_says_after_which_checkpoint_the_loss_began() -> None:
     assert (result.raised, result.calm) == (3, 2)
 
 
-@pytest.mark.parametrize(("kept", "expected"), [((8, 8, 8), None), ((8, 0, 0), (2.0, 1.0))])
-def test_a_run_with_a_fresh_panel_has_an_alarm(tmp_path: Path, kept: tuple, expected: tuple | None) -> None:
+@pytest.mark.parametrize(("kept", "expected"), [((8, 8, 8), (None, None)), ((8, 0, 0), (2.0, 1.0))])
+def test_a_run_with_a_fresh_panel_has_an_alarm(tmp_path: Path, kept: tuple, expected: tuple) -> None:
     events = [event(i, i + 1) for i in range(3)]
     questions = [question(f"u{i}", None, "locality_far", answer=None) for i in range(8)]
     fresh = {"probe": "fresh", "panel": "rotating_fresh", "split": "locality_far", "n_tokens": 1, "logprob": -1.0}
@@ -74,8 +75,27 @@ def test_a_run_with_a_fresh_panel_has_an_alarm(tmp_path: Path, kept: tuple, expe
         for i in range(8)
     ]
     editor = load_run(write_run(tmp_path, events, questions, {"e": rows})).editors["e"]
-    entry = alarm_step(editor).get("alarm_step")
-    assert (entry and (entry["value"], entry["low"])) == expected
+    entry = alarm_step(editor)["alarm_step"]
+    assert (entry["value"], entry["low"], entry["n"]) == (*expected, 3)
+
+
+def test_eight_questions_see_a_fall_to_four_fifths_once_in_six_runs_of_ten_checkpoints() -> None:
+    assert power(np.full(10, 8)) == pytest.approx(0.17, abs=0.02)
+    assert power(np.full(10, QUESTIONS)) > 0.99
+    rng = np.random.default_rng(1)
+    one_by_one = [detect(np.arange(10), rng.binomial(8, 0.8, 10), np.full(10, 8)).raised is not None for _ in range(1000)]
+    assert np.mean(one_by_one) == pytest.approx(power(np.full(10, 8)), abs=0.04)
+
+
+def test_the_promise_is_that_of_the_run_and_grows_with_its_editors(tmp_path: Path) -> None:
+    fresh = {"probe": "fresh", "panel": "rotating_fresh", "split": "locality_far", "n_tokens": 1, "logprob": -1.0, "token_hits": 1}
+    rows = [record(question_id=f"u{i}", probe_step=s, exact=True, **fresh) for s in (1, 2, 3) for i in range(8)]
+    questions = [question(f"u{i}", None, "locality_far", answer=None) for i in range(8)]
+    run = load_run(write_run(tmp_path, [event(0, 1)], questions, {"a": rows, "b": rows, "bound": rows}, references=["bound"]))
+    promise = summarise(run, replicates=20)["run"]["alarm"]
+    assert promise["false_alarm_at_most"] == pytest.approx(2 * 3 / EVIDENCE)
+    assert (promise["questions"], promise["checkpoints"], promise["fall"]) == (8.0, 3, 0.8)
+    assert promise["power"] == power(np.full(3, 8))
 
 
 def test_without_a_fresh_panel_there_is_no_alarm(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,9 @@ from analysis.metrics import collapse
 from analysis.metrics.catalogue import METRICS, metric_of
 from analysis.metrics.summary import summarise
 from analysis.reading.load import EditorRun, Run, load_run
+from analysis.reading.records import TOKEN_ACCURACY
 from analysis.reporting import published
-from analysis.reporting.verdict import verdicts
+from analysis.reporting.verdict import VerdictCell, headline, verdicts
 from tests.helpers.fake_run import event, question, record, write_run
 
 EDITS = 24
@@ -114,14 +116,79 @@ def test_long_signals_are_downsampled_to_medians_of_stretches() -> None:
     assert state.downsampled(long[:50]).equals(long[:50])
 
 
+def cells_of(entries: dict[str, dict], run: Run) -> dict[str, VerdictCell]:
+    """The verdict of an editor with these metrics."""
+    context = figure_context(run, summarise(run, replicates=20), replicates=20)
+    return verdicts(replace(context, mode=TOKEN_ACCURACY, summary={"editors": {"e": entries}}))["e"]
+
+
+def entry(value: float | None, low: float | None = None, high: float | None = None, **more: object) -> dict:
+    return {"value": value, "low": low, "high": high, "n": 100, **more}
+
+
 def test_a_verdict_says_whether_and_when_an_editor_breaks(tmp_path: Path) -> None:
-    whole, broken = run_of(tmp_path / "a"), run_of(tmp_path / "b", broken_at=13)
-    signs = [verdicts(figure_context(r, summarise(r, replicates=20), replicates=20))["e"] for r in (whole, broken)]
-    assert [s["Breaks"].tone for s in signs] == ["good", "bad"]
-    assert signs[1]["Breaks"].word == "broke in steps 12–13"
+    whole, broken, last = run_of(tmp_path / "a"), run_of(tmp_path / "b", broken_at=13), run_of(tmp_path / "c", broken_at=14)
+    signs = [verdicts(figure_context(r, summarise(r, replicates=20), replicates=20))["e"] for r in (whole, broken, last)]
+    assert [(s["Breaks"].tone, s["Breaks"].word) for s in signs] == [
+        ("good", "whole"), ("bad", "broke in steps 12–13"), ("bad", "marked at the last checkpoint, unconfirmed"),
+    ]  # fmt: skip
+    assert signs[1]["Breaks"].detail == "after 13 edits"
     assert signs[0]["Forgets"].word == "holds"
     assert signs[0]["Learns"].word == "100 %"
-    assert signs[0]["Damage"].word == "not asked"
+    assert (signs[0]["Damage"].tone, signs[0]["Damage"].word) == ("good", "perplexity unchanged")
+    assert signs[0]["Spares"].word == "not measured"
+
+
+def test_what_was_not_measured_is_not_praised(tmp_path: Path) -> None:
+    cells = cells_of({}, run_of(tmp_path))
+    assert {(c.tone, c.word, c.mark) for c in cells.values()} == {("none", "not measured", "")}
+
+
+def test_an_editor_that_multiplied_perplexity_and_changed_every_look_alike_is_not_praised(tmp_path: Path) -> None:
+    """Numbers of fine-tuning on a real model, which was called whole and its abilities intact."""
+    entries = {
+        "edit_success_now": entry(0.73, 0.6, 0.83), "edit_gain": entry(0.73, 0.6, 0.83), "edit_success": entry(0.45, 0.3, 0.6),
+        "forgetting": entry(0.28, -0.02, 0.5), "perplexity_ratio": entry(11.0, 8.0, 15.0), "locality_hard": entry(0.0, 0.0, 0.1),
+        "general_score": entry(0.0), "general_drop": entry(0.0, -0.1, 0.1), "collapse_step": entry(None), "collapse_edits": entry(None),
+        "collapse_unconfirmed": entry(24.0, 14.0, 24.0),
+    }  # fmt: skip
+    cells = cells_of(entries, run_of(tmp_path))
+    assert {k: (c.tone, c.word) for k, c in cells.items() if k != "Cost"} == {
+        "Learns": ("some", "73 %"),
+        "Forgets": ("some", "may forget 28 points"),
+        "Breaks": ("bad", "marked at the last checkpoint, unconfirmed"),
+        "Spares": ("bad", "0 % of look-alikes"),
+        "Damage": ("bad", "perplexity × 11.000"),
+    }
+    assert "nothing to lose" in cells["Damage"].detail
+    said = headline(entries, TOKEN_ACCURACY)
+    assert "0 % of look-alikes left as they were" in said and "perplexity × 11.000" in said and "unconfirmed" in said
+
+
+@pytest.mark.parametrize(("kept", "tone"), [(1.0, "good"), (0.9, "some"), (0.5, "bad")])
+def test_where_the_unedited_model_knew_nothing_agreement_decides(tmp_path: Path, kept: float, tone: str) -> None:
+    nothing = {"general_score": entry(0.0), "general_drop": entry(0.0, -0.1, 0.1)}
+    run = run_of(tmp_path)
+    assert cells_of(nothing, run)["Damage"].word.startswith("nothing to lose")
+    cell = cells_of(nothing | {"unrelated_kept": entry(kept)}, run)["Damage"]
+    assert (cell.tone, cell.word) == (tone, f"{100 * kept:.0f} % of unrelated answers kept")
+    assert "nothing to lose" in cell.detail
+
+
+def test_sibling_locality_is_in_verdict_and_headline(tmp_path: Path) -> None:
+    entries = {"edit_success": entry(0.9), "locality_hard": entry(0.95), "locality_sibling": entry(0.47), "locality_far": entry(1.0)}
+    cell = cells_of(entries, run_of(tmp_path))["Spares"]
+    assert (cell.tone, cell.word) == ("bad", "47 % of other questions about the picture")
+    assert cell.detail == "95 % look-alikes, 100 % unrelated pictures"
+    assert "47 % of other questions about the picture left as they were" in headline(entries, TOKEN_ACCURACY)
+    assert "Not measured: general ability, running text." in headline(entries, TOKEN_ACCURACY)
+
+
+def test_an_editor_that_learned_no_more_than_the_unedited_model_knew_has_nothing_to_forget(tmp_path: Path) -> None:
+    entries = {"edit_success_now": entry(0.73), "edit_gain": entry(0.0, -0.1, 0.1), "edit_success": entry(0.7), "forgetting": entry(0.03)}
+    cells = cells_of(entries, run_of(tmp_path))
+    assert (cells["Learns"].tone, cells["Learns"].detail) == ("bad", "right just after the edit; 73 % unedited")
+    assert cells["Forgets"].word == "nothing to forget"
 
 
 def test_published_numbers_are_of_known_metrics_with_their_source() -> None:

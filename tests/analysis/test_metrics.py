@@ -33,7 +33,7 @@ def answer(hits: int, exact: bool | None = None, n: int = 2) -> dict:
 def small(out: Path, records: list[dict], base: list[dict] | None = None, **of_event: dict) -> Run:
     """Four edits in two years, one a step, asked with the given records."""
     events = [event(i, i + 1, time=i / 2, subject=f"s{i}", **of_event.get(f"e{i}", {})) for i in range(4)]
-    splits = ("edit", "text_generality", "image_generality", "locality_hard", "portability", "stale")
+    splits = ("edit", "text_generality", "image_generality", "locality_hard", "locality_sibling", "portability", "stale")
     questions = [question(f"e{i}-{s}", f"e{i}", s) for i in range(4) for s in splits]
     questions += [question(f"g{i}", None, "general") for i in range(2)] + [question(f"x{i}", None, "text") for i in range(2)]
     return load_run(write_run(out, events, questions, {"e": records}, base))
@@ -112,12 +112,24 @@ def test_forward_transfer_compares_with_the_unedited_model(tmp_path: Path) -> No
     assert "forward_transfer" not in values(small(tmp_path / "b", [ask(0, 4, 2)], base))
 
 
-def test_harmonic_mean_needs_all_three(tmp_path: Path) -> None:
+def test_harmonic_means_need_generality_and_locality_and_the_papers_all_three(tmp_path: Path) -> None:
     two = [ask(0, 4, 2, "text_generality"), ask(0, 4, 1, "image_generality")]
-    assert "harmonic_mean" not in values(small(tmp_path / "a", two))
+    assert not {"harmonic_mean", "harmonic_mean_published"} & set(values(small(tmp_path / "a", two)))
     three = values(small(tmp_path / "b", [*two, ask(0, 4, 1, "locality_hard")]))
-    assert three["harmonic_mean"] == pytest.approx(3 / (1 + 2 + 2))
+    assert three["harmonic_mean"] == three["harmonic_mean_published"] == pytest.approx(3 / (1 + 2 + 2))
     assert three["harmonic_mean_exact"] == 0.0
+    sibling = values(small(tmp_path / "c", [*two, ask(0, 4, 1, "locality_sibling")]))
+    assert sibling["harmonic_mean"] == pytest.approx(3 / (1 + 2 + 2))
+    assert "harmonic_mean_published" not in sibling
+    four = values(small(tmp_path / "d", [*two, ask(0, 4, 1, "locality_hard"), ask(1, 4, 1, "locality_sibling")]))
+    assert four["harmonic_mean"] == pytest.approx(4 / (1 + 2 + 2 + 2))
+    assert four["harmonic_mean_published"] == pytest.approx(3 / (1 + 2 + 2))
+
+
+def test_the_weakest_kind_is_named(tmp_path: Path) -> None:
+    rows = [ask(0, 4, 2, "text_generality"), ask(0, 4, 2, "locality_hard"), ask(0, 4, 1, "locality_sibling")]
+    entry = summarise(small(tmp_path, rows), replicates=FEW)["editors"]["e"]["weakest"]
+    assert (entry["value"], entry["kind"]) == (0.5, "other questions about the picture")
 
 
 def test_general_drop_and_perplexity_are_paired_with_the_unedited_model(tmp_path: Path) -> None:
@@ -137,7 +149,8 @@ def test_a_broken_model_has_no_perplexity_but_a_collapse_and_a_note(tmp_path: Pa
     rows = [record(probe_step=s, logprob=p, **text) for s, p in ((1, -20.0), (2, float("nan")), (4, float("nan")))]
     run = small(tmp_path, rows, [{"question_id": "x0", "n_tokens": 10, "logprob": -20.0}])
     summary = summarise(run, replicates=FEW)
-    assert "perplexity_ratio" not in summary["editors"]["e"]
+    assert summary["editors"]["e"]["perplexity_ratio"] == {"value": None, "low": None, "high": None, "n": 1, "kind": "not finite"}
+    assert summary["editors"]["e"]["collapse_edits"] == {"value": 2.0, "low": 1.0, "high": 2.0, "n": 3}
     assert summary["editors"]["e"]["collapse_step"] == {"value": 2.0, "low": 1.0, "high": 2.0, "n": 3}
     assert any("not finite" in n for n in summary["run"]["notes"])
 
@@ -149,7 +162,40 @@ def test_collapse_needs_two_marked_checkpoints_in_a_row(tmp_path: Path, shifts: 
     text = {"split": "text", "probe": "general", "n_tokens": 10, "question_id": "x0"}
     rows = [record(probe_step=s, logprob=-20.0 - 10 * d, **text) for s, d in zip((1, 2, 4), shifts)]
     run = small(tmp_path, rows, [{"question_id": "x0", "n_tokens": 10, "logprob": -20.0}])
-    assert values(run).get("collapse_step") == expected
+    got = values(run)
+    assert got["collapse_step"] == got["collapse_edits"] == expected
+    unconfirmed = summarise(run, replicates=FEW)["editors"]["e"].get("collapse_unconfirmed")
+    assert unconfirmed == ({"value": 4.0, "low": 2.0, "high": 4.0, "n": 3} if expected is None and shifts[-1] > 0.7 else None)
+
+
+def test_collapse_is_counted_in_edits_too_so_that_batch_sizes_compare(tmp_path: Path) -> None:
+    events = [event(i, 1 + i // 10) for i in range(40)]
+    text = {"split": "text", "probe": "general", "n_tokens": 10, "question_id": "x"}
+    rows = [record(probe_step=s, logprob=-20.0 - 10 * (s > 1), **text) for s in (1, 2, 4)]
+    base = [{"question_id": "x", "n_tokens": 10, "logprob": -20.0}]
+    run = load_run(write_run(tmp_path, events, [question("x", None, "text")], {"e": rows}, base))
+    entries = summarise(run, replicates=FEW)["editors"]["e"]
+    assert (entries["collapse_step"]["value"], entries["collapse_step"]["low"]) == (2.0, 1.0)
+    assert (entries["collapse_edits"]["value"], entries["collapse_edits"]["low"]) == (20.0, 10.0)
+
+
+def test_what_the_unedited_model_knew_does_not_count_as_retained(tmp_path: Path) -> None:
+    """The unedited model scores .3, and all edits are forgotten: the accuracy of .3 is no more than it knew anyway."""
+    events = [event(i, i + 1, time=float(i), subject=f"s{i}") for i in range(10)]
+    questions = [question(f"e{i}-edit", f"e{i}") for i in range(10)]
+    same = {"n_tokens": 10, "logprob": -1.0, "exact": False}
+    base = [{"question_id": f"e{i}-edit", "token_hits": 3, **same} for i in range(10)]
+    rows = [now(i, 10) | {"n_tokens": 10} for i in range(10)]
+    rows += [ask(i, s, 3 if s > 6 else 10) | {"n_tokens": 10} for s in (6, 8, 10) for i in range(5)]
+    run = load_run(write_run(tmp_path, events, questions, {"e": rows}, base))
+    assert values(run)["collapse_step"] == 8.0
+
+
+def test_texts_of_benchmarks_give_a_perplexity_too(tmp_path: Path) -> None:
+    text = {"split": "text", "topic": "bench:wikitext", "probe": "benchmarks", "probe_step": 4, "question_id": "x0"}
+    base = [{"question_id": "x0", "n_tokens": 10, "logprob": -20.0}]
+    got = values(small(tmp_path, [record(n_tokens=10, logprob=-30.0, **text)], base))
+    assert got["perplexity_ratio"] == pytest.approx(math.e)
 
 
 def test_collapse_by_retention_under_a_fifth_of_the_immediate_success(tmp_path: Path) -> None:
@@ -169,8 +215,7 @@ def test_edits_that_never_took_cannot_collapse(tmp_path: Path) -> None:
     base = [{"question_id": f"e{i}-edit", "token_hits": 2 * (i == 0), "n_tokens": 2, "logprob": -2.0, "exact": i == 0} for i in range(9)]
     for name, known, expected in (("noop", base, None), ("taught", base[1:], 6.0)):
         run = load_run(write_run(tmp_path / name, events, questions, {"e": rows}, base=known))
-        entry = summarise(run, replicates=FEW)["editors"]["e"].get("collapse_step")
-        assert (entry and entry["value"]) == expected
+        assert values(run)["collapse_step"] == expected
 
 
 def test_half_life_is_where_conditional_retention_crosses_one_half(tmp_path: Path) -> None:
@@ -183,7 +228,7 @@ def test_half_life_is_where_conditional_retention_crosses_one_half(tmp_path: Pat
     got = values(load_run(write_run(tmp_path / "a", events, questions, {"e": [*right_after, *later, *lost_at_once]})))
     assert got["half_life"] == pytest.approx(math.sqrt(4 * 8))
     kept = [r | {"token_hits": 2} for r in later]
-    assert "half_life" not in values(load_run(write_run(tmp_path / "b", events, questions, {"e": [*right_after, *kept]})))
+    assert values(load_run(write_run(tmp_path / "b", events, questions, {"e": [*right_after, *kept]})))["half_life"] is None
 
 
 def test_costs_come_from_the_reports(fake: Run, fake_summary: dict) -> None:

@@ -55,7 +55,7 @@ def test_summary_json_is_strict_json_of_the_agreed_shape(out: Path) -> None:
     assert set(summary) == {"run", "editors", "pairs"}
     assert set(summary["editors"]) == set(EDITORS)
     for entries in summary["editors"].values():
-        assert all({"value", "low", "high", "n"} <= set(e) <= {"value", "low", "high", "n", "questions"} for e in entries.values())
+        assert all({"value", "low", "high", "n"} <= set(e) <= {"value", "low", "high", "n", "questions", "kind"} for e in entries.values())
         assert entries["edit_success"]["questions"] <= entries["edit_success"]["n"]
     assert summary["run"]["stream"]["skipped_records"]
 
@@ -98,7 +98,7 @@ def test_csv_has_every_number(out: Path, summary: dict) -> None:
     assert result["scoring mode"] == "free generation"
 
 
-def test_the_terminal_table_fits_eighty_columns_and_dashes_what_is_absent(summary: dict) -> None:
+def test_the_terminal_table_fits_eighty_columns_and_dashes_what_was_not_measured(summary: dict) -> None:
     console = Console(width=80, file=io.StringIO(), force_terminal=False)
     console.print(tables.terminal_table(summary))
     text = console.file.getvalue()
@@ -111,7 +111,12 @@ def test_the_terminal_table_fits_eighty_columns_and_dashes_what_is_absent(summar
     assert "…" not in console.file.getvalue()
     assert max(map(len, console.file.getvalue().splitlines())) <= 80
     row = next(line for line in text.splitlines() if "Collapse" in line)
-    assert "–" in row
+    assert row.count("never") == 3
+    without = {e: {k: v for k, v in m.items() if k != "collapse_edits" or e != "noop"} for e, m in summary["editors"].items()}
+    console = Console(width=80, file=io.StringIO(), force_terminal=False)
+    console.print(tables.terminal_table(summary | {"editors": without}))
+    row = next(line for line in console.file.getvalue().splitlines() if "Collapse" in line)
+    assert (row.count("–"), row.count("never")) == (1, 2), "a dash is what was not measured, and nothing else"
 
 
 def test_many_editors_fit_a_terminal_without_intervals(summary: dict) -> None:

@@ -80,6 +80,6 @@ def test_entries_and_bytes_are_those_of_the_reports(run: Run) -> None:
 def test_the_figure_is_drawn_only_where_an_editor_has_a_gate(run: Run, tmp_path: Path) -> None:
     drawn = catalogue.draw_all(figure_context(run, summarise(run)))
     titles = [ax.get_title(loc="left") or ax.get_title() for ax in drawn["gated"].axes]
-    assert "Entries" in titles and "Harmonic mean" in titles and len(titles) == 8
+    assert "Entries" in titles and "Harmonic mean" in titles and len(titles) == 9
     del run.editors["gate"]
     assert "gated" not in catalogue.draw_all(figure_context(run, summarise(run)))
