@@ -4,7 +4,7 @@ Answers that share a subject, a picture or a question are correlated, so the boo
 (`analysis.reading.clusters`) and not answers. One matrix serves all metrics and all editors of a run, so differences between
 editors are paired by construction. An interval is built from the standard error over the replicates, because percentiles of
 few clusters are too narrow.
-Sources: Efron and Tibshirani 1993, ch. 6; Wilson 1927 (shares); Agresti and Min 2005 (differences); Korn and Graubard 1998
+Sources: Efron and Tibshirani 1993, ch. 6; Wilson 1927 (shares); Bonett and Price 2012 (differences); Korn and Graubard 1998
 (effective sample sizes).
 """
 
@@ -58,7 +58,7 @@ class Draws:
         return {"value": value, "low": low, "high": high, "n": self.n, "questions": len(self.asked)}
 
     def _ends(self) -> tuple[float, float]:
-        """Ends of the interval: Wilson's for a share, Agresti and Min's for a difference, Student's of the logarithm for a ratio."""
+        """Ends of the interval: Wilson's for a share, Bonett and Price's for a difference, Student's of the logarithm for a ratio."""
         kept = self.values[~np.isnan(self.values)]
         if not np.isfinite(kept).all() or len(kept) < 2:
             return percentile(self.values[1:])
@@ -71,7 +71,7 @@ class Draws:
         if self.bounds == (0.0, 1.0) and 0 < self.value < 1:
             return wilson(self.value, half)
         if self.bounds == (-1.0, 1.0):
-            return agresti_min(self.value, half, self._times(), self.clusters)
+            return bonett_price(self.value, half, self._times(), self.clusters)
         least, most = self.bounds or (-np.inf, np.inf)
         return max(least, self.value - half), min(most, self.value + half)
 
@@ -142,16 +142,18 @@ def wilson(share: float, half: float) -> tuple[float, float]:
     return float((share + square / 2 - root) / (1 + square)), float((share + square / 2 + root) / (1 + square))
 
 
-def agresti_min(difference: float, half: float, times: float, clusters: float) -> tuple[float, float]:
-    """The interval of a paired difference of shares after Agresti and Min (2005): one more pair each way, and one half each way.
+def bonett_price(difference: float, half: float, times: float, clusters: float) -> tuple[float, float]:
+    """The interval of a paired difference of shares after Bonett and Price (2012): one discordant pair more each way.
 
-    half: half the width of the symmetric interval, `times` standard errors, which gives the share of discordant pairs.
+    half: half the width of the symmetric interval, `times` standard errors. The number of pairs is the geometric mean of the
+    number of clusters and of that of independent pairs, all discordant the same way, with this standard error.
     """
-    discordant = (half / times) ** 2 * clusters + difference**2
-    size = clusters + 2
-    centre = difference * clusters / size
-    error = np.sqrt(max(0.0, (discordant * clusters + 1) / size - centre**2) / size)
-    return max(-1.0, float(centre - times * error)), min(1.0, float(centre + times * error))
+    error = half / times
+    pairs = np.sqrt(clusters * max(clusters, (abs(difference) - difference**2) / error**2))
+    size = pairs + 2
+    centre, discordant = difference * pairs / size, ((error**2 * pairs + difference**2) * pairs + 2) / size
+    half = times * np.sqrt(max(0.0, discordant - centre**2) / size)
+    return max(-1.0, float(centre - half)), min(1.0, float(centre + half))
 
 
 def widen(value: float, clusters: float, bounds: tuple[float, float]) -> tuple[float, float]:

@@ -33,7 +33,7 @@ SOURCES |= {"dated-facts": ".", "mmedit-yearly": "mmedit"}
 BATCH = 50
 """Simulations that are computed together."""
 SHARES = {"half": 0.5, "most": 0.9}
-"""Of answers that are right; three in ten of them are lost. Of rarer losses (one answer in eleven) intervals hold 92 to 99 in 100."""
+"""Of answers that are right; three in ten of them are lost."""
 
 
 @dataclass(frozen=True)
