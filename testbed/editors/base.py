@@ -118,7 +118,7 @@ class Editor(ABC):
         key = model_key(self.handle)
         self.hyper, source = resolve(self._tuned(self.config), key, self.published, self._derived(), self.defaults)
         if self.traits.learns == "training":
-            self.notes.append(f"{self.name}: {source}" + ("" if key in self.published else f"; choose better ones with {self._tune}"))
+            self.notes.append(source + ("" if key in self.published else f"; choose better ones with {self._tune}"))
 
     @property
     def _tune(self) -> str:
@@ -160,7 +160,7 @@ class Editor(ABC):
         self._first = [*newest.values()]
         if len(self._first) >= _FIRST:
             found = doubts(self.handle, self.predictor(), self._first, self._plain)
-            self.notes += [f"{self.name}: {doubt}; choose other values with {self._tune}" for doubt in found]
+            self.notes += [f"{doubt}; choose other values with {self._tune}" for doubt in found]
             self._first = None
 
     def _in_parts(self, batch: EditBatch) -> list[EditReport]:

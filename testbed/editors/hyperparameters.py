@@ -48,14 +48,14 @@ QWEN_25_7B = ModelKey("qwen2", 28, 3584, 152064)
 
 
 @dataclass(frozen=True)
-class Row:
+class PublishedRow:
     """A method's published values for one model, where they differ from its defaults, and the file or paper that holds them."""
 
     source: str
     values: Values
 
 
-Table = Mapping[ModelKey, Row]
+Table = Mapping[ModelKey, PublishedRow]
 
 
 def model_key(handle: ModelHandle) -> ModelKey:

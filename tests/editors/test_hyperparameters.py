@@ -13,7 +13,7 @@ from testbed.core.events import EditBatch
 from testbed.core.registry import EDITORS
 from testbed.editors import hyperparameters as hp
 from testbed.editors.base import Editor
-from testbed.editors.hyperparameters import ModelKey, Row, doubts, filled, resolve
+from testbed.editors.hyperparameters import ModelKey, PublishedRow, doubts, filled, resolve
 from testbed.editors.locate.alphaedit import AlphaEdit, AlphaEditConfig
 from testbed.model.predictor import ModelPredictor
 from tests.helpers.facts import FACTS, POOL, fact, make
@@ -23,7 +23,7 @@ KEY = ModelKey("llama", 32, 4096, 32000)
 CONFIG = AlphaEditConfig(steps=7)
 
 
-def tables() -> Iterator[tuple[str, ModelKey, Row, Any]]:
+def tables() -> Iterator[tuple[str, ModelKey, PublishedRow, Any]]:
     for name, cls in EDITORS.items():
         for key, row in cls.published.items():
             yield name, key, row, cls
@@ -45,7 +45,7 @@ def test_every_published_row_fits_its_model_and_names_its_source() -> None:
 
 @pytest.mark.parametrize("other", [KEY._replace(vocabulary=128256), KEY._replace(width=960), KEY._replace(layers=30)])
 def test_a_model_of_the_same_type_with_another_shape_gets_no_published_row(other: ModelKey) -> None:
-    table = {KEY: Row("the paper", {"l2": 3.0})}
+    table = {KEY: PublishedRow("the paper", {"l2": 3.0})}
     assert resolve(CONFIG, KEY, table, {"l2": 5.0}, {"lr": 0.5})[0].l2 == 3.0
     found, note = resolve(CONFIG, other, table, {"l2": 5.0, "steps": 9}, {"lr": 0.5})
     assert (found.l2, found.lr, found.steps) == (5.0, 0.5, 7)
@@ -55,7 +55,7 @@ def test_a_model_of_the_same_type_with_another_shape_gets_no_published_row(other
 
 
 def test_a_published_row_is_named_with_its_source() -> None:
-    assert resolve(CONFIG, KEY, {KEY: Row("the paper", {})}, {}, {})[1] == "published values (the paper)"
+    assert resolve(CONFIG, KEY, {KEY: PublishedRow("the paper", {})}, {}, {})[1] == "published values (the paper)"
 
 
 def test_every_editor_that_trains_says_where_its_values_come_from() -> None:
@@ -63,7 +63,7 @@ def test_every_editor_that_trains_says_where_its_values_come_from() -> None:
         if cls.traits.learns == "training":
             editor = cls()
             editor.prepare(build("gpt2"), POOL)
-            line = f"{name}: no published values for a gpt2 of 3 layers, width 64, 400 tokens; "
+            line = "no published values for a gpt2 of 3 layers, width 64, 400 tokens; "
             assert any(
                 n.startswith(line) and f"python -m testbed.tune --model {editor.handle.name} --editor {name}" in n for n in editor.notes
             )
@@ -115,7 +115,7 @@ def test_an_editor_is_looked_at_once_and_only_where_enough_edits_are_made() -> N
     assert told() == []
     editor.apply(EditBatch((four[3],), 2))
     (note,) = told()
-    assert note.startswith("memit: the first 4 edits")
+    assert note.startswith("the first 4 edits")
     assert "--editor memit" in note
     editor.apply(EditBatch((fact("the sea", "blue"),), 3))
     assert len(told()) == 1

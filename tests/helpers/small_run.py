@@ -22,7 +22,7 @@ def small_run() -> Path:
     """noop, finetune and balancedit on GPT-2's architecture; six edits; without a report. Leave it as it is."""
     root = Path(tempfile.mkdtemp(prefix="small-run-"))
     atexit.register(shutil.rmtree, root, ignore_errors=True)
-    facts = ({"prompt": f"Who owns the ship {i}?", "target": f"Ann {i}", "previous": f"Bob {i}"} for i in range(30))
+    facts = ({"prompt": f"Who owns the ship {i}?", "target": f"Ann {i}", "previous": f"Bob {i}", "relation": "owner"} for i in range(30))
     (root / "facts.jsonl").write_text("".join(json.dumps(f) + "\n" for f in facts), encoding="utf-8")
     (root / "more.jsonl").write_text('{"context": "the old bridge", "continuation": "stands"}\n', encoding="utf-8")
     editors = ("noop", "finetune", "balancedit")

@@ -23,7 +23,7 @@ from testbed.editors.adapters import lowrank
 from testbed.editors.adapters.elder_routing import AllocationCodes, CodeRouter, Mixture, MixtureGate, MixtureShape, experts_for
 from testbed.editors.base import BadEditor, Editor, EditorConfig, Traits, minimise, need, require_same
 from testbed.editors.codebook.keys import last_position
-from testbed.editors.hyperparameters import GPT2_XL, LLAMA_2_7B, SHALLOW, Row, Table, Values
+from testbed.editors.hyperparameters import GPT2_XL, LLAMA_2_7B, SHALLOW, PublishedRow, Table, Values
 from testbed.model.handle import ModelHandle
 from testbed.model.predictor import ModelPredictor, Predictor
 
@@ -33,10 +33,10 @@ _EXPERTS = 4
 """N in the paper."""
 
 PUBLISHED: Table = {
-    GPT2_XL: Row(
+    GPT2_XL: PublishedRow(
         "ELDER's text, layers 35 to 40; its list has 36 to 40", {"modules": r"\.h\.(35|36|37|38|39|40)\.mlp\.c_fc$", "experts": 4}
     ),
-    LLAMA_2_7B: Row("the paper", {"modules": r"\.layers\.(21|22|23|24|25|26)\.mlp\.down_proj$", "experts": 4}),
+    LLAMA_2_7B: PublishedRow("the paper", {"modules": r"\.layers\.(21|22|23|24|25|26)\.mlp\.down_proj$", "experts": 4}),
 }
 
 

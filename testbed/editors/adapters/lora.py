@@ -22,17 +22,19 @@ from testbed.core.registry import EDITORS
 from testbed.core.timing import timed
 from testbed.editors.adapters import elder, lowrank
 from testbed.editors.base import EditorConfig, WeightEditor, minimise, need, require_same
-from testbed.editors.hyperparameters import GPT2_XL, GPT_J, LLAMA_2_7B, LLAMA_3_8B, LLAMA_32_3B, SHALLOW, Row, Table, Values
+from testbed.editors.hyperparameters import GPT2_XL, GPT_J, LLAMA_2_7B, LLAMA_3_8B, LLAMA_32_3B, SHALLOW, PublishedRow, Table, Values
 
 _ATTENTION: Values = {"modules": r"\.self_attn\.(q|v)_proj$", "scale": 4.0, "lr": 5e-3, "steps": 70}
 """What EasyEdit's files for LoRA on the Llama family agree on."""
 
 PUBLISHED: Table = {
-    GPT2_XL: Row("EasyEdit, hparams/LoRA/gpt2-xl.yaml, AdaLoRA there", {**_ATTENTION, "modules": r"\.attn\.c_attn$", "steps": 30}),
-    GPT_J: Row("EasyEdit, hparams/LoRA/gpt-j-6B.yaml, AdaLoRA there", {**_ATTENTION, "modules": r"\.mlp\.fc_(in|out)$", "steps": 50}),
-    LLAMA_2_7B: Row("EasyEdit, hparams/LoRA/llama-7b.yaml, AdaLoRA there", _ATTENTION),
-    LLAMA_3_8B: Row("EasyEdit, hparams/LoRA/llama3-8b.yaml, AdaLoRA there", _ATTENTION),
-    LLAMA_32_3B: Row("EasyEdit, hparams/LoRA/llama3.2-3b.yaml, AdaLoRA there", _ATTENTION),
+    GPT2_XL: PublishedRow("EasyEdit, hparams/LoRA/gpt2-xl.yaml, AdaLoRA there", {**_ATTENTION, "modules": r"\.attn\.c_attn$", "steps": 30}),
+    GPT_J: PublishedRow(
+        "EasyEdit, hparams/LoRA/gpt-j-6B.yaml, AdaLoRA there", {**_ATTENTION, "modules": r"\.mlp\.fc_(in|out)$", "steps": 50}
+    ),
+    LLAMA_2_7B: PublishedRow("EasyEdit, hparams/LoRA/llama-7b.yaml, AdaLoRA there", _ATTENTION),
+    LLAMA_3_8B: PublishedRow("EasyEdit, hparams/LoRA/llama3-8b.yaml, AdaLoRA there", _ATTENTION),
+    LLAMA_32_3B: PublishedRow("EasyEdit, hparams/LoRA/llama3.2-3b.yaml, AdaLoRA there", _ATTENTION),
 }
 
 

@@ -24,7 +24,18 @@ from testbed.core.registry import EDITORS
 from testbed.core.timing import timed
 from testbed.editors.base import Editor, EditorConfig, Traits, need, require_finite_loss, require_same
 from testbed.editors.codebook.gate import Answer, Gate
-from testbed.editors.hyperparameters import GPT_J, LLAMA_2_7B, LLAMA_3_8B, LLAMA_32_3B, MISTRAL_7B, QWEN_25_7B, SHALLOW, Row, Table, Values
+from testbed.editors.hyperparameters import (
+    GPT_J,
+    LLAMA_2_7B,
+    LLAMA_3_8B,
+    LLAMA_32_3B,
+    MISTRAL_7B,
+    QWEN_25_7B,
+    SHALLOW,
+    PublishedRow,
+    Table,
+    Values,
+)
 from testbed.model.encoding import Batch, collate
 from testbed.model.handle import ModelHandle, project
 from testbed.model.predictor import ModelPredictor, Predictor
@@ -42,15 +53,15 @@ DEFAULTS: Values = {"lr": 1.0, "steps": 70, "clamp": 1.0, "alpha": 5.0, "beta": 
 """The paper's values."""
 
 PUBLISHED: Table = {
-    GPT_J: Row("EasyEdit, hparams/WISE/gpt-j-6B.yaml", {"layer": 21, "alpha": 15.0, "beta": 40.0, "gamma": 20.0}),
-    LLAMA_2_7B: Row("EasyEdit, hparams/WISE/llama-7b.yaml", {"layer": 27}),
-    LLAMA_3_8B: Row(
+    GPT_J: PublishedRow("EasyEdit, hparams/WISE/gpt-j-6B.yaml", {"layer": 21, "alpha": 15.0, "beta": 40.0, "gamma": 20.0}),
+    LLAMA_2_7B: PublishedRow("EasyEdit, hparams/WISE/llama-7b.yaml", {"layer": 27}),
+    LLAMA_3_8B: PublishedRow(
         "EasyEdit, hparams/WISE/llama3-8b.yaml; the file for 3.1 has alpha 5, beta 10, ratio 0.88",
         {"layer": 29, "lr": 0.9, "steps": 30, "alpha": 2.0, "ratio": 0.5},
     ),
-    LLAMA_32_3B: Row("EasyEdit, hparams/WISE/llama3.2-3b.yaml", {"layer": 27}),
-    MISTRAL_7B: Row("EasyEdit, hparams/WISE/mistral-7b.yaml", {"layer": 27}),
-    QWEN_25_7B: Row("EasyEdit, hparams/WISE/qwen2.5-7b.yaml", {"layer": 23}),
+    LLAMA_32_3B: PublishedRow("EasyEdit, hparams/WISE/llama3.2-3b.yaml", {"layer": 27}),
+    MISTRAL_7B: PublishedRow("EasyEdit, hparams/WISE/mistral-7b.yaml", {"layer": 27}),
+    QWEN_25_7B: PublishedRow("EasyEdit, hparams/WISE/qwen2.5-7b.yaml", {"layer": 23}),
 }
 
 

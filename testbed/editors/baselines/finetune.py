@@ -27,7 +27,7 @@ from testbed.editors.hyperparameters import (
     MISTRAL_7B,
     QWEN_25_7B,
     SHALLOW,
-    Row,
+    PublishedRow,
     Table,
     Values,
 )
@@ -38,17 +38,17 @@ _FT: Values = {"lr": 5e-4, "steps": 25}
 """What all published files agree on."""
 
 PUBLISHED: Table = {
-    GPT2_XL: Row("ROME's repository, hparams/FT/gpt2-xl_unconstr.json", {"layer": 1, **_FT}),
-    GPT_J: Row("ROME's repository, hparams/FT/EleutherAI_gpt-j-6B_unconstr.json", {"layer": 21, **_FT}),
-    LLAMA_2_7B: Row("EasyEdit, hparams/FT/llama-7b.yaml", {"layer": 21, **_FT}),
-    LLAMA_3_8B: Row("AlphaEdit's repository, hparams/FT/Llama3-8B.json", {"layer": 21, **_FT}),
-    LLAMA_32_3B: Row("EasyEdit, hparams/FT/llama3.2-3b.yaml", {"layer": 21, **_FT}),
-    MISTRAL_7B: Row("EasyEdit, hparams/FT/mistral-7b.yaml", {"layer": 21, **_FT}),
-    QWEN_25_7B: Row("EasyEdit, hparams/FT/qwen2.5-7b.yaml", {"layer": 27, **_FT}),
+    GPT2_XL: PublishedRow("ROME's repository, hparams/FT/gpt2-xl_unconstr.json", {"layer": 1, **_FT}),
+    GPT_J: PublishedRow("ROME's repository, hparams/FT/EleutherAI_gpt-j-6B_unconstr.json", {"layer": 21, **_FT}),
+    LLAMA_2_7B: PublishedRow("EasyEdit, hparams/FT/llama-7b.yaml", {"layer": 21, **_FT}),
+    LLAMA_3_8B: PublishedRow("AlphaEdit's repository, hparams/FT/Llama3-8B.json", {"layer": 21, **_FT}),
+    LLAMA_32_3B: PublishedRow("EasyEdit, hparams/FT/llama3.2-3b.yaml", {"layer": 21, **_FT}),
+    MISTRAL_7B: PublishedRow("EasyEdit, hparams/FT/mistral-7b.yaml", {"layer": 21, **_FT}),
+    QWEN_25_7B: PublishedRow("EasyEdit, hparams/FT/qwen2.5-7b.yaml", {"layer": 27, **_FT}),
 }
 PUBLISHED_CONSTRAINED: Table = {
-    GPT2_XL: Row("ROME's repository, hparams/FT/gpt2-xl_constr.json", {"layer": 0, "epsilon": 5e-4, **_FT}),
-    GPT_J: Row("ROME's repository, hparams/FT/EleutherAI_gpt-j-6B_constr.json", {"layer": 0, "epsilon": 5e-5, **_FT}),
+    GPT2_XL: PublishedRow("ROME's repository, hparams/FT/gpt2-xl_constr.json", {"layer": 0, "epsilon": 5e-4, **_FT}),
+    GPT_J: PublishedRow("ROME's repository, hparams/FT/EleutherAI_gpt-j-6B_constr.json", {"layer": 0, "epsilon": 5e-5, **_FT}),
 }
 
 

@@ -35,7 +35,7 @@ from testbed.editors.codebook.codebook import Codebook, Entry
 from testbed.editors.codebook.gate import CodebookEditor, Hits
 from testbed.editors.codebook.keys import DimmedImage, TextAndImageKey, UniformImage, read_keys, reading_error, spread_of
 from testbed.editors.codebook.nearest import Metric, Rule, direct
-from testbed.editors.hyperparameters import ModelKey, Row, Table
+from testbed.editors.hyperparameters import ModelKey, PublishedRow, Table
 from testbed.model.encoding import answer_ids
 from testbed.model.handle import as_matrix, project
 from testbed.model.predictor import Predictor
@@ -111,7 +111,7 @@ def train(form: EntryWeights, suffix: DownProjectionSuffix, starts: Sequence[Ten
     return weights.detach(), losses.tolist()
 
 
-_BLIP2 = Row("BalancEdit's repository, BLIP-2's file for Euclidean distances", {"w_pos": 0.05, "lr": 1e-4})
+_BLIP2 = PublishedRow("BalancEdit's repository, BLIP-2's file for Euclidean distances", {"w_pos": 0.05, "lr": 1e-4})
 PUBLISHED: Table = {ModelKey("opt", 32, 2560, vocabulary): _BLIP2 for vocabulary in (50272, 50304)}
 """BLIP-2 with OPT-2.7B, before and after its image token. MiniGPT-4, the paper's other model, wraps an up-projection."""
 

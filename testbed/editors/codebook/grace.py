@@ -30,7 +30,7 @@ from testbed.editors.base import EditFailed, EditorConfig, Traits, minimise, nee
 from testbed.editors.codebook.gate import CodebookEditor, Hits
 from testbed.editors.codebook.keys import last_position, read_keys, reading_error
 from testbed.editors.codebook.nearest import Keys, Nearest
-from testbed.editors.hyperparameters import GPT_J, LLAMA_2_7B, LLAMA_32_3B, QWEN_25_7B, Row, Table
+from testbed.editors.hyperparameters import GPT_J, LLAMA_2_7B, LLAMA_32_3B, QWEN_25_7B, PublishedRow, Table
 from testbed.model.encoding import answer_ids, collate, prompt_inputs
 from testbed.model.handle import ModelHandle, project
 from testbed.model.prefix_cache import ImagePrefixes
@@ -43,10 +43,10 @@ Losses = Callable[[Tensor], Tensor]
 
 
 PUBLISHED: Table = {
-    GPT_J: Row("EasyEdit, hparams/GRACE/gpt-j-6b.yaml", {"layer": 25, "steps": 200}),
-    LLAMA_2_7B: Row("EasyEdit, hparams/GRACE/llama-7b.yaml", {"layer": 27, "steps": 50}),
-    LLAMA_32_3B: Row("EasyEdit, hparams/GRACE/llama3.2-3b.yaml", {"layer": 27, "steps": 50}),
-    QWEN_25_7B: Row("EasyEdit, hparams/GRACE/qwen2.5-7b.yaml", {"layer": 18, "steps": 50}),
+    GPT_J: PublishedRow("EasyEdit, hparams/GRACE/gpt-j-6b.yaml", {"layer": 25, "steps": 200}),
+    LLAMA_2_7B: PublishedRow("EasyEdit, hparams/GRACE/llama-7b.yaml", {"layer": 27, "steps": 50}),
+    LLAMA_32_3B: PublishedRow("EasyEdit, hparams/GRACE/llama3.2-3b.yaml", {"layer": 27, "steps": 50}),
+    QWEN_25_7B: PublishedRow("EasyEdit, hparams/GRACE/qwen2.5-7b.yaml", {"layer": 18, "steps": 50}),
 }
 
 

@@ -16,15 +16,17 @@ from torch import Tensor
 from testbed.core.ranges import PositiveFloat
 from testbed.core.registry import EDITORS
 from testbed.editors.base import BadEditor
-from testbed.editors.hyperparameters import GPT2_XL, GPT_J, LLAMA_3_8B, QWEN_25_7B, Row, Table
+from testbed.editors.hyperparameters import GPT2_XL, GPT_J, LLAMA_3_8B, QWEN_25_7B, PublishedRow, Table
 from testbed.editors.locate.core import LocateConfig, LocateEditor, scale_of
 from testbed.editors.locate.solver import IdentityPrior, NullSpacePrior, Prior
 
 PUBLISHED: Table = {
-    GPT2_XL: Row("AlphaEdit's repository, hparams/AlphaEdit/gpt2-xl.json", {"layers": (13, 14, 15, 16, 17), "steps": 20}),
-    GPT_J: Row("AlphaEdit's repository, hparams/AlphaEdit/EleutherAI_gpt-j-6B.json", {"layers": (3, 4, 5, 6, 7, 8)}),
-    LLAMA_3_8B: Row("AlphaEdit's repository, hparams/AlphaEdit/Llama3-8B.json", {"layers": (4, 5, 6, 7, 8), "lr": 0.1}),
-    QWEN_25_7B: Row("EasyEdit, hparams/AlphaEdit/qwen2.5-7b.yaml", {"layers": (4, 5, 6, 7, 8), "clamp": 4.0, "decay": 1e-3, "l2": 1.0}),
+    GPT2_XL: PublishedRow("AlphaEdit's repository, hparams/AlphaEdit/gpt2-xl.json", {"layers": (13, 14, 15, 16, 17), "steps": 20}),
+    GPT_J: PublishedRow("AlphaEdit's repository, hparams/AlphaEdit/EleutherAI_gpt-j-6B.json", {"layers": (3, 4, 5, 6, 7, 8)}),
+    LLAMA_3_8B: PublishedRow("AlphaEdit's repository, hparams/AlphaEdit/Llama3-8B.json", {"layers": (4, 5, 6, 7, 8), "lr": 0.1}),
+    QWEN_25_7B: PublishedRow(
+        "EasyEdit, hparams/AlphaEdit/qwen2.5-7b.yaml", {"layers": (4, 5, 6, 7, 8), "clamp": 4.0, "decay": 1e-3, "l2": 1.0}
+    ),
 }
 
 

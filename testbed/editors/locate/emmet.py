@@ -8,15 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from testbed.core.registry import EDITORS
-from testbed.editors.hyperparameters import GPT2_XL, GPT_J, LLAMA_2_7B, LLAMA_32_3B, Row, Table, Values
+from testbed.editors.hyperparameters import GPT2_XL, GPT_J, LLAMA_2_7B, LLAMA_32_3B, PublishedRow, Table, Values
 from testbed.editors.locate.core import middle
 from testbed.editors.locate.memit import Memit, MemitConfig
 
 PUBLISHED: Table = {
-    GPT2_XL: Row("EMMET's repository, hparams/EMMET/gpt2-xl.json", {"layer": 17, "steps": 20, "lam": 100.0}),
-    GPT_J: Row("EMMET's repository, hparams/EMMET/EleutherAI_gpt-j-6B.json", {"layer": 5, "lam": 1_000.0}),
-    LLAMA_2_7B: Row("EMMET's repository, hparams/EMMET/llama2-7b.json", {"layer": 5, "clamp": 4.0, "decay": 1e-3}),
-    LLAMA_32_3B: Row("EasyEdit, hparams/EMMET/llama3.2-3b.yaml", {"layer": 5, "clamp": 4.0, "decay": 1e-3, "lam": 10_000.0}),
+    GPT2_XL: PublishedRow("EMMET's repository, hparams/EMMET/gpt2-xl.json", {"layer": 17, "steps": 20, "lam": 100.0}),
+    GPT_J: PublishedRow("EMMET's repository, hparams/EMMET/EleutherAI_gpt-j-6B.json", {"layer": 5, "lam": 1_000.0}),
+    LLAMA_2_7B: PublishedRow("EMMET's repository, hparams/EMMET/llama2-7b.json", {"layer": 5, "clamp": 4.0, "decay": 1e-3}),
+    LLAMA_32_3B: PublishedRow("EasyEdit, hparams/EMMET/llama3.2-3b.yaml", {"layer": 5, "clamp": 4.0, "decay": 1e-3, "lam": 10_000.0}),
 }
 """lam is emmet_lambda times mom2_update_weight of these files."""
 

@@ -20,7 +20,7 @@ from testbed.editors.hyperparameters import (
     LLAMA_32_3B,
     MISTRAL_7B,
     QWEN_25_7B,
-    Row,
+    PublishedRow,
     Table,
     Values,
 )
@@ -31,13 +31,13 @@ _EASY: Values = {"layers": (4, 5, 6, 7, 8), "clamp": 4.0, "decay": 1e-3}
 """What EasyEdit's files for MEMIT agree on."""
 
 PUBLISHED: Table = {
-    GPT2_XL: Row("MEMIT's repository, hparams/MEMIT/gpt2-xl.json", {"layers": (13, 14, 15, 16, 17), "steps": 20, "lam": 20_000.0}),
-    GPT_J: Row("MEMIT's repository, hparams/MEMIT/EleutherAI_gpt-j-6B.json", {"layers": (3, 4, 5, 6, 7, 8)}),
-    LLAMA_2_7B: Row("EasyEdit, hparams/MEMIT/llama-7b.yaml", _EASY),
-    LLAMA_3_8B: Row("AlphaEdit's repository, hparams/MEMIT/Llama3-8B.json", {"layers": (4, 5, 6, 7, 8), "lr": 0.1}),
-    LLAMA_32_3B: Row("EasyEdit, hparams/MEMIT/llama3.2-3b.yaml", _EASY),
-    MISTRAL_7B: Row("EasyEdit, hparams/MEMIT/mistral-7b.yaml", _EASY),
-    QWEN_25_7B: Row("EasyEdit, hparams/MEMIT/qwen2.5-7b.yaml", _EASY),
+    GPT2_XL: PublishedRow("MEMIT's repository, hparams/MEMIT/gpt2-xl.json", {"layers": (13, 14, 15, 16, 17), "steps": 20, "lam": 20_000.0}),
+    GPT_J: PublishedRow("MEMIT's repository, hparams/MEMIT/EleutherAI_gpt-j-6B.json", {"layers": (3, 4, 5, 6, 7, 8)}),
+    LLAMA_2_7B: PublishedRow("EasyEdit, hparams/MEMIT/llama-7b.yaml", _EASY),
+    LLAMA_3_8B: PublishedRow("AlphaEdit's repository, hparams/MEMIT/Llama3-8B.json", {"layers": (4, 5, 6, 7, 8), "lr": 0.1}),
+    LLAMA_32_3B: PublishedRow("EasyEdit, hparams/MEMIT/llama3.2-3b.yaml", _EASY),
+    MISTRAL_7B: PublishedRow("EasyEdit, hparams/MEMIT/mistral-7b.yaml", _EASY),
+    QWEN_25_7B: PublishedRow("EasyEdit, hparams/MEMIT/qwen2.5-7b.yaml", _EASY),
 }
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from testbed.core.registry import EDITORS
-from testbed.editors.hyperparameters import GPT2_XL, GPT_J, LLAMA_2_7B, LLAMA_3_8B, LLAMA_32_3B, Row, Table
+from testbed.editors.hyperparameters import GPT2_XL, GPT_J, LLAMA_2_7B, LLAMA_3_8B, LLAMA_32_3B, PublishedRow, Table
 from testbed.editors.locate.keys import KeyComputation, PromptRows
 from testbed.editors.locate.memit import Memit
 from testbed.editors.locate.targets import TargetLoss, Targets, TargetTask, attention_and_mlp_outputs, search
@@ -28,13 +28,13 @@ _SETTLED = 0.01
 """KL divergence (nats) under which a search ends then."""
 
 PUBLISHED: Table = {
-    GPT2_XL: Row(
+    GPT2_XL: PublishedRow(
         "BLUE's repository, hparams/PMET/gpt2-xl.json", {"layers": (13, 14, 15, 16, 17), "steps": 20, "lam": 10_000.0, "clamp": 2.0}
     ),
-    GPT_J: Row("EasyEdit, hparams/PMET/gpt-j-6B.yaml", {"layers": (3, 4, 5, 6, 7, 8), "steps": 30, "lr": 0.2, "kl": 1.0}),
-    LLAMA_2_7B: Row("EasyEdit, hparams/PMET/llama-7b.yaml", {"layers": (4, 5, 6, 7, 8), "steps": 20, "clamp": 1.0}),
-    LLAMA_3_8B: Row("BLUE's repository, hparams/PMET/Llama3-8B.json", {"layers": (4, 5, 6, 7, 8), "lr": 0.1}),
-    LLAMA_32_3B: Row("EasyEdit, hparams/PMET/llama3.2-3b.yaml", {"layers": (4, 5, 6, 7, 8), "clamp": 1.0}),
+    GPT_J: PublishedRow("EasyEdit, hparams/PMET/gpt-j-6B.yaml", {"layers": (3, 4, 5, 6, 7, 8), "steps": 30, "lr": 0.2, "kl": 1.0}),
+    LLAMA_2_7B: PublishedRow("EasyEdit, hparams/PMET/llama-7b.yaml", {"layers": (4, 5, 6, 7, 8), "steps": 20, "clamp": 1.0}),
+    LLAMA_3_8B: PublishedRow("BLUE's repository, hparams/PMET/Llama3-8B.json", {"layers": (4, 5, 6, 7, 8), "lr": 0.1}),
+    LLAMA_32_3B: PublishedRow("EasyEdit, hparams/PMET/llama3.2-3b.yaml", {"layers": (4, 5, 6, 7, 8), "clamp": 1.0}),
 }
 """The clamp holds for each of the two changes."""
 

@@ -22,7 +22,7 @@ from testbed.editors.hyperparameters import (
     LLAMA_32_3B,
     MISTRAL_7B,
     QWEN_25_7B,
-    Row,
+    PublishedRow,
     Table,
     Values,
     filled,
@@ -36,13 +36,13 @@ _EASY: Values = {"layer": 5, "decay": 1e-3, "second_moment": False}
 """What EasyEdit's files for ROME agree on."""
 
 PUBLISHED: Table = {
-    GPT2_XL: Row("ROME's repository, hparams/ROME/gpt2-xl.json", {"layer": 17, "steps": 20}),
-    GPT_J: Row("ROME's repository, hparams/ROME/EleutherAI_gpt-j-6B.json", {"layer": 5, "steps": 20}),
-    LLAMA_2_7B: Row("EasyEdit, hparams/ROME/llama-7b.yaml", _EASY),
-    LLAMA_3_8B: Row("AlphaEdit's repository, hparams/ROME/Llama3-8B.json", _EASY),
-    LLAMA_32_3B: Row("EasyEdit, hparams/ROME/llama3.2-3b.yaml", _EASY),
-    MISTRAL_7B: Row("EasyEdit, hparams/ROME/mistral-7b.yaml", _EASY),
-    QWEN_25_7B: Row("EasyEdit, hparams/ROME/qwen2.5-7b.yaml", _EASY),
+    GPT2_XL: PublishedRow("ROME's repository, hparams/ROME/gpt2-xl.json", {"layer": 17, "steps": 20}),
+    GPT_J: PublishedRow("ROME's repository, hparams/ROME/EleutherAI_gpt-j-6B.json", {"layer": 5, "steps": 20}),
+    LLAMA_2_7B: PublishedRow("EasyEdit, hparams/ROME/llama-7b.yaml", _EASY),
+    LLAMA_3_8B: PublishedRow("AlphaEdit's repository, hparams/ROME/Llama3-8B.json", _EASY),
+    LLAMA_32_3B: PublishedRow("EasyEdit, hparams/ROME/llama3.2-3b.yaml", _EASY),
+    MISTRAL_7B: PublishedRow("EasyEdit, hparams/ROME/mistral-7b.yaml", _EASY),
+    QWEN_25_7B: PublishedRow("EasyEdit, hparams/ROME/qwen2.5-7b.yaml", _EASY),
 }
 """The clamp is a multiple of the norm of the MLP's output."""
 

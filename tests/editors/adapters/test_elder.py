@@ -199,7 +199,7 @@ def test_published_defaults_stand_in_the_table_and_others_are_announced() -> Non
     editor = Elder()
     editor.prepare(build("gpt2"), TrainPool())
     assert editor.eps == 2 * len(editor.targets)
-    assert any(note.startswith("elder: no published values for a gpt2 of 3 layers") for note in editor.notes)
+    assert any(note.startswith("no published values for a gpt2 of 3 layers") for note in editor.notes)
     assert any("N = " in note for note in editor.notes)
 
 
