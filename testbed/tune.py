@@ -91,6 +91,7 @@ def tune(config: TuneConfig, console: Console) -> dict[str, list[Trial]]:
     resolved = config.run().resolve()
     stream = resolved.stream.create()
     handle = load(config.model, config.device, config.dtype)
+    handle.data_root = config.data_root
     events = [e for e in stream.events(10 * config.edits) if e.kind == "add"][: config.edits]
     if not events:
         raise BadConfig(f"{config.stream} ({stream.origin}) has no development edits")

@@ -87,7 +87,7 @@ def prepare(resolved: ResolvedRun) -> PreparedRun:
     if not events:
         raise BadConfig(f"{config.stream} ({stream.origin}) yields no edit; skipped records: {len(stream.skipped)}")
     handle = load(config.model, config.device, config.dtype, config.device_map)
-    handle.cache_folder = config.cache
+    handle.cache_folder, handle.data_root = config.cache, config.data_root
     chosen = ask_in_form(resolved, stream, len(events), handle)
     if stream.config.keep != "all":
         events = kept_events(stream, config.edits, handle, RunFolder(config.resume).event_ids() if config.resume else ())

@@ -47,6 +47,8 @@ class ModelHandle:
     """By relation the solved examples that stand in the place of {examples} in a prompt template."""
     cache_folder: Path | None = None
     """Folder for what of the cache is worth keeping from one run to the next."""
+    data_root: Path | None = None
+    """Folder of data files, where general text is looked for."""
 
     def __post_init__(self) -> None:
         self.model.eval().requires_grad_(False)

@@ -11,8 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from streams.base import TrainPool
 from testbed.editors.locate import second_moments as moments_module
-from testbed.editors.locate.second_moments import Corpus
+from testbed.editors.locate.general_text import corpus_of
 from testbed.experiment import runner
 from testbed.experiment.config import RunConfig
 from testbed.model.loading import load
@@ -75,8 +76,8 @@ def test_a_damaged_file_is_made_again(facts: Path) -> None:
 
 
 def test_second_moments_are_computed_once_and_alike(tmp_path: Path) -> None:
-    """The shelf gives each run what it would have made: layers are kept by which were read together."""
-    corpus = Corpus((), (), ("the small lamp stands beside the river",) * 4)
+    """The folder gives each run what it would have made, whichever layers were read together."""
+    corpus = corpus_of(load(str(folder("gpt2")), "cpu"), TrainPool(texts=("the small lamp stands beside the river",) * 40), None)
     plain = moments_module.second_moments(load(str(folder("gpt2")), "cpu"), corpus, [0, 1])
     handles = [load(str(folder("gpt2")), "cpu") for _ in range(3)]
     for h in handles:
@@ -87,8 +88,9 @@ def test_second_moments_are_computed_once_and_alike(tmp_path: Path) -> None:
     for n in (0, 1):
         assert torch.equal(plain[n], made[n])
         assert torch.equal(plain[n], again[n])
-    moments_module.second_moments(handles[2], corpus, [1])
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["moments-of-0-1", "moments-of-1"]
+        one = moments_module.second_moments(handles[2], corpus, [1])
+    assert torch.equal(one[1], plain[1])
+    assert len(list((tmp_path / "second-moments").glob("second-moment-*.safetensors"))) == 2
 
 
 def test_one_at_a_time(tmp_path: Path) -> None:

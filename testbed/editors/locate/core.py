@@ -26,8 +26,9 @@ from testbed.core.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt
 from testbed.core.timing import timed
 from testbed.editors.base import BadEditor, EditFailed, EditorConfig, Traits, WeightEditor
 from testbed.editors.hyperparameters import SHALLOW, Values
+from testbed.editors.locate.general_text import corpus_of, corpus_problem
 from testbed.editors.locate.keys import KeyComputation, ask_of, draw_contexts, subject_of
-from testbed.editors.locate.second_moments import corpus_of, second_moments
+from testbed.editors.locate.second_moments import second_moments
 from testbed.editors.locate.solver import Prior, Ridge, Solution
 from testbed.editors.locate.targets import Targets, TargetTask, layer_outputs, search
 from testbed.editors.locate.weight_changes import WeightDeltas
@@ -64,14 +65,20 @@ class LocateConfig(EditorConfig):
     end: bool = True
     """The end token is part of the target, so that a free generation stops after the answer."""
     corpus: str | None = None
-    """General text for second moments: a file, one text a line, or hub:DATASET[:CONFIG[:SPLIT[:FIELD]]]; else the train pool."""
+    """General text for second moments: a file, one text a line, or hub:DATASET[:CONFIG[:SPLIT[:FIELD]]]; by default the stream's own
+    running text, WikiText under the data root or in the hub's cache, or text that the model writes."""
     moments: Path | None = None
-    """Folder where second moments are kept from one run to the next; by default that of --cache."""
+    """Folder where second moments are kept from one run to the next (by default that of --cache), or with published ones (.npz)."""
 
     def problems(self) -> list[str]:
         rising = self.layers is None or (bool(self.layers) and sorted(set(self.layers)) == list(self.layers))
         shown = ", ".join(map(str, self.layers or ())) or "none"
-        return super().problems() + ([] if rising else [f"layers must be one or more layers counted from 0, rising, got {shown}"])
+        corpus = corpus_problem(self.corpus) if self.corpus is not None else None
+        return (
+            super().problems()
+            + ([corpus] if corpus else [])
+            + ([] if rising else [f"layers must be one or more layers counted from 0, rising, got {shown}"])
+        )
 
 
 DEFAULTS: Values = {
@@ -127,7 +134,7 @@ class LocateEditor(WeightEditor):
         own = [f"{k} {getattr(self.config, k):g}" for k in self.relative if getattr(self.config, k) is not None]
         if self.hyper.relative and self.config.relative is None and own:
             unit = f"{self.name}.relative=false takes it as it stands"
-            self.notes.append(f"{self.name}: {', '.join(own)} is a multiple of the size of the model's keys; --set {unit}")
+            self.notes.append(f"{', '.join(own)} is a multiple of the size of the model's keys; --set {unit}")
 
     def _derived(self) -> Values:
         """Values for a model nobody tuned: weights relative to its keys (unless `relative` is off), layers up to a quarter of the depth.
@@ -210,8 +217,8 @@ class LocateEditor(WeightEditor):
         for layer in self.deltas.layers:
             suffix_from_down_projection(self.handle, [ask_of(event)], [event.target], layer)
         if self.needs_second_moments:
-            corpus = corpus_of(self.pool, self.config.corpus)
-            self.second_moments = second_moments(self.handle, corpus, self.deltas.layers, self.config.moments)
+            corpus = corpus_of(self.handle, self.pool, self.config.corpus)
+            self.second_moments = second_moments(self.handle, corpus, self.deltas.layers, self.config.moments, self.notes)
         self.priors = {n: self._prior(n, self.second_moments.get(n, torch.zeros(0))) for n in self.deltas.layers}
 
     def _run_stage(self, layers: tuple[int, ...], events: Sequence[EditEvent], step: int, log: BatchLog) -> None:

@@ -1,210 +1,224 @@
-"""Second moments C = E[k k^T] of keys in general text: one pass for all layers, with a stopping rule, kept by model, text and layer.
+"""Second moments C = E[k k^T] of keys in general text, a layer at a time: estimated, kept on disk, or read from published files.
 
-The text is the stream's train pool, a text file, or a dataset by name.
+A pass reads text until C of a layer has settled. Every layer ends by itself, so that C depends on the model, the text and
+the layer alone, and a method finds what another one left.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, nullcontext
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from streams.base import TrainPool
-from testbed.core.events import Ask, content_id
 from testbed.editors.base import BadEditor
-from testbed.model.encoding import Batch, answer_ids, collate, text_batch, text_tokens
+from testbed.editors.locate.general_text import Corpus, blocks
+from testbed.model.encoding import Batch, answer_ids, collate, text_batch
 from testbed.model.handle import ModelHandle
+from testbed.model.prefix_cache import LastLayerReached
 from testbed.storage.files import replacing
 from testbed.storage.shared_cache import exclusive
 
-_ROWS = 32
-_TOKENS_PER_DIRECTION = 10
-"""Tokens a direction of the key space before the stopping rule may end the pass."""
+_ROWS, _TOKENS, _BLOCK = 32, 16_384, 256
+"""Questions of one forward, padded tokens of one forward of running text, and texts that are sorted by length together."""
+_WANTED, _MOST, _REFUSED = 10, 20, 2
+"""Tokens a direction of the key space before the pass may end, at which it ends, and under which C is refused."""
+_CHUNK = 512
+"""Keys of one product in the model's own precision; these products are added in float64, so that their rounding averages out."""
 _SETTLED = 0.02
 """The pass ends when C moves by less than this share (Frobenius) between two doublings of the corpus."""
-_DATASET = re.compile("hub:(.+)")
-"""`hub:DATASET[:CONFIG[:SPLIT[:FIELD]]]` names a dataset of the `datasets` library."""
-_DOCUMENTS = 100_000
-"""Texts read of a dataset at most (Meng et al. 2022 read as many)."""
+_RANKED = 2048
+"""Key widths up to which the rank of C is computed."""
 
 
 @dataclass(frozen=True)
-class Corpus:
-    """General text: questions with their answers as they are asked, and running text."""
+class SecondMoment:
+    """c: (f, f) float64, E[k k^T] over `tokens` positions of text. ended: why no more text was read."""
 
-    asks: tuple[Ask, ...]
-    answers: tuple[str, ...]
-    texts: tuple[str, ...]
+    c: Float[Tensor, "f f"]
+    tokens: int
+    ended: str
 
     @property
-    def hash(self) -> str:
-        keys = [a.image.key if a.image is not None else None for a in self.asks]
-        return content_id("corpus", [a.prompt for a in self.asks], keys, self.answers, self.texts)
+    def a_dimension(self) -> float:
+        return self.tokens / len(self.c)
 
 
-def corpus_of(pool: TrainPool, source: str | None) -> Corpus:
-    """The train pool, or what `source` names in its place: a text file or `hub:...`. Raises `BadEditor` for one without text."""
-    if source is not None:
-        named = _DATASET.fullmatch(source)
-        texts = _dataset(named[1]) if named else _text_file(Path(source))
-        if not texts:
-            raise BadEditor(f"corpus {source} holds no line of text")
-        return Corpus((), (), texts)
-    known = [q for q in pool.questions if q.answer]
-    corpus = Corpus(tuple(q.ask() for q in known), tuple(q.answer or "" for q in known), pool.texts)
-    if not (corpus.asks or corpus.texts):
-        raise BadEditor(
-            "second moments need general text, and the stream has no train pool: "
-            "--set EDITOR.corpus=FILE names a text file, --set EDITOR.corpus=hub:DATASET a dataset"
-        )
-    return corpus
+def second_moments(
+    handle: ModelHandle, corpus: Corpus, layers: Sequence[int], folder: Path | None = None, notes: list[str] | None = None
+) -> dict[int, Tensor]:
+    """C (f, f) float64 of each layer over the corpus's positions that hold text, under the base weights.
 
-
-def _text_file(path: Path) -> tuple[str, ...]:
-    """One text a line. Raises `BadEditor` for a file that is absent or no text."""
-    try:
-        return tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
-    except (OSError, UnicodeDecodeError) as e:
-        raise BadEditor(f"corpus {path} cannot be read as text: {e}") from e
-
-
-def _dataset(argument: str) -> tuple[str, ...]:
-    """One text a row, of the first 100,000. Raises `BadEditor` for a dataset or a field that is not there."""
-    import datasets
-
-    name, part, split, field = [*argument.split(":"), *[""] * 4][:4]
-    where = f"corpus hub:{name} (configuration {part or 'default'}, split {split or 'train'})"
-    try:
-        saved = (Path(name) / "state.json").is_file()
-        rows: Any = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, part or None, split=split or "train")
-    except Exception as e:  # datasets raises many kinds; each is a source that cannot be used
-        raise BadEditor(f"{where} cannot be loaded: {' '.join(str(e).split())[:300]}") from e
-    if (field or "text") not in rows.column_names:
-        raise BadEditor(f"{where} has no field {field or 'text'!r}; there are {', '.join(rows.column_names)}")
-    found = rows.select(range(min(len(rows), _DOCUMENTS)))[field or "text"]
-    return tuple(text.strip() for text in found if isinstance(text, str) and text.strip())
-
-
-def second_moments(handle: ModelHandle, corpus: Corpus, layers: Sequence[int], folder: Path | None = None) -> dict[int, Tensor]:
-    """`C = E[k k^T]` (f, f) float64 of each layer over the corpus's positions that hold text, under the base weights.
-
-    Kept on the handle, and with a folder on disk, by (model, corpus, layer): statistics of another model or text
-    cannot be taken for these. Without a folder, the handle's own cache folder is one.
+    Kept on the handle, and with a folder (or the handle's own cache folder) on disk, by model, corpus and layer. A folder may
+    hold published statistics under MEMIT's names (`model.layers.5.mlp.down_proj_float32_mom2_100000.npz`); these go first.
+    Raises `BadEditor` for a file that cannot be read and for a text of fewer than two tokens a key dimension.
     """
-    kept: dict[tuple[str, str, int], Tensor] = handle.cache.setdefault("second moments", {})
-    name = (handle.hash, corpus.hash)
-    missing = [n for n in layers if (*name, n) not in kept]
-    if missing and folder is None and handle.cache_folder is not None:
-        # layers that are read together end together, so runs share what was read together and get what they would have made
-        folder = handle.cache_folder / f"moments-of-{'-'.join(map(str, missing))}"
-    if missing:
-        with exclusive(folder / "moments") if folder is not None else nullcontext():
-            _fill(handle, corpus, missing, folder)
-    return {n: kept[(*name, n)] for n in layers}
+    kept: dict[tuple[str, str, int], SecondMoment] = handle.cache.setdefault("second moments", {})
+    folder = folder or (handle.cache_folder / "second-moments" if handle.cache_folder is not None else None)
+    names = {n: (handle.hash, corpus.hash, n) for n in layers}
+    began = time.perf_counter()
+
+    def missing() -> list[int]:
+        """The layers that neither the handle nor the folder has; what the folder has goes to the handle."""
+        for n in [n for n in layers if names[n] not in kept and folder is not None]:
+            stored = _stored(handle, folder, names[n]) if folder is not None else None
+            kept.update({names[n]: stored} if stored is not None else {})
+        return [n for n in layers if names[n] not in kept]
+
+    computed = missing()
+    if computed:
+        with exclusive(folder / "second-moments") if folder is not None else nullcontext():
+            for n, found_c in (_collect(handle, corpus, still) if (still := missing()) else {}).items():
+                kept[names[n]] = found_c
+                if folder is not None:
+                    _store(folder, names[n], found_c)
+    found = {n: kept[names[n]] for n in layers}
+    message = _message(found, corpus.source, time.perf_counter() - began if computed else None)
+    if notes is not None:
+        notes.append(message)
+    return {n: found_c.c for n, found_c in found.items()}
 
 
-def _fill(handle: ModelHandle, corpus: Corpus, missing: Sequence[int], folder: Path | None) -> None:
-    """Read what the folder has, compute the rest, and keep it in both places."""
-    kept: dict[tuple[str, str, int], Tensor] = handle.cache["second moments"]
-    name = (handle.hash, corpus.hash)
-    if folder is not None:
-        stored = {n: _stored(_file(folder, *name, n), handle.layer_device(n)) for n in missing}
-        kept.update({(*name, n): c for n, c in stored.items() if c is not None})
-    missing = [n for n in missing if (*name, n) not in kept]
-    for n, c in (_collect(handle, corpus, missing) if missing else {}).items():
-        kept[(*name, n)] = c
-        if folder is not None:
-            with replacing(_file(folder, *name, n)) as temporary:
-                save_file({"c": c.cpu()}, temporary)
+def _message(found: dict[int, SecondMoment], source: str, seconds: float | None) -> str:
+    """One line on the statistics. Raises `BadEditor` where the text is far too short for the width."""
+    layer, least = min(found.items(), key=lambda item: item[1].a_dimension)
+    width, rank = len(least.c), "not computed"
+    if width <= _RANKED:
+        rank = f"{int(torch.linalg.matrix_rank(least.c, hermitian=True)):,}"
+    line = (
+        f"second moments of layers {', '.join(map(str, found))} from {source}: {least.tokens:,} tokens, {least.a_dimension:.3g} a key "
+        f"dimension (width {width:,}), rank {rank}; {least.ended}; " + ("kept from before" if seconds is None else f"{seconds:.1f} s")
+    )
+    if least.a_dimension < _REFUSED:
+        raise BadEditor(f"{line}. Fewer than {_REFUSED} tokens a key dimension say nothing: give more text with corpus=FILE")
+    few = f". Under {_WANTED} tokens a key dimension C is uncertain, here at layer {layer}: give more text with corpus=FILE"
+    return line + (few if least.a_dimension < _WANTED else "")
 
 
-def _file(folder: Path, model: str, corpus: str, layer: int) -> Path:
-    return folder / f"moments-{model}-{corpus}-{layer}.safetensors"
+def _file(folder: Path, name: tuple[str, str, int]) -> Path:
+    return folder / f"second-moment-{'-'.join(map(str, name))}.safetensors"
 
 
-def _stored(path: Path, place: torch.device) -> Tensor | None:
-    """None where there is no file. Raises `BadEditor` for one that cannot be read."""
+def _store(folder: Path, name: tuple[str, str, int], second_moment: SecondMoment) -> None:
+    with replacing(_file(folder, name)) as temporary:
+        save_file({"c": second_moment.c.cpu()}, temporary, metadata={"tokens": str(second_moment.tokens), "ended": second_moment.ended})
+
+
+def _stored(handle: ModelHandle, folder: Path, name: tuple[str, str, int]) -> SecondMoment | None:
+    """What a folder has of a layer, published files first; None for nothing. Raises `BadEditor` for a file that cannot be read."""
+    from safetensors import safe_open
+
+    weight = handle.down_weight(name[2]).removesuffix(".weight")
+    published, path = sorted(folder.glob(f"{weight}_*mom2*.npz")), _file(folder, name)
+    if published:
+        return _published(published[0], handle, name[2])
     if not path.is_file():
         return None
     try:
-        return load_file(path)["c"].to(place)
+        c = load_file(path)["c"].to(handle.layer_device(name[2]))
+        with safe_open(path, "pt") as file:
+            about = file.metadata()
+        return SecondMoment(c, int(about["tokens"]), about["ended"])
     except (SafetensorError, OSError, KeyError) as e:
         raise BadEditor(f"second moments {path} cannot be read ({e}): remove the file, and they are computed anew") from e
 
 
+def _published(path: Path, handle: ModelHandle, layer: int) -> SecondMoment:
+    """Statistics as MEMIT's code writes them: the sum of k k^T and the number of tokens."""
+    f = handle.parameter(handle.down_weight(layer)).numel() // handle.width
+    try:
+        with np.load(path) as stored:
+            total, count = stored["mom2.mom2"], int(stored["mom2.count"])
+    except (OSError, KeyError, ValueError) as e:
+        raise BadEditor(f"{path} holds no second moments as MEMIT's code writes them (mom2.mom2 and mom2.count): {e}") from e
+    if total.shape != (f, f) or count < 1:
+        raise BadEditor(f"{path} holds {total.shape} numbers of {count} tokens; the keys of layer {layer} of {handle.name} are {f} wide")
+    c = torch.from_numpy(total).double() / count
+    return SecondMoment(c.to(handle.layer_device(layer)), count, f"published statistics ({path.name})")
+
+
 @torch.no_grad()
-def _collect(handle: ModelHandle, corpus: Corpus, layers: list[int]) -> dict[int, Tensor]:
+def _collect(handle: ModelHandle, corpus: Corpus, layers: list[int]) -> dict[int, SecondMoment]:
     from testbed.model.progress import bars  # rich draws from the global generator when it is imported
 
-    sums: dict[int, Tensor] = {}
-    count, rule, total = 0, _StoppingRule(), _number(corpus)
+    sums = {n: _Sum(corpus.slow) for n in layers}
     with bars() as progress:
-        for done, batch in enumerate(_batches(handle, corpus), 1):
+        for batch in _batches(handle, corpus):
             keep = (batch.prompt & ~batch.picture) | batch.answer
-            for layer, keys in _keys(handle, batch, keep, layers).items():
-                sums[layer] = sums[layer] + keys.T @ keys if layer in sums else keys.T @ keys
-            count += int(keep.sum())
-            progress.advance("second moments", done, total)
-            if rule.settled(sums, count):
-                progress.advance("second moments", total, total)
+            going = [n for n, s in sums.items() if not s.ended]
+            for n, keys in _keys(handle, batch, keep, going).items():
+                sums[n].add(keys)
+            share = min(s.progress for s in sums.values())
+            progress.advance("second moments", int(100 * share), 100)
+            if all(s.ended for s in sums.values()):
                 break
-    return {n: s / count for n, s in sums.items()}
+    return {n: s.result() for n, s in sums.items()}
 
 
-def _number(corpus: Corpus) -> int:
-    """Batches of the whole corpus."""
-    return -(-len(corpus.asks) // _ROWS) + -(-len(corpus.texts) // _ROWS)
-
-
-def _keys(handle: ModelHandle, batch: Batch, keep: Tensor, layers: list[int]) -> dict[int, Tensor]:
-    """(n, f) float64 inputs of the layers' down-projections at the kept positions."""
+def _keys(handle: ModelHandle, batch: Batch, keep: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
+    """(n, f) inputs of the layers' down-projections at the kept positions; nothing is run behind the last of them."""
     seen: dict[int, Tensor] = {}
 
-    def hook(layer: int) -> Callable[..., None]:
-        def read(module: Any, args: tuple[Tensor, ...]) -> None:
-            seen[layer] = args[0].reshape(*keep.shape, -1)[keep.to(args[0].device)].double()
-
-        return read
+    def read(layer: int, act: Tensor) -> None:
+        seen[layer] = act.reshape(*keep.shape, -1)[keep.to(act.device)]
+        if len(seen) == len(layers):
+            raise LastLayerReached
 
     with ExitStack() as stack:
-        for layer in layers:
-            stack.enter_context(handle.hooked(handle.down(layer), hook(layer), pre=True))
-        handle.model(**batch.inputs, use_cache=False)
+        for n in layers:
+            stack.enter_context(handle.hooked(handle.down(n), lambda m, args, n=n: read(n, args[0]), pre=True))
+        with suppress(LastLayerReached):
+            handle.model(**batch.inputs, use_cache=False)
     return seen
 
 
-class _StoppingRule:
-    """C at every doubling of the corpus, compared with the last."""
+class _Sum:
+    """The sum of k k^T of one layer, and C at every doubling of the tokens, compared with the last. brief: end as soon as is allowed."""
 
-    def __init__(self) -> None:
-        self.count = 0
-        self.at: dict[int, Tensor] = {}
+    def __init__(self, brief: bool) -> None:
+        self.brief = brief
+        self.total: Any = 0.0
+        self.count, self.next = 0, float(_WANTED)  # tokens, and tokens a dimension at the next comparison
+        self.last: Tensor | None = None
+        self.ended = ""
+        """Why no more text is needed; empty as long as it is."""
 
-    def settled(self, sums: dict[int, Tensor], count: int) -> bool:
-        width = max(len(s) for s in sums.values())
-        if count < max(2 * self.count, _TOKENS_PER_DIRECTION * width):
-            return False
-        now = {n: s / count for n, s in sums.items()}
-        moved = [float((now[n] - c).norm() / now[n].norm().clamp(min=1e-30)) for n, c in self.at.items()]
-        self.at, self.count = now, count
-        return bool(moved) and max(moved) < _SETTLED
+    def add(self, keys: Tensor) -> None:
+        for chunk in (keys if keys.dtype == torch.float64 else keys.float()).split(_CHUNK):
+            self.total = self.total + (chunk.T @ chunk).double()
+        self.count += len(keys)
+        most = _WANTED if self.brief else _MOST
+        if self.count >= self.next * keys.shape[1]:
+            now = self.total / self.count
+            moved = float((now - self.last).norm() / now.norm().clamp(min=1e-30)) if self.last is not None else torch.inf
+            self.ended = f"settled within {_SETTLED:.0%} between two doublings" if moved < _SETTLED else ""
+            self.last, self.next = now, 2 * self.next
+        if not self.ended and self.count >= most * keys.shape[1]:
+            self.ended = f"ended at {most} tokens a key dimension"
+
+    @property
+    def progress(self) -> float:
+        """The share of the longest way; 1 at the end."""
+        return 1.0 if self.ended else min(1.0, self.count / (_MOST * len(self.total))) if self.count else 0.0
+
+    def result(self) -> SecondMoment:
+        return SecondMoment(self.total / max(self.count, 1), self.count, self.ended or "the text ended before C had settled")
 
 
 def _batches(handle: ModelHandle, corpus: Corpus) -> Iterator[Batch]:
     """Questions and texts in turn, so that a pass that ends early has seen both."""
-    n = max(len(corpus.asks), len(corpus.texts))
-    for at in range(0, n, _ROWS):
+    texts = (text_batch(handle, ids) for ids in blocks(corpus.sequences(handle), _TOKENS, _BLOCK))
+    for at in range(0, len(corpus.asks), _ROWS):
         asks, answers = corpus.asks[at : at + _ROWS], corpus.answers[at : at + _ROWS]
-        if asks:
-            yield collate(handle, asks, [answer_ids(handle, a, x) for a, x in zip(asks, answers)])
-        ids = [text_tokens(handle, t) for t in corpus.texts[at : at + _ROWS]]
-        if any(ids):
-            yield text_batch(handle, [x for x in ids if x])
+        yield collate(handle, asks, [answer_ids(handle, a, x) for a, x in zip(asks, answers)])
+        yield from (batch for batch in [next(texts, None)] if batch is not None)
+    yield from texts

@@ -12,16 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from streams.base import TrainPool
 from testbed.core.events import Ask, EditBatch
 from testbed.editors.locate import targets
 from testbed.editors.locate.keys import KeyComputation, ask_of, draw_contexts, lookup, subject_of
-from testbed.editors.locate.second_moments import corpus_of, second_moments
 from testbed.editors.locate.targets import RowAdam, TargetLoss, TargetTask, layer_outputs, search
 from testbed.model.encoding import answer_ids, collate, prompt_in_template, prompt_inputs
 from testbed.model.handle import ModelHandle
 from testbed.model.suffix import suffix_from_layer
-from tests.helpers.facts import FACTS, POOL, SMALL, TEXTS, make, task
+from tests.helpers.facts import FACTS, SMALL, make, task
 from tests.helpers.models import KINDS, TEXT, Noise, build
 
 
@@ -185,23 +183,6 @@ def test_contexts_are_drawn_from_the_generator_alone() -> None:
     assert draw(0) != draw(1)
     assert torch.equal(before, torch.get_rng_state())
     assert all("{" not in c and "<s>" not in c for c in draw(0))
-
-
-def test_second_moments_are_means_over_text_positions_and_kept_by_model_and_corpus() -> None:
-    handle, corpus = build("llama"), corpus_of(POOL, None)
-    got = second_moments(handle, corpus, [0, 1])
-    assert second_moments(handle, corpus, [1])[1] is got[1]
-    other = second_moments(handle, corpus_of(TrainPool(texts=TEXTS[:3]), None), [0])
-    assert not torch.equal(other[0], got[0])
-    kept: list[Tensor] = []
-    rows = []
-    tok = handle.tokenizer
-    for text in TEXTS[:3]:
-        with handle.hooked(handle.down(0), lambda m, args: kept.append(args[0][0].double()), pre=True), torch.no_grad():
-            handle.model(input_ids=torch.tensor([[tok.bos_token_id, *tok(text, add_special_tokens=False)["input_ids"]]]))
-        rows.append(kept.pop())
-    keys = torch.cat(rows)
-    torch.testing.assert_close(other[0], keys.T @ keys / len(keys), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)

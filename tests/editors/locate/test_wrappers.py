@@ -8,19 +8,18 @@ from typing import Any
 import pytest
 import torch
 
-from streams.base import TrainPool
 from testbed.core.events import EditBatch
 from testbed.core.registry import EDITORS, WRAPPERS, UnknownName
 from testbed.editors.base import BadEditor, EditFailed, Editor
-from testbed.editors.hyperparameters import Row, model_key
+from testbed.editors.hyperparameters import PublishedRow, model_key
 from testbed.editors.locate import alphaedit, blue, emmet, memit, pmet, rome
 from testbed.editors.locate.anchor import anchored, trimmed_mean
 from testbed.editors.locate.come import ComeConfig, unlearned
 from testbed.editors.locate.core import derived_layers
+from testbed.editors.locate.general_text import corpus_of
 from testbed.editors.locate.keys import ask_of, lookup, prompt_rows
 from testbed.editors.locate.prune import restrained
 from testbed.editors.locate.rect import sparse
-from testbed.editors.locate.second_moments import corpus_of
 from testbed.editors.locate.targets import search
 from testbed.experiment.config import RunConfig
 from testbed.model.families import UnknownLayout
@@ -145,14 +144,12 @@ def test_models_and_corpora_that_cannot_be_used_are_refused(tmp_path: Any) -> No
         make("memit", layers=(0, 2))
     with pytest.raises(BadEditor, match="single layer"):
         derived_layers(1)
-    with pytest.raises(BadEditor, match="no train pool"):
-        make("memit", pool=TrainPool()).apply(EditBatch((FACTS[0],), 1))
     empty = tmp_path / "empty.txt"
     empty.write_text("\n")
     with pytest.raises(BadEditor, match="no line of text"):
-        corpus_of(POOL, str(empty))
+        corpus_of(build("llama"), POOL, str(empty))
     with pytest.raises(BadEditor, match="cannot be read"):
-        corpus_of(POOL, str(tmp_path / "absent.txt"))
+        corpus_of(build("llama"), POOL, str(tmp_path / "absent.txt"))
     with pytest.raises(BadEditor, match="excludes all"):
         make("alphaedit", threshold=1e-12).apply(EditBatch((FACTS[0],), 1))
 
@@ -189,7 +186,7 @@ def test_published_rows_name_layers_that_their_model_has(method: Any) -> None:
 def test_blue_puts_its_own_weights_in_the_place_of_the_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
     key = model_key(build("llama"))
     for method in (alphaedit, pmet, emmet):
-        monkeypatch.setitem(method.PUBLISHED, key, Row("a test", {"layers": (0, 1), "layer": 0}))
+        monkeypatch.setitem(method.PUBLISHED, key, PublishedRow("a test", {"layers": (0, 1), "layer": 0}))
     monkeypatch.setitem(blue.PUBLISHED, key, {alphaedit.AlphaEdit: {"l2": 80.0}, memit.Memit: {"lam": 20.0}, emmet.Emmet: {}})
     assert [make(f"alphaedit{more}").hyper.l2 for more in ("", "+blue")] == [10.0, 80.0]  # type: ignore[attr-defined]
     assert make("alphaedit+blue", l2=3.0).hyper.l2 == 3.0  # type: ignore[attr-defined]
