@@ -15,7 +15,7 @@ from analysis.figures import style
 from analysis.figures.context import Curve, FigureContext
 from analysis.metrics import curves
 from analysis.metrics.ability import chance_scores
-from analysis.reading.records import FREE_GENERATION, SCORES, SCORING_MODES, ScoringMode
+from analysis.reading.records import FREE_GENERATION, SCORES, SCORING_MODES, SHOWN_MODES, ScoringMode
 
 KINDS = style.CAPTIONS["reach"]["panels"]
 """Split to title of the questions beside the edits' own."""
@@ -93,7 +93,7 @@ def _mode_of(context: FigureContext, topic: str) -> ScoringMode:
 
 
 def _by_mode(context: FigureContext, curve: Callable[[ScoringMode], Curve]) -> dict[str, pd.DataFrame]:
-    return {mode.title.capitalize(): context.curves(curve(mode)) for mode in SCORING_MODES}
+    return {mode.title.capitalize(): context.curves(curve(mode)) for mode in SHOWN_MODES}
 
 
 def _draw(

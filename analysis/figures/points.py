@@ -17,7 +17,7 @@ from analysis.figures.context import FigureContext
 from analysis.metrics import curves
 from analysis.metrics.catalogue import GENERALITY, LOCALITY, human_bytes
 from analysis.metrics.comparison import competing
-from analysis.reading.records import SCORING_MODES
+from analysis.reading.records import SHOWN_MODES
 
 COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
     "seconds_per_edit": ("seconds per edit (log)", lambda v: f"{v:g}"),
@@ -26,7 +26,7 @@ COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
 }
 LEVELS = (0.2, 0.4, 0.6, 0.8)
 """Harmonic means whose lines are drawn."""
-_MARKERS = dict(zip((mode.suffix for mode in SCORING_MODES), "osD"))
+_MARKERS = dict(zip((mode.suffix for mode in SHOWN_MODES), "osD"))
 """Marker of each scoring mode in the figure of the gap."""
 
 
@@ -91,7 +91,7 @@ def gap(context: FigureContext) -> Figure | None:
     ax.set_xlim(-0.03, 1.03)
     ax.xaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
     ax.set_xlabel("live edits right at the end")
-    handles = [ax.plot([], [], _MARKERS[m.suffix], color="#444444", markersize=4.5, label=m.title)[0] for m in SCORING_MODES]
+    handles = [ax.plot([], [], _MARKERS[m.suffix], color="#444444", markersize=4.5, label=m.title)[0] for m in SHOWN_MODES]
     figure.legend(handles=handles, loc="outside upper center", ncols=3, frameon=False)
     return style.finish(figure)
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import yaml
 
-from analysis.reading.records import ALL_TOKENS, FREE_GENERATION, TOKEN_ACCURACY, ScoringMode
+from analysis.reading.records import SCORING_MODES, TOKEN_ACCURACY, ScoringMode
 
 Unit = Literal["share", "difference", "ratio", "count", "edits", "seconds", "bytes"]
 
@@ -42,8 +42,8 @@ LOCALITY = tuple(k for k in KINDS if k.startswith("locality"))
 
 def split_name(name: str) -> tuple[str, ScoringMode]:
     """A name of summary.json as the metric's name and its scoring mode (token accuracy where the metric has no modes)."""
-    for mode in (ALL_TOKENS, FREE_GENERATION):
-        if name.endswith(mode.suffix) and name.removesuffix(mode.suffix) in METRICS:
+    for mode in SCORING_MODES:
+        if mode.suffix and name.endswith(mode.suffix) and name.removesuffix(mode.suffix) in METRICS:
             return name.removesuffix(mode.suffix), mode
     return name, TOKEN_ACCURACY
 

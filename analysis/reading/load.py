@@ -26,10 +26,10 @@ class EditorRun:
     """All answers of one editor.
 
     `records` has one row for each answer: question, edit (row numbers, -1 for none), step, time, probe, split, topic,
-    role, tf, tf_exact, gen (see `SCORING_MODES`), logprob (nats), n_tokens, weight (1 / inclusion probability), age (edits
-    applied since), made (step of the edit), live (applied and not superseded when asked), cluster, asked (id of the distinct
-    question). `reports` has one row
-    for each step of edits.jsonl. `base` has the unedited model's scores, one row for each question of `Run.questions`.
+    role, tf, tf_exact, gen, begins, contains (see `SCORING_MODES`), logprob (nats), n_tokens, weight (1 / inclusion
+    probability), age (edits applied since), made (step of the edit), live (applied and not superseded when asked), cluster,
+    asked (id of the distinct question). `reports` has one row for each step of edits.jsonl. `base` has the unedited model's
+    scores, one row for each question of `Run.questions`.
     """
 
     name: str
@@ -68,11 +68,12 @@ def load_run(path: str | Path) -> Run:
     folder = Path(path)
     manifest = _manifest(folder)
     events, questions = _events(folder), read_table(folder / "questions.parquet").to_pandas()
-    base, notes = read_base(folder, questions), list(manifest.get("notes", []))
+    base, grade = read_base(folder, events, questions, manifest.get("grading_version"))
+    notes = list(manifest.get("notes", []))
     run = Run((folder,), manifest, events, questions, {}, 0, number_clusters(events, questions))
     for name in _editor_names(folder, manifest):
         own = folder / folder_name(name)
-        records, more = read_records(own, events, questions)
+        records, more = read_records(own, events, questions, grade)
         notes += [f"{name}: {m}" for m in more if name not in manifest.get("references", ())]
         if records is not None:
             run.editors[name] = EditorRun(name, own, records, _reports(own), base)

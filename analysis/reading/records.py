@@ -13,6 +13,9 @@ import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet as pq
 
+from analysis.reading.grades import Grader, grader
+from testbed.core import grading
+
 pc: Any = pyarrow.compute
 """Arrow creates these functions at import, so no type checker knows them."""
 
@@ -36,7 +39,13 @@ ALL_TOKENS = ScoringMode("tf_exact", "_exact", "all tokens")
 """1 where the model predicts every token of the answer under teacher forcing."""
 FREE_GENERATION = ScoringMode("gen", "_gen", "free generation")
 """1 where the freely generated text equals an accepted answer."""
-SCORING_MODES = (TOKEN_ACCURACY, ALL_TOKENS, FREE_GENERATION)
+BEGINS = ScoringMode("begins", "_begins", "begins with the answer")
+"""1 where the freely generated text begins with an accepted answer: models that were not taught to stop go on."""
+CONTAINS = ScoringMode("contains", "_contains", "contains the answer")
+"""1 where its first sentence holds an accepted answer and no other candidate: chat models answer in sentences."""
+SCORING_MODES = (TOKEN_ACCURACY, ALL_TOKENS, FREE_GENERATION, BEGINS, CONTAINS)
+SHOWN_MODES = SCORING_MODES[:3]
+"""The modes that figures set side by side; tables have all."""
 SCORES = [mode.column for mode in SCORING_MODES]
 """Score columns of a frame of records, in the order of SCORING_MODES."""
 
@@ -53,6 +62,7 @@ _ROLES = {"cohort_ladder": LADDER, "rotating_fresh": FRESH, "fixed_unrelated": U
 _NUMBERS = ("token_hits", "n_tokens", "logprob", "exact")
 TYPES = dict.fromkeys(("edit_id", "probe", "panel", "split", "topic", "question_id"), pa.string()) | {"probe_step": pa.int64()}
 TYPES |= dict.fromkeys(("probe_time", *_NUMBERS, "incl_prob"), pa.float64())
+TYPES["generated"] = pa.dictionary(pa.int32(), pa.string())
 """Columns of a record file that the analysis reads, with their types."""
 
 
@@ -117,7 +127,7 @@ def rows_with(path: Path, key: str, columns: Sequence[str], where: Any = None) -
     return (table if where is None else table.filter(where)).to_pandas()
 
 
-def read_records(folder: Path, events: pd.DataFrame, questions: pd.DataFrame) -> tuple[pd.DataFrame | None, list[str]]:
+def read_records(folder: Path, events: pd.DataFrame, questions: pd.DataFrame, grade: Grader) -> tuple[pd.DataFrame | None, list[str]]:
     """An editor's answers as numbers (columns: see `analysis.reading.load.EditorRun`), and notes about irregularities."""
     tables = [typed(read_table(p, tuple(TYPES))) for p in part_files(folder)]
     table = pa.concat_tables(tables) if tables else None
@@ -125,17 +135,27 @@ def read_records(folder: Path, events: pd.DataFrame, questions: pd.DataFrame) ->
         return None, ["no records yet, left out"]
     broken = int(pc.sum(pc.is_in(table["logprob"], pa.array([-np.inf]))).as_py() or 0)
     notes = [f"{broken} answers have a log-probability that is not finite"] if broken else []
-    every = _with_scores(_numbered(table, events, questions, folder))
+    numbered = _numbered(table, events, questions, folder)
+    every, changed = _with_scores(numbered, grade, table["generated"])
+    notes += [f"{changed} answers are judged otherwise by grading version {grading.VERSION} than when they were stored"] if changed else []
     frame = _without_repeats(every)
     lost = len(every) - len(frame)
     notes += [f"{lost} answers were stored twice; one of each was kept"] if lost else []
     return _with_event_facts(frame, events, questions), notes
 
 
-def read_base(folder: Path, questions: pd.DataFrame) -> pd.DataFrame:
-    """The unedited model's scores, one row for each question of questions.parquet; nan where it was not asked."""
-    frame = _with_scores(typed(read_table(folder / "base" / "answers.parquet", ("question_id", *_NUMBERS))).to_pandas())
-    return frame.drop_duplicates("question_id").set_index("question_id").reindex(questions["question_id"]).reset_index(drop=True)
+def read_base(folder: Path, events: pd.DataFrame, questions: pd.DataFrame, version: int | None) -> tuple[pd.DataFrame, Grader]:
+    """The unedited model's scores, one row for each question of questions.parquet (nan where it was not asked), and the grader.
+
+    version: the grading version of the manifest (`analysis.reading.grades`).
+    """
+    frame = typed(read_table(folder / "base" / "answers.parquet", ("question_id", *_NUMBERS, "generated"))).to_pandas()
+    frame = frame.drop_duplicates("question_id").set_index("question_id").reindex(questions["question_id"]).reset_index(drop=True)
+    texts = frame.pop("generated")
+    grade = grader(events, questions, texts.astype(object), version)
+    frame["question"] = np.arange(len(frame))
+    scored, _ = _with_scores(frame, grade, pa.chunked_array([pa.array(texts.astype(object), pa.string(), from_pandas=True)]))
+    return scored.drop(columns="question"), grade
 
 
 def typed(table: pa.Table) -> pa.Table:
@@ -195,13 +215,15 @@ def edits_at(events: pd.DataFrame, step: np.ndarray) -> np.ndarray:
     return np.searchsorted(np.sort(events["step"].to_numpy()), step, side="right")
 
 
-def _with_scores(frame: pd.DataFrame) -> pd.DataFrame:
-    """Adds the scores of the three modes; nan where an answer was not scored in that mode."""
+def _with_scores(frame: pd.DataFrame, grade: Grader, texts: pa.ChunkedArray) -> tuple[pd.DataFrame, int]:
+    """Adds the scores of all modes, nan where an answer was not scored in that mode; and how many stored verdicts changed."""
     scored = frame["n_tokens"].where(frame["n_tokens"] > 0)
     frame["tf"] = frame.pop("token_hits") / scored
     frame["tf_exact"] = (frame["tf"] >= 1).astype(float).where(frame["tf"].notna())
-    frame["gen"] = frame.pop("exact")
-    return frame
+    stored = frame.pop("exact").to_numpy(float)
+    coded = texts.combine_chunks().dictionary_encode().to_pandas().array
+    frame["gen"], frame["begins"], frame["contains"] = grade(frame["question"].to_numpy(np.int64), stored, coded).T
+    return frame, int((stored != frame["gen"])[~np.isnan(stored)].sum())
 
 
 def _without_repeats(frame: pd.DataFrame) -> pd.DataFrame:
