@@ -33,7 +33,7 @@ def test_examples_are_the_prompts_of_the_editor_and_their_answers_follow_from_th
 def test_a_question_to_which_the_fact_is_irrelevant_is_another_one():
     rewriting = RewritingExamples(WORLD, np.random.default_rng(1), held_out=True)
     for _ in range(200):
-        key, entity = rewriting._fact_key()
+        key, entity, _ = rewriting._stated_fact()
         question, answer = rewriting._irrelevant_question(key, entity)
         assert answer and question not in phrasings(*key, held_out=True)
     assert all(rewriting.question(True).answer != prompts.RETAIN for _ in range(20))
