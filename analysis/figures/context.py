@@ -53,14 +53,20 @@ class FigureContext:
         return retrieval.table(self.runs)
 
     @property
+    def compared(self) -> list[str]:
+        """The editors of the run without its references, which are bounds; all of them where there is no other."""
+        references = self.run.manifest.get("references", ())
+        return [e for e in self.run.editors if e not in references] or list(self.run.editors)
+
+    @property
     def width(self) -> float:
         """Inches of the column or the page."""
         return style.WIDTHS[self.columns]
 
-    def curves(self, curve: Curve) -> pd.DataFrame:
-        """The curve of every editor, averaged over orders, in one frame with a column editor."""
+    def curves(self, curve: Curve, editors: Iterable[str] | None = None) -> pd.DataFrame:
+        """The curve of every editor (or of these), averaged over orders, in one frame with a column editor."""
         by_editor = []
-        for name in self.run.editors:
+        for name in self.run.editors if editors is None else editors:
             orders = [curve(r, r.editors[name], s) for r, s in zip(self.runs, self.resamplers)]
             by_editor.append(curves.average(orders).assign(editor=name))
         return curves.stacked(by_editor)

@@ -15,6 +15,7 @@ from analysis.figures import style
 from analysis.figures.context import Curve, FigureContext
 from analysis.metrics import curves
 from analysis.metrics.ability import chance_scores
+from analysis.metrics.comparison import competing
 from analysis.reading.records import FREE_GENERATION, SCORES, SCORING_MODES, SHOWN_MODES, ScoringMode
 
 KINDS = style.CAPTIONS["reach"]["panels"]
@@ -35,8 +36,12 @@ def age(context: FigureContext) -> Figure | None:
 
 
 def survival(context: FigureContext) -> Figure | None:
-    """Share of edits not found wrong since they were made, in each scoring mode."""
-    return _draw(context, _by_mode(context, lambda mode: partial(curves.survival, mode=mode)), _ages, "edits not lost so far")
+    """Share of edits not found wrong since they were made, of the editors that learned something."""
+    able = competing(context.summary)
+    if not able:
+        return None
+    frame = context.curves(partial(curves.survival, mode=context.mode), able)
+    return _draw(context, {f"Right by {context.mode.title}": frame}, _ages, "edits not lost so far", 2.6)
 
 
 def generality_and_locality(context: FigureContext) -> Figure | None:
@@ -47,7 +52,9 @@ def generality_and_locality(context: FigureContext) -> Figure | None:
 
 def ability(context: FigureContext) -> Figure | None:
     """General ability by topic and perplexity of running text, by edits applied."""
-    frames = {_title(t): context.curves(partial(curves.ability, topic=t, mode=context.mode)) for t in curves.topics(context.run)}
+    counts = curves.topics(context.run)
+    titles = {t: f"{_title(t)} (n = {n})" for t, n in counts.items()}
+    frames = {titles[t]: context.curves(partial(curves.ability, topic=t, mode=context.mode)) for t in counts}
     frames["Running text"] = context.curves(curves.perplexity)
 
     def format_axes(ax: Axes, title: str, _: FigureContext) -> None:

@@ -15,14 +15,14 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentF
 from analysis.figures import style
 from analysis.figures.context import FigureContext
 from analysis.metrics import curves
-from analysis.metrics.catalogue import GENERALITY, LOCALITY, human_bytes
+from analysis.metrics.catalogue import GENERALITY, LOCALITY, human_bytes, wrapped
 from analysis.metrics.comparison import competing
 from analysis.reading.records import SHOWN_MODES
 
 COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
-    "seconds_per_edit": ("seconds per edit (log)", lambda v: f"{v:g}"),
-    "state_bytes": ("editor state (log)", human_bytes),
-    "peak_bytes": ("peak memory (log)", human_bytes),
+    "seconds_per_edit": ("seconds an edit", lambda v: f"{v:g}"),
+    "state_bytes": ("editor state", human_bytes),
+    "peak_bytes": ("peak memory", human_bytes),
 }
 LEVELS = (0.2, 0.4, 0.6, 0.8)
 """Harmonic means whose lines are drawn."""
@@ -31,26 +31,25 @@ _MARKERS = dict(zip((mode.suffix for mode in SHOWN_MODES), "osD"))
 
 
 def cost(context: FigureContext) -> Figure | None:
-    """Success at the end against seconds per edit, the editor's state and peak memory."""
+    """Success at the end, seconds per edit, the editor's state and peak memory, one row for each editor but references."""
     success = "edit_success" + context.mode.suffix
-    points = {n: m for n, m in context.summary["editors"].items() if success in m and set(COSTS) <= set(m)}
-    if not points:
+    entries = {n: context.summary["editors"][n] for n in context.compared}
+    names = [n for n, m in entries.items() if success in m and set(COSTS) <= set(m)]
+    if not names:
         return None
-
-    def draw(ax: Axes, kind: str) -> None:
-        label, text = COSTS[kind]
-        _log_from_zero(ax, [m[kind]["value"] for m in points.values()], text)
-        for name, m in points.items():
-            y, own = m[success], context.styles[name]
-            size: dict[str, Any] = {"markersize": 6, "capsize": 2, "elinewidth": 1}
-            ax.errorbar([m[kind]["value"]], [y["value"]], yerr=_error(y), fmt=own.marker, color=own.colour, **size)
-        style.shares(ax)
-        ax.set(title="", xlabel=label)
-
-    figure, axes, _ = context.panels(COSTS, draw, 2.3, sharey=True)
-    figure.supylabel(f"live edits right at the end\n({context.mode.title})", fontsize=8)
-    ends = pd.DataFrame([{"editor": n, "x": m["peak_bytes"]["value"], "value": m[success]["value"]} for n, m in points.items()])
-    style.label_lines(figure, [axes[-1]], [ends], context.styles)
+    figure, axes = style.panels(1, 1 + len(COSTS), 0.9 + 0.28 * len(names), context.width, sharey=True)
+    for ax, kind in zip(axes, (success, *COSTS)):
+        for row, name in enumerate(names):
+            entry, own = entries[name][kind], context.styles[name]
+            size: dict[str, Any] = {"markersize": 5, "capsize": 2, "elinewidth": 1}
+            ax.errorbar([entry["value"]], [row], xerr=_error(entry), fmt=own.marker, color=own.colour, **size)
+        if kind in COSTS:
+            label, text = COSTS[kind]
+            _log_from_zero(ax, [entries[n][kind]["value"] for n in names], text)
+            ax.set_xlabel(label)
+    axes[0].set_xlabel(f"right at the end\n({context.mode.title})")
+    _share_axis(axes[0])
+    _rows(axes[0], names, context)
     return style.finish(figure)
 
 
@@ -68,8 +67,7 @@ def trade_off(context: FigureContext) -> Figure | None:
     for name, own in context.styles.items():
         _path(ax, paths[paths["editor"] == name].sort_values("x"), own)
     style.shares(ax, f"generality: rephrasings and other pictures right\n({context.mode.title})")
-    ax.set_xlim(-0.03, 1.03)
-    ax.xaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+    _share_axis(ax)
     ax.set_xlabel("locality: answers left as they were (mean of kinds)")
     named = pd.DataFrame({"editor": ends["editor"], "x": ends["value_loc"], "value": ends["value_gen"]})
     style.label_lines(figure, [ax], [named], context.styles)
@@ -84,16 +82,26 @@ def gap(context: FigureContext) -> Figure | None:
     figure, (ax,) = style.panels(1, 1, 0.9 + 0.28 * len(editors), width=context.width)
     for row, name in enumerate(editors):
         _gap_row(ax, row, context.summary["editors"][name], context.styles[name])
-    ax.set_yticks(range(len(editors)), editors)
-    for tick, name in zip(ax.get_yticklabels(), editors):
-        tick.set_color(context.styles[name].colour)
-    ax.set_ylim(len(editors) - 0.4, -0.6)
-    ax.set_xlim(-0.03, 1.03)
-    ax.xaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+    _rows(ax, editors, context)
+    _share_axis(ax)
     ax.set_xlabel("live edits right at the end")
     handles = [ax.plot([], [], _MARKERS[m.suffix], color="#444444", markersize=4.5, label=m.title)[0] for m in SHOWN_MODES]
     figure.legend(handles=handles, loc="outside upper center", ncols=3, frameon=False)
     return style.finish(figure)
+
+
+def _rows(ax: Axes, names: list[str], context: FigureContext) -> None:
+    """A row for each editor, with its name in its colour."""
+    ax.set_yticks(range(len(names)), ["\n".join(wrapped(n, style.NAME_WIDTH)) for n in names])
+    for tick, name in zip(ax.get_yticklabels(), names):
+        tick.set_color(context.styles[name].colour)
+    ax.set_ylim(len(names) - 0.4, -0.6)
+
+
+def _share_axis(ax: Axes) -> None:
+    """Horizontal axis from 0 to 100 %."""
+    ax.set_xlim(-0.03, 1.03)
+    ax.xaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
 
 
 def pareto(x: np.ndarray, y: np.ndarray) -> np.ndarray:

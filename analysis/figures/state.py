@@ -12,11 +12,13 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import PercentFormatter
 
 from analysis.figures import style
 from analysis.figures.context import FigureContext
 from analysis.metrics import curves
+from analysis.metrics.bootstrap import LEAST_QUESTIONS
 from analysis.metrics.catalogue import METRICS, wrapped
 from analysis.reading.load import EditorRun, Run
 from analysis.reading.records import read_table
@@ -72,12 +74,12 @@ def _reported(editor: EditorRun) -> pd.DataFrame:
 
 def forgetting(context: FigureContext) -> Figure | None:
     """Success by year of the edit (down) and of the question (across): one matrix for each editor; lighter is better."""
-    frames = {n: frame for n in context.run.editors if (frame := _matrix(context, n)) is not None}
+    frames = {n: found for n in context.compared if (found := _matrix(context, n)) is not None}
     if not frames:
         return None
 
     def draw(ax: Axes, name: str) -> None:
-        _heatmap(ax, frames[name], context.columns)
+        _heatmap(ax, *frames[name], context.columns)
         ax.set_title(_title(context, name), color=context.styles[name].colour)
         ax.set(xlabel="", ylabel="edits made in year")
 
@@ -102,7 +104,7 @@ def internal_signals(context: FigureContext) -> Figure | None:
         own = frame[frame["name"] == name]
         for editor, signal in own.groupby("editor", sort=False):
             _signal(ax, context, str(editor), downsampled(signal))
-        ax.set_title(TITLES.get(name, name.replace("_", " ")))
+        ax.set_title(TITLES.get(name, name.replace("_", " ").capitalize()))
         style.edits_axis(ax)
         if (own["value"] > 0).all() and own["value"].max() > 100 * own["value"].min():
             ax.set_yscale("log")
@@ -111,23 +113,32 @@ def internal_signals(context: FigureContext) -> Figure | None:
     return context.legend(figure, frame["editor"])
 
 
-def _matrix(context: FigureContext, name: str) -> pd.DataFrame | None:
-    """Mean over orders of the matrices of an editor: years of the edits (rows) by years of the questions (columns)."""
+def _matrix(context: FigureContext, name: str) -> tuple[pd.DataFrame, pd.DataFrame] | None:
+    """Mean over orders of the matrices of an editor, and the answers behind each.
+
+    Years of the edits are rows, years of the questions columns.
+    """
     tables = [curves.matrix(r, r.editors[name], b, context.mode) for r, b in zip(context.runs, context.resamplers)]
-    wide = [t.pivot(index="made", columns="x", values="value") for t in tables if len(t)]
-    if not wide:
+    tables = [t for t in tables if len(t)]
+    if not tables:
         return None
-    shared = [w.reindex(index=wide[0].index, columns=wide[0].columns) for w in wide]
-    mean = pd.DataFrame(np.mean([w.to_numpy() for w in shared], axis=0), wide[0].index, wide[0].columns)
-    mean.index, mean.columns = mean.index.astype(int), mean.columns.astype(int)
-    return mean
+    sides = []
+    for values in ("value", "n"):
+        wide = [t.pivot(index="made", columns="x", values=values) for t in tables]
+        shared = [w.reindex(index=wide[0].index, columns=wide[0].columns).to_numpy() for w in wide]
+        pooled = np.mean(shared, axis=0) if values == "value" else np.sum(shared, axis=0)
+        sides.append(pd.DataFrame(pooled, wide[0].index.astype(int), wide[0].columns.astype(int)))
+    return sides[0], sides[1]
 
 
-def _heatmap(ax: Axes, frame: pd.DataFrame, columns: int) -> None:
+def _heatmap(ax: Axes, frame: pd.DataFrame, answers: pd.DataFrame, columns: int) -> None:
+    """A matrix of shares with a number in each cell; cells with few answers are pale."""
     numbered = max(frame.shape) <= MOST_NUMBERED
     size = 7 if max(frame.shape) <= 6 else 5.5
     options: dict[str, Any] = {"annot": numbered and 100 * frame, "fmt": ".0f", "annot_kws": {"fontsize": size}}
     sns.heatmap(frame, ax=ax, vmin=0, vmax=1, cmap="cividis", cbar=False, square=True, linewidths=0.4, mask=frame.isna(), **options)
+    for row, column in zip(*np.nonzero((answers < LEAST_QUESTIONS).to_numpy())):
+        ax.add_patch(Rectangle((column, row), 1, 1, facecolor="white", alpha=0.65, linewidth=0))
     ax.grid(False)
     ax.tick_params(length=0, rotation=0)
     every = max(1, -(-max(frame.shape) // (8 if columns > 1 else 5)))

@@ -13,7 +13,7 @@ import pandas as pd
 
 from analysis.metrics import answers, orders
 from analysis.metrics.ability import perplexity_ratios, text_answers
-from analysis.metrics.bootstrap import Draws, Resampler, combine, mean
+from analysis.metrics.bootstrap import LEAST_QUESTIONS, Draws, Resampler, combine, mean
 from analysis.metrics.forgetting import answers_by_age
 from analysis.reading.load import EditorRun, Run
 from analysis.reading.records import LADDER, PREFIXES, SCORING_MODES, ScoringMode
@@ -129,11 +129,18 @@ def group_topics(run: Run, prefix: str) -> list[str]:
     return sorted(set(named[named.str.startswith(prefix)]))
 
 
-def topics(run: Run) -> list[str]:
-    """Topics of general questions, the most frequent first; beyond MOST_TOPICS the rest is "other"."""
+def topics(run: Run) -> dict[str, int]:
+    """Topics of general questions, the most frequent first, with their numbers of distinct questions.
+
+    Topics of fewer than LEAST_QUESTIONS, and those beyond MOST_TOPICS, are pooled as "other".
+    """
     rows = run.questions[(run.questions["split"] == "general") & ~run.questions["topic"].str.startswith(tuple(PREFIXES))]
-    counts = rows["topic"].replace("", "general").value_counts(sort=False).sort_index().sort_values(ascending=False, kind="stable")
-    return list(counts.index) if len(counts) <= MOST_TOPICS else [*counts.index[: MOST_TOPICS - 1], "other"]
+    counts = rows.assign(topic=rows["topic"].replace("", "general")).groupby("topic")["asked"].nunique()
+    counts = counts.sort_index().sort_values(ascending=False, kind="stable")
+    large = counts[counts >= LEAST_QUESTIONS]
+    kept = large if len(large) == len(counts) <= MOST_TOPICS else large[: MOST_TOPICS - 1]
+    rest = counts.drop(kept.index).sum()
+    return {str(t): int(n) for t, n in kept.items()} | ({"other": int(rest)} if rest else {})
 
 
 def years_passed(run: Run, years: np.ndarray) -> np.ndarray:

@@ -39,9 +39,9 @@ ALL_TOKENS = ScoringMode("tf_exact", "_exact", "all tokens")
 """1 where the model predicts every token of the answer under teacher forcing."""
 FREE_GENERATION = ScoringMode("gen", "_gen", "free generation")
 """1 where the freely generated text equals an accepted answer."""
-BEGINS = ScoringMode("begins", "_begins", "begins with the answer")
+BEGINS = ScoringMode("begins", "_begins", "begins")
 """1 where the freely generated text begins with an accepted answer: models that were not taught to stop go on."""
-CONTAINS = ScoringMode("contains", "_contains", "contains the answer")
+CONTAINS = ScoringMode("contains", "_contains", "contains")
 """1 where its first sentence holds an accepted answer and no other candidate: chat models answer in sentences."""
 SCORING_MODES = (TOKEN_ACCURACY, ALL_TOKENS, FREE_GENERATION, BEGINS, CONTAINS)
 SHOWN_MODES = SCORING_MODES[:3]

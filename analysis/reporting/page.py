@@ -18,7 +18,7 @@ from analysis.metrics.comparison import best, main_columns, main_mode, other_col
 from analysis.reading.load import Run
 from analysis.reading.records import SCORING_MODES, ScoringMode
 from analysis.reporting import published, verdict
-from analysis.reporting.tables import interval
+from analysis.reporting.tables import counts, interval
 
 _SHOWN_DPI = 170
 MOST_PUBLISHED = 40
@@ -33,7 +33,7 @@ def html(context: FigureContext, figures: dict[str, Figure]) -> str:
 def render(template: str, **variables: Any) -> str:
     """A template of this folder with its variables; every text of the run is escaped."""
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined)
-    environment.globals |= {f.__name__: f for f in (best, header, interval, metric_of, mode_title, show, shown, unit_of)}
+    environment.globals |= {f.__name__: f for f in (best, counts, header, interval, metric_of, mode_title, show, shown, unit_of)}
     return environment.get_template(template).render(variables)
 
 

@@ -13,19 +13,19 @@ from rich.text import Text
 from analysis.figures.context import FigureContext
 from analysis.metrics import curves
 from analysis.metrics.ability import topic_table
-from analysis.metrics.bootstrap import Resampler
+from analysis.metrics.bootstrap import LEAST_QUESTIONS, Resampler
 from analysis.metrics.catalogue import header, metric_of, mode_title, show, show_briefly, shown, split_name, wrapped
 from analysis.metrics.comparison import Summary, best, main_columns, main_mode
 from analysis.reading.load import EditorRun, Run
 from analysis.reading.records import SCORING_MODES, ScoringMode
 from analysis.reporting import published
 
-MOST_WITH_INTERVALS = 4
+MOST_WITH_INTERVALS = 3
 """With more editors than this, a terminal table shows half-widths in place of intervals."""
 HEADER = 9
 """Characters in a line of an editor's name above its column in a terminal."""
 _NUMBERS = ("value", "low", "high", "n", "questions")
-_LONG_FORM = ("metric", "scoring mode", *_NUMBERS)
+_LONG_FORM = ("metric", "scoring mode", *_NUMBERS, "kind")
 AS_PUBLISHED = ("editor", "published name", "published definition", "ours", "our definition", "when", "scoring mode", *_NUMBERS)
 """Columns of as_published.csv."""
 _LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"}
@@ -34,19 +34,22 @@ _ESCAPES = str.maketrans(_LATEX | {"−": "$-$", "×": r"$\times$", "–": "--",
 
 def terminal_table(summary: Summary) -> Table:
     """Metrics down, editors across; the best by the paired intervals is bold."""
-    mode = main_mode(summary)
+    mode, alone = main_mode(summary), len(summary["run"].get("seeds", (0,))) == 1
     many = len(summary["editors"]) > MOST_WITH_INTERVALS
-    caption = _caption(mode, "±: half the 95 % interval" if many else "95 % intervals in brackets")
+    signs = "±: half the 95 % interval" if many else "95 % intervals in brackets"
+    caption = _caption(mode, f"{signs}{', of this order only' if alone else ''}")
     table = Table(box=SIMPLE, caption=f"Shares in %, differences in points. {caption}", caption_justify="left", padding=(0, 1, 0, 0))
     table.add_column("", no_wrap=True)
+    table.caption = f"{table.caption} n: answers/distinct questions{', the most of any editor' if len(summary['editors']) > 1 else ''}."
     for editor in summary["editors"]:
         table.add_column(Text("\n".join(wrapped(editor, HEADER))), justify="right", overflow="fold")
+    table.add_column("n", justify="right")
     for name in _terminal_rows(summary, mode):
         winner = best(summary, name)
         texts = [half_width_cell(m, name) if many else cell(m, name, brief=True) for m in summary["editors"].values()]
         cells = [Text(t, style="bold" if e == winner else "") for e, t in zip(summary["editors"], texts)]
         other = metric_of(name).modes and split_name(name)[1] is not mode
-        table.add_row(f"  {mode_title(name)}" if other else metric_of(name).short, *cells)
+        table.add_row(f"  {mode_title(name)}" if other else metric_of(name).short, *cells, counts(summary, name, "/"))
     return table
 
 
@@ -68,12 +71,19 @@ def half_width_cell(metrics: dict[str, Any], name: str) -> str:
 
 
 def interval(name: str, entry: dict[str, Any], brief: bool = False) -> str:
-    """[low, high], where an open end is "…"; empty where there is no interval or its ends look alike in the digits shown."""
+    """[low, high], where an open end is "…", or how many distinct questions were too few for it; empty where there is none."""
     if entry["low"] is None and entry["high"] is None:
-        return ""
+        few = entry.get("questions")
+        return f"[{few} question{'s' if few != 1 else ''}]" if few is not None and few < LEAST_QUESTIONS else ""
     write = show_briefly if brief else show
     low, high = ("…" if entry[k] is None else write(name, entry[k]) for k in ("low", "high"))
     return f"[{low}, {high}]" if low != high else ""
+
+
+def counts(summary: Summary, name: str, between: str = " / ") -> str:
+    """Answers and distinct questions behind a metric, the most of any editor; empty where it is no mean over questions."""
+    known = [e[name] for e in summary["editors"].values() if name in e and "questions" in e[name]]
+    return f"{max(k['n'] for k in known):,}{between}{max(k['questions'] for k in known):,}" if known else ""
 
 
 def files(context: FigureContext, kinds: tuple[str, ...]) -> dict[str, str]:
@@ -94,18 +104,26 @@ def files(context: FigureContext, kinds: tuple[str, ...]) -> dict[str, str]:
 def latex(summary: Summary, mode: ScoringMode) -> str:
     """A booktabs table, metrics down and editors across; the best by the paired intervals is bold."""
     editors = summary["editors"]
-    lines = [r"% needs \usepackage{booktabs}", f"% {_caption(mode)}", rf"\begin{{tabular}}{{l{'r' * len(editors)}}}", r"\toprule"]
-    lines += [" & ".join(["", *(e.translate(_ESCAPES) for e in editors)]) + r" \\", r"\midrule"]
+    about, width = summary["run"], len(editors) + 2
+    lines = [r"% needs \usepackage{booktabs}", f"% {_caption(mode)}", rf"\begin{{tabular}}{{l{'r' * (len(editors) + 1)}}}", r"\toprule"]
+    bounds = about.get("references", ())
+    names = [e.translate(_ESCAPES) + (r"$^\dagger$" if e in bounds else "") for e in editors]
+    lines += [" & ".join(["", *names, "$n$"]) + r" \\", r"\midrule"]
     for name in main_columns(summary, mode):
         winner = best(summary, name)
         cells = [_latex_cell(m, name, e == winner) for e, m in editors.items()]
-        lines.append(" & ".join([header(name).translate(_ESCAPES), *cells]) + r" \\")
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
+        lines.append(" & ".join([header(name).translate(_ESCAPES), *cells, counts(summary, name)]) + r" \\")
+    orders = len(about.get("seeds", (0,)))
+    edits = max((e["edits"]["value"] for e in editors.values() if "edits" in e), default=0)
+    made = f"{edits:,.0f} edits, {f'{orders} orders' if orders > 1 else '1 order (intervals are of this order only)'}"
+    told = f"{made}. $n$: answers / distinct questions."
+    told += r" $\dagger$: a bound, which does not compete." if any(e in bounds for e in editors) else ""
+    return "\n".join([*lines, r"\bottomrule", rf"\multicolumn{{{width}}}{{l}}{{\footnotesize {told}}}", r"\end{tabular}"]) + "\n"
 
 
 def long_form(first: str, groups: dict[str, dict[str, Any]]) -> pd.DataFrame:
-    """One row for each group (an editor or a pair) and metric: group, metric, scoring mode (its title), value, low, high, n, questions."""
-    rows = [(g, n, mode_title(n), *(e.get(k) for k in _NUMBERS)) for g, metrics in groups.items() for n, e in metrics.items()]
+    """One row for each group (an editor or a pair) and metric: group, metric, scoring mode (its title), then the fields of its entry."""
+    rows = [(g, n, mode_title(n), *(e.get(k) for k in _LONG_FORM[2:])) for g, metrics in groups.items() for n, e in metrics.items()]
     return pd.DataFrame(rows, columns=[first, *_LONG_FORM], dtype=object)
 
 
@@ -149,7 +167,8 @@ def _every_order(context: FigureContext, table: Callable[[Run, EditorRun, Resamp
 
 def _latex_cell(metrics: dict[str, Any], name: str, bold: bool) -> str:
     entry = metrics.get(name)
-    texts = (shown(name, entry), "" if entry is None else interval(name, entry))
+    kind = "" if entry is None or entry["value"] is None else entry.get("kind", "")
+    texts = (shown(name, entry), "" if entry is None else f"{kind} {interval(name, entry)}".strip())
     value, ends = (text.translate(_ESCAPES) for text in texts)
     return (rf"\textbf{{{value}}}" if bold else value) + (rf" {{\scriptsize {ends}}}" if ends else "")
 

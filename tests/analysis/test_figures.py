@@ -91,7 +91,7 @@ def test_drawing_changes_no_global_setting(run: Run, summary: dict) -> None:
     before = dict(matplotlib.rcParams)
     figure = catalogue.draw_all(figure_context(run, summary, replicates=20))["cost"]
     assert dict(matplotlib.rcParams) == before
-    assert len(figure.axes) == 3
+    assert len(figure.axes) == 4
 
 
 def test_names_stand_at_line_ends_and_do_not_touch(figures: dict) -> None:

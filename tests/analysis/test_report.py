@@ -83,11 +83,16 @@ def test_latex_is_balanced_and_escaped(summary: dict) -> None:
     renamed = summary | {"editors": {f"{e}_50%&co": m for e, m in summary["editors"].items()}, "pairs": {}}
     text = tables.latex(renamed, FREE_GENERATION)
     body = [line for line in text.splitlines() if line.endswith(r"\\")]
-    assert {line.count(" & ") for line in body} == {len(EDITORS)}
+    assert {line.count(" & ") for line in body} == {len(EDITORS) + 1}
     assert r"noop\_50\%\&co" in text
     assert text.count("{") == text.count("}")
     assert r"\textbf{" not in text
     assert r"\textbf{100.0}" in tables.latex(summary, FREE_GENERATION)
+    bound = summary | {"run": summary["run"] | {"references": ["oracle"]}}
+    head, *_, note, _ = tables.latex(bound, FREE_GENERATION).splitlines()[4:]
+    assert head.count(r"$^\dagger$") == 1 and r"oracle$^\dagger$" in head and head.endswith(r"$n$ \\")
+    assert "60 edits, 1 order (intervals are of this order only)" in note and "a bound, which does not compete" in note
+    assert " & 54 / 54 " in tables.latex(summary, FREE_GENERATION)
 
 
 def test_csv_has_every_number(out: Path, summary: dict) -> None:
@@ -96,6 +101,8 @@ def test_csv_has_every_number(out: Path, summary: dict) -> None:
     result = next(r for r in rows if r["editor"] == "finetune" and r["metric"] == "edit_success_gen")
     assert float(result["value"]) == summary["editors"]["finetune"]["edit_success_gen"]["value"]
     assert result["scoring mode"] == "free generation"
+    weakest = next(r for r in rows if r["editor"] == "finetune" and r["metric"] == "weakest_gen")
+    assert weakest["kind"] == summary["editors"]["finetune"]["weakest_gen"]["kind"]
 
 
 def test_the_terminal_table_fits_eighty_columns_and_dashes_what_was_not_measured(summary: dict) -> None:
