@@ -21,6 +21,7 @@ from testbed.core.ranges import PositiveInt, Seed, out_of_range
 from testbed.core.registry import EDITORS, STREAMS, UnknownName
 from testbed.core.schema import folder_name
 from testbed.experiment.track import missing
+from testbed.probes.base import ProbeConfig
 from testbed.storage.files import StoreError
 from testbed.storage.run_folder import RunFolder
 
@@ -114,6 +115,7 @@ class RunConfig:
         problems = self._field_problems()
         stream = _attempt(problems, self.resolve_stream)
         loaded = _attempt(problems, self._load_benchmarks)
+        _attempt(problems, self.resolve_probes)
         problems += missing(self.track) if self.track else []
         editors = {name: e for name in self.editor if (e := _attempt(problems, lambda name=name: self.resolve_editor(name))) is not None}
         problems += self._set_problems()
@@ -155,6 +157,13 @@ class RunConfig:
         named = cls if base == name else type(cls.__name__, (cls,), {"name": name, "__doc__": cls.__doc__})
         return Resolved(named, config, partial(named, config, self.seed))
 
+    def resolve_probes(self) -> ProbeConfig:
+        """What is asked, with `--set probes.*`. Raises `BadConfig`."""
+        config = set_fields(ProbeConfig(), self._settings("probes"))
+        if problems := out_of_range(config):
+            raise BadConfig("\n".join(f"probes: {p}" for p in problems))
+        return config
+
     def _load_benchmarks(self) -> benchmarks.LoadedBenchmarks:
         config = set_fields(BenchmarkConfig(), self._settings("benchmarks"))
         if problems := config.problems():
@@ -162,7 +171,7 @@ class RunConfig:
         return benchmarks.load(self.benchmarks, config, self.data_root)
 
     def _settings(self, owner: str) -> dict[str, str]:
-        """The `--set` fields of one editor, of `stream` or of `benchmarks`, as text."""
+        """The `--set` fields of one editor, of `stream`, of `benchmarks` or of `probes`, as text."""
         items = [item.partition("=") for item in self.set if setting_owner(item) == owner]
         return {left.partition(".")[2]: value for left, _, value in items}
 
@@ -183,7 +192,7 @@ class RunConfig:
         return out
 
     def _set_problems(self) -> list[str]:
-        owners = {"stream", "benchmarks", *(name.partition("[")[0] for name in self.editor)}
+        owners = {"stream", "benchmarks", "probes", *(name.partition("[")[0] for name in self.editor)}
         out: list[str] = []
         for item in self.set:
             owner = setting_owner(item)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
+from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from testbed.core.events import content_id
 from testbed.core.schema import SCHEMA_VERSION
 from testbed.experiment import preflight
 from testbed.experiment.config import plain
-from testbed.experiment.schedule import GRID
+from testbed.experiment.schedule import GRID, Schedule
 from testbed.model.prompt_forms import OWN_FORM
 from testbed.storage.shared_cache import package_version
 
@@ -73,9 +74,21 @@ def _stream_notes(run: PreparedRun) -> list[str]:
     return out + ([f"the stream holds {n} edits, {config.edits} were asked for"] if n < config.edits else [])
 
 
+def _paraphrases_asked(planned: Schedule) -> list[str]:
+    """How many paraphrases of an edit stand behind text generality, which papers average over one to ten."""
+    asked: dict[str, set[str]] = defaultdict(set)
+    for plan in (q.plan for step in planned.steps for q in step.questions):
+        if plan.question.split == "text_generality" and plan.edit is not None and plan.panel == "age_mixed":
+            asked[plan.edit.event.id].add(plan.question.id)
+    if not asked:
+        return []
+    mean = sum(map(len, asked.values())) / len(asked)
+    return [f"text generality asks {mean:.2g} paraphrase{'' if mean == 1 else 's'} an edit; --set probes.paraphrases=N asks more"]
+
+
 def _question_notes(run: PreparedRun) -> list[str]:
     """How the questions were cut to their budget and to the model, and what can never be right."""
-    config, schedule, out = run.config, run.schedule, list[str]()
+    config, schedule, out = run.config, run.schedule, _paraphrases_asked(run.schedule)
     if schedule.scale < 1:
         out.append(f"panels were shrunk to {100 * schedule.scale:.2g} % to keep to {config.probe_budget} questions per 500 edits")
     if schedule.n_questions > (allowed := config.probe_budget * max(1.0, len(run.events) / GRID)):

@@ -102,6 +102,8 @@ class ScheduleConfig:
     budget: int = 8000
     """Questions of one editor per 500 edits."""
     benchmarks: tuple[Benchmark, ...] = ()
+    paraphrases: int = 1
+    """Most held-out paraphrases of an edit in a panel."""
 
 
 def build(stream: Stream, events: Sequence[EditEvent], config: ScheduleConfig, probes: dict[str, Probe] | None = None) -> Schedule:
@@ -115,6 +117,7 @@ def build(stream: Stream, events: Sequence[EditEvent], config: ScheduleConfig, p
     questions = {e.id: stream.questions(e) for e in events}
     joint = any(q.needs for asked in questions.values() for q in asked)
     past = EditHistory((), (), lambda e: questions[e.id], stream.general(), config.seed, benchmarks=config.benchmarks)
+    past = replace(past, paraphrases=config.paraphrases)
     allowed = config.budget * max(1.0, len(events) / GRID)
     scale = 1.0
     for _ in range(8):

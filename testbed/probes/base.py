@@ -17,12 +17,21 @@ from functools import lru_cache
 from typing import ClassVar, TypeVar
 
 from testbed.core.events import EditEvent, Question
+from testbed.core.ranges import PositiveInt
 
 T = TypeVar("T")
 MIN_STRATUM = 12
 """Fewest edits drawn from an age stratum at full budget."""
 FIRST_STRATUM = 64
 """Width of the youngest age stratum, in edits; each older one is twice as wide as the one before."""
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """What is asked (`--set probes.FIELD=VALUE`)."""
+
+    paraphrases: PositiveInt = 1
+    """Held-out paraphrases of an edit in a panel, where the stream has as many; panels hold fewer edits for it (papers: 1 to 10)."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +89,7 @@ class EditHistory:
     new: edits of this step. live: all edits that no later one has replaced, oldest first. coming: edits that the run
         will still make, in their order. questions: the stream's questions about an edit. general: its questions about
         no edit. seed: seed of the run. scale: factor on panel sizes that keeps the run within its budget of questions.
-    benchmarks: benchmarks that the user named with --benchmarks.
+    benchmarks: benchmarks that the user named with --benchmarks. paraphrases: most paraphrases asked about an edit.
     """
 
     new: tuple[Applied, ...]
@@ -91,6 +100,7 @@ class EditHistory:
     scale: float = 1.0
     benchmarks: Sequence[Benchmark] = ()
     coming: tuple[Applied, ...] = ()
+    paraphrases: int = 1
 
     def size(self, n: int, least: int = 8) -> int:
         """A panel size within the budget; not under `least` as long as panels keep a tenth of their size, never under 2."""
@@ -156,26 +166,24 @@ def by_age(history: EditHistory, checkpoint: Checkpoint, n: int, split: str) -> 
     return out
 
 
-def of_split(history: EditHistory, edit: Applied, split: str) -> Question | None:
-    """One question of this split about the edit, the same one at every checkpoint; None where the stream has none."""
-    having = [q for q in history.questions(edit.event) if q.split == split]
-    return min(having, key=lambda q: draw(history.seed, "question", q.id)) if having else None
+def of_split(history: EditHistory, edit: Applied, split: str, n: int = 1) -> list[Question]:
+    """n questions of this split about the edit, or as many as the stream has, the same ones at every checkpoint."""
+    having = sorted((q for q in history.questions(edit.event) if q.split == split), key=lambda q: draw(history.seed, "question", q.id))
+    return having[:n]
 
 
-def ask_splits(history: EditHistory, edits: Iterable[tuple[Applied, float]], splits: Iterable[str], panel: str) -> list[Planned]:
-    """One question of each split about each edit."""
-    out = []
-    for split in splits:
-        for edit, p in edits:
-            q = of_split(history, edit, split)
-            if q is not None:
-                out.append(Planned(q, panel, edit, p))
-    return out
+def ask_splits(
+    history: EditHistory, edits: Iterable[tuple[Applied, float]], splits: Iterable[str], panel: str, n: int = 1
+) -> list[Planned]:
+    """n questions of each split about each edit."""
+    return [Planned(q, panel, edit, p) for split in splits for edit, p in edits for q in of_split(history, edit, split, n)]
 
 
 def ask_by_age(history: EditHistory, checkpoint: Checkpoint, n: int, splits: Iterable[str]) -> list[Planned]:
-    """One question of each split about each of about n live edits that have one."""
-    return [q for split in splits for q in ask_splits(history, by_age(history, checkpoint, n, split), (split,), "age_mixed")]
+    """One question of each split, and so many paraphrases as the run asks, about each of about n live edits that have one."""
+    number = {"text_generality": history.paraphrases}
+    edits = {split: by_age(history, checkpoint, n, split) for split in splits}
+    return [q for split in edits for q in ask_splits(history, edits[split], (split,), "age_mixed", number.get(split, 1))]
 
 
 def ask_at_full(history: EditHistory, checkpoint: Checkpoint, n: int, splits: Iterable[str]) -> list[Planned]:

@@ -103,7 +103,10 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"data_root": Path("/no/such")}, "--data-root /no/such is not a folder"),
     ({"set": ("finetune.steps",)}, "is not of the form editor.field=value"),
     ({"set": ("steps=3",)}, "is not of the form"),
-    ({"set": ("wise.steps=3",)}, "names 'wise', which takes no part in this run (balancedit, benchmarks, finetune, noop, oracle, stream)"),
+    (
+        {"set": ("wise.steps=3",)},
+        "'wise', which takes no part in this run (balancedit, benchmarks, finetune, noop, oracle, probes, stream)",
+    ),
     ({"set": ("finetune.step=3",)}, "FinetuneConfig has no field 'step'"),
     ({"set": ("finetune.steps=x",)}, "steps='x': expected a whole number"),
     ({"set": ("finetune.lr=-1",)}, "finetune: lr must be positive"),
@@ -236,3 +239,11 @@ def test_places_that_cannot_be_written_are_named_before_work_starts(tmp_path: Pa
         f"--out {tmp_path / 'file' / 'run'} cannot be written: make the folder, or choose another one",
         f"--log {tmp_path / 'absent' / 'log.txt'} cannot be written: make the folder, or choose another one",
     ]
+
+
+def test_what_probes_ask_is_set_and_checked() -> None:
+    assert RunConfig(editor=("noop",)).resolve_probes().paraphrases == 1
+    assert RunConfig(editor=("noop",), set=("probes.paraphrases=10",)).resolve_probes().paraphrases == 10
+    assert RunConfig(editor=("noop",), set=("probes.paraphrases=10",)).problems() == []
+    assert RunConfig(editor=("noop",), set=("probes.paraphrases=0",)).problems() == ["probes: paraphrases must be 1 or more, got 0"]
+    assert any("rephrasings" in p for p in RunConfig(editor=("noop",), set=("probes.rephrasings=2",)).problems())

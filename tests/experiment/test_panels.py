@@ -207,3 +207,18 @@ def test_a_general_panel_has_at_most_ten_groups_and_keeps_to_a_small_budget(topi
     assert {x.plan.question.id for x in small} <= {x.plan.question.id for x in whole}
     weights = sum(1 / x.plan.incl_prob for x in whole)
     assert weights == pytest.approx(len(Topics([]).general()))
+
+
+@pytest.mark.parametrize(("wanted", "asked"), [(1, 1), (2, 2), (5, 2)])
+def test_text_generality_asks_as_many_paraphrases_as_the_run_wants_and_the_stream_has(wanted: int, asked: int) -> None:
+    stream = flat(60)
+    planned = build(stream, stream.all, ScheduleConfig(budget=10**6, paraphrases=wanted))
+    number: Counter[tuple[int, str, str]] = Counter()
+    for step, a in of_panel(planned, "age_mixed") + of_panel(planned, "immediate"):
+        if a.plan.edit is not None and a.probe in ("generality", "right_after"):
+            number[step, a.plan.edit.event.id, a.plan.question.split + a.plan.panel] += 1
+    assert {n for (_, _, what), n in number.items() if what == "text_generalityage_mixed"} == {asked}
+    assert {n for (_, _, what), n in number.items() if what != "text_generalityage_mixed"} == {1}
+    one = build(stream, stream.all, ScheduleConfig(budget=10**6))
+    assert set(one.unique_questions) <= set(planned.unique_questions)
+    assert (one.hash == planned.hash) == (wanted == 1)

@@ -34,7 +34,6 @@ NEEDS = {"postedit": lambda: {"model": str(folder("llama"))}}
 LEARNING: dict[str, dict[str, Any]] = {
     # on a random model a paraphrase lies farther from an edit than another subject's question does, so that the rule for
     # revisions would take the second edit for a new value of the first
-    "balancedit": {"revision": "key"},
     "balancedit-plus": {"revision": "key"},
     # a random fifth of a matrix of 64 x 96 is 1,200 numbers, too few for two edits
     "wise": {"density": 1.0},

@@ -10,7 +10,11 @@ The paper's parts, and the code for them:
   this is the orientation of its Appendix D, its ablation and its Table 10. alpha is called `w_pos` here;
 * retrieval: the entry of the nearest key answers if the query lies within its radius, else the untouched layer
   (`nearest.Nearest`), decided once at prefill (`gate.Gate`);
-* insertion: an edit is new, continues an entry with the same answer, or replaces one with another (`codebook.Codebook`).
+* insertion: an edit is new, continues an entry with the same answer, or replaces one that conflicts (`codebook.Codebook`).
+
+The paper gives no test for a conflict. By default only an edit with the very same key conflicts, and balls may overlap.
+`revision=zone` (an edit of another answer within a paraphrase's distance conflicts) and `caps` (rival balls are kept apart)
+are ours; they cost locality and earlier edits that lie near. A run names the rules it used.
 
 `balancedit-plus` is not published. Its keys see the question and the picture apart, it has more anchors, null entries
 and low-rank entry weights; each of these is a field that can be set on either name.
@@ -41,6 +45,8 @@ from testbed.model.handle import as_matrix, project
 from testbed.model.predictor import Predictor
 from testbed.model.suffix import DownProjectionSuffix, mean_over_prompt, suffix_from_down_projection
 
+_RULES_BEFORE = {"revision": "zone", "caps": True}
+"""The rules of states that do not name theirs: they were written when these were the defaults."""
 _TEXT_NEGATIVES = 32
 """Questions of the train pool that serve as negative anchors of an edit without a picture."""
 
@@ -132,9 +138,11 @@ class BalancEditConfig(EditorConfig):
     """Which ball answers (paper: the nearest key's, if it holds the query)."""
     overlap: Literal["continue", "fresh"] = "continue"
     """Where an edit falls into the scope of an entry with the same answer, tune on from that entry's weights (paper) or from the base's."""
-    revision: Literal["zone", "key"] = "zone"
-    """Which earlier edit with another answer an edit replaces: one whose key lies in the positive radius of either (the distance of its
-    paraphrase), or only one with its own key."""
+    revision: Literal["zone", "key"] = "key"
+    """Which earlier edit with another answer an edit replaces: only one with its own key, or (ours) one whose key lies in the positive
+    radius of either (the distance of its paraphrase)."""
+    caps: bool = False
+    """Cap the balls of edits with other answers where they meet, so that none overlap (ours)."""
     negative: Literal["black", "white", "random"] = "black"
     """The negative anchor's picture (paper: black; white and a random one ablated)."""
     key: Literal["mean", "blocks"] = "mean"
@@ -191,7 +199,15 @@ class BalancEdit(CodebookEditor):
             self._key = TextAndImageKey(spread_of(sample))
         if self.config.nulls and bank:
             nulls = self._read(_spaced(bank, self.config.nulls))
-        self.book = Codebook(width, self.config.metric, self.config.rule, nulls)
+        self.book = Codebook(width, self.config.metric, self.config.rule, nulls, self.config.caps)
+        self.notes.append(self._rules_used())
+
+    def _rules_used(self) -> str:
+        """Which rules of insertion hold, and which of them are ours."""
+        same = {"key": "with its own key alone (the paper names no test)", "zone": "within a paraphrase's distance (ours)"}
+        balls = "capped where they meet (ours)" if self.config.caps else "left to overlap (the paper)"
+        rule, replaced = self.config.rule, same[self.config.revision]
+        return f"retrieval {rule}; an edit replaces one of another answer {replaced}; balls of other answers are {balls}"
 
     def _read(self, asks: Sequence[Ask]) -> Tensor:
         return read_keys(self._prefixes, asks, self._key)
@@ -270,6 +286,16 @@ class BalancEdit(CodebookEditor):
             *(Ask(q, event.image) for q in questions[: self.config.siblings]),
         ]
 
+    def _state(self) -> dict[str, Any]:
+        return {**super()._state(), "rules": {"revision": self.config.revision, "caps": self.config.caps}}
+
+    def _go_on_with(self, rules: dict[str, Any]) -> None:
+        """Keep the rules of a stored state, because its entries were made by them, and say so where the configuration has others."""
+        if any(getattr(self.config, name) != value for name, value in rules.items()):
+            self.config = replace(self.config, **rules)
+            self.book.capped = self.config.caps
+            self.notes.append(f"the stored run goes on by the rules it began with: {self._rules_used()}")
+
     def as_of(self, operation: int) -> Predictor:
         """The edited model as it was after the first `operation` insertions and removals of the codebook's log."""
         return self._predictor_with(self.book.as_of(operation))
@@ -281,12 +307,15 @@ class BalancEdit(CodebookEditor):
         need(state, "keys", (None, self.book.width))
         need(state, "nulls", (None, self.book.width))
         require_same(state, {**self._own, "metric": self.config.metric, "rule": self.config.rule})
+        self._go_on_with(state.get("rules", _RULES_BEFORE))
         self.book.load(state)
         self._load_tensors(state, [e.event_id for e in self.book.entries], self.form.shape)
 
 
 @dataclass(frozen=True)
 class BalancEditPlusConfig(BalancEditConfig):
+    revision: Literal["zone", "key"] = "zone"
+    caps: bool = True
     key: Literal["mean", "blocks"] = "blocks"
     positives: PositiveInt = 4
     jitter: bool = True

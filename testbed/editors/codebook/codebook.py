@@ -99,10 +99,13 @@ class Codebook:
 
     keys: (n, width) float32. raw, caps: (n,) float64 radii. alive: (n,) bool.
     superseded: (n,) the row that superseded this one, or -1. capped_by: (n,) the row of the binding cap, or -1.
+    capped: rival balls that meet are capped; without it they may overlap, and the nearest key decides (as published).
     """
 
-    def __init__(self, width: int, metric: Metric = "euclidean", rule: Rule = "nearest-then-check", nulls: Tensor | None = None) -> None:
-        self.width = width
+    def __init__(
+        self, width: int, metric: Metric = "euclidean", rule: Rule = "nearest-then-check", nulls: Tensor | None = None, capped: bool = True
+    ) -> None:
+        self.width, self.capped = width, capped
         self.metric: Metric = metric
         self.rule: Rule = rule
         self._clear(torch.zeros(0, width) if nulls is None else nulls)
@@ -200,7 +203,7 @@ class Codebook:
         """The codebook as it was after the first `step` operations of its log."""
         if not 0 <= step <= len(self.log):
             raise ValueError(f"the log has {len(self.log)} operations, there is no state after {step}")
-        out = Codebook(self.width, self.metric, self.rule, self.nulls)
+        out = Codebook(self.width, self.metric, self.rule, self.nulls, self.capped)
         for op, what in self.log[:step]:
             if op == "remove":
                 out.remove(what)
@@ -289,7 +292,7 @@ class Codebook:
     def _shares(self, row: int, d: Tensor) -> Tensor:
         """(n,) the share of their raw radii that a row and each active rival may keep where their balls meet; inf elsewhere."""
         both = self.raw + self.raw[row]
-        meets = self.active & (self._label != self._label[row]) & (both > d)
+        meets = self.active & (self._label != self._label[row]) & (both > d) & self.capped
         return torch.where(meets, d / both.clamp_min(torch.finfo(torch.float64).tiny) * _SHARE, torch.inf)
 
     def _cap(self, row: int, share: Tensor) -> None:

@@ -249,3 +249,40 @@ def test_text_models_take_another_question_as_negative_anchor() -> None:
     editor = make(kind="gpt2")
     assert editor.apply(batch([EditEvent("add", 1.0, 0, "who leads?", "Mara Venn")])).notes["radius"] > 0
     assert np.isfinite(float(editor.book.raw[0])) and build("gpt2") is editor.handle
+
+
+def test_by_the_papers_rules_balls_keep_their_radii_and_a_near_edit_of_another_answer_stays() -> None:
+    near = edit(0, "red", prompt=EDITS[0].prompt + "?")
+    published, ours = make(w_pos=0.0), make(w_pos=0.0, revision="zone", caps=True)
+    for editor in (published, ours):
+        editor.apply(batch([EDITS[0]]))
+        editor.apply(batch([near], 2))
+    assert torch.equal(published.book.radii, published.book.raw)
+    assert published.book.active.tolist() == [True, True]
+    assert logits(published, [EDITS[0].ask(), near.ask()])[1] == [EDITS[0].id, near.id]
+    apart = make(w_pos=0.0, caps=True)
+    for step, e in enumerate((EDITS[0], near), 1):
+        apart.apply(batch([e], step))
+    assert float(apart.book.radii.sum()) < float(apart.book.raw.sum())
+    assert (
+        "replaces one of another answer with its own key alone (the paper names no test); balls of other answers are left"
+        in published.notes[-1]
+    )
+    assert "within a paraphrase's distance (ours); balls of other answers are capped where they meet (ours)" in ours.notes[-1]
+
+
+def test_a_stored_run_goes_on_by_the_rules_it_began_with_and_says_so() -> None:
+    old = edited(revision="zone", caps=True)
+    state = old.state_dict()
+    for stored in (state, {k: v for k, v in state.items() if k != "rules"}):  # states of before do not name their rules
+        resumed = make()
+        resumed.load_state_dict(stored)
+        assert (resumed.config.revision, resumed.config.caps, resumed.book.capped) == ("zone", True, True)
+        assert "goes on by the rules it began with" in resumed.notes[-1]
+        for editor in (old, resumed):
+            editor.load_state_dict(state)
+            editor.apply(batch([edit(5, "blue", prompt=EDITS[1].prompt)], 5))
+        assert torch.equal(resumed.book.radii, old.book.radii)
+    same = make(revision="zone", caps=True)
+    same.load_state_dict(state)
+    assert not any("goes on" in note for note in same.notes)
