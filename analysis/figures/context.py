@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from analysis.figures import style
 from analysis.metrics import curves, retrieval
 from analysis.metrics.bootstrap import Resampler
-from analysis.metrics.comparison import main_mode
+from analysis.metrics.comparison import competing, main_mode
 from analysis.reading.load import EditorRun, Run
 from analysis.reading.records import ScoringMode
 
@@ -54,9 +54,8 @@ class FigureContext:
 
     @property
     def compared(self) -> list[str]:
-        """The editors of the run without its references, which are bounds; all of them where there is no other."""
-        references = self.run.manifest.get("references", ())
-        return [e for e in self.run.editors if e not in references] or list(self.run.editors)
+        """The editors that compete (`analysis.metrics.comparison`), which leaves out bounds and what learned nothing; else all."""
+        return competing(self.summary) or list(self.run.editors)
 
     @property
     def width(self) -> float:

@@ -15,7 +15,6 @@ from analysis.figures import style
 from analysis.figures.context import Curve, FigureContext
 from analysis.metrics import curves
 from analysis.metrics.ability import chance_scores
-from analysis.metrics.comparison import competing
 from analysis.reading.records import FREE_GENERATION, SCORES, SCORING_MODES, SHOWN_MODES, ScoringMode
 
 KINDS = style.CAPTIONS["reach"]["panels"]
@@ -37,10 +36,7 @@ def age(context: FigureContext) -> Figure | None:
 
 def survival(context: FigureContext) -> Figure | None:
     """Share of edits not found wrong since they were made, of the editors that learned something."""
-    able = competing(context.summary)
-    if not able:
-        return None
-    frame = context.curves(partial(curves.survival, mode=context.mode), able)
+    frame = context.curves(partial(curves.survival, mode=context.mode), context.compared)
     return _draw(context, {f"Right by {context.mode.title}": frame}, _ages, "edits not lost so far", 2.6)
 
 

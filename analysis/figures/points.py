@@ -31,7 +31,7 @@ _MARKERS = dict(zip((mode.suffix for mode in SHOWN_MODES), "osD"))
 
 
 def cost(context: FigureContext) -> Figure | None:
-    """Success at the end, seconds per edit, the editor's state and peak memory, one row for each editor but references."""
+    """Success at the end, seconds per edit, the editor's state and peak memory, one row for each competing editor."""
     success = "edit_success" + context.mode.suffix
     entries = {n: context.summary["editors"][n] for n in context.compared}
     names = [n for n, m in entries.items() if success in m and set(COSTS) <= set(m)]
@@ -153,7 +153,7 @@ def _log_from_zero(ax: Axes, values: list[float], text: Callable[[float], str]) 
     decades = np.round(np.log10(last / first)).astype(int) + 1
     ax.set_xscale("symlog", linthresh=first, linscale=max(0.5, decades / 4))
     ax.set_xlim(-0.25 * first if min(values) <= 0 else first * 0.6, last)
-    ticks = [first * 10.0**k for k in range(0, decades, max(1, -(-decades // 4)))]
+    ticks = [first * 10.0**k for k in range(0, decades, max(1, -(-decades // 3)))]
     ax.xaxis.set_major_locator(FixedLocator([0.0, *ticks] if min(values) <= 0 else ticks))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: text(v) if v else "0"))

@@ -85,6 +85,17 @@ def test_an_editor_without_records_is_left_out_with_a_note(tmp_path: Path) -> No
     assert "later: no records yet, left out" in run.notes
 
 
+def test_a_folder_of_schema_version_1_is_read_and_its_answers_judged_again(tmp_path: Path) -> None:
+    """Version 1 has no choices, no scoring and no extras of the unedited model."""
+    out = fake_run(tmp_path, Plan(edits=12, years=2, editors=("balancedit",)), schema_version=1, grading_version=1)
+    for path, absent in ((out / "questions.parquet", ["choices", "scoring"]), (out / "base" / "answers.parquet", ["extras"])):
+        pq.write_table(pq.read_table(path).drop_columns(absent), path)
+    records = load_run(out).editors["balancedit"].records
+    right = records[(records["split"] == "edit") & records["gen"].notna()]
+    assert set(right["gen"]) == {0.0, 1.0}
+    assert (right["begins"] >= right["gen"]).all()
+
+
 def broken_manifest(out: Path) -> None:
     (out / "manifest.json").write_text('{"run": ')
 

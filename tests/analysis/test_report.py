@@ -258,3 +258,15 @@ def test_a_browser_shows_the_whole_page(out: Path, tmp_path: Path) -> None:
     assert shown.count("<figure") == len(list((out / "figures").glob("*.png")))
     assert shown.count('<svg viewBox="0 0 132') >= 4 * len(EDITORS)
     assert "</html>" in shown
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here (apt-get install chromium): it draws the page without a screen")
+def test_the_main_tables_need_no_scrolling_at_1280_pixels(out: Path, tmp_path: Path) -> None:
+    script = (
+        "<script>document.title = [...document.querySelectorAll('.scroll')].slice(0, 2).map(e => e.scrollWidth - e.clientWidth)</script>"
+    )
+    page = tmp_path / "measured.html"
+    page.write_text((out / "report.html").read_text("utf-8").replace("</body>", f"{script}</body>"), "utf-8")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--window-size=1280,900", "--dump-dom"]
+    shown = subprocess.run([str(CHROMIUM), *options, page.as_uri()], capture_output=True, text=True, timeout=240, check=True).stdout
+    assert "<title>0,0</title>" in shown
