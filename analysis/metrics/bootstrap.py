@@ -76,7 +76,7 @@ class Draws:
         return max(least, self.value - half), min(most, self.value + half)
 
     def _half_width(self, values: np.ndarray) -> float:
-        """Student's t times the standard error over the replicates, which the bootstrap of m clusters underestimates by (m - 1) / m."""
+        """Student's t times the standard error over the replicates, whose square the bootstrap of m clusters underestimates by (m - 1) / m."""
         return float(self._times() * np.std(values[1:]) * np.sqrt(self.clusters / max(1.0, self.clusters - 1)))
 
     def _times(self) -> float:
