@@ -5,7 +5,7 @@ Answers that share a subject, a picture or a question are correlated, so the boo
 editors are paired by construction. An interval is built from the standard error over the replicates, because percentiles of
 few clusters are too narrow.
 Sources: Efron and Tibshirani 1993, ch. 6; Wilson 1927 (shares); Bonett and Price 2012 (differences); Korn and Graubard 1998
-(effective sample sizes).
+(effective sample sizes); Satterthwaite 1946 (degrees of freedom).
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class Draws:
 
     values: (1 + replicates,) float; the first is the statistic on the data. n: number of answers behind it. asked: ids of the
     distinct questions among them. clusters: Kish's effective number of independent clusters. bounds: the range of possible
-    values. fewest: distinct questions of the part that has the fewest, for a statistic of several parts.
+    values. fewest: distinct questions of the part that has the fewest, for a statistic of several parts. carrying: effective
+    number of clusters that carry the standard error (after Satterthwaite), which a few large ones make small.
     """
 
     values: np.ndarray
@@ -45,6 +46,7 @@ class Draws:
     clusters: float
     bounds: Bounds = (0.0, 1.0)
     fewest: int | None = None
+    carrying: float | None = None
 
     @property
     def value(self) -> float:
@@ -76,12 +78,12 @@ class Draws:
         return max(least, self.value - half), min(most, self.value + half)
 
     def _half_width(self, values: np.ndarray) -> float:
-        """Student's t times the standard error over the replicates, whose square the bootstrap of m clusters underestimates by (m - 1) / m."""
+        """Student's t times the standard error over the replicates, whose square is (m - 1) / m too small for m clusters."""
         return float(self._times() * np.std(values[1:]) * np.sqrt(self.clusters / max(1.0, self.clusters - 1)))
 
     def _times(self) -> float:
-        """Student's t for the effective number of clusters."""
-        return float(t.ppf((1 + LEVEL) / 2, max(1.0, self.clusters - 1)))
+        """Student's t for the clusters that carry the standard error."""
+        return float(t.ppf((1 + LEVEL) / 2, max(1.0, (self.carrying or self.clusters) - 1)))
 
     def __sub__(self, other: Draws) -> Draws:
         """Paired difference; the difference of two proportions lies in [-1, 1]."""
@@ -101,7 +103,8 @@ def combine(function: Callable[..., np.ndarray], *draws: Draws, bounds: Bounds =
     asked = np.unique(np.concatenate([d.asked for d in draws]))
     fewest = min(len(d.asked) if d.fewest is None else d.fewest for d in draws)
     n = min(counts) if paired else sum(counts)
-    return Draws(function(*(d.values for d in draws)), n, asked, min(d.clusters for d in draws), bounds, fewest)
+    carrying = min(d.carrying or d.clusters for d in draws)
+    return Draws(function(*(d.values for d in draws)), n, asked, min(d.clusters for d in draws), bounds, fewest, carrying)
 
 
 def mean(*values: np.ndarray) -> np.ndarray:
@@ -215,4 +218,6 @@ class Resampler:
 
 def _draws(values: np.ndarray, cluster: np.ndarray, asked: np.ndarray, weight: np.ndarray) -> Draws:
     mass = np.bincount(pd.factorize(cluster)[0], weight)
-    return Draws(values, len(weight), np.unique(asked), float(mass.sum() ** 2 / (mass**2).sum()))
+    squares = mass**2
+    kish, carrying = mass.sum() ** 2 / squares.sum(), squares.sum() ** 2 / (squares**2).sum()
+    return Draws(values, len(weight), np.unique(asked), float(kish), carrying=float(carrying))

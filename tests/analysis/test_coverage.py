@@ -105,13 +105,13 @@ def coverage(plan: Design, share: float, simulations: int, replicates: int) -> d
         for name, (drawn, truth) in metrics(plan, share, resampler, rng).items():
             for draws in drawn:
                 entry = draws.interval()
-                if draws.clusters >= LEAST_CLUSTERS and entry["low"] is not None and entry["high"] is not None:
+                if (draws.carrying or 0) >= LEAST_CLUSTERS and entry["low"] is not None and entry["high"] is not None:
                     hits.setdefault(name, []).append(entry["low"] <= truth <= entry["high"])
     return {name: float(np.mean(own)) for name, own in hits.items()}
 
 
 def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
-    result = coverage(design("world-yearly", 100), 0.7, 100, 200)
+    result = coverage(design("world-yearly", 200), 0.7, 100, 200)
     assert {"edit", "locality_far", "locality_hard lost", "text_generality pair", "harmonic mean"} <= set(result)
     assert all(0.86 <= share <= 1 for share in result.values()), result
     assert 0.92 <= np.mean(list(result.values())) <= 0.98
