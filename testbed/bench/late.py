@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from statistics import median
 
-from testbed.bench.common import BenchConfig, Rows, apply_edits, questions_about, seconds_of, stages_of
-from testbed.core.timing import collect_seconds
+from testbed.bench.common import BenchConfig, Rows, apply_edits, questions_about, seconds_of
 from testbed.editors.base import Editor
 from testbed.experiment.rebuild import StoredRun, rebuild
 from testbed.storage.files import StoreError
 
 _REPETITIONS = 3
 """Number of times that both states answer the same questions."""
-Milliseconds = dict[str, float]
-"""Milliseconds of one edit or question: the whole under "", and wall time by stage."""
+Milliseconds = list[float]
+"""Milliseconds of one edit or question, one value for each step or repetition."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +32,8 @@ class LateCost:
     late: int
     edit_early: float | None
     edit_late: float | None
-    edit_stages: str
-    """Wall milliseconds of a late edit by stage, the longest first, and the ratio to the early one."""
     question_early: float | None
     question_late: float | None
-    question_stages: str
-    """The same of a question. Answers differ: one that changed may be longer, and is scored in a pass of its own."""
 
     @property
     def edit_times(self) -> float | None:
@@ -63,11 +57,11 @@ def late_rows(config: BenchConfig) -> Rows:
         raise StoreError(f"{config.run} has {edits} edits, not more than {config.at}: choose a smaller --at, or a longer run")
     for name in stored.run.config.editor:
         pair = stored.at(name, step), stored.newest(name)[1]
-        edit = _medians(*_edit(stored, pair, config.edits))
-        yield [LateCost(name, made[step - 1], made[-1], *edit, *_medians(*_ask(stored, pair, made[step - 1], config.questions)))]
+        costs = (*_edit(stored, pair, config.edits), *_ask(stored, pair, made[step - 1], config.questions))
+        yield [LateCost(name, made[step - 1], made[-1], *(median(c) if c else None for c in costs))]
 
 
-def _edit(stored: StoredRun, pair: tuple[Editor, Editor], n: int) -> tuple[list[Milliseconds], list[Milliseconds]]:
+def _edit(stored: StoredRun, pair: tuple[Editor, Editor], n: int) -> tuple[Milliseconds, Milliseconds]:
     """Both states make the next n edits of the stream in turn, and take turns in going first."""
     run, out = stored.run, ([], [])
     size, events = run.config.batch, run.stream.events(run.config.edits + n)[run.config.edits :]
@@ -77,37 +71,20 @@ def _edit(stored: StoredRun, pair: tuple[Editor, Editor], n: int) -> tuple[list[
         part = [e for e in events[at : at + size] if e.kind != "retire"]
         for i in (0, 1) if turn % 2 else (1, 0):
             edit = partial(apply_edits, pair[i], run.stream, part, stored.n_steps + turn + 1)
-            spent, report = seconds_of(run.handle.device, edit)
-            out[i].append(_per_unit(spent, stages_of(report), len(part)))
+            out[i].append(1000 * seconds_of(run.handle.device, edit)[0] / max(1, len(part)))
     return out
 
 
-def _ask(stored: StoredRun, pair: tuple[Editor, Editor], upto: int, n: int) -> tuple[list[Milliseconds], list[Milliseconds]]:
-    """Both states answer n questions about edits that both have made in turn, after a first time that fills the caches."""
+def _ask(stored: StoredRun, pair: tuple[Editor, Editor], upto: int, n: int) -> tuple[Milliseconds, Milliseconds]:
+    """Both states answer n questions about edits that both have made in turn, after a first time that fills the caches.
+
+    Answers differ: one that changed may be longer, and is scored in a pass of its own.
+    """
     run, out = stored.run, ([], [])
     events = run.stream.events(run.config.edits)[max(0, upto - n) : upto]
     asks, answers = questions_about(run.handle, run.stream, events, n)
     for repetition in range(_REPETITIONS + 1 if asks else 0):
         for editor, costs in zip(pair, out):
             respond = partial(editor.predictor().respond, asks, answers, run.config.max_new_tokens)
-            with collect_seconds() as stages:
-                spent, _ = seconds_of(run.handle.device, respond)
-            costs.extend([_per_unit(spent, stages, len(asks))] if repetition else [])
+            costs.extend([1000 * seconds_of(run.handle.device, respond)[0] / len(asks)] if repetition else [])
     return out
-
-
-def _per_unit(seconds: float, stages: Mapping[str, float], n: int) -> Milliseconds:
-    return {k: 1000 * v / max(1, n) for k, v in {"": seconds, **stages}.items()}
-
-
-def _medians(early: Sequence[Milliseconds], late: Sequence[Milliseconds]) -> tuple[float | None, float | None, str]:
-    """(early, late, late by stage with the ratio to early)."""
-    if not early or not late:
-        return None, None, ""
-    one, other = _median(early), _median(late)
-    named = sorted((k for k in other if k and one.get(k)), key=lambda k: -other[k])
-    return one[""], other[""], ", ".join(f"{k} {other[k]:.1f} ({other[k] / one[k]:.2f} times)" for k in named)
-
-
-def _median(costs: Sequence[Milliseconds]) -> Milliseconds:
-    return {k: median(c.get(k, 0.0) for c in costs) for k in dict.fromkeys(k for c in costs for k in c)}

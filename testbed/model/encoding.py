@@ -15,7 +15,7 @@ import torch
 
 from testbed.core.events import Ask, BadPicture, Picture
 from testbed.model.handle import BadModel, ModelHandle
-from testbed.model.image_loading import place_of
+from testbed.model.image_loading import Decoded, place_of
 
 Side = Literal["left", "right"]
 
@@ -28,6 +28,8 @@ _CACHED = 20_000
 """Prompts and answers whose tokens are cached, at most."""
 _PICTURE_BYTES = 512 * 2**20
 """Bytes of pictures cached as tensors, at most."""
+_BLANK = Decoded("blank", np.full((32, 32, 3), 128, dtype=np.uint8))
+"""A grey picture for a family whose forward needs one even where no row has any."""
 
 
 @dataclass
@@ -191,15 +193,6 @@ def _insert(short: list[int], block: dict[str, torch.Tensor], token: int) -> dic
     return out
 
 
-class _Blank:
-    """A grey picture for a family whose forward needs one even where no row has any."""
-
-    key = "blank"
-
-    def load(self) -> np.ndarray:
-        return np.full((32, 32, 3), 128, dtype=np.uint8)
-
-
 def answer_ids(handle: ModelHandle, ask: Ask, answer: str) -> list[int]:
     """Token ids of the answer as it follows this prompt. Raises `UntokenizableAnswer`."""
     cache = handle.cache.setdefault("answers", {})
@@ -262,7 +255,7 @@ def _pad(
     if any(starts) and handle.takes_position_ids:
         inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
     if handle.family.needs_picture and all(len(r) == 1 for r in rows):
-        blank = prompt_inputs(handle, Ask("", _Blank()))
+        blank = prompt_inputs(handle, Ask("", _BLANK))
         inputs.update({k: v for k, v in blank.items() if v.shape != blank["input_ids"].shape})
     inputs.update(_pictures(rows, inputs))
     inputs = {k: v.to(handle.device, handle.dtype if v.is_floating_point() else None) for k, v in inputs.items()}

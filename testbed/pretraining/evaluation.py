@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
-import torch
 
-from streams.base import StreamConfig
+from streams.base import StreamConfig, TrainPool
 from streams.world.emblem import PARTS, Photo, random_code
 from streams.world.facts import Entity, World
 from streams.world.general import held_out_texts, two_hops
@@ -18,9 +15,13 @@ from streams.world.history import History, WorldChange
 from streams.world.questions import QuestionForm, QuestionMaker
 from streams.world.skills import arithmetic, comparison, grammar, perception
 from streams.world.words import NAMING_HELD, SLOTS, picture_ref
+from testbed.core.events import Ask, EditBatch, EditEvent
+from testbed.editors.baselines.finetune import Finetune, FinetuneConfig
+from testbed.model.handle import ModelHandle
+from testbed.model.image_loading import Decoded
+from testbed.model.predictor import ModelPredictor, Predictor
 from testbed.pretraining.curriculum import phrase_question, pick, question_in_context
 from testbed.pretraining.packing import Example
-from testbed.pretraining.tiny_model import TEXT_ONLY, WITH_IMAGE
 
 NEW_PHOTO = 500
 """Photos of entities from this number on are used for evaluation alone."""
@@ -44,34 +45,17 @@ class AbilityScore:
         return None if self.threshold is None else self.value >= self.threshold
 
 
-def generate(model: Any, processor: Any, questions: Sequence[Example], new_tokens: int = 24, batch: int = 128) -> list[str]:
-    """Greedy answers, stripped. Prompts of similar length share a batch, padded on the left."""
-    out = [""] * len(questions)
-    order = sorted(range(len(questions)), key=lambda i: (questions[i].photo is None, len(questions[i].prompt)))
-    while order:
-        some = [i for i in order[:batch] if (questions[i].photo is None) is (questions[order[0]].photo is None)]
-        order = order[len(some) :]
-        for i, text in zip(some, _generate(model, processor, [questions[i] for i in some], new_tokens), strict=True):
-            out[i] = text
-    return out
+def generate(handle: ModelHandle, questions: Sequence[Example], new_tokens: int = 24, edited: Predictor | None = None) -> list[str]:
+    """Greedy answers, stripped, of the model or of the edited one."""
+    asks = [Ask(q.prompt, None if q.photo is None else Decoded(str(i), q.photo)) for i, q in enumerate(questions)]
+    handle.cache.clear()  # photos are cached by their keys
+    made = (edited or ModelPredictor(handle)).generate(asks, new_tokens)
+    return [text.strip() for text in made]
 
 
-def _generate(model: Any, processor: Any, questions: list[Example], new_tokens: int) -> list[str]:
-    if questions[0].photo is None:
-        texts = [TEXT_ONLY.format(prompt=q.prompt) for q in questions]
-        inputs = processor.tokenizer(texts, return_tensors="pt", padding=True)
-        inputs.pop("token_type_ids", None)
-    else:
-        texts = [WITH_IMAGE.format(prompt=q.prompt) for q in questions]
-        inputs = processor(text=texts, images=[q.photo for q in questions], return_tensors="pt", padding=True)
-    with torch.inference_mode():
-        made = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
-    return [t.strip() for t in processor.tokenizer.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)]
-
-
-def share_right(model: Any, processor: Any, questions: Sequence[Example]) -> float:
+def share_right(handle: ModelHandle, questions: Sequence[Example], edited: Predictor | None = None) -> float:
     """The share of questions whose generated answer equals the expected one."""
-    made = generate(model, processor, questions)
+    made = generate(handle, questions, edited=edited)
     return float(np.mean([m == q.answer for m, q in zip(made, questions, strict=True)]))
 
 
@@ -134,55 +118,38 @@ def ability_questions(world: World, rng: np.random.Generator) -> dict[str, tuple
     return out
 
 
-def measure(model: Any, processor: Any, world: World, n: int, seed: int = 0) -> list[AbilityScore]:
+def measure(handle: ModelHandle, world: World, n: int, seed: int = 0) -> list[AbilityScore]:
     """The score of every ability on n questions each, of two-hop questions, and the perplexity of held-out text."""
     rng = np.random.default_rng([world.seed, world.size, 53, seed])
     out = []
     for ability, (threshold, draw) in ability_questions(world, rng).items():
-        out.append(AbilityScore(ability, share_right(model, processor, [draw() for _ in range(n)]), n, threshold))
+        out.append(AbilityScore(ability, share_right(handle, [draw() for _ in range(n)]), n, threshold))
     seen = [s for s in out if s.ability.startswith("perception")]
     out.append(AbilityScore("perception: mean", float(np.mean([s.value for s in seen])), n * len(seen), 0.97))
     for held_out, label in ((False, "two-hop, trained compositions"), (True, "two-hop, held-out compositions")):
         questions = [Example(*pair) for pair in two_hops(world, held_out)[:n]]
         if questions:
-            out.append(AbilityScore(label, share_right(model, processor, questions), len(questions)))
+            out.append(AbilityScore(label, share_right(handle, questions), len(questions)))
     texts = held_out_texts(world, rng, n)
-    out.append(AbilityScore("held-out running text", perplexity(model, processor, texts), len(texts), None, "perplexity per token"))
+    logprobs = np.concatenate(ModelPredictor(handle).text_logprobs(texts))
+    out.append(AbilityScore("held-out running text", float(np.exp(-logprobs.mean())), len(texts), None, "perplexity per token"))
     return out
 
 
-def perplexity(model: Any, processor: Any, texts: list[str]) -> float:
-    """exp of the mean negative log-likelihood of a token, given BOS and without the end token."""
-    total, count = 0.0, 0
-    for text in texts:
-        ids = processor.tokenizer(text, return_tensors="pt")["input_ids"]
-        with torch.inference_mode():
-            logits = model(input_ids=ids).logits[0, :-1].float()
-        total += float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
-        count += ids.shape[1] - 1
-    return math.exp(total / count)
-
-
-def sibling_damage(model: Any, processor: Any, world: World, n: int, edits: int = 50) -> list[AbilityScore]:
+def sibling_damage(handle: ModelHandle, world: World, n: int, edits: int = 50) -> list[AbilityScore]:
     """Scores of sibling facts before and after fine-tuning the last down-projection on `edits` edits by picture in sequence.
 
-    The weights are restored afterwards. Sibling facts are the unchanged relations of the edited entities, asked by
-    picture in held-out phrasings and with new photos. Without such damage, sequential editing would have nothing to measure.
+    Sibling facts are the unchanged relations of the edited entities, asked by picture in held-out phrasings and with new
+    photos. Without such damage, sequential editing would have nothing to measure.
     """
     changes = History(world, StreamConfig(revise=0, revert=0, retire=0)).first(edits)
-    questions = _siblings(world, changes, n)
-    weight = model.model.language_model.layers[-1].mlp.down_proj.weight
-    kept = weight.detach().clone()
-    before = share_right(model, processor, questions)
-    maker = QuestionMaker(world, QuestionForm("damage", pictures=True))
-    model.requires_grad_(False)
-    weight.requires_grad_(True)
-    for change in changes:
-        _fine_tune(model, processor, maker, change, weight)
-    after = share_right(model, processor, questions)
-    model.requires_grad_(True)
-    with torch.no_grad():
-        weight.copy_(kept)
+    questions, maker = _siblings(world, changes, n), QuestionMaker(world, QuestionForm("damage", pictures=True))
+    editor = Finetune(FinetuneConfig(layer=-1, lr=DAMAGE_RATE, steps=DAMAGE_STEPS))
+    editor.prepare(handle, TrainPool())
+    for step, change in enumerate(changes, 1):
+        prompt, photo = maker.edit_prompt(change.fact)
+        editor.apply(EditBatch((EditEvent("add", float(step), step, prompt, change.value, photo),), step))
+    before, after = share_right(handle, questions), share_right(handle, questions, editor.predictor())
     title = f"plain fine-tuning of the last down-projection, {edits} edits at {DAMAGE_RATE}"
     return [
         AbilityScore(f"{title}: sibling facts before", before, len(questions)),
@@ -201,20 +168,3 @@ def _siblings(world: World, changes: list[WorldChange], n: int) -> list[Example]
         prompt = phrase_question(entity.relations[slot], picture_ref(entity.kind), rng, held_out=True)
         out.append(Example(prompt, world.value(entity, slot), world.photo(entity, NEW_PHOTO + i).load()))
     return out
-
-
-def _fine_tune(model: Any, processor: Any, maker: QuestionMaker, change: WorldChange, weight: torch.nn.Parameter) -> None:
-    prompt, photo = maker.edit_prompt(change.fact)
-    if photo is None:
-        raise ValueError("this measure edits by picture, but the form has none")
-    eos = processor.tokenizer.eos_token
-    text = WITH_IMAGE.format(prompt=prompt)
-    inputs = processor(text=[f"{text} {change.value}{eos}"], images=[photo.load()], return_tensors="pt")
-    shown = processor(text=[text], images=[photo.load()], return_tensors="pt")["input_ids"].shape[1]
-    labels = inputs["input_ids"].clone()
-    labels[:, :shown] = -100
-    optimizer = torch.optim.Adam([weight], lr=DAMAGE_RATE)
-    for _ in range(DAMAGE_STEPS):
-        model(**inputs, labels=labels).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()

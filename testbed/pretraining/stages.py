@@ -16,6 +16,7 @@ import numpy as np
 from streams.data import table
 from streams.world.facts import World
 from testbed.core.events import Question
+from testbed.model.loading import load as load_handle
 from testbed.pretraining import beliefs as of_beliefs
 from testbed.pretraining.beliefs import BeliefExamples, PhotoBeliefs
 from testbed.pretraining.curriculum import Curriculum, ExampleMixture, corpus
@@ -95,8 +96,8 @@ def train_on_world(
 
 def evaluate_world(folder: Path, world: World, questions: int) -> list[AbilityScore]:
     """Every score of the model in a folder on a world, with this number of questions each (fewer where the world has fewer)."""
-    model, processor = load(folder)
-    return [*measure(model, processor, world, questions), *sibling_damage(model, processor, world, questions)]
+    handle = load_handle(str(folder), "cpu", "float32")
+    return [*measure(handle, world, questions), *sibling_damage(handle, world, questions)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,14 +137,14 @@ def train_on_beliefs(training: BeliefTraining, beliefs: Sequence[Question], out:
 def evaluate_beliefs(folder: Path, groups: list[PhotoBeliefs], training: BeliefTraining) -> list[AbilityScore]:
     """The share of beliefs that the model in a folder generates, with new crops of the photos; after a training with reading
     also the share of stated facts that it follows or names."""
-    model, processor = load(folder)
+    handle = load_handle(str(folder), "cpu", "float32")
     questions = of_beliefs.belief_questions(groups, rng_of(training.seed, 9))
-    scores = [AbilityScore("beliefs, new crops", share_right(model, processor, questions), len(questions), BELIEF_THRESHOLD)]
+    scores = [AbilityScore("beliefs, new crops", share_right(handle, questions), len(questions), BELIEF_THRESHOLD)]
     examples = BeliefExamples(groups, rng_of(training.seed, 0), training.reading)
     if training.reading and examples.text_only:
         questions = [examples.after_facts(e, overrides=True) for e in examples.text_row(READING_QUESTIONS)]
         ability = "a stated fact against the belief, followed or named"
-        scores.append(AbilityScore(ability, share_right(model, processor, questions), len(questions)))
+        scores.append(AbilityScore(ability, share_right(handle, questions), len(questions)))
     return scores
 
 
@@ -169,10 +170,10 @@ def train_rewriting(
     batches = rewriting_batches(RewritingExamples(world, rng_of(seed, 2)), packer)
     steps = train(model, packer, batches, schedule, partial(report, "rewriting"))
     save(model, processor, out)
-    model, processor = load(out)
+    handle = load_handle(str(out), "cpu", "float32")
     examples, scores = RewritingExamples(world, rng_of(seed, 8), held_out=True), []
     for ability, (relevant, threshold) in REWRITING_ABILITIES.items():
-        share = share_right(model, processor, [examples.question(relevant) for _ in range(questions)])
+        share = share_right(handle, [examples.question(relevant) for _ in range(questions)])
         scores.append(AbilityScore(ability, share, questions, threshold))
     note = "An editor model: it rewrites other models' answers."
     return TrainingResult(scores, steps, (note,), f"rewriting answers about simulated world {world.seed}")

@@ -47,13 +47,11 @@ def test_both_make_the_same_edits_behind_those_of_the_run_and_take_turns(monkeyp
         assert all(a[1:] == b[1:] for a, b in zip(turns[::2], turns[1::2], strict=True))
 
 
-def test_a_row_holds_the_ratios_and_the_stages() -> None:
+def test_a_row_holds_the_ratios() -> None:
     line = next(x for x in late(at=2, edits=2, questions=3) if x.editor == "balancedit")
     assert line.edit_early and line.edit_late and line.edit_times == pytest.approx(line.edit_late / line.edit_early)
     assert line.question_times is not None and line.question_times > 0
-    assert {"train", "keys", "capture", "insert"} <= {part.split()[0] for part in line.edit_stages.split(", ")}
-    assert {"prefill", "decode"} <= {part.split()[0] for part in line.question_stages.split(", ")}
-    assert LateCost("a", 1, 2, 1.0, 3.0, "", None, None, "").question_times is None
+    assert LateCost("a", 1, 2, 1.0, 3.0, None, None).question_times is None
 
 
 def test_a_run_that_is_too_short_and_a_stream_that_ends_are_refused() -> None:

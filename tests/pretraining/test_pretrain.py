@@ -18,6 +18,7 @@ from testbed import pretrain as command
 from testbed.core.events import EditEvent, Question
 from testbed.core.registry import STREAMS
 from testbed.editors.retrieval import prompts
+from testbed.model.loading import load as load_handle
 from testbed.pretraining.curriculum import Curriculum, corpus, question_in_context
 from testbed.pretraining.evaluation import AbilityScore, ability_questions, generate, share_right, sibling_damage
 from testbed.pretraining.packing import Example, Packer, packed_logits
@@ -116,7 +117,7 @@ def test_a_saved_model_comes_back_in_fp32_with_its_own_answers(saved, parts):
 
 
 def test_batching_does_not_change_answers(saved):
-    model, processor = load(saved)
+    handle = load_handle(str(saved), "cpu", "float32")
     photo = np.zeros((48, 48, 3), np.uint8)
     asked = [
         Example("What is 2 plus 3?", "5"),
@@ -124,8 +125,8 @@ def test_batching_does_not_change_answers(saved):
         Example("Which is larger, 3 or 12?", "12"),
         Example("Tell me the name of it.", "y", photo),
     ]
-    together = generate(model, processor, asked, new_tokens=4)
-    assert together == [generate(model, processor, [a], new_tokens=4)[0] for a in asked]
+    together = generate(handle, asked, new_tokens=4)
+    assert together == [generate(handle, [a], new_tokens=4)[0] for a in asked]
 
 
 @pytest.mark.parametrize("by_picture", [False, True])
@@ -198,11 +199,11 @@ def test_the_rate_rises_then_falls_to_zero():
 
 
 def test_measuring_the_damage_puts_the_weights_back(small, saved):
-    model, processor = load(saved)
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    rows = sibling_damage(model, processor, small, n=4, edits=2)
+    handle = load_handle(str(saved), "cpu", "float32")
+    before = {k: v.clone() for k, v in handle.model.state_dict().items()}
+    rows = sibling_damage(handle, small, n=4, edits=2)
     assert [r.unit for r in rows] == ["share right", "share lost"]
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(torch.equal(v, before[k]) for k, v in handle.model.state_dict().items())
 
 
 def test_new_words_become_one_token_and_old_ones_stay(small, parts):
@@ -318,7 +319,7 @@ def test_the_table_of_scores_tells_met_from_missed():
 
 @pytest.fixture(scope="module")
 def committed():
-    return load(command.ASSETS)
+    return load_handle(str(command.ASSETS), "cpu", "float32")
 
 
 def test_the_committed_weights_are_small_and_are_those_of_the_card():
@@ -334,8 +335,7 @@ def test_the_committed_weights_are_small_and_are_those_of_the_card():
 def test_the_committed_weights_know_the_world(committed, ability):
     threshold, draw = ability_questions(world(0, 0), np.random.default_rng(71))[ability]
     assert threshold is not None
-    model, processor = committed
-    assert share_right(model, processor, [draw() for _ in range(100)]) >= threshold - 0.05
+    assert share_right(committed, [draw() for _ in range(100)]) >= threshold - 0.05
 
 
 @pytest.mark.slow

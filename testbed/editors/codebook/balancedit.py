@@ -37,7 +37,7 @@ from testbed.core.timing import timed
 from testbed.editors.base import EditFailed, EditorConfig, Traits, minimise, need, require_same
 from testbed.editors.codebook.codebook import Codebook, Entry
 from testbed.editors.codebook.gate import CodebookEditor, Hits
-from testbed.editors.codebook.keys import DimmedImage, TextAndImageKey, UniformImage, read_keys, reading_error, spread_of
+from testbed.editors.codebook.keys import TextAndImageKey, dimmed, read_keys, reading_error, spread_of, uniform
 from testbed.editors.codebook.nearest import Metric, Rule, direct
 from testbed.editors.hyperparameters import ModelKey, PublishedRow, Table
 from testbed.model.encoding import answer_ids
@@ -267,7 +267,7 @@ class BalancEdit(CodebookEditor):
     def _positive(self, event: EditEvent, paraphrases: tuple[str, ...]) -> list[Ask]:
         out = [replace(event.ask(), prompt=p) for p in paraphrases[: self.config.positives]] or [event.ask()]
         if self.config.jitter and event.image is not None:
-            out.append(Ask(event.prompt, DimmedImage(event.image.key, event.image.load())))
+            out.append(Ask(event.prompt, dimmed(event.image)))
         return out
 
     def _negative(self, event: EditEvent) -> list[Ask]:
@@ -279,7 +279,7 @@ class BalancEdit(CodebookEditor):
         if self.config.negative == "random" and pictures:
             anchor = pictures[int(event.id, 16) % len(pictures)]
         else:
-            anchor = UniformImage(event.image.load().shape, 255 if self.config.negative == "white" else 0)
+            anchor = uniform(event.image.load().shape, 255 if self.config.negative == "white" else 0)
         return [
             Ask(event.prompt, anchor),
             *(Ask(event.prompt, p) for p in pictures[: self.config.others]),

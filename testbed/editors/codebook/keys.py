@@ -13,10 +13,11 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
-from testbed.core.events import Ask
+from testbed.core.events import Ask, Picture
 from testbed.core.timing import timed
 from testbed.editors.codebook.nearest import Metric
 from testbed.model.encoding import Batch
+from testbed.model.image_loading import Decoded
 from testbed.model.prefix_cache import ImagePrefixes
 
 _ROWS = 32
@@ -77,22 +78,11 @@ def reading_error(key: Float[Tensor, " f"], metric: Metric) -> float:
     return 1e-4 * float(key.norm()) if metric == "euclidean" else 1e-6
 
 
-class UniformImage:
+def uniform(shape: tuple[int, ...], value: int) -> Decoded:
     """A picture of one colour, with the shape (height, width, 3) of another picture."""
-
-    def __init__(self, shape: tuple[int, ...], value: int) -> None:
-        self.shape, self.value = shape, value
-        self.key = f"plain-{value}-{shape[0]}x{shape[1]}"
-
-    def load(self) -> np.ndarray:
-        return np.full(self.shape, self.value, dtype=np.uint8)
+    return Decoded(f"plain-{value}-{shape[0]}x{shape[1]}", np.full(shape, value, dtype=np.uint8))
 
 
-class DimmedImage:
-    """A picture at nine tenths of its brightness."""
-
-    def __init__(self, key: str, pixels: np.ndarray) -> None:
-        self.key, self._pixels = f"dimmed-{key}", pixels
-
-    def load(self) -> np.ndarray:
-        return (self._pixels.astype(np.float32) * 0.9).round().astype(np.uint8)
+def dimmed(picture: Picture) -> Decoded:
+    """The picture at nine tenths of its brightness."""
+    return Decoded(f"dimmed-{picture.key}", (picture.load().astype(np.float32) * 0.9).round().astype(np.uint8))

@@ -11,7 +11,7 @@ import torch
 from testbed.core.events import Ask, EditBatch, EditEvent
 from testbed.editors.base import BadEditor
 from testbed.editors.codebook.balancedit import BalancEdit, BalancEditConfig, BalancEditPlus
-from testbed.editors.codebook.keys import UniformImage
+from testbed.editors.codebook.keys import uniform
 from testbed.storage.files import read_state, write_state
 from tests.helpers import balancedit_checks as c
 from tests.helpers.balancedit_checks import ASKS, EDITS, FAR, batch, edit, edited, logits, make, tokens
@@ -180,7 +180,7 @@ def test_one_key_with_two_answers_in_one_batch_leaves_the_later() -> None:
 
 def test_an_edit_of_the_negative_anchor_itself_is_flagged_and_still_answers() -> None:
     editor = make()
-    black = edit(0, image=UniformImage((32, 32, 3), 0))
+    black = edit(0, image=uniform((32, 32, 3), 0))
     assert editor.apply(batch([black])).notes["not_separable"] == 1
     assert logits(editor, [black.ask()])[1] == [black.id]
 
