@@ -25,13 +25,15 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from analysis.metrics.answers import Metrics, at_end, at_last_step, means, pooled_together
-from analysis.metrics.bootstrap import Resampler, combine, mean
+from analysis.metrics.bootstrap import Resampler, combine, harmonic, mean
 from analysis.metrics.catalogue import GENERALITY, LOCALITY
 from analysis.reading.load import EditorRun, Run
 from analysis.reading.records import AFTER, RIGHT_AFTER, SAFETY, answers_with, pc, rows_with
 
 FIRST_IDS = "first_ids"
 """Key in `extras` of the likeliest first tokens, in order."""
+COUNTERFACT = {"efficacy_score": "choice_edit", "paraphrase_score": "choice_generality", "neighbourhood_score": "choice_locality"}
+"""Metric to split of the scores of CounterFact."""
 RANKS = {"locality_text": 1, "locality_far": 10}
 """Splits with a first-token metric, and how many ranks are compared."""
 BEARING = ("edit", *GENERALITY)
@@ -58,6 +60,21 @@ def equal_share(a: Sequence[int], b: Sequence[int], ranks: int) -> float:
     if min(len(a), len(b)) < ranks:
         return float("nan")
     return sum(x == y for x, y in zip(a[:ranks], b[:ranks])) / ranks
+
+
+def counterfact_scores(editor: EditorRun, resampler: Resampler) -> Metrics:
+    """The scores that papers print for CounterFact, at the end: shares of questions whose right answer is the likelier of two.
+
+    ES of edits, PS of paraphrases (new over old answer), NS of neighbours (true over new answer), and S, their harmonic mean.
+    Source: Meng et al. 2022 (ROME, section 3.4; MEMIT, section 5.2.2). Absent without the questions of the probe `choices`.
+    """
+    metrics: Metrics = {}
+    for name, split in COUNTERFACT.items():
+        rows = at_end(editor.records, split)
+        metrics |= means(name, rows, rows[["gen"]].to_numpy(), resampler) if not rows.empty else {}
+    if len(metrics) == len(COUNTERFACT):
+        metrics["counterfact_score"] = combine(harmonic, *metrics.values())
+    return metrics
 
 
 def truthfulness(run: Run, editor: EditorRun, resampler: Resampler) -> Metrics:

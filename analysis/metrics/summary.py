@@ -24,7 +24,7 @@ from analysis.metrics.catalogue import GENERALITY, KINDS, LOCALITY, split_name
 from analysis.metrics.collapse import collapse, hard_edits
 from analysis.metrics.comparison import competing, main_mode
 from analysis.metrics.forgetting import edit_metrics
-from analysis.metrics.from_extras import deferral, first_token_agreement, truthfulness
+from analysis.metrics.from_extras import counterfact_scores, deferral, first_token_agreement, truthfulness
 from analysis.reading.load import EditorRun, Run
 from analysis.reading.records import SCORES
 
@@ -84,6 +84,7 @@ def measure(run: Run, editor: EditorRun, resampler: Resampler) -> Metrics:
     metrics |= mean_scores("edit_success_now", right_after(rows), resampler) | gain(editor, resampler)
     metrics |= over_kinds(metrics) | edit_metrics(run, editor, resampler)
     metrics |= side_effect_metrics(run, editor, resampler)
+    metrics |= counterfact_scores(editor, resampler)
     metrics |= first_token_agreement(run, editor, resampler) | truthfulness(run, editor, resampler) | deferral(run, editor, resampler)
     return {name: d for name, d in metrics.items() if not np.isnan(d.value)}
 

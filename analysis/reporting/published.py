@@ -15,8 +15,8 @@ import yaml
 from analysis.metrics.catalogue import metric_of
 from analysis.reading.load import Run
 
-_OUR_MODES = ("token", "exact", "gen")
-"""Values of `scoring` in published.yaml that are scoring modes of ours."""
+_OUR_MODES = ("token", "exact", "gen", "choice")
+"""Values of `scoring` in published.yaml that are ours too: scoring modes, and the comparison of two answers."""
 
 
 @cache

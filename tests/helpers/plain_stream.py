@@ -67,7 +67,8 @@ class PlainStream(Stream):
         return (f"{event.prompt} Train.",)
 
     def train_pool(self) -> TrainPool:
-        return TrainPool((Question("general", "pool?", "pool", topic="pool"),), ("a text of the pool",))
+        texts = tuple(f"text number {i} of the pool, which is about something" for i in range(60))
+        return TrainPool((Question("general", "pool?", "pool", topic="pool"),), texts)
 
 
 def lines(n: int, per_year: int = 10, revise_every: int = 4) -> list[Line]:

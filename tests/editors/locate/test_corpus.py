@@ -210,6 +210,7 @@ def test_statistics_on_disk_are_used_for_their_model_text_and_layer_alone(tmp_pa
 
 
 def test_rome_finds_what_memit_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build("llama").cache.pop("second moments", None)  # of other tests
     make("memit", layers=(0, 1), moments=tmp_path).apply(EditBatch((FACTS[0],), 1))
     monkeypatch.setattr(moments_module, "_collect", lambda *a: pytest.fail("computed again"))
     build("llama").cache.pop("second moments")
