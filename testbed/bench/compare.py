@@ -18,7 +18,7 @@ _SCRIPT = Path(__file__).with_name("compare_script.py")
 
 @dataclass(frozen=True)
 class VersionComparison:
-    """CPU seconds of the edits after the first one (which checks layouts and computes second moments), the fewest of all rounds."""
+    """CPU seconds of the edits after the first five batches (which check layouts and more), the fewest of all rounds."""
 
     model: str
     editor: str
