@@ -126,7 +126,7 @@ def _title(topic: str) -> str:
 
 def _years(ax: Axes, title: str, context: FigureContext) -> None:
     ax.set_xlabel(context.time_label)
-    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
 
 
 def _ages(ax: Axes, title: str, context: FigureContext) -> None:
