@@ -1,0 +1,118 @@
+"""Results that are kept beside the documents: summaries of a sweep's cells, and the tables of a page made from them.
+
+    python -m analysis.reporting.results keep OUT docs/results/NAME   (after `python -m testbed.sweep docs/results/NAME.yaml --out OUT`)
+    python -m analysis.reporting.results write docs/results.md
+
+`keep` copies what tables need of each finished cell, so that a sweep that is half done is kept too, and of the comparison
+of its orders. `write` makes every table of a page again, between a line `<!-- table: NAME metric metric ... -->` and a
+line `<!-- end -->`; NAME is a folder under results/ beside the page.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from analysis.metrics.catalogue import METRICS, header
+from analysis.metrics.comparison import Summary, main_mode
+from analysis.reading.records import BadRun
+from analysis.reporting.report import COMPARISON, write
+from analysis.reporting.sweep import read_sweep
+from analysis.reporting.tables import cell
+
+POOLED = "orders.json"
+"""Summary of the editors that are finished in every order."""
+_ABOUT = ("config", "model", "stream", "edits", "seeds", "versions", "git", "device", "dtype", "grading_version", "prompt")
+_TABLE = re.compile(r"(<!-- table: (\S+) ([^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def keep(out: Path, folder: Path) -> list[Path]:
+    """Copy the summaries of a sweep's finished cells and of the comparison of its orders. Raises `BadRun`."""
+    found = {f"{Path(c['folder']).name}.json": out / c["folder"] for c in read_sweep(out)["cells"].values() if c["state"] == "done"}
+    kept = []
+    for name, source in {**found, POOLED: out / COMPARISON}.items():
+        path = source / "summary.json"
+        if path.is_file():
+            summary = json.loads(path.read_text("utf-8"))
+            about = {k: summary["run"][k] for k in _ABOUT if k in summary["run"]}
+            text = json.dumps({"run": about, "editors": summary["editors"]}, indent=0, ensure_ascii=False, sort_keys=True)
+            write(folder / name, re.sub(r"\n(?=[^{}]*})", " ", text) + "\n")  # an entry in one line
+            kept.append(folder / name)
+    if not kept:
+        raise BadRun(f"{out} has no finished cell with a summary")
+    return kept
+
+
+def table(folder: Path, metrics: Sequence[str]) -> str:
+    """A Markdown table of the kept summaries: editors down, metrics across, each with its interval.
+
+    Editors that are finished in every order come first, with values over orders; others have their first order's, and say so.
+    Raises `BadRun` for a folder without summaries and for a metric that does not exist.
+    """
+    if unknown := [m for m in metrics if m not in METRICS]:
+        raise BadRun(f"unknown metrics: {', '.join(unknown)}")
+    rows = list(_rows(folder))
+    if not rows:
+        raise BadRun(f"{folder} holds no summaries: python -m analysis.reporting.results keep OUT {folder}")
+    names = [m + main_mode(rows[0][2]).suffix if METRICS[m].modes else m for m in metrics]
+    lines = [_about([summary for _, _, summary in rows], folder.name), ""]
+    lines += [f"| | orders | {' | '.join(map(header, names))} |", "|---|---|" + "---|" * len(names)]
+    for editor, orders, summary in rows:
+        values = (cell(summary["editors"][editor], n, brief=True) for n in names)
+        lines.append(f"| `{editor}` | {orders} | {' | '.join(values)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _rows(folder: Path) -> Iterator[tuple[str, str, Summary]]:
+    """(editor, orders as words, the summary that holds it)."""
+    summaries = {path.name: json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*.json"))}
+    pooled = summaries.pop(POOLED, None)
+    seen: set[str] = set()
+    for summary in ([pooled] if pooled else []) + [*summaries.values()]:
+        seeds = summary["run"].get("seeds", [])
+        for editor in (e for e in summary["editors"] if e not in seen):
+            seen.add(editor)
+            yield editor, f"{len(seeds)}" if len(seeds) > 1 else "1, no claim", summary
+
+
+def _about(summaries: Sequence[Summary], name: str) -> str:
+    """What was run, in a sentence."""
+    run = summaries[0]["run"]
+    config, seeds = run["config"], sorted({s for summary in summaries for s in summary["run"].get("seeds", [])})
+    orders = ", ".join(map(str, seeds))
+    counts = [e["n"] for s in summaries for m in s["editors"].values() for k, e in m.items() if k.startswith("edit_success") and e["n"]]
+    made = f"`{run['stream']['name']}`, {run['model']['name']}, {run['edits']:,} edits in batches of {config['batch']}, orders {orders}"
+    signs = f"shares in % by {main_mode(summaries[0]).title}, 95 % intervals in brackets"
+    asked = f"edits asked: {min(counts):,} to {max(counts):,}"
+    return f"{made}; {signs}; {asked}: `python -m testbed.sweep docs/results/{name}.yaml`"
+
+
+def write_page(page: Path) -> str:
+    """The page with its tables made again. Raises `BadRun`."""
+    folder = page.with_suffix("")
+    return _TABLE.sub(lambda m: f"{m[1]}{table(folder / m[2], m[3].split())}{m[4]}", page.read_text("utf-8"))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0 when everything was written, 2 for a mistake, printed as a plain line."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if len(given) == 3 and given[0] == "keep":
+            print(f"kept {len(keep(Path(given[1]), Path(given[2])))} summaries in {given[2]}")
+        elif len(given) == 2 and given[0] == "write":
+            write(Path(given[1]), write_page(Path(given[1])))
+            print(f"tables of {given[1]} are made again")
+        else:
+            print((__doc__ or "").partition("\n\n")[2], file=sys.stderr)
+            return 2
+    except BadRun as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
