@@ -158,7 +158,8 @@ def test_no_test_module_imports_from_another() -> None:
 
 
 def test_the_loop_and_the_probes_know_no_plug_in() -> None:
-    contracts = ("testbed.editors.base", "testbed.probes.base", "testbed.monitors.base", "streams.base", "streams.arrange")
+    bases = [f"testbed.{package}.base" for package in ("editors", "probes", "monitors")]
+    contracts = (*bases, "testbed.editors.work", "streams.base", "streams.arrange")
     for path in [p for p in FILES if package_of(name_of(p)) in ("testbed.experiment", "testbed.model", "testbed.storage")]:
         known = [m for m in imports(path) if inside(m, "testbed.editors", "testbed.probes", "testbed.monitors", "streams")]
         assert [m for m in known if not inside(m, *contracts)] == [], path.name

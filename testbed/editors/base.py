@@ -15,7 +15,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -27,12 +27,13 @@ from testbed.core.ranges import out_of_range
 from testbed.core.schema import EditReport
 from testbed.core.timing import NOTE_PREFIX, collect_seconds
 from testbed.editors.hyperparameters import PLAIN, Table, Values, doubts, model_key, resolve
+from testbed.editors.traits import Traits
+from testbed.editors.work import Work, derived_work
 from testbed.model import out_of_memory as memory
 from testbed.model.encoding import UntokenizableAnswer
 from testbed.model.handle import ModelHandle
 from testbed.model.predictor import ModelPredictor, Predictor
 
-Sample = Literal["paraphrase", "previous", "train_pool"]
 _FIRST = 4
 """Edits after which an editor is looked at."""
 
@@ -47,27 +48,6 @@ FAILURES: tuple[type[BaseException], ...] = (EditFailed, UntokenizableAnswer, to
 
 class BadEditor(ValueError):
     """A configuration or a state does not fit. The message says what was expected, what was found, and what to do."""
-
-
-@dataclass(frozen=True)
-class Traits:
-    """What an editor is and may see. The loop and the tests read these and never compare an editor's name."""
-
-    weights: bool = False
-    """It answers with changed weights of the model itself (so the edited model can be saved)."""
-    gated: bool = False
-    """It decides for each prompt whether to act; a miss returns the base's own tensors."""
-    undo: bool = False
-    """`revert(event_ids)` restores the state before these edits."""
-    told_truth: bool = False
-    """Its predictor is told the right answer (the oracle alone)."""
-    learns: Literal["training", "context", "no"] = "training"
-    """How an edit makes its target likelier: tensors are trained on it or solved for it; the fact is put into the prompt, which
-    takes a model that reads its prompt; or not at all."""
-    max_batch: int | None = None
-    """Largest batch of edits that it takes at once."""
-    uses: frozenset[Sample] = frozenset()
-    """Extra samples that the published method uses; the editor is given these and no others."""
 
 
 @dataclass(frozen=True)
@@ -109,9 +89,18 @@ class Editor(ABC):
 
     def prepare(self, handle: ModelHandle, pool: TrainPool) -> None:
         """Bind the editor to a model, once, before the first edit. It sees an empty pool unless its Traits declare its use."""
-        self.handle, self._plain = handle, pool.texts[:8] or PLAIN
-        self._resolve()
+        self._plain = pool.texts[:8] or PLAIN
+        self.bind(handle)
         self._prepare(pool if "train_pool" in self.traits.uses else TrainPool())
+
+    def bind(self, handle: ModelHandle) -> None:
+        """Take a model and the hyper-parameters for it, which is all that `work` needs."""
+        self.handle = handle
+        self._resolve()
+
+    def work(self, batch: int) -> Work:
+        """What an editor bound to a model will have it do, with so many edits in a batch; derived from the hyper-parameters."""
+        return derived_work(self.handle, self.hyper, self.traits)
 
     def _resolve(self) -> None:
         """Fill in `hyper` for the model, and say where its values come from."""
@@ -297,8 +286,7 @@ class WeightEditor(Editor):
 
     def predictor(self) -> Predictor:
         """The model under the weights as they are now; later edits do not change this predictor."""
-        weights = self.edited_weights()
-        return ModelPredictor(self.handle, around=lambda batch: self.handle.swapped(weights))
+        return ModelPredictor(self.handle, weights=self.edited_weights())
 
 
 class Wrapper:

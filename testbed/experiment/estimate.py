@@ -1,161 +1,167 @@
-"""A dry run: the schedule of a run and an estimate of its cost. Nothing is written.
+"""A dry run: the schedule of a run and an estimate of its cost, by arithmetic. Nothing is written and no edit is made.
 
-The schedule is exact. A few edits and questions are timed on the real model and scaled by the counts of the schedule;
-costs that grow along a stream (the search of a codebook) do not show in so short a measurement.
+What an editor does is counted (`testbed.editors.work`), one piece of each kind of work is timed on the model
+(`testbed.experiment.unit_times`), and both are multiplied by the counts of the schedule (`testbed.experiment.outline`).
+Costs that grow along a stream, as the search of a codebook, do not show.
 """
 
 from __future__ import annotations
 
-import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from testbed.core.schema import EditReport
 from testbed.editors.base import Editor
-from testbed.experiment import runner
-from testbed.experiment.answering import answer_base, ask_step
+from testbed.editors.work import Work
 from testbed.experiment.config import ResolvedRun
-from testbed.experiment.loop import Context, apply_step
+from testbed.experiment.manifest import notes_of
 from testbed.experiment.memory import peak_bytes
-from testbed.experiment.runner import PreparedRun
-from testbed.experiment.schedule import Schedule, ScheduledQuestion, Step
+from testbed.experiment.outline import Kind, Outline, outline
+from testbed.experiment.unit_times import UnitTimes
+from testbed.monitors.base import PROMPTS
 
-STEPS, EDITS, QUESTIONS = 4, 64, 64
-"""The sample of each editor: at most so many steps (two at least) with so many edits, and so many questions of the panels."""
+SECONDS, TOGETHER = 3.0, 32
+"""Seconds of all timed questions, and panel questions that are asked together when they are timed."""
+BEFORE = 320
+"""Questions that a run asks before its first edit, to choose a prompt form and to learn what the model believes."""
 REPORT_SECONDS = (7.0, 2e-4)
 """Seconds of the report: once, and for each answer."""
 DISK_BYTES = (1_500_000, 60)
 """Bytes on disk: report, figures and tables; and each stored answer."""
+COLUMNS: tuple[str, ...] = ("right after", "panels", "benchmarks")
+"""Columns of a kind's questions, in their order."""
 
 
 @dataclass(frozen=True)
 class EditorCost:
-    """Estimated seconds of one editor over the whole schedule, and bytes of its state at the end."""
+    """Estimated seconds of one editor over the whole schedule, and bytes of its state at the end. questions: by column."""
 
     name: str
     prepare: float
     edits: float
-    right_after: float
-    panels: float
+    questions: Mapping[str, float]
     state: float
 
     @property
     def seconds(self) -> float:
-        return self.prepare + self.edits + self.right_after + self.panels
+        return self.prepare + self.edits + sum(self.questions.values())
 
 
 def print_estimate(resolved: ResolvedRun, console: Console) -> None:
-    """Print the schedule and the cost of a run. Raises what `runner.prepare` raises."""
-    run = runner.prepare(resolved)
-    for table in (_facts(run), _questions(run.schedule)):
+    """Print the schedule and the cost of a run. Raises what `outline` raises."""
+    plan = outline(resolved)
+    for table in (_facts(plan), _questions(plan)):
         console.print(table, markup=False, highlight=False)
-    for note in run.manifest["notes"]:
+    for note in [*plan.notes, *notes_of(plan.run)]:
         console.print(f"note: {note}", style="yellow", markup=False, highlight=False, soft_wrap=True)
-    base, costs = measure(run)
-    console.print(_costs(run, base, costs), markup=False, highlight=False)
+    base, costs = measure(plan)
+    console.print(_costs(plan, base, costs), markup=False, highlight=False)
 
 
-def _facts(run: PreparedRun) -> Table:
+def _facts(plan: Outline) -> Table:
+    run, config = plan.run, plan.run.config
     kinds = Counter(e.kind for e in run.events)
-    span = f"year {run.events[0].year} to {run.events[-1].year}"
+    span = f"year {run.events[0].year} to {run.events[-1].year}" if plan.exact else f"from year {run.events[0].year} on"
     rows = {
-        "stream": run.config.stream,
+        "stream": config.stream,
         "origin": run.stream.origin,
         "time axis": run.stream.time_axis,
-        "model": f"{run.handle.name} on {run.handle.device}, {run.manifest['dtype']}",
-        "edits": f"{len(run.events):,} ({', '.join(f'{n:,} {k}' for k, n in sorted(kinds.items()))}), {span}",
-        "years, steps": f"{run.manifest['years']:,}, {len(run.schedule.steps):,}",
-        "questions": f"{run.schedule.n_questions:,} of each editor, {len(run.schedule.unique_questions):,} different ones",
+        "model": f"{run.handle.name} on {run.handle.device}, {str(run.handle.dtype).removeprefix('torch.')}",
+        "edits": f"{plan.edits:,} ({', '.join(f'{plan.count(n)} {k}' for k, n in sorted(kinds.items()))}), {span}",
+        "years, steps": f"{plan.count(len({e.year for e in run.events}))}, {plan.count(len(run.schedule.steps))}",
+        "questions": f"{plan.count(run.schedule.n_questions)} of each editor, "
+        f"{plan.count(len(run.schedule.unique_questions))} different ones",
         "panel scale": f"{100 * run.schedule.scale:.3g} %",
         "skipped records": f"{len(run.stream.skipped):,}",
-        "run folder": str(run.out),
+        "run folder": str(config.resume or config.out or f"under runs/, named {config.stream}-{config.seed}-HASH when it begins"),
     }
     return _table("What would run", [], rows.items())
 
 
-def _questions(schedule: Schedule) -> Table:
+def _questions(plan: Outline) -> Table:
     """Questions of one editor by probe and split."""
-    counts = Counter((q.probe, q.plan.question.split) for s in schedule.steps for q in s.questions)
-    rows = [(probe, split, f"{n:,}") for (probe, split), n in sorted(counts.items())]
+    counts = Counter((q.probe, q.plan.question.split) for s in plan.schedule.steps for q in s.questions)
+    rows = [(probe, split, plan.count(n)) for (probe, split), n in sorted(counts.items())]
     return _table("Questions", ["probe", "split", "number"], rows)
 
 
-def measure(run: PreparedRun) -> tuple[float, list[EditorCost]]:
-    """Seconds for the answers of the unedited model, and the cost of every editor, scaled from small samples."""
-    panels = [q for s in run.schedule.steps for q in s.questions if q.plan.panel != "immediate"]
-    sample = panels[:: max(1, len(panels) // QUESTIONS)][:QUESTIONS]
-    steps = run.schedule.steps[: max(2, min(STEPS, EDITS // run.config.batch))]
-    asked = [*sample, *(q for s in steps for q in _right_after(s).questions)]
-    questions = list({q.plan.question.id: q.plan.question for q in asked}.values())
-    answer_base(run.handle, questions[:4], run.max_new_tokens)  # warm up
-    start = time.perf_counter()
-    answers = answer_base(run.handle, questions, run.max_new_tokens)
-    each = (time.perf_counter() - start) / max(1, len(questions))
-    context = run.context({a.question_id: a for a in answers})
-    costs = [_editor_cost(run, context, name, steps, (sample, len(panels))) for name in run.config.editor]
-    return each * len(run.schedule.unique_questions), costs
+def measure(plan: Outline) -> tuple[float, list[EditorCost]]:
+    """Seconds for the answers of the unedited model with all that is asked before the first edit, and the cost of every editor."""
+    units = UnitTimes(plan.run.handle, plan.run.events)
+    each = _seconds_of_questions(plan, units)
+    base = plan.times * sum(each[kind] * len(questions) for kind, questions in plan.unique.items())
+    before = BEFORE * max((s for (column, _), s in each.items() if column != "benchmarks"), default=0.0)
+    return base + before, [_editor_cost(plan, units, each, name) for name in plan.run.config.editor]
 
 
-def _editor_cost(
-    run: PreparedRun, context: Context, name: str, steps: Sequence[Step], panels: tuple[Sequence[ScheduledQuestion], int]
-) -> EditorCost:
-    """panels: a sample of the questions of the panels, and their number."""
+def _seconds_of_questions(plan: Outline, units: UnitTimes) -> dict[Kind, float]:
+    """Seconds of a question of each kind, asked of the unedited model in groups as large as the run's."""
+    out: dict[Kind, float] = {}
+    for kind, questions in plan.kinds.items():
+        asked = [q.plan.question for q in questions]
+        size = max(1, round(len(asked) / len(plan.schedule.steps))) if kind[0] == "right after" else TOGETHER
+        size = min(size, TOGETHER, len(asked))
+        spread = asked[:: max(1, len(asked) // (4 * size))]
+        groups = [spread[i : i + size] for i in range(0, len(spread) - size + 1, size)]
+        out[kind] = units.question([spread[:2], *groups], plan.run.max_new_tokens, SECONDS / len(plan.kinds))
+    return out
+
+
+def _editor_cost(plan: Outline, units: UnitTimes, each: Mapping[Kind, float], name: str) -> EditorCost:
+    run = plan.run
     editor = run.resolved.editors[name].create()
-    start = time.perf_counter()
-    editor.prepare(run.handle, run.stream.train_pool())
-    prepared = time.perf_counter() - start
-    reports: list[EditReport] = []
-    asking: list[float] = []
-    for step in steps:
-        reports.append(apply_step(context, editor, step))
-        asking.append(_seconds_of_questions(context, editor, _right_after(step)))
-    sample, n_panels = panels
-    of_sample = _seconds_of_questions(context, editor, replace(steps[0], questions=tuple(sample)))
-    n, sizes = len(run.schedule.steps), [r.state_bytes for r in reports]
-    growth = (sizes[-1] - sizes[0]) / max(1, len(sizes) - 1)
+    editor.bind(run.handle)
+    work = editor.work(run.config.batch)
+    steps = len(run.schedule.steps)
+    batch = len(run.events) / steps
+    monitors = sum("power" in s.checkpoint.reasons or s.checkpoint.full for s in run.schedule.steps) * units.forward(PROMPTS)
+    questions: dict[str, float] = dict.fromkeys(COLUMNS, 0.0)
+    for kind, n in _asked(plan, editor).items():
+        longer = work.facts * units.fact_tokens * units.token
+        questions[kind[0]] += plan.times * n * (work.asked * each[kind] + longer)
+    questions["panels"] += plan.times * monitors if work.asked else 0.0
+    layers = run.handle.n_layers
     return EditorCost(
         name,
-        prepared,
-        n * _warm([r.seconds for r in reports]),
-        n * _warm(asking),
-        n_panels * of_sample / max(1, len(sample)),
-        sizes[-1] + growth * (n - len(sizes)),
+        work.text_tokens * units.token + sum(map(units.eigen, work.eigen)) + units.forward(1) / layers,
+        plan.times * steps * seconds_of_batch(work, units, batch),
+        questions,
+        4 * (work.state + work.state_per_edit * plan.edits),
     )
 
 
-def _seconds_of_questions(context: Context, editor: Editor, step: Step) -> float:
-    start = time.perf_counter()
-    ask_step(context, editor, step)
-    return time.perf_counter() - start
+def _asked(plan: Outline, editor: Editor) -> dict[Kind, int]:
+    """Questions by kind that the model answers; one that is told the truth answers those about no edit alone."""
+    told = editor.traits.told_truth and editor.traits.learns == "no"
+    return {kind: plan.untold[kind] if told else len(questions) for kind, questions in plan.kinds.items()}
 
 
-def _right_after(step: Step) -> Step:
-    """The step with those questions only that are asked right after it."""
-    return replace(step, questions=tuple(q for q in step.questions if q.plan.panel == "immediate"))
+def seconds_of_batch(work: Work, units: UnitTimes, batch: float) -> float:
+    """Seconds of the edits of one step, of which there are `batch` on average."""
+    numbers = work.trained + work.trained_per_edit * batch
+    training = work.steps * (units.step(work.rows * batch, work.layers) + numbers * units.number) if work.steps else 0.0
+    reading = units.forward(work.forwards * batch) if work.forwards else 0.0
+    return reading + training + sum(map(units.solve, work.solves))
 
 
-def _warm(seconds: Sequence[float]) -> float:
-    """Mean without the first value, which includes one-time costs."""
-    rest = seconds[1:] or seconds
-    return sum(rest) / max(1, len(rest))
-
-
-def _costs(run: PreparedRun, base: float, costs: Sequence[EditorCost]) -> Table:
-    answers = run.schedule.n_questions * len(costs)
+def _costs(plan: Outline, base: float, costs: Sequence[EditorCost]) -> Table:
+    answers = plan.times * plan.schedule.n_questions * len(costs)
     report, state = REPORT_SECONDS[0] + REPORT_SECONDS[1] * answers, sum(c.state for c in costs)
-    rows: list[Sequence[str]] = [("unedited model", "", "", "", "", _time(base), "")]
+    shown = [c for c in COLUMNS if any(kind[0] == c for kind in plan.kinds)]
+    blank = [""] * (2 + len(shown))
+    rows: list[Sequence[str]] = [("unedited model", *blank, _time(base), "")]
     for c in costs:
-        rows.append((c.name, *map(_time, (c.prepare, c.edits, c.right_after, c.panels, c.seconds)), decimal(round(c.state))))
-    rows.append(("report", "", "", "", "", _time(report), ""))
-    rows.append(("all", "", "", "", "", _time(base + report + sum(c.seconds for c in costs)), decimal(round(state))))
-    memory = decimal(round(peak_bytes(run.handle.device) + max((c.state for c in costs), default=0.0)))
+        by_column = [c.questions[column] for column in shown]
+        rows.append((c.name, *map(_time, (c.prepare, c.edits, *by_column, c.seconds)), decimal(round(c.state))))
+    rows.append(("report", *blank, _time(report), ""))
+    rows.append(("all", *blank, _time(base + report + sum(c.seconds for c in costs)), decimal(round(state))))
+    memory = decimal(round(peak_bytes(plan.run.handle.device) + max((c.state for c in costs), default=0.0)))
     disk = decimal(round(DISK_BYTES[0] + DISK_BYTES[1] * answers + state))
-    table = _table("What it would cost", ["", "prepare", "edits", "right after", "panels", "time", "state at the end"], rows)
+    table = _table("What it would cost", ["", "prepare", "edits", *shown, "time", "state at the end"], rows)
     table.caption = f"peak memory about {memory}, disk about {disk}; times within about a factor of two"
     return table
 
@@ -172,4 +178,6 @@ def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) ->
 def _time(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.2g} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 172_800 else f"{seconds / 86_400:,.0f} days"

@@ -54,9 +54,14 @@ def manifest_of(run: PreparedRun) -> dict[str, Any]:
         "dtype": str(handle.dtype).removeprefix("torch."),
         "versions": _versions(),
         "git": git_commit(),
-        "notes": [*_stream_notes(run), *_question_notes(run), *_model_notes(run)],
+        "notes": notes_of(run),
         "benchmarks": {b.topic: benchmarks.describe(b) for b in run.resolved.benchmarks.every},
     }
+
+
+def notes_of(run: PreparedRun) -> list[str]:
+    """What the user is told about a run before its first edit, a line each."""
+    return [*_stream_notes(run), *_question_notes(run), *_model_notes(run)]
 
 
 def _stream_notes(run: PreparedRun) -> list[str]:

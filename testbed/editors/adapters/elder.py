@@ -24,6 +24,7 @@ from testbed.editors.adapters.elder_routing import AllocationCodes, CodeRouter, 
 from testbed.editors.base import BadEditor, Editor, EditorConfig, Traits, minimise, need, require_same
 from testbed.editors.codebook.keys import last_position
 from testbed.editors.hyperparameters import GPT2_XL, LLAMA_2_7B, SHALLOW, PublishedRow, Table, Values
+from testbed.editors.work import Work
 from testbed.model.handle import ModelHandle
 from testbed.model.predictor import ModelPredictor, Predictor
 
@@ -114,7 +115,7 @@ class Elder(Editor):
     def _prepare(self, pool: TrainPool) -> None:
         h = self.hyper
         self.targets = lowrank.find_target_modules(self.handle, h.modules)
-        n = h.experts or experts_for(len(self.targets), h.active, h.planned_edits, _EXPERTS)
+        n = self._experts(len(self.targets))
         if h.active > n:
             raise BadEditor(f"k = {h.active} adapters of N = {n} cannot be chosen: set active to {n} or less")
         lowrank.check_rank(self.targets, h.rank)
@@ -126,6 +127,15 @@ class Elder(Editor):
         )
         self.codes = AllocationCodes(self.shape, self._device)
         self.mixture = self._fresh()
+
+    def _experts(self, targets: int) -> int:
+        """N for so many target modules."""
+        return self.hyper.experts or experts_for(targets, self.hyper.active, self.hyper.planned_edits, _EXPERTS)
+
+    def work(self, batch: int) -> Work:
+        h, targets = self.hyper, lowrank.find_target_modules(self.handle, self.hyper.modules)
+        experts = self._experts(len(targets))
+        return lowrank.adapter_work(targets, h.rank, h.steps, self.handle.n_layers, experts, 1.0 + h.paraphrases)
 
     @property
     def _device(self) -> torch.device:

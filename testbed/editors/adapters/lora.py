@@ -23,6 +23,7 @@ from testbed.core.timing import timed
 from testbed.editors.adapters import elder, lowrank
 from testbed.editors.base import EditorConfig, WeightEditor, minimise, need, require_same
 from testbed.editors.hyperparameters import GPT2_XL, GPT_J, LLAMA_2_7B, LLAMA_3_8B, LLAMA_32_3B, SHALLOW, PublishedRow, Table, Values
+from testbed.editors.work import Work
 
 _ATTENTION: Values = {"modules": r"\.self_attn\.(q|v)_proj$", "scale": 4.0, "lr": 5e-3, "steps": 70}
 """What EasyEdit's files for LoRA on the Llama family agree on."""
@@ -71,6 +72,10 @@ class Lora(WeightEditor):
         self.targets = lowrank.find_target_modules(self.handle, self.hyper.modules)
         lowrank.check_rank(self.targets, self.config.rank)
         self.pairs = self._fresh(0)
+
+    def work(self, batch: int) -> Work:
+        targets = lowrank.find_target_modules(self.handle, self.hyper.modules)
+        return lowrank.adapter_work(targets, self.config.rank, self.hyper.steps, self.handle.n_layers)
 
     def _fresh(self, step: int) -> tuple[tuple[Tensor, Tensor], ...]:
         """An adapter that changes nothing, drawn from the randomness of a step."""

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from testbed.core.events import Ask
 from testbed.core.timing import timed
 from testbed.editors.base import BadEditor
+from testbed.editors.work import Work
 from testbed.model.encoding import Batch, answer_ids, collate
 from testbed.model.handle import ModelHandle, as_matrix, as_stored, stores_transposed
 from testbed.model.suffix import suffix_from_layer, verify_layout
@@ -91,6 +92,13 @@ def check_rank(targets: Sequence[TargetModule], rank: int) -> None:
     least = min(targets, key=lambda s: min(s.f, s.d))
     if rank > min(least.f, least.d):
         raise BadEditor(f"rank {rank} is more than {least.name} is wide: set rank to {min(least.f, least.d)} or less")
+
+
+def adapter_work(targets: Sequence[TargetModule], rank: int, steps: int, n_layers: int, adapters: int = 1, rows: float = 1.0) -> Work:
+    """The counts of training so many adapters a target on so many rows an edit, in a model of `n_layers` layers."""
+    numbers = float(adapters * rank * sum(t.f + t.d for t in targets))
+    layers = float(n_layers - targets[0].layer)
+    return Work(forwards=rows, steps=float(steps), rows=rows, layers=layers, trained=numbers, state=numbers)
 
 
 class AdaptedSuffix:

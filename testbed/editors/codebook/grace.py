@@ -15,7 +15,7 @@ row's label used for a whole batch; a rollback that fails; retrieval repeated fo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -31,6 +31,7 @@ from testbed.editors.codebook.gate import CodebookEditor, Hits
 from testbed.editors.codebook.keys import last_position, read_keys, reading_error
 from testbed.editors.codebook.nearest import Keys, Nearest
 from testbed.editors.hyperparameters import GPT_J, LLAMA_2_7B, LLAMA_32_3B, QWEN_25_7B, PublishedRow, Table
+from testbed.editors.work import Work
 from testbed.model.encoding import answer_ids, collate, prompt_inputs
 from testbed.model.handle import ModelHandle, project
 from testbed.model.prefix_cache import ImagePrefixes
@@ -179,6 +180,11 @@ class Grace(CodebookEditor):
         self._prepare_layer()
         self.width = self.weight.numel() // self.handle.width
         self.book = GraceCodebook(self.config.eps_init, self.config.expand)
+
+    def work(self, batch: int) -> Work:
+        """A step runs the positions from the last of the prompt on, about half a row or less."""
+        d = float(self.handle.width)
+        return replace(super().work(batch), rows=0.5, trained_per_edit=d, state_per_edit=d)
 
     def _edit(self, batch: EditBatch) -> dict[str, float]:
         asks = [e.ask() for e in batch.events]

@@ -1,0 +1,30 @@
+# pyright: strict
+"""What an editor declares about itself, read by the loop, the dry run and the tests in the place of its name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Sample = Literal["paraphrase", "previous", "train_pool"]
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What an editor is and may see. The loop and the tests read these and never compare an editor's name."""
+
+    weights: bool = False
+    """It answers with changed weights of the model itself (so the edited model can be saved)."""
+    gated: bool = False
+    """It decides for each prompt whether to act; a miss returns the base's own tensors."""
+    undo: bool = False
+    """`revert(event_ids)` restores the state before these edits."""
+    told_truth: bool = False
+    """Its predictor is told the right answer (the oracle alone)."""
+    learns: Literal["training", "context", "no"] = "training"
+    """How an edit makes its target likelier: tensors are trained on it or solved for it; the fact is put into the prompt, which
+    takes a model that reads its prompt; or not at all."""
+    max_batch: int | None = None
+    """Largest batch of edits that it takes at once."""
+    uses: frozenset[Sample] = frozenset()
+    """Extra samples that the published method uses; the editor is given these and no others."""
