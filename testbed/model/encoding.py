@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -54,18 +55,18 @@ class Batch:
             return self
         return replace(self, prompt=self.prompt.to(device), picture=self.picture.to(device), answer=self.answer.to(device))
 
-    @property
+    @cached_property
     def last_prompt(self) -> torch.Tensor:
         """(B,) index of the last prompt position, from the mask: the same row under either padding."""
         t = self.prompt.shape[1]
         return t - 1 - self.prompt.flip(1).int().argmax(1)
 
-    @property
+    @cached_property
     def before_answer(self) -> torch.Tensor:
         """(B, T) bool: positions whose logits predict an answer token."""
         return torch.cat([self.answer[:, 1:], torch.zeros_like(self.answer[:, :1])], 1)
 
-    @property
+    @cached_property
     def answer_ids(self) -> torch.Tensor:
         """(n,) the answer tokens of all rows, in row order."""
         return self.inputs["input_ids"][self.answer]

@@ -7,6 +7,7 @@ for base language models. A family that is not listed gets `DEFAULT`, and the ru
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,8 +106,8 @@ def final_norm(model: nn.Module, layers_path: str) -> nn.Module:
 
 def _first_of(owner: nn.Module, paths: Sequence[str], what: str) -> tuple[str, nn.Module]:
     """The first of these paths under which a module has a part, and the part. Raises `UnknownLayout` with what there is."""
-    parts = dict(owner.named_modules())
     for path in paths:
-        if path in parts:
-            return path, parts[path]
+        with suppress(AttributeError):
+            return path, owner.get_submodule(path)
+    parts = (path for path, _ in owner.named_modules())
     raise UnknownLayout(f"no {what} in {type(owner).__name__}; it has {', '.join(filter(None, parts))}")

@@ -57,7 +57,7 @@ class ModelHandle:
         self._hash = ""
         self.memory_limit = MemoryLimit()
 
-    @property
+    @cached_property
     def norm(self) -> nn.Module:
         """The normalisation after the last decoder layer. Raises `UnknownLayout` where there is none."""
         return families.final_norm(self.model, self.layers_path)
