@@ -4,8 +4,9 @@
 edited model answers questions; edits a second beside the reference implementation, seconds by stage, bytes of state, peak
 memory. `paths`: each method beside its reference implementation (one edit at a time, whole model, no cache), with the largest
 difference of a training loss. `flops`: FLOPs of matrix products of an edit and of a question, and their share of the machine's peak
-rate; it wants an otherwise idle machine. `late`: the same next edits and questions by an editor early in a run and at its end.
-`codebook`: insertion, retrieval and bytes by number of entries. `compare`: this version beside another one, `--before DIR`.
+rate; it wants an otherwise idle machine. `questions`: a plain loop over `model.generate` beside the unedited and the edited
+model. `late`: the same next edits and questions by an editor early in a run and at its end. `codebook`: insertion, retrieval and
+bytes by number of entries. `compare`: this version beside another one, `--before DIR`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from testbed.bench import codebook, editors, late
+from testbed.bench import codebook, editors, late, questions
 from testbed.bench.common import BenchConfig, Rows, as_json, each_editor, machine, table
 from testbed.bench.compare import compare
 from testbed.core import variants
@@ -35,6 +36,7 @@ TABLES: dict[str, Callable[[BenchConfig], Rows]] = {
     "editors": partial(each_editor, lambda *measured: [editors.measure_editor(*measured)]),
     "paths": partial(each_editor, lambda *measured: [editors.measure_paths(*measured)]),
     "flops": partial(each_editor, editors.measure_flops),
+    "questions": partial(each_editor, questions.measure_questions),
     "late": late.late_rows,
     "codebook": codebook.codebook_rows,
     "compare": compare,

@@ -37,7 +37,7 @@ class BenchConfig:
     """Measure editors: speed, probe cost, state size, peak memory."""
 
     what: tuple[str, ...] = ("editors",)
-    """Tables, separated by commas: editors, paths, flops, late, codebook, compare."""
+    """Tables, separated by commas: editors, paths, flops, questions, late, codebook, compare."""
     editor: tuple[str, ...] = RunConfig.editor
     """Editors, separated by commas."""
     model: tuple[str, ...] = ("tiny",)
@@ -58,9 +58,9 @@ class BenchConfig:
     plain: NonNegativeInt = 2
     """Edits of the reference implementation in `editors`; 0 leaves it out."""
     batch: PositiveInt | None = None
-    """Edits in one batch; by default 16 in `paths` and 1 in the other tables."""
+    """Edits in one batch; by default 16 in `paths`, 64 in `questions` and 1 in the other tables."""
     set: tuple[str, ...] = ()
-    """editor.field=value, in `editors`, `paths` and `flops`."""
+    """editor.field=value, in `editors`, `paths`, `flops` and `questions`."""
     questions: NonNegativeInt = 512
     """Questions asked of the edited model."""
     run: Path | None = None

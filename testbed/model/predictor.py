@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -24,24 +24,13 @@ from testbed.core.events import Ask
 from testbed.core.grading import natural_stop
 from testbed.core.timing import timed
 from testbed.model.encoding import Batch, answer_ids, collate, prompt_inputs, text_batch, text_tokens
+from testbed.model.generation import AnswerScorer, Decided, DecidedReplies, FirstLine, Score, greedy_decoding
 from testbed.model.handle import ModelHandle
+from testbed.model.packed_answers import packed_answers, packed_scores
+from testbed.model.packed_rows import Row, takes_packed_rows
 
-FIRST_IDS = 10
-"""How many of the likeliest first tokens a response names."""
 R = TypeVar("R")
 Around = Callable[[Batch], AbstractContextManager[Any]]
-
-
-@dataclass(frozen=True)
-class Score:
-    """Teacher-forced score of one answer of n tokens.
-
-    hits: (n,) bool, the token is the argmax given the prompt and the true tokens before it.
-    logprobs: (n,) float64, natural log-probabilities.
-    """
-
-    hits: np.ndarray
-    logprobs: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -99,94 +88,9 @@ class Predictor(ABC):
     @abstractmethod
     def inspect(self, asks: Sequence[Ask], layers: Sequence[int] = (), top_k: int = 10, ids: Tokens = None) -> list[Inspection]: ...
 
-    def generate(self, asks: Sequence[Ask], max_new_tokens: int = 16) -> list[str]:
-        """Greedy generation with natural stop."""
+    def generate(self, asks: Sequence[Ask], max_new_tokens: int = 16, decided: Sequence[Decided] | None = None) -> list[str]:
+        """Greedy generation with natural stop; with `decided`, a function a row, it may end where the reply is decided."""
         return [r.generated for r in self.respond(asks, [None] * len(asks), max_new_tokens)]
-
-
-class AnswerScorer:
-    """A logits processor that changes nothing and scores the answers' tokens while generation follows them.
-
-    Args:
-        answers: token ids, a row each.
-        then: called once, when the first token is known.
-    """
-
-    def __init__(self, answers: list[list[int]], then: Callable[[], None] = lambda: None) -> None:
-        self.answers, self._then = answers, then
-        longest = max((len(a) for a in answers), default=0)
-        self._target = torch.zeros(len(answers), longest, dtype=torch.long)
-        for i, a in enumerate(answers):
-            self._target[i, : len(a)] = torch.tensor(a, dtype=torch.long)
-        self._first: torch.Tensor | None = None
-        self._hits: list[torch.Tensor] = []
-        self._logp: list[torch.Tensor] = []
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if self._first is None:
-            self._first = scores.topk(min(FIRST_IDS, scores.shape[-1]), -1).indices.cpu()
-            self._then()
-        step = len(self._hits)
-        if step < self._target.shape[1]:
-            target = self._target[:, step].to(scores.device)
-            self._hits.append((scores.argmax(-1) == target).cpu())
-            self._logp.append(scores.float().log_softmax(-1).gather(1, target[:, None])[:, 0].double().cpu())
-        return scores
-
-    def first_ids(self) -> list[tuple[int, ...]]:
-        """The likeliest first tokens of each row."""
-        return [tuple(row) for row in self._first.tolist()] if self._first is not None else [() for _ in self.answers]
-
-    def scores(self) -> list[Score | None]:
-        """A score for every row whose generation followed the answer up to its last token; None for the others."""
-        if not self._hits:
-            return [None for _ in self.answers]
-        hits, logp = torch.stack(self._hits, 1).numpy(), torch.stack(self._logp, 1).numpy()
-        out: list[Score | None] = []
-        for i, a in enumerate(self.answers):
-            n = len(a)
-            known = 0 < n <= hits.shape[1] and bool(hits[i, : n - 1].all())
-            out.append(Score(hits[i, :n].copy(), logp[i, :n].copy()) if known else None)
-        return out
-
-
-class FirstLine:
-    """A stopping criterion: a row ends behind its first line, because `natural_stop` drops what follows.
-
-    A row goes on while it still follows its answer, so that an answer of several lines is scored to its end.
-
-    Args:
-        handle: the model whose tokenizer says which tokens break a line.
-        answers: token ids, a row each.
-        start: token position at which the generation starts.
-    """
-
-    def __init__(self, handle: ModelHandle, answers: Sequence[Sequence[int]], start: int) -> None:
-        self._text, self._break, self._inner = _line_tokens(handle)
-        self._answers, self._start, self._seen = answers, start, 0
-        self._begun = torch.zeros(len(answers), dtype=torch.bool)
-        self._ended = torch.zeros(len(answers), dtype=torch.bool)
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        new = input_ids[:, self._start + self._seen :].cpu()
-        for token in new.T:
-            self._ended |= (self._break[token] & self._begun) | self._inner[token]
-            self._begun |= self._text[token]
-        self._seen += new.shape[1]
-        made = input_ids[:, self._start :].tolist()
-        follows = torch.tensor([len(a) > len(m) and list(a[: len(m)]) == m for a, m in zip(self._answers, made)])
-        return (self._ended & ~follows).to(input_ids.device)
-
-
-def _line_tokens(handle: ModelHandle) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(V,) bool each: the token holds more than white space; it holds a line break; it holds one behind other text."""
-    if "line tokens" not in handle.cache:
-        size = handle.model.get_input_embeddings().num_embeddings
-        texts = handle.tokenizer.batch_decode([[i] for i in range(min(size, len(handle.tokenizer)))], skip_special_tokens=True)
-        texts = [t.replace("\ufffd", "") for t in texts] + [""] * (size - len(texts))  # a part of a character may be of white space
-        text, breaks = torch.tensor([bool(t.strip()) for t in texts]), torch.tensor(["\n" in t for t in texts])
-        handle.cache["line tokens"] = (text, breaks, torch.tensor([t.lstrip().find("\n") > 0 for t in texts]))
-    return handle.cache["line tokens"]
 
 
 class OverModel(Predictor):
@@ -208,9 +112,12 @@ class ModelPredictor(Predictor):
     """A model behind a handle, with what an editor changes for the length of a forward.
 
     Args:
-        around: context entered for every batch (weight swap, hooks); None is the unedited model.
+        weights: changed parameters by name; without them and without `around` it is the unedited model.
+        around: context entered for every batch, whose rows it may treat differently (hooks).
         explain: rows of `extras` for the batch that was just run, called inside the context.
         rows, tokens: limits of one forward.
+
+    Prompts without a picture are packed (`testbed.model.packed_rows`) where nothing treats rows differently; others are padded.
     """
 
     def __init__(
@@ -220,18 +127,32 @@ class ModelPredictor(Predictor):
         explain: Callable[[Batch], list[dict[str, Any]]] | None = None,
         rows: int = 64,
         tokens: int = 16_384,
+        weights: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
-        self.handle, self.rows, self.tokens = handle, rows, tokens
-        self.around: Around = around or (lambda batch: nullcontext())
-        self.explain = explain
-        self.fingerprint = "base" if around is None else None
+        self.handle, self.rows, self.tokens, self.explain = handle, rows, tokens, explain
+        self.weights: Mapping[str, torch.Tensor] = weights or {}
+        self.around: Around = around or (lambda batch: handle.swapped(self.weights))
+        self._rows_alike = around is None
+        self.fingerprint = "base" if around is None and weights is None else None
 
-    @torch.no_grad()
     def respond(self, asks: Sequence[Ask], answers: Sequence[str | None], max_new_tokens: int = 16) -> list[Response]:
         ids = [answer_ids(self.handle, a, x) if x is not None else [] for a, x in zip(asks, answers)]
-        made = self._in_parts(
-            self._chunks(asks), lambda part: self._generate([asks[i] for i in part], [ids[i] for i in part], max_new_tokens)
-        )
+        return self._respond(asks, ids, max_new_tokens, None)
+
+    def generate(self, asks: Sequence[Ask], max_new_tokens: int = 16, decided: Sequence[Decided] | None = None) -> list[str]:
+        return [r.generated for r in self._respond(asks, [[] for _ in asks], max_new_tokens, decided)]
+
+    @torch.no_grad()
+    def _respond(self, asks: Sequence[Ask], ids: Sequence[Row], max_new_tokens: int, decided: Sequence[Decided] | None) -> list[Response]:
+        def packed(at: list[int]) -> list[Response]:
+            own = decided and [decided[i] for i in at]
+            return self._generate_packed([asks[i] for i in at], [ids[i] for i in at], max_new_tokens, own)
+
+        def padded(at: list[int]) -> list[Response]:
+            own = decided and [decided[i] for i in at]
+            return self._generate([asks[i] for i in at], [ids[i] for i in at], max_new_tokens, own)
+
+        made = self._packed_or_padded(asks, max(max_new_tokens, *map(len, ids)) if ids else 0, packed, padded)
         again = [i for i, r in enumerate(made) if ids[i] and r.score is None]
         scores = dict(zip(again, self._score([asks[i] for i in again], [ids[i] for i in again])))
         return [replace(r, score=scores[i]) if i in scores else r for i, r in enumerate(made)]
@@ -239,6 +160,50 @@ class ModelPredictor(Predictor):
     @torch.no_grad()
     def score(self, asks: Sequence[Ask], answers: Sequence[str]) -> list[Score]:
         return self._score(asks, [answer_ids(self.handle, a, x) for a, x in zip(asks, answers)])
+
+    def _packed_or_padded(
+        self,
+        asks: Sequence[Ask],
+        steps: int,
+        packed: Callable[[list[int]], list[R]],
+        padded: Callable[[list[int]], list[R]],
+        lengths: Sequence[int] | None = None,
+    ) -> list[R]:
+        """Results of some work on batches of asks, given by their indices: packed where the model allows it, else padded.
+
+        steps: most tokens behind a prompt. lengths: of what follows each prompt in a padded batch.
+        """
+        own = [i for i, a in enumerate(asks) if a.image is None] if self._rows_alike else []
+        prompts = {i: self._prompt(asks[i]) for i in own}
+        if not prompts or not takes_packed_rows(self.handle, list(prompts.values()), steps):
+            prompts = {}
+        rest = [i for i in range(len(asks)) if i not in prompts]
+        found = dict(zip(sorted(prompts), self._in_parts(self._chunks_by_beginning(prompts), packed)))
+        chunks = self._chunks([asks[i] for i in rest], lengths and [lengths[i] for i in rest])
+        found |= zip(rest, self._in_parts(([rest[k] for k in chunk] for chunk in chunks), padded))
+        return [found[i] for i in range(len(asks))]
+
+    def _prompt(self, ask: Ask) -> Row:
+        return prompt_inputs(self.handle, ask)["input_ids"][0].tolist()
+
+    def _chunks_by_beginning(self, prompts: Mapping[int, Row]) -> Iterator[list[int]]:
+        """Indices of prompts in batches within the limits, those that begin alike together."""
+        chunk: list[int] = []
+        for i in sorted(prompts, key=lambda i: (prompts[i], i)):
+            longest = max(len(prompts[k]) for k in (*chunk, i))
+            if chunk and (len(chunk) >= self.handle.memory_limit.limit(self.rows) or (len(chunk) + 1) * longest > self.tokens):
+                yield chunk
+                chunk = []
+            chunk.append(i)
+        if chunk:
+            yield chunk
+
+    def _generate_packed(self, asks: list[Ask], ids: list[Row], max_new_tokens: int, decided: Sequence[Decided] | None) -> list[Response]:
+        with self.handle.swapped(self.weights), timed("prefill") as turn:
+            prompts = [self._prompt(a) for a in asks]
+            found = packed_answers(self.handle, prompts, ids, max_new_tokens, decided, then=lambda: turn("decode"))
+        texts = self.handle.tokenizer.batch_decode([a.made for a in found], skip_special_tokens=True)
+        return [Response(natural_stop(text), a.score, {}, a.first_ids) for text, a in zip(texts, found)]
 
     @torch.no_grad()
     def text_logprobs(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -311,17 +276,18 @@ class ModelPredictor(Predictor):
         if chunk:
             yield chunk
 
-    def _generate(self, asks: list[Ask], ids: list[list[int]], max_new_tokens: int) -> list[Response]:
+    def _generate(self, asks: list[Ask], ids: list[Row], max_new_tokens: int, decided: Sequence[Decided] | None) -> list[Response]:
         """One prefill for both scoring modes: where the generation follows the answer, its logits are the teacher-forced ones."""
         with timed("encode"):
             batch = collate(self.handle, asks, side="left")
-        with self.around(batch), _greedy_decoding(self.handle), timed("prefill") as turn:
+        with self.around(batch), greedy_decoding(self.handle), timed("prefill") as turn:
             scorer = AnswerScorer(ids, then=lambda: turn("decode"))
-            stop = FirstLine(self.handle, ids, batch.inputs["input_ids"].shape[1])
-            limits: Any = {"max_new_tokens": max_new_tokens, "stopping_criteria": [stop]}
+            start = batch.inputs["input_ids"].shape[1]
+            stop = [FirstLine(self.handle, ids, start), *([DecidedReplies(self.handle, decided, start)] if decided else [])]
+            limits: Any = {"max_new_tokens": max_new_tokens, "stopping_criteria": stop}
             tokens = self.handle.model.generate(**batch.inputs, **limits, logits_processor=[scorer])
             extras = self.explain(batch) if self.explain else [{} for _ in asks]
-        new = tokens[:, batch.inputs["input_ids"].shape[1] :]
+        new = tokens[:, start:]
         texts = self.handle.tokenizer.batch_decode(new, skip_special_tokens=True)
         read = zip(texts, scorer.scores(), extras, scorer.first_ids())
         return [Response(natural_stop(text), score, extra, first) for text, score, extra, first in read]
@@ -331,9 +297,16 @@ class ModelPredictor(Predictor):
         can = "logits_to_keep" in inspect.signature(self.handle.model.forward).parameters
         return self.handle.model(**batch.inputs, use_cache=False, **({"logits_to_keep": n} if can else {})).logits
 
-    def _score(self, asks: Sequence[Ask], ids: Sequence[list[int]]) -> list[Score]:
-        chunks = self._chunks(asks, [len(x) for x in ids])
-        return self._in_parts(chunks, lambda part: self._forced([asks[i] for i in part], [ids[i] for i in part]))
+    def _score(self, asks: Sequence[Ask], ids: Sequence[Row]) -> list[Score]:
+        def packed(at: list[int]) -> list[Score]:
+            with self.handle.swapped(self.weights), timed("score"):
+                return packed_scores(self.handle, [self._prompt(asks[i]) for i in at], [ids[i] for i in at])
+
+        def padded(at: list[int]) -> list[Score]:
+            return self._forced([asks[i] for i in at], [ids[i] for i in at])
+
+        lengths = [len(x) for x in ids]
+        return self._packed_or_padded(asks, max(lengths, default=0), packed, padded, lengths)
 
     def _forced(self, asks: list[Ask], ids: list[list[int]]) -> list[Score]:
         """One teacher-forced forward."""
@@ -346,22 +319,3 @@ class ModelPredictor(Predictor):
         logprobs = logp.gather(1, target[:, None])[:, 0].double().cpu().numpy()
         ends = np.cumsum([len(x) for x in ids]).tolist()
         return [Score(hits[end - len(x) : end], logprobs[end - len(x) : end]) for x, end in zip(ids, ends)]
-
-
-@contextmanager
-def _greedy_decoding(handle: ModelHandle) -> Iterator[None]:
-    """Greedy decoding in the place of a checkpoint's own settings (sampling, penalties, beams); its end tokens are kept."""
-    from transformers import GenerationConfig
-
-    owners = [m for m in handle.model.modules() if isinstance(getattr(m, "generation_config", None), GenerationConfig)]
-    kept = [m.generation_config for m in owners]
-    own = handle.model.generation_config.eos_token_id
-    ends = {handle.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
-    plain = GenerationConfig(do_sample=False, num_beams=1, eos_token_id=sorted(ends), pad_token_id=handle.tokenizer.pad_token_id)
-    try:
-        for m in owners:
-            m.generation_config = plain
-        yield
-    finally:
-        for m, config in zip(owners, kept):
-            m.generation_config = config

@@ -55,11 +55,11 @@ def decoder_arguments(handle: ModelHandle, batch: Batch) -> dict[str, Any]:
     return {k: v for k, v in given.items() if v is not None and k not in (*_CACHE_NAMES, "use_cache")}
 
 
-def run_decoder(handle: ModelHandle, given: dict[str, Any], cache: Cache) -> None:
-    """Run the decoder on the positions of `given`, behind what the cache holds."""
+def run_decoder(handle: ModelHandle, given: dict[str, Any], cache: Cache) -> Tensor:
+    """(B, P, d) final hidden states of the decoder on the positions of `given`, behind what the cache holds."""
     decoder = decoder_of(handle)
     name = next((n for n in _CACHE_NAMES if n in inspect.signature(decoder.forward).parameters), _CACHE_NAMES[-1])
-    decoder(**given, **{name: cache}, use_cache=True)
+    return decoder(**given, **{name: cache}, use_cache=True)[0]
 
 
 def with_position_ids(given: dict[str, Any]) -> dict[str, Any]:

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from testbed.core.events import Ask
 from testbed.core.grading import natural_stop
 from testbed.model.encoding import answer_ids, collate
+from testbed.model.generation import FIRST_IDS, FirstLine, Score
 from testbed.model.handle import weights_hash
-from testbed.model.predictor import FIRST_IDS, FirstLine, ModelPredictor, Response, Score
+from testbed.model.predictor import ModelPredictor, Response
 from tests.helpers.models import KINDS, TEXT, Noise, build
 
 PROMPTS = (

@@ -56,7 +56,9 @@ TEMPLATES: dict[str, PromptTemplate] = {
     ),
 }
 """Prompt templates by name. There are two for instructed models, so that a run with each shows what the template does to scores."""
-_NUMBER = re.compile(r"(?:fact|statement|number)?\s*(\d+)(?:[).:].*)?", re.DOTALL)
+_WORDS = ("fact", "statement", "number")
+_NUMBER = re.compile(rf"(?:{'|'.join(_WORDS)})?\s*(\d+)(?:[).:].*)?", re.DOTALL)
+_UNFINISHED_NUMBER = re.compile(rf"(?:{'|'.join(_WORDS)})?\s*\d*\s*")
 
 
 def statement(prompt: str, target: str) -> str:
@@ -101,3 +103,17 @@ def named_fact(answer: str, targets: list[str]) -> int | None:
     number = _NUMBER.fullmatch(said)
     digits = number[1] if number else ""
     return int(digits) - 1 if digits.isascii() and digits.isdigit() and 1 <= int(digits) <= len(targets) else None
+
+
+def decided(reply: str, targets: list[str]) -> bool:
+    """Whether `named_fact` of a reply to `which_fact` is known from its beginning, whatever follows."""
+    said = reply.rstrip("\ufffd").lstrip().casefold()  # a cut character is decoded as this mark
+    if _UNFINISHED_NUMBER.fullmatch(said) or any(w.startswith(said) for w in _WORDS):
+        return False
+    return not any(_may_become(said, t.strip().rstrip(".").casefold()) for t in targets)
+
+
+def _may_become(said: str, target: str) -> bool:
+    """Whether a text that begins so may be the target, with full stops or white space behind it."""
+    more = said.removeprefix(target)
+    return target.startswith(said) or (said.startswith(target) and all(c == "." or c.isspace() for c in more))

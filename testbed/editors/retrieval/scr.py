@@ -174,7 +174,8 @@ def near_fact(predictor: ScrPredictor, asks: Sequence[Ask], retrieved: Sequence[
 def confirmed(predictor: ScrPredictor, asks: Sequence[Ask], retrieved: Sequence[list[Retrieved]]) -> list[Accepted]:
     """The fact that the model names when it is asked which one answers the question: the paper's confirmation step."""
     requests = [confirmation(predictor, a, facts) for a, facts in zip(asks, retrieved)]
-    replies = iter(predictor.base.generate([r.ask for r in requests if r.facts], GATE_TOKENS))
+    put = [r for r in requests if r.facts]
+    replies = iter(predictor.base.generate([r.ask for r in put], GATE_TOKENS, [r.decided for r in put]))
     return [r.by_reply(next(replies)) if r.facts else ([], r.notes) for r in requests]
 
 
@@ -196,8 +197,12 @@ class Confirmation:
     facts: list[Version]
     notes: dict[str, Any]
 
+    def decided(self, reply: str) -> bool:
+        """Whether the beginning of a reply tells which fact it names, or that it names none."""
+        return prompts.decided(reply, [f.target for f in self.facts])
+
     def by_reply(self, reply: str) -> Accepted:
-        """The fact that a generated reply names."""
+        """The fact that a generated reply names. The reply is stored as far as it was generated."""
         i = prompts.named_fact(reply, [f.target for f in self.facts])
         return [] if i is None else [self.facts[i]], {**self.notes, "said": reply}
 

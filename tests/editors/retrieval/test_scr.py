@@ -27,7 +27,7 @@ def make(gate: str = "model", kind: str = "llama", pool: TrainPool = POOL, event
 
 def says(predictor: Any, answer: str) -> Any:
     """The predictor whose model answers every confirmation with `answer`."""
-    predictor.base.generate = lambda asks, n=16: [answer for _ in asks]
+    predictor.base.generate = lambda asks, n=16, decided=None: [answer for _ in asks]
     return predictor
 
 
@@ -263,3 +263,14 @@ def test_later_edits_do_not_change_a_predictor():
     assert isinstance(view, ContextPredictor)
     editor.apply(EditBatch((fact(3, "later", name=NAMES[0]),), 2))
     assert "later" not in str(view.retriever.nearest([ask_about(FACTS[0])], 5))
+
+
+def test_confirmations_that_end_where_they_are_decided_accept_what_whole_ones_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    asks = [ask_about(e) for e in FACTS] + UNRELATED
+    predictor = make().predictor()
+    short = predictor.respond(asks, ["green"] * len(asks), 4)
+    monkeypatch.setattr(prompts, "decided", lambda reply, targets: False)
+    whole = predictor.respond(asks, ["green"] * len(asks), 4)
+    assert same_responses(short, whole)
+    assert [r.extras["used"] for r in short] == [r.extras["used"] for r in whole]
+    assert sum(len(r.extras["said"]) for r in short) < sum(len(r.extras["said"]) for r in whole)
