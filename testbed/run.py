@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from testbed.core import threads, variants
+from testbed.core.plugins import load_plugins
 from testbed.core.registry import EDITORS, MONITORS, PROBES, STREAMS, WRAPPERS
 from testbed.experiment.command import run_command
 from testbed.experiment.config import BadConfig, RunConfig, set_fields, stored_config, stored_threads
@@ -32,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: list[str], console: Console) -> None:
     config = parse(argv)
     if config.list:
+        load_plugins(config.plugin)
         list_plugins(Console())
         return
 
@@ -83,7 +85,7 @@ def parse(argv: list[str]) -> RunConfig:
     return config
 
 
-_LISTS = ("--editor", "--benchmarks", "--set")
+_LISTS = ("--editor", "--benchmarks", "--plugin", "--set")
 """Options with several values: separated by commas, except --set, which may also be given several times."""
 
 

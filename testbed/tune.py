@@ -52,6 +52,8 @@ class TuneConfig:
     """Edits in one step."""
     minutes: PositiveFloat = 20.0
     """CPU minutes for each editor, after which no further setting is begun."""
+    plugin: tuple[str, ...] = ()
+    """Python files or modules with editors or streams of your own."""
     values: tuple[str, ...] = ()
     """field=value,value: values to try in the place of the table's (testbed/tuning/grids.yaml), field by field in this order."""
     out: Path | None = None
@@ -78,6 +80,7 @@ class TuneConfig:
     def run(self) -> RunConfig:
         """The run whose stream and editors are used."""
         names = {"model": self.model, "stream": self.stream, "data_root": self.data_root, "seed": self.seed, "batch": self.batch}
+        names["plugin"] = self.plugin
         return RunConfig(**names, editor=self.editor, missing_images=self.missing_images, set=("stream.development=true",))
 
 

@@ -10,6 +10,7 @@ from rich.console import Console
 from streams.base import BadStream
 from testbed.benchmarks.files import BadBenchmark
 from testbed.core.events import BadEvent, BadPicture
+from testbed.core.plugins import BadPlugin
 from testbed.core.registry import UnknownName
 from testbed.core.terminal import replace_what_the_terminal_lacks
 from testbed.experiment.config import BadConfig
@@ -51,5 +52,5 @@ def user_errors() -> tuple[type[Exception], ...]:
     from testbed.model.handle import BadModel
     from testbed.model.out_of_memory import MEMORY_ERRORS
 
-    own = (BadConfig, BadStream, BadEvent, BadPicture, BadBenchmark, BadEditor, BadRun, BadModel)
+    own = (BadConfig, BadPlugin, BadStream, BadEvent, BadPicture, BadBenchmark, BadEditor, BadRun, BadModel)
     return (*own, *MEMORY_ERRORS, UnknownLayout, UnknownName, StoreError)

@@ -8,7 +8,7 @@ import os
 import types
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, get_type_hints
@@ -17,6 +17,7 @@ from streams.base import MissingImages, Stream, StreamConfig
 from testbed.benchmarks import files as benchmarks
 from testbed.benchmarks.files import BadBenchmark, BenchmarkConfig
 from testbed.core import variants
+from testbed.core.plugins import BadPlugin, load_plugins
 from testbed.core.ranges import PositiveInt, Seed, out_of_range
 from testbed.core.registry import EDITORS, STREAMS, UnknownName
 from testbed.core.schema import folder_name
@@ -77,6 +78,8 @@ class RunConfig:
     benchmarks: tuple[Path, ...] = ()
     """Files or folders of benchmarks to ask besides, or the suites default and editing of --data-root, separated by commas
     (docs/benchmarks.md; settings: --set benchmarks.field=value)."""
+    plugin: tuple[str, ...] = ()
+    """Python files or modules with editors, streams, probes or monitors of your own, separated by commas."""
     max_new_tokens: PositiveInt = 16
     """Longest free generation, in tokens."""
     save_every: PositiveInt = 50
@@ -113,6 +116,7 @@ class RunConfig:
     def resolve(self) -> ResolvedRun:
         """Look up the stream and the editors and read the benchmarks. Raises `BadConfig` with every mistake at once."""
         problems = self._field_problems()
+        plugins = _attempt(problems, lambda: load_plugins(self.plugin))
         stream = _attempt(problems, self.resolve_stream)
         loaded = _attempt(problems, self._load_benchmarks)
         _attempt(problems, self.resolve_probes)
@@ -121,7 +125,7 @@ class RunConfig:
         problems += self._set_problems()
         if problems or stream is None or loaded is None:
             raise BadConfig("\n".join(problems))
-        return ResolvedRun(self, stream, editors, loaded)
+        return ResolvedRun(self, stream, editors, loaded, plugins or {})
 
     def problems(self) -> list[str]:
         """Every mistake as a sentence; empty when the run can start."""
@@ -212,8 +216,8 @@ class RunConfig:
         return {k: v for k, v in self.stored().items() if k not in LOCATIONS}
 
 
-LOCATIONS = ("data_root", "model", "benchmarks")
-"""Fields that say where data or a model lie. They may move between two processes of a run; hashes identify their content."""
+LOCATIONS = ("data_root", "model", "benchmarks", "plugin")
+"""Fields that say where data, a model or a plug-in lie. They may move between two processes of a run; hashes identify their content."""
 
 
 @dataclass(frozen=True)
@@ -234,13 +238,15 @@ class ResolvedRun:
     editors: dict[str, Resolved[Editor]]
     """By name, in the order of the configuration."""
     benchmarks: benchmarks.LoadedBenchmarks
+    plugins: dict[str, str] = field(default_factory=dict)
+    """SHA-256 by plug-in as it was given."""
 
 
 def _attempt(problems: list[str], check: Callable[[], T]) -> T | None:
     """The result of a check; None, and its message among the problems, where it raises."""
     try:
         return check()
-    except (UnknownName, BadConfig, BadBenchmark) as e:
+    except (UnknownName, BadConfig, BadBenchmark, BadPlugin) as e:
         problems += str(e).splitlines()
         return None
 

@@ -52,6 +52,7 @@ def manifest_of(run: PreparedRun) -> dict[str, Any]:
         "device": str(handle.device),
         "threads": torch.get_num_threads(),
         "dtype": str(handle.dtype).removeprefix("torch."),
+        **({"plugins": sorted(run.resolved.plugins.values())} if run.resolved.plugins else {}),
         "versions": _versions(),
         "git": git_commit(),
         "notes": notes_of(run),

@@ -30,7 +30,7 @@ from testbed.storage.files import Phase, StoreError, read_json, write_rows
 from testbed.storage.run_folder import RunFolder
 from testbed.storage.shared_cache import base_answers
 
-SAME = ("config", "model_hash", "stream_hash", "schedule_hash", "schema_version")
+SAME = ("config", "model_hash", "stream_hash", "schedule_hash", "schema_version", "plugins")
 """Entries of the manifest in which a resumed run must equal the stored one."""
 
 

@@ -156,7 +156,8 @@ def _cell(chosen: Mapping[str, Any], out: Path) -> Cell:
     files = tuple(p.absolute() if p.exists() else p for p in config.benchmarks)  # a suite is a name and no path
     # absolute, because a worker has another working directory; a hub id is no folder
     model = str(Path(config.model).absolute()) if Path(config.model).is_dir() else config.model
-    paths = {"data_root": data_root, "model": model, "benchmarks": files}
+    plugins = tuple(str(Path(p).absolute()) if Path(p).is_file() else p for p in config.plugin)
+    paths = {"data_root": data_root, "model": model, "benchmarks": files, "plugin": plugins}
     config = replace(config, set=kept, **paths)
     name = content_id("cell", config.stored())[:12]
     folder = out.absolute() / "cells" / f"{folder_name(config.editor[0])}-{config.seed}-{name}"

@@ -1,0 +1,88 @@
+# pyright: strict
+"""Plug-ins from outside the package: a file, a module, or the entry points `testbed.plugins` of installed distributions.
+
+A plug-in registers its classes when it is imported, as a file inside the package does. What was loaded is known by the hash
+of its file, so that a run is not continued with another version of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Iterable
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType
+
+from testbed.core.registry import EDITORS, MONITORS, PROBES, STREAMS, WRAPPERS
+
+GROUP = "testbed.plugins"
+"""Group of entry points; each names a module."""
+REGISTRIES = (EDITORS, WRAPPERS, STREAMS, PROBES, MONITORS)
+
+
+class BadPlugin(ValueError):
+    """A plug-in cannot be used; the message says which, why and what to do."""
+
+
+def load_plugins(given: Iterable[str]) -> dict[str, str]:
+    """Import plug-ins and those of installed distributions; returns the SHA-256 (64 hex digits) of each given one's file.
+
+    given: a path of a Python file, or a module's name. Raises `BadPlugin` for one that cannot be imported, that registers
+    nothing, or whose file changed since this process loaded it.
+    """
+    for point in entry_points(group=GROUP):
+        _import(point.value, f"the entry point {point.name} of {point.dist.name if point.dist else 'a distribution'}")
+    return {name: _load(name) for name in given}
+
+
+def _load(given: str) -> str:
+    path = Path(given).expanduser()
+    if path.suffix == ".py" or path.is_file():
+        if not path.is_file():
+            raise BadPlugin(f"plugin {given}: there is no such file in {path.parent.absolute()}")
+        return _load_file(path.resolve())
+    module = _import(given, f"plugin {given}")
+    if module.__file__ is None:
+        raise BadPlugin(f"plugin {given} is a package without a file of its own: name the module that registers its classes")
+    return _hash(Path(module.__file__))
+
+
+def _load_file(path: Path) -> str:
+    """The file under a name of its own, so that it may be called as a module of anybody else."""
+    digest, name = _hash(path), f"testbed_plugin_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
+    known = sys.modules.get(name)
+    if known is not None:
+        if vars(known)["PLUGIN_SHA256"] != digest:
+            raise BadPlugin(f"plugin {path} changed since this process loaded it: start again")
+        return digest
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise BadPlugin(f"plugin {path} is no Python file: its name must end in .py")
+    module = importlib.util.module_from_spec(spec)
+    vars(module)["PLUGIN_SHA256"] = digest
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException as e:
+        del sys.modules[name]
+        if isinstance(e, Exception):
+            raise BadPlugin(f"plugin {path} cannot be loaded: {type(e).__name__}: {e}") from e
+        raise
+    if not any(cls.__module__ == name for registry in REGISTRIES for _, cls in registry.items()):
+        raise BadPlugin(f'plugin {path} registers nothing: put a decorator such as @EDITORS.register("name") on its classes')
+    return digest
+
+
+def _import(name: str, what: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except Exception as e:
+        hint = "" if name.isidentifier() else "; a file is given by its path, which ends in .py"
+        raise BadPlugin(f"{what} cannot be loaded: {type(e).__name__}: {e}{hint}") from e
+
+
+def _hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
