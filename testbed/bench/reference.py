@@ -14,7 +14,7 @@ from unittest.mock import patch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from testbed.model import answer_loss, suffix
+from testbed.model import answer_loss, packed_linear, suffix
 from testbed.model.encoding import Batch
 from testbed.model.handle import ModelHandle
 from testbed.model.suffix import DownProjectionSuffix, ModelSuffix, Project
@@ -78,6 +78,7 @@ def whole_model(handle: ModelHandle) -> Iterator[None]:
             patch.object(suffix, "DownProjectionSuffix", WholeModelDownProjection),
             patch.object(suffix, "_answers_alone", lambda whole: whole),
             patch.object(answer_loss, "in_blocks", lambda head: False),
+            patch.object(packed_linear, "AVAILABLE", False),
         ):
             yield
     finally:

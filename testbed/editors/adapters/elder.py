@@ -26,6 +26,7 @@ from testbed.editors.codebook.keys import last_position
 from testbed.editors.hyperparameters import GPT2_XL, LLAMA_2_7B, SHALLOW, PublishedRow, Table, Values
 from testbed.editors.work import Work
 from testbed.model.handle import ModelHandle
+from testbed.model.packed_linear import packed_layers
 from testbed.model.predictor import ModelPredictor, Predictor
 
 DEFAULTS: Values = {"rank": 8, "active": 2, "guide": 0.01, "lr": 1e-4, "steps": 50}
@@ -207,7 +208,8 @@ class Elder(Editor):
             last.update(answer=float(answer.detach()), guide=float(guide.detach()))
             return answer + self.hyper.guide * guide.to(answer.device)
 
-        minimise(tensors, total, self.hyper.lr, self.hyper.steps)
+        with packed_layers(self.handle, self.targets[0].layer):
+            minimise(tensors, total, self.hyper.lr, self.hyper.steps)
         return self.mixture.like([t.detach() for t in tensors]), last["answer"], last["guide"]
 
     def predictor(self) -> Predictor:

@@ -24,6 +24,7 @@ from testbed.editors.adapters import elder, lowrank
 from testbed.editors.base import EditorConfig, WeightEditor, minimise, need, require_same
 from testbed.editors.hyperparameters import GPT2_XL, GPT_J, LLAMA_2_7B, LLAMA_3_8B, LLAMA_32_3B, SHALLOW, PublishedRow, Table, Values
 from testbed.editors.work import Work
+from testbed.model.packed_linear import packed_layers
 
 _ATTENTION: Values = {"modules": r"\.self_attn\.(q|v)_proj$", "scale": 4.0, "lr": 5e-3, "steps": 70}
 """What EasyEdit's files for LoRA on the Llama family agree on."""
@@ -99,7 +100,8 @@ class Lora(WeightEditor):
         pairs = [(u.clone().requires_grad_(True), v.clone().requires_grad_(True)) for u, v in self.pairs]
         adds = [lowrank.Adapter(u, v, self.hyper.scale) for u, v in pairs]
         tensors = [t for pair in pairs for t in pair]
-        loss = minimise(tensors, lambda: suffix.losses(adds).mean(), self.hyper.lr, self.hyper.steps)
+        with packed_layers(self.handle, self.targets[0].layer):
+            loss = minimise(tensors, lambda: suffix.losses(adds).mean(), self.hyper.lr, self.hyper.steps)
         return tuple((u.detach(), v.detach()) for u, v in pairs), float(loss)
 
     def _changes(self) -> list[Tensor]:

@@ -38,6 +38,7 @@ from testbed.editors.hyperparameters import (
 )
 from testbed.model.encoding import Batch, collate
 from testbed.model.handle import ModelHandle, project
+from testbed.model.packed_linear import packed_layers
 from testbed.model.predictor import ModelPredictor, Predictor
 from testbed.model.suffix import DownProjectionSuffix, mean_by_row, suffix_from_down_projection
 
@@ -190,7 +191,8 @@ class Wise(Editor):
         asks = [e.ask() for e in batch.events]
         suffix = suffix_from_down_projection(self.handle, asks, [e.target for e in batch.events], self.hyper.layer)
         edits, others = self._read(asks), self._draw_irrelevant(batch)
-        self.working, loss, steps = self._train(suffix, edits, others)
+        with packed_layers(self.handle, suffix.upper.first):
+            self.working, loss, steps = self._train(suffix, edits, others)
         self.edits_made += len(batch.events)
         notes = {"loss": loss, "steps": float(steps), "threshold": self.working.least * self.hyper.ratio}
         with torch.no_grad():

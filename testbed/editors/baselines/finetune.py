@@ -32,6 +32,7 @@ from testbed.editors.hyperparameters import (
     Values,
 )
 from testbed.model.handle import project
+from testbed.model.packed_linear import packed_layers
 from testbed.model.suffix import DownProjectionSuffix, suffix_from_down_projection
 
 _FT: Values = {"lr": 5e-4, "steps": 25}
@@ -92,13 +93,14 @@ class Finetune(WeightEditor):
         """The new weight and the last loss (nats a token). Raises `EditFailed` when the loss is not finite."""
         start, module, epsilon = self.weight, self.handle.down(self.hyper.layer), self.hyper.epsilon
         weight = start.clone().requires_grad_(True)
-        loss = minimise(
-            [weight],
-            lambda: suffix.losses(lambda act: project(module, act, weight)).mean(),
-            self.hyper.lr,
-            self.hyper.steps,
-            after_step=(lambda: weight.clamp_(start - epsilon, start + epsilon)) if epsilon else None,
-        )
+        with packed_layers(self.handle, suffix.upper.first):
+            loss = minimise(
+                [weight],
+                lambda: suffix.losses(lambda act: project(module, act, weight)).mean(),
+                self.hyper.lr,
+                self.hyper.steps,
+                after_step=(lambda: weight.clamp_(start - epsilon, start + epsilon)) if epsilon else None,
+            )
         return weight.detach(), float(loss)
 
     def edited_weights(self) -> dict[str, torch.Tensor]:
