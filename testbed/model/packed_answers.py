@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from testbed.model.generation import FIRST_IDS, Decided, LineEnds, Score, end_to
 from testbed.model.handle import ModelHandle
 from testbed.model.packed_rows import Continuation, PackedForward, Row, logits_of
 
+_READ = 256
+"""Hidden states of which the logits are in memory at once."""
 _ENDED = 4
 """Ended rows leave when they are at least one in so many."""
 
@@ -52,16 +55,27 @@ def packed_answers(
     """
     forward = PackedForward(handle, [p + a[:-1] for p, a in zip(prompts, answers)])
     read = [max(1, len(a)) for a in answers]
-    logits = logits_of(handle, forward.final_hidden(*_before_answers(prompts, read)))
-    best = logits.argmax(-1)
-    starts = [sum(read[:i]) for i in range(len(read))]
-    first = logits[starts].topk(min(FIRST_IDS, logits.shape[-1]), -1).indices.tolist()
-    scores = _scores(logits, best, answers, read)
+    final = forward.final_hidden(*_before_answers(prompts, read))
+    starts = list(accumulate(read, initial=0))[:-1]
+    said, logprobs = _read(handle, final, [t for a in answers for t in (a or [0])])
+    begin = logits_of(handle, final[starts])
+    first = begin.topk(min(FIRST_IDS, begin.shape[-1]), -1).indices.tolist()
     then()
-    said = best.tolist()
     made = [_followed(said[s : s + n], a)[:max_new_tokens] for s, n, a in zip(starts, read, answers)]
+    hits = torch.tensor([t == x for s, a in zip(starts, answers) for t, x in zip(said[s:], a or [0])])
+    scores = [s if a else None for s, a in zip(_by_row(hits, logprobs, read), answers)]
     _Generation(handle, prompts, made, max_new_tokens, decided).go_on(forward)
     return [PackedAnswer(m, s, tuple(f)) for m, s, f in zip(made, scores, first)]
+
+
+def _read(handle: ModelHandle, final: Tensor, targets: Row) -> tuple[Row, Tensor]:
+    """The likeliest token after each of (n, d) final hidden states, and the log-probability of a target, (n,) float64 nats."""
+    said, logprobs = list[int](), list[Tensor]()
+    for hidden, target in zip(final.split(_READ), torch.tensor(targets, device=handle.device).split(_READ)):
+        logits = logits_of(handle, hidden)
+        said += logits.argmax(-1).tolist()
+        logprobs.append(logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(-1))
+    return said, torch.cat(logprobs).double()
 
 
 def _before_answers(prompts: Sequence[Row], read: Sequence[int]) -> tuple[list[int], list[int]]:
@@ -73,12 +87,6 @@ def _followed(said: Row, answer: Row) -> Row:
     """The generation's first tokens: those of the answer as long as it says them, and the first that it says instead."""
     same = next((k for k, (a, b) in enumerate(zip(said, answer)) if a != b), len(said) - 1)
     return said[: same + 1]
-
-
-def _scores(logits: Tensor, best: Tensor, answers: Sequence[Row], read: Sequence[int]) -> list[Score | None]:
-    targets = torch.tensor([t for a in answers for t in (a or [0])], device=logits.device)
-    logprobs = logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(-1)
-    return [s if a else None for s, a in zip(_by_row(best == targets, logprobs.double(), read), answers)]
 
 
 def _by_row(hits: Tensor, logprobs: Tensor, read: Sequence[int]) -> list[Score]:

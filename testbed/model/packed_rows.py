@@ -24,7 +24,7 @@ from testbed.model.out_of_memory import is_out_of_memory
 from testbed.model.prefix_cache import PrefixCache, agree, run_decoder
 
 Row = list[int]
-LENGTH = 256
+LENGTH = 512
 """Tokens of one sequence, about: in longer ones attention costs more, in shorter ones fewer rows share their beginnings."""
 _COMPARED = 4
 """Rows shorter than this say too little about a decoder."""

@@ -29,6 +29,8 @@ from testbed.model.handle import ModelHandle
 from testbed.model.packed_answers import packed_answers, packed_scores
 from testbed.model.packed_rows import Row, takes_packed_rows
 
+_PACKED = 4
+"""Packed rows for each padded one in a batch: they are shorter, and the last rows of a generation, few to a step, are costly."""
 R = TypeVar("R")
 Around = Callable[[Batch], AbstractContextManager[Any]]
 
@@ -115,7 +117,7 @@ class ModelPredictor(Predictor):
         weights: changed parameters by name; without them and without `around` it is the unedited model.
         around: context entered for every batch, whose rows it may treat differently (hooks).
         explain: rows of `extras` for the batch that was just run, called inside the context.
-        rows, tokens: limits of one forward.
+        rows, tokens: limits of one forward; packed rows may be four times as many.
 
     Prompts without a picture are packed (`testbed.model.packed_rows`) where nothing treats rows differently; others are padded.
     """
@@ -191,7 +193,8 @@ class ModelPredictor(Predictor):
         chunk: list[int] = []
         for i in sorted(prompts, key=lambda i: (prompts[i], i)):
             longest = max(len(prompts[k]) for k in (*chunk, i))
-            if chunk and (len(chunk) >= self.handle.memory_limit.limit(self.rows) or (len(chunk) + 1) * longest > self.tokens):
+            most = self.handle.memory_limit.limit(_PACKED * self.rows)
+            if chunk and (len(chunk) >= most or (len(chunk) + 1) * longest > self.tokens):
                 yield chunk
                 chunk = []
             chunk.append(i)

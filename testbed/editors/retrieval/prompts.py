@@ -58,7 +58,7 @@ TEMPLATES: dict[str, PromptTemplate] = {
 """Prompt templates by name. There are two for instructed models, so that a run with each shows what the template does to scores."""
 _WORDS = ("fact", "statement", "number")
 _NUMBER = re.compile(rf"(?:{'|'.join(_WORDS)})?\s*(\d+)(?:[).:].*)?", re.DOTALL)
-_UNFINISHED_NUMBER = re.compile(rf"(?:{'|'.join(_WORDS)})?\s*\d*\s*")
+_BEGUN_NUMBER = re.compile(rf"(?:{'|'.join(_WORDS)})?\s*0*(\d*)\s*")
 
 
 def statement(prompt: str, target: str) -> str:
@@ -108,7 +108,9 @@ def named_fact(answer: str, targets: list[str]) -> int | None:
 def decided(reply: str, targets: list[str]) -> bool:
     """Whether `named_fact` of a reply to `which_fact` is known from its beginning, whatever follows."""
     said = reply.rstrip("\ufffd").lstrip().casefold()  # a cut character is decoded as this mark
-    if _UNFINISHED_NUMBER.fullmatch(said) or any(w.startswith(said) for w in _WORDS):
+    begun = _BEGUN_NUMBER.fullmatch(said)
+    by_number = begun is not None and any(str(i + 1).startswith(begun[1]) for i in range(len(targets)))
+    if by_number or any(w.startswith(said) for w in _WORDS):
         return False
     return not any(_may_become(said, t.strip().rstrip(".").casefold()) for t in targets)
 

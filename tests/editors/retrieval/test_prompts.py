@@ -48,7 +48,18 @@ def test_a_reply_that_is_decided_names_the_same_fact_whatever_follows(reply: str
     ("reply", "known"),
     [
         *[("", False), ("Tur", False), ("Turin", False), ("turin. ", False), ("Turin is", True), ("T\ufffd", False), ("The", True)],
-        *[("1", False), ("12", False), ("1)", True), ("fact", False), ("fact 2", False), ("fact 2:", True), ("facts", True), ("7 ", False)],
+        *[
+            ("1", False),
+            ("0", False),
+            ("12", True),
+            ("4", True),
+            ("1)", True),
+            ("fact", False),
+            ("fact 2", False),
+            ("fact 2:", True),
+            ("facts", True),
+            ("7 ", False),
+        ],
     ],
 )
 def test_a_reply_is_decided_as_soon_as_nothing_else_can_come_of_it(reply: str, known: bool) -> None:
