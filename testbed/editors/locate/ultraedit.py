@@ -1,0 +1,256 @@
+"""UltraEdit (Gu et al., TMLR 2026, arXiv 2505.14679): one forward and backward of the batch, one ridge solve a matrix.
+
+At each chosen linear map, let h be the input and g the gradient of the loss at the output, at the positions that predict the
+answers' tokens. With running means and deviations of both over every batch so far (lifelong normalisation) and the normalised
+values written with a hat, each position asks for
+
+    v_i = -lr |h^_i|^2 g^_i ,        Delta W^T = (H^T H + ridge I)^-1 H^T V = H^T (H H^T + ridge I)^-1 V ,
+
+with the raw h as the rows of H. The second form is solved, in the number of positions. The state holds the rows (h, g) alone:
+statistics and weights follow from them, so that an edit whose rows are removed leaves what the others give.
+
+StableEdit (MINE-USTC/StableEdit) is the same with a larger ridge (alpha 10) and statistics that are warmed up (`preheat`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from streams.base import TrainPool
+from testbed.core.events import Ask, EditBatch
+from testbed.core.ranges import NonNegativeInt, PositiveFloat
+from testbed.core.registry import EDITORS
+from testbed.core.timing import timed
+from testbed.editors.adapters.lowrank import AdaptedSuffix, find_target_modules
+from testbed.editors.base import BadEditor, EditFailed, EditorConfig, WeightEditor, appended, need, require_finite_loss, require_same
+from testbed.editors.hyperparameters import LLAMA_3_8B, MISTRAL_7B, SHALLOW, PublishedRow, Table, Values
+from testbed.editors.traits import Traits
+from testbed.editors.work import Work
+from testbed.model.handle import ModelHandle, as_matrix, as_stored
+
+PUBLISHED: Table = {
+    LLAMA_3_8B: PublishedRow(
+        "UltraEdit, section 4.1: gate projections of layers 11-15 and up projections of layers 18-24",
+        {"modules": r"layers\.(1[1-5]\.mlp\.gate|(1[89]|2[0-4])\.mlp\.up)_proj$"},
+    ),
+    MISTRAL_7B: PublishedRow(
+        "UltraEdit, section 4.1: down projections of layers 29 and 30", {"modules": r"layers\.(29|30)\.mlp\.down_proj$"}
+    ),
+}
+_TOKENS = 4.0
+"""Answer tokens of an edit, for the estimate of its cost."""
+
+
+def derived(handle: ModelHandle) -> Values:
+    """For a model without published values: the down-projections of the layers from half to three quarters of its depth.
+
+    lr is the published one times 14,336 / f, because |h^|^2 grows with the width f of the input; shallow models take larger steps.
+    """
+    depth = handle.n_layers
+    layers = range(depth // 2, max(depth // 2 + 1, round(0.75 * depth)))
+    names = [handle.down_weight(i).removesuffix(".weight").replace(".", r"\.") for i in layers]
+    width = as_matrix(handle.down(layers[0]), handle.parameter(handle.down_weight(layers[0]))).shape[1]
+    return {"modules": f"^({'|'.join(names)})$", "lr": 1e-2 if depth < SHALLOW else 1e-6 * 14_336 / width}
+
+
+@dataclass(frozen=True)
+class UltraEditConfig(EditorConfig):
+    """Fields that are None come from the hyper-parameters of the model."""
+
+    modules: str | None = None
+    """Regular expression over the names of the decoder's linear maps that are edited."""
+    lr: PositiveFloat | None = None
+    """lr: size of the change that a position asks for (paper: 1e-6)."""
+    ridge: PositiveFloat = 1.0
+    """alpha, added to the diagonal (paper: 1; StableEdit: 10)."""
+    lifelong: bool = True
+    """Statistics over all batches so far; false starts them anew for each batch, as the common port of the method does."""
+    preheat: NonNegativeInt = 0
+    """Questions of the train pool whose rows enter the statistics before the first edit (StableEdit; paper: 0)."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Answer positions at every target: h (n, f) and g (n, d) by target, float32; owner: the event of each position."""
+
+    h: tuple[Tensor, ...]
+    g: tuple[Tensor, ...]
+    owner: tuple[str, ...]
+
+    def part(self, first: int, stop: int) -> Rows:
+        """The positions from `first` to `stop` - 1."""
+        return Rows(tuple(t[first:stop] for t in self.h), tuple(t[first:stop] for t in self.g), self.owner[first:stop])
+
+
+class RunningStatistics:
+    """Mean and standard deviation (n - 1) of the rows seen so far, exact whatever their parts (Chan et al. 1979), float64."""
+
+    def __init__(self, n: int = 0, mean: Tensor | None = None, squares: Tensor | None = None) -> None:
+        self.n = n
+        self.mean = torch.zeros(()) if mean is None else mean
+        self.squares = torch.zeros(()) if squares is None else squares
+
+    def with_rows(self, rows: Tensor) -> RunningStatistics:
+        """The statistics of these rows too."""
+        if not len(rows):
+            return self
+        rows, n = rows.double(), len(rows)
+        mean, total = rows.mean(0), self.n + n
+        squares, shift = (rows - mean).square().sum(0), mean - self.mean.to(rows.device)
+        squares = self.squares.to(rows.device) + squares + shift.square() * (self.n * n / total)
+        return RunningStatistics(total, self.mean.to(rows.device) + shift * (n / total), squares)
+
+    def normalised(self, rows: Tensor) -> Tensor:
+        """Float64; a feature that never varied is 0. Raises `EditFailed` for fewer than two rows, whose deviation is undefined."""
+        if self.n < 2:
+            raise EditFailed("the statistics stand on a single answer token, whose deviation is undefined: use a larger batch or preheat")
+        deviation = (self.squares / (self.n - 1)).sqrt()
+        return torch.where(deviation > 0, (rows.double() - self.mean) / deviation.clamp(min=1e-30), 0.0)
+
+
+Statistics = tuple[tuple[RunningStatistics, RunningStatistics], ...]
+"""Of h and of g, by target."""
+
+
+def change(h: Tensor, v: Tensor, ridge: float) -> Tensor:
+    """(d, f) float64 the change of the weight for rows h (n, f) that ask for v (n, d): V^T (H H^T + ridge I)^-1 H."""
+    h = h.double()
+    gram = h @ h.T + ridge * torch.eye(len(h), dtype=h.dtype, device=h.device)
+    return v.T @ torch.linalg.solve(gram, h)
+
+
+@EDITORS.register("ultraedit")
+class UltraEdit(WeightEditor):
+    """Rows of every batch at the target modules, and the weights that follow from them."""
+
+    summary = "one backward a batch, lifelong normalisation and a ridge solve (UltraEdit, StableEdit)"
+    traits = Traits(weights=True, undo=True, uses=frozenset({"train_pool"}))
+    Config = UltraEditConfig
+    published, defaults = PUBLISHED, {"lr": 1e-6}
+
+    def _derived(self) -> Values:
+        return derived(self.handle)
+
+    def work(self, batch: int) -> Work:
+        """One forward and backward from the first target's layer up, and a solve in the number of answer tokens."""
+        layers = float(self.handle.n_layers - self.targets[0].layer)
+        return Work(forwards=2.0, steps=1.0, layers=layers, state_per_edit=_TOKENS * sum(t.f + t.d for t in self.targets))
+
+    def _prepare(self, pool: TrainPool) -> None:
+        self.targets = find_target_modules(self.handle, self.hyper.modules)
+        self.bases = tuple(self.handle.parameter(t.weight).detach().float() for t in self.targets)
+        self.sizes: tuple[int, ...] = ()
+        self.rows = self.warm = self._none()
+        self._rebuild()
+        questions = [q for q in pool.questions if q.answer][: self.config.preheat]
+        if questions:
+            self.warm = self._gather([q.ask() for q in questions], [q.answer or "" for q in questions], ["pool"] * len(questions))
+            self._rebuild()
+
+    def _none(self) -> Rows:
+        h, g = (tuple(torch.zeros(0, getattr(t, n), device=b.device) for t, b in zip(self.targets, self.bases)) for n in ("f", "d"))
+        return Rows(h, g, ())
+
+    def _edit(self, batch: EditBatch) -> dict[str, float]:
+        events = batch.events
+        new = self._gather([e.ask() for e in events], [e.target for e in events], [e.id for e in events])
+        self._take(new)
+        self.rows, self.sizes = self._grown(new), (*self.sizes, len(new.owner))
+        return {"tokens": float(len(new.owner))}
+
+    def _grown(self, new: Rows) -> Rows:
+        """All rows with the new ones; what was handed out before does not change."""
+        sides = []
+        for name in ("h", "g"):
+            pairs = zip(getattr(self.rows, name), getattr(new, name))
+            sides.append(tuple(self._room(f"{name}.{i}", old, rows) for i, (old, rows) in enumerate(pairs)))
+        return Rows(*sides, (*self.rows.owner, *new.owner))
+
+    def _room(self, name: str, old: Tensor, rows: Tensor) -> Tensor:
+        self._rooms[name] = appended(self._rooms.get(name, old), len(old), rows)
+        return self._rooms[name][: len(old) + len(rows)]
+
+    @timed("backward")
+    def _gather(self, asks: Sequence[Ask], answers: Sequence[str], owners: Sequence[str]) -> Rows:
+        """h and g of the answers' positions under the weights as they are; the loss is the sum over tokens, so that no row of
+        one edit depends on another edit."""
+        with self.handle.swapped(self.edited_weights()):
+            suffix = AdaptedSuffix(self.handle, self.targets, asks, answers)
+            read = suffix.batch.before_answer
+            acts: list[Tensor] = []
+            probes = [torch.zeros(*read.shape, t.d, device=b.device, requires_grad=True) for t, b in zip(self.targets, self.bases)]
+
+            def add(act: Tensor, probe: Tensor) -> Tensor:
+                acts.append(act.detach())
+                return probe
+
+            losses = suffix.losses([lambda act, p=p: add(act, p) for p in probes])
+            require_finite_loss(losses, self.hyper.lr)
+            counts = suffix.batch.answer.sum(1).to(losses)
+            gradients = torch.autograd.grad((losses * counts).sum(), probes)
+        h = tuple(a[read.to(a.device)].float() for a in acts)
+        g = tuple(x[read.to(x.device)].float() for x in gradients)
+        return Rows(h, g, tuple(owners[i] for i in read.nonzero()[:, 0].tolist()))
+
+    @timed("solve")
+    def _take(self, rows: Rows) -> None:
+        """Add a batch's rows to the statistics and its change to the weights."""
+        self.statistics = self._counted(self.statistics if self.config.lifelong else self._unseen(), rows)
+        changed = []
+        for done, (of_h, of_g), h, g in zip(self.changes, self.statistics, rows.h, rows.g):
+            size = of_h.normalised(h).square().sum(1, keepdim=True)
+            changed.append(done + change(h, -self.hyper.lr * size * of_g.normalised(g), self.config.ridge))
+        self.changes = tuple(changed)
+
+    def _unseen(self) -> Statistics:
+        return tuple((RunningStatistics(), RunningStatistics()) for _ in self.targets)
+
+    def _counted(self, statistics: Statistics, rows: Rows) -> Statistics:
+        return tuple((of_h.with_rows(h), of_g.with_rows(g)) for (of_h, of_g), h, g in zip(statistics, rows.h, rows.g))
+
+    def _rebuild(self) -> None:
+        """Statistics and weights from the rows."""
+        self._rooms: dict[str, Tensor] = {}
+        self.statistics = self._counted(self._unseen(), self.warm)
+        self.changes = tuple(torch.zeros(t.d, t.f, dtype=torch.float64, device=b.device) for t, b in zip(self.targets, self.bases))
+        at = 0
+        for n in self.sizes:
+            self._take(self.rows.part(at, at + n))
+            at += n
+
+    def revert(self, event_ids: Iterable[str]) -> None:
+        """Remove the rows of these edits: what is left is what the other rows give. Raises `BadEditor` for an unknown id."""
+        gone, at, sizes = set(event_ids), 0, []
+        if unknown := gone - set(self.rows.owner):
+            raise BadEditor(f"{self.name} made no edit {', '.join(sorted(unknown))}")
+        for n in self.sizes:
+            sizes.append(sum(own not in gone for own in self.rows.owner[at : at + n]))
+            at += n
+        kept = torch.tensor([i for i, own in enumerate(self.rows.owner) if own not in gone], dtype=torch.long)
+        h, g = (tuple(t[kept.to(t.device)] for t in side) for side in (self.rows.h, self.rows.g))
+        self.rows = Rows(h, g, tuple(own for own in self.rows.owner if own not in gone))
+        self.sizes = tuple(n for n in sizes if n)
+        self._rebuild()
+
+    def edited_weights(self) -> dict[str, Tensor]:
+        return {t.weight: b + as_stored(t.module, c).to(b.dtype) for t, b, c in zip(self.targets, self.bases, self.changes)}
+
+    def _own(self) -> dict[str, Any]:
+        return {"model": self.handle.hash, "modules": [t.name for t in self.targets]}
+
+    def _state(self) -> dict[str, Any]:
+        rows = {f"{name}.{i}": t for name, side in (("h", self.rows.h), ("g", self.rows.g)) for i, t in enumerate(side)}
+        return {**rows, "owners": list(self.rows.owner), "sizes": list(self.sizes), **self._own()}
+
+    def _load(self, state: dict[str, Any]) -> None:
+        require_same(state, self._own())
+        owner = tuple(state["owners"])
+        h = (need(state, f"h.{i}", (len(owner), t.f)).to(b.device) for i, (t, b) in enumerate(zip(self.targets, self.bases)))
+        g = (need(state, f"g.{i}", (len(owner), t.d)).to(b.device) for i, (t, b) in enumerate(zip(self.targets, self.bases)))
+        self.rows, self.sizes = Rows(tuple(h), tuple(g), owner), tuple(state["sizes"])
+        self._rebuild()
