@@ -138,8 +138,9 @@ class UltraEdit(WeightEditor):
 
     def work(self, batch: int) -> Work:
         """One forward and backward from the first target's layer up, and a solve in the number of answer tokens."""
-        layers = float(self.handle.n_layers - self.targets[0].layer)
-        return Work(forwards=2.0, steps=1.0, layers=layers, state_per_edit=_TOKENS * sum(t.f + t.d for t in self.targets))
+        targets = find_target_modules(self.handle, self.hyper.modules)
+        layers = float(self.handle.n_layers - targets[0].layer)
+        return Work(forwards=2.0, steps=1.0, layers=layers, state_per_edit=_TOKENS * sum(t.f + t.d for t in targets))
 
     def _prepare(self, pool: TrainPool) -> None:
         self.targets = find_target_modules(self.handle, self.hyper.modules)
@@ -165,11 +166,9 @@ class UltraEdit(WeightEditor):
 
     def _grown(self, new: Rows) -> Rows:
         """All rows with the new ones; what was handed out before does not change."""
-        sides = []
-        for name in ("h", "g"):
-            pairs = zip(getattr(self.rows, name), getattr(new, name))
-            sides.append(tuple(self._room(f"{name}.{i}", old, rows) for i, (old, rows) in enumerate(pairs)))
-        return Rows(*sides, (*self.rows.owner, *new.owner))
+        h = tuple(self._room(f"h.{i}", old, rows) for i, (old, rows) in enumerate(zip(self.rows.h, new.h)))
+        g = tuple(self._room(f"g.{i}", old, rows) for i, (old, rows) in enumerate(zip(self.rows.g, new.g)))
+        return Rows(h, g, (*self.rows.owner, *new.owner))
 
     def _room(self, name: str, old: Tensor, rows: Tensor) -> Tensor:
         self._rooms[name] = appended(self._rooms.get(name, old), len(old), rows)
@@ -195,7 +194,7 @@ class UltraEdit(WeightEditor):
             gradients = torch.autograd.grad((losses * counts).sum(), probes)
         h = tuple(a[read.to(a.device)].float() for a in acts)
         g = tuple(x[read.to(x.device)].float() for x in gradients)
-        return Rows(h, g, tuple(owners[i] for i in read.nonzero()[:, 0].tolist()))
+        return Rows(h, g, tuple(owners[int(i)] for i in read.nonzero()[:, 0]))
 
     @timed("solve")
     def _take(self, rows: Rows) -> None:
