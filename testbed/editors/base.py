@@ -99,7 +99,10 @@ class Editor(ABC):
         self._resolve()
 
     def work(self, batch: int) -> Work:
-        """What an editor bound to a model will have it do, with so many edits in a batch; derived from the hyper-parameters."""
+        """What the editor will have the model do, with so many edits in a batch. It is asked after `bind`, without `prepare`.
+
+        Derived from the hyper-parameters; a method overrides it where they do not tell.
+        """
         return derived_work(self.handle, self.hyper, self.traits)
 
     def _resolve(self) -> None:

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
+from testbed.core.events import Question
 from testbed.editors.base import Editor
 from testbed.editors.work import Work
 from testbed.experiment.config import ResolvedRun
@@ -24,8 +25,8 @@ from testbed.experiment.outline import Kind, Outline, outline
 from testbed.experiment.unit_times import UnitTimes
 from testbed.monitors.base import PROMPTS
 
-SECONDS, TOGETHER = 3.0, 32
-"""Seconds of all timed questions, and panel questions that are asked together when they are timed."""
+SECONDS, TOGETHER = 1.0, 32
+"""About the seconds of all timed questions, and questions of a panel that are asked together."""
 BEFORE = 320
 """Questions that a run asks before its first edit, to choose a prompt form and to learn what the model believes."""
 REPORT_SECONDS = (7.0, 2e-4)
@@ -99,15 +100,18 @@ def measure(plan: Outline) -> tuple[float, list[EditorCost]]:
 
 
 def _seconds_of_questions(plan: Outline, units: UnitTimes) -> dict[Kind, float]:
-    """Seconds of a question of each kind, asked of the unedited model in groups as large as the run's."""
+    """Seconds of a question of each kind, asked of the unedited model in groups as large as the run's.
+
+    Questions that are answered in one way are timed together, those of benchmarks apart from the stream's.
+    """
+    alike: dict[Kind, list[Question]] = {}
+    for kind, questions in plan.kinds.items():
+        alike.setdefault((kind[0] if kind[0] == "benchmarks" else "", kind[1]), []).extend(q.plan.question for q in questions)
+    lines = {kind: units.questions(asked, plan.run.max_new_tokens, SECONDS / len(alike)) for kind, asked in alike.items()}
     out: dict[Kind, float] = {}
     for kind, questions in plan.kinds.items():
-        asked = [q.plan.question for q in questions]
-        size = max(1, round(len(asked) / len(plan.schedule.steps))) if kind[0] == "right after" else TOGETHER
-        size = min(size, TOGETHER, len(asked))
-        spread = asked[:: max(1, len(asked) // (4 * size))]
-        groups = [spread[i : i + size] for i in range(0, len(spread) - size + 1, size)]
-        out[kind] = units.question([spread[:2], *groups], plan.run.max_new_tokens, SECONDS / len(plan.kinds))
+        n = min(len(questions), max(1, round(len(questions) / len(plan.schedule.steps))) if kind[0] == "right after" else TOGETHER)
+        out[kind] = lines[kind[0] if kind[0] == "benchmarks" else "", kind[1]](n) / n
     return out
 
 

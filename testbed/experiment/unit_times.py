@@ -19,6 +19,8 @@ from testbed.model.suffix import ModelSuffix, suffix_from_layer
 
 ROWS, LAYERS = 4, 2
 """Rows and layers of the larger of two measurements between which, and beyond which, time is a straight line."""
+TOGETHER = (8, 32)
+"""Fewest and most questions of the larger of two timed groups."""
 _QUICK = 0.3
 """Seconds under which a piece is timed a second time, because the first pass includes one-time costs."""
 _ORDER, _NUMBERS = 512, 500_000
@@ -79,16 +81,18 @@ class UnitTimes:
         a = torch.eye(_ORDER, dtype=torch.float64, device=self.device) + 0.1
         return self._seconds(lambda: torch.linalg.solve(a, a))
 
-    def question(self, groups: Sequence[Sequence[Question]], max_new_tokens: int, seconds: float) -> float:
-        """Seconds a question, from as many of the groups as take about these seconds; the questions of a group are asked together."""
-        spent, asked = 0.0, 0
-        for i, group in enumerate(groups):
-            took = self._once(lambda group=group: answer_base(self.handle, group, max_new_tokens))
-            if i > 0 or took > seconds or len(groups) == 1:  # the first pass includes one-time costs
-                spent, asked = spent + took, asked + len(group)
-            if spent > seconds:
-                break
-        return spent / max(1, asked)
+    def questions(self, asked: Sequence[Question], max_new_tokens: int, seconds: float) -> Callable[[float], float]:
+        """Seconds of n questions that are asked together, from a group of two and one that takes about these seconds."""
+
+        def group(n: int, tokens: int = max_new_tokens) -> float:
+            part = asked[:: max(1, len(asked) // n)][:n]
+            return self._once(lambda: answer_base(self.handle, part, tokens))
+
+        few = min(2, len(asked))
+        group(few, 1)  # one-time costs
+        small = group(few)
+        many = min(len(asked), max(TOGETHER[0], min(TOGETHER[1], round(seconds / small * few))))
+        return _line([few, many], [small, group(many)])
 
     def _read(self, i: int) -> None:
         self._suffixes[i] = suffix_from_layer(self.handle, self._batches[i], self.handle.n_layers - self._layers)
