@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -63,6 +63,8 @@ class FinetuneConfig(EditorConfig):
     """Optimiser steps a batch; the optimiser starts afresh for each."""
     epsilon: NonNegativeFloat | None = None
     """Largest change of any weight in one batch (Zhu et al. 2020, L-infinity); 0 is no limit."""
+    order: Literal["joint", "depth"] = "joint"
+    """Train the edits of a batch together, or one after the other to the end, as papers do whose fine-tuning collapses."""
 
 
 @EDITORS.register("finetune")
@@ -83,9 +85,10 @@ class Finetune(WeightEditor):
         self.weight = self.handle.parameter(self.weight_name).detach().float().clone()
 
     def _edit(self, batch: EditBatch) -> dict[str, float]:
-        asks = [e.ask() for e in batch.events]
-        suffix = suffix_from_down_projection(self.handle, asks, [e.target for e in batch.events], self.hyper.layer)
-        self.weight, loss = self._train(suffix)
+        loss = torch.nan
+        for events in [batch.events] if self.config.order == "joint" else [(e,) for e in batch.events]:
+            asks, targets = [e.ask() for e in events], [e.target for e in events]
+            self.weight, loss = self._train(suffix_from_down_projection(self.handle, asks, targets, self.hyper.layer))
         return {"loss": loss}
 
     @timed("train")
