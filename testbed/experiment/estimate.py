@@ -166,7 +166,7 @@ def _costs(plan: Outline, base: float, costs: Sequence[EditorCost]) -> Table:
     memory = decimal(round(peak_bytes(plan.run.handle.device) + max((c.state for c in costs), default=0.0)))
     disk = decimal(round(DISK_BYTES[0] + DISK_BYTES[1] * answers + state))
     table = _table("What it would cost", ["", "prepare", "edits", *shown, "time", "state at the end"], rows)
-    table.caption = f"peak memory about {memory}, disk about {disk}; times within about a factor of two"
+    table.caption = f"peak memory about {memory}, disk about {disk}; times are rough: edits within a factor of three, questions of five"
     return table
 
 
