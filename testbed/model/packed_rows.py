@@ -183,7 +183,7 @@ def takes_packed_rows(handle: ModelHandle, rows: Sequence[Row], steps: int) -> b
     a window shorter than the rows may not. Nothing is concluded where the model's logits are not finite.
     """
     window = getattr(handle.model.config.get_text_config(), "sliding_window", None) or handle.window
-    if not handle.takes_position_ids or handle.family.needs_picture or max(map(len, rows)) + steps > window:
+    if not handle.takes_position_ids or _has_local_attention(handle) or handle.family.needs_picture or max(map(len, rows)) + steps > window:
         return False
     longest = max(rows, key=len)
     if _FLAG not in handle.cache:
@@ -206,6 +206,11 @@ def _plain_logits(handle: ModelHandle, row: Row) -> Tensor:
     """(2, V) logits of a plain forward at the row's last token and at the same token once more."""
     ids = torch.tensor([[*row, row[-1]]], device=handle.device)
     return handle.model(input_ids=ids, use_cache=False).logits[0, -2:].float()
+
+
+def _has_local_attention(handle: ModelHandle) -> bool:
+    """Whether a layer masks by the number of the column (GPT-Neo), which in a packed sequence is that of other rows too."""
+    return "local" in (getattr(handle.model.config.get_text_config(), "attention_layers", None) or ())
 
 
 def _agrees(handle: ModelHandle, rows: list[Row], want: list[Tensor]) -> bool:

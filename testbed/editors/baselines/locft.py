@@ -73,7 +73,13 @@ class LocFT(WeightEditor):
         layer = self.handle.layer_index(self.hyper.layer)
         parts = -(-batch // self.config.rows)
         steps, layers = self.config.epochs / 2 * parts, self.handle.n_layers - 1 - layer + 0.5
-        return Work(forwards=2.0, steps=steps, rows=1.0 / parts, layers=layers, trained=float(self.weight.numel()))
+        return Work(
+            forwards=2.0,
+            steps=steps,
+            rows=1.0 / parts,
+            layers=layers,
+            trained=float(self.handle.parameter(self.handle.down_weight(layer)).numel()),
+        )
 
     def _prepare(self, pool: TrainPool) -> None:
         self.weight_name = self.handle.down_weight(self.hyper.layer)

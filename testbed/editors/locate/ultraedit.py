@@ -166,11 +166,11 @@ class UltraEdit(WeightEditor):
 
     def _grown(self, new: Rows) -> Rows:
         """All rows with the new ones; what was handed out before does not change."""
-        h = tuple(self._room(f"h.{i}", old, rows) for i, (old, rows) in enumerate(zip(self.rows.h, new.h)))
-        g = tuple(self._room(f"g.{i}", old, rows) for i, (old, rows) in enumerate(zip(self.rows.g, new.g)))
+        h = tuple(self._longer(f"h.{i}", old, rows) for i, (old, rows) in enumerate(zip(self.rows.h, new.h)))
+        g = tuple(self._longer(f"g.{i}", old, rows) for i, (old, rows) in enumerate(zip(self.rows.g, new.g)))
         return Rows(h, g, (*self.rows.owner, *new.owner))
 
-    def _room(self, name: str, old: Tensor, rows: Tensor) -> Tensor:
+    def _longer(self, name: str, old: Tensor, rows: Tensor) -> Tensor:
         self._rooms[name] = appended(self._rooms.get(name, old), len(old), rows)
         return self._rooms[name][: len(old) + len(rows)]
 
