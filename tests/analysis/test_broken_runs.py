@@ -198,7 +198,7 @@ def test_published_numbers_are_of_known_metrics_with_their_source() -> None:
         assert all(len(numbers) == len(source["metrics"]) for numbers in source["rows"].values()), source["paper"]
         assert all(n is None or 0 <= n <= 100 for numbers in source["rows"].values() for n in numbers)
         assert source["order"] in ("sequential", "single")
-        assert source["scoring"] in ("token", "exact", "gen", "judge", "unstated")
+        assert source["scoring"] in ("token", "exact", "gen", "choice", "judge", "unstated")
 
 
 def test_published_methods_are_ours() -> None:
