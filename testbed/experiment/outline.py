@@ -32,13 +32,12 @@ Kind = tuple[str, str]
 class Outline:
     """The first edits of a run and what follows from them.
 
-    run: prepared as if it ended with these edits. edits: number of edits of the whole run. more: whether the stream may end
-    before them. notes: what a reader of the estimate must know, a line each.
+    run: prepared as if it ended with these edits. edits: number of edits of the whole run. notes: what a reader of the estimate
+    must know, a line each.
     """
 
     run: PreparedRun
     edits: int
-    more: bool
     notes: list[str]
 
     @property
@@ -116,7 +115,7 @@ def outline(resolved: ResolvedRun) -> Outline:
     planned = schedule.build(stream, events, plans)
     new_tokens = _check(planned, handle, config.max_new_tokens)
     run = PreparedRun(resolved, stream, events, planned, handle, form, None, new_tokens)
-    return Outline(run, edits, not ended and edits > len(read), [*notes, *_length_notes(events, edits, len(read), ended)])
+    return Outline(run, edits, [*notes, *_length_notes(events, edits, len(read), ended)])
 
 
 def _length_notes(events: list[EditEvent], edits: int, read: int, ended: bool) -> list[str]:

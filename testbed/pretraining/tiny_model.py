@@ -28,8 +28,6 @@ from streams.data import table
 SETTINGS: dict[str, dict[str, Any]] = table(__file__, "tiny_model.yaml")
 PAD, BOS, EOS, IMAGE = "<pad>", "<s>", "</s>", "<image>"
 ROLES = ("USER:", " ASSISTANT:")
-WITH_IMAGE = "USER: <image>\n{prompt} ASSISTANT:"
-TEXT_ONLY = "USER: {prompt} ASSISTANT:"
 SIDE: int = SETTINGS["vision"]["image_size"]
 """Side of a picture in pixels."""
 IMAGE_TOKENS: int = SETTINGS["model"]["image_seq_length"]

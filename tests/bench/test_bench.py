@@ -14,6 +14,7 @@ from testbed.bench import codebook as measured
 from testbed.bench import models as shapes
 from testbed.bench.common import BenchConfig, as_json, table
 from testbed.bench.editors import AppliedSteps, largest_difference, measure_editor, measure_paths
+from testbed.bench.questions import measure_questions
 from testbed.core.events import EditBatch
 from testbed.core.registry import EDITORS
 from testbed.core.schema import EditReport
@@ -42,6 +43,14 @@ def test_an_editor_without_losses_is_timed_all_the_same() -> None:
     row = measure_paths(build("gpt2"), plain_stream(24), EDITORS.get("noop"), BenchConfig(edits=1, batch=2))
     assert row.loss_difference is None
     assert row.ratio > 0
+
+
+def test_questions_are_timed_beside_a_plain_loop_that_answers_alike() -> None:
+    (row,) = measure_questions(build("gpt2"), plain_stream(8), EDITORS.get("noop"), BenchConfig(edits=4, questions=10))
+    assert row.questions == 10 and row.share_alike == 1
+    assert row.faster == pytest.approx(row.plain / row.unedited)
+    assert row.edited_by_plain > 0 and row.edited_by_unedited > 0
+    assert measure_questions(build("gpt2"), plain_stream(8), EDITORS.get("noop"), BenchConfig(edits=4, questions=0)) == []
 
 
 def test_the_largest_difference_is_found() -> None:

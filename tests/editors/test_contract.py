@@ -79,7 +79,8 @@ def test_an_empty_batch_is_the_identity(name: str, handle: ModelHandle, stream: 
 def test_before_any_edit_it_is_the_base_model(name: str, handle: ModelHandle, stream: Any, edits: list[EditEvent]) -> None:
     editor, base = make(name, handle, stream), make("noop", handle, stream)
     what = [replace(a, truth=None) for a in asks(stream, edits, editor)]
-    assert same_up_to_rounding(respond(editor, what), respond(base, what))
+    equal = same_up_to_rounding if editor.traits.gated else same  # a gate reads padded prompts, and the base packed ones
+    assert equal(respond(editor, what), respond(base, what))
 
 
 def test_editing_and_probing_leave_the_base_and_the_state_bit_identical(

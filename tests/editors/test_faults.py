@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -214,23 +214,24 @@ def test_an_edit_that_fails_breaks_the_law_of_learning(handle: ModelHandle, stre
 
 
 @contextmanager
-def small(handle: ModelHandle, rows: int) -> Iterator[list[int]]:
-    """A model that has memory for so many rows of a forward; the widths that were tried."""
-    widths: list[int] = []
+def small(handle: ModelHandle, most: float, size: Callable[[torch.Tensor], int] = len) -> Iterator[list[int]]:
+    """A model that has memory for forwards of such a size, by default so many rows; the sizes that were tried."""
+    sizes: list[int] = []
 
     def check(module: Any, args: tuple[torch.Tensor, ...]) -> None:
-        widths.append(len(args[0]))
-        if len(args[0]) > rows:
+        sizes.append(size(args[0]))
+        if sizes[-1] > most:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     with handle.hooked(handle.model.get_input_embeddings(), check, pre=True):
-        yield widths
+        yield sizes
 
 
-def test_out_of_memory_in_a_probe_halves_the_forward_and_changes_no_answer(stream: Any, edits: list[EditEvent], tmp_path: Any) -> None:
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_out_of_memory_in_a_probe_halves_the_forward_and_changes_no_answer(edits: list[EditEvent], tmp_path: Any, packed: bool) -> None:
     save("gpt2", tmp_path)
     handle = load(str(tmp_path), device="cpu")
-    predictor = ModelPredictor(handle)
+    predictor = ModelPredictor(handle, None if packed else lambda batch: nullcontext())
     asks, texts = [Ask(e.prompt) for e in edits[:7]], [e.prompt for e in edits[:5]]
     answers = [e.target for e in edits[:7]]
 
@@ -238,8 +239,11 @@ def test_out_of_memory_in_a_probe_halves_the_forward_and_changes_no_answer(strea
         own = predictor.respond(asks, answers, 4)
         return own, predictor.score(asks, answers), predictor.text_logprobs(texts), predictor.inspect(asks, layers=(0,))
 
-    whole = answered()
-    with small(handle, rows=3) as widths:
+    predictor.generate(asks[:1], 1)  # compares packed rows with plain forwards once
+    with small(handle, math.inf, torch.numel) as tokens:
+        whole = answered()
+    most, size = (0.6 * tokens[0], torch.numel) if packed else (3, len)
+    with small(handle, most, size) as sizes:
         parts = answered()
     assert [a.generated for a in whole[0]] == [a.generated for a in parts[0]]
     assert [a.first_ids for a in whole[0]] == [a.first_ids for a in parts[0]]
@@ -248,12 +252,12 @@ def test_out_of_memory_in_a_probe_halves_the_forward_and_changes_no_answer(strea
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
     for a, b in zip(whole[2] + [x.hidden for x in whole[3]], parts[2] + [x.hidden for x in parts[3]], strict=True):
         np.testing.assert_allclose(a, b, atol=1e-3)
-    assert widths[0] == 7 and max(widths[1:]) <= 3, "it runs out once, and no forward is as wide again"
+    assert sizes[0] > most >= max(sizes[1:]), "it runs out once, and no forward is as large again"
     assert handle.memory_limit.notes == ["memory ran out with 7 prompts in one forward: from there on at most 3"]
 
 
 def test_a_single_prompt_that_memory_has_no_room_for_is_told(tmp_path: Any) -> None:
     save("gpt2", tmp_path)
     handle = load(str(tmp_path), device="cpu")
-    with small(handle, rows=0), pytest.raises(memory.OutOfMemory, match="single prompt"):
+    with small(handle, 0), pytest.raises(memory.OutOfMemory, match="single prompt"):
         ModelPredictor(handle).generate([Ask("one"), Ask("two")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from rich.progress import Progress
 
 from testbed.model.progress import Bars
@@ -20,5 +21,10 @@ def test_a_line_a_minute_says_what_is_done_the_rate_the_success_and_the_time_lef
     ]
 
 
-def test_a_terminal_gets_no_lines() -> None:
-    Bars(Progress(disable=True), None, lambda: 1e9).advance("finetune", 1, 2)
+def test_a_terminal_gets_no_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    now = [0.0]
+    shown = Bars(Progress(disable=True), None, lambda: now[0])
+    for second in (0, 100, 200):
+        now[0] = float(second)
+        shown.advance("finetune", second, 400)
+    assert capsys.readouterr() == ("", "")

@@ -23,12 +23,14 @@ from testbed.pretraining.curriculum import Curriculum, corpus, question_in_conte
 from testbed.pretraining.evaluation import AbilityScore, ability_questions, generate, share_right, sibling_damage
 from testbed.pretraining.packing import Example, Packer, packed_logits
 from testbed.pretraining.stages import evaluate_world, rng_of
-from testbed.pretraining.tiny_model import TEXT_ONLY, WITH_IMAGE, build_model, build_processor, build_tokenizer, load, save
+from testbed.pretraining.tiny_model import build_model, build_processor, build_tokenizer, load, save
 from testbed.pretraining.tokenizer_extension import extend_model, extend_tokenizer
 from testbed.pretraining.training import TrainingSchedule, rate_factor, train, train_tower, training_progress, world_batches
 from tests.helpers.photos import beliefs
 
 SMALL = 40
+WITH_IMAGE = "USER: <image>\n{prompt} ASSISTANT:"
+TEXT_ONLY = "USER: {prompt} ASSISTANT:"
 
 
 @pytest.fixture(scope="module")
