@@ -49,7 +49,8 @@ def generality_and_locality(context: FigureContext) -> Figure | None:
 def ability(context: FigureContext) -> Figure | None:
     """General ability by topic and perplexity of running text, by edits applied."""
     counts = curves.topics(context.run)
-    titles = {t: f"{_title(t)} (n = {n})" for t, n in counts.items()}
+    pooled = "All topics" if len(counts) == 1 else "Other topics"
+    titles = {t: f"{pooled if t == 'other' else _title(t)} (n = {n})" for t, n in counts.items()}
     frames = {titles[t]: context.curves(partial(curves.ability, topic=t, mode=context.mode)) for t in counts}
     frames["Running text"] = context.curves(curves.perplexity)
 

@@ -134,11 +134,15 @@ def _matrix(context: FigureContext, name: str) -> tuple[pd.DataFrame, pd.DataFra
 def _heatmap(ax: Axes, frame: pd.DataFrame, answers: pd.DataFrame, columns: int) -> None:
     """A matrix of shares with a number in each cell; cells with few answers are pale."""
     numbered = max(frame.shape) <= MOST_NUMBERED
-    size = 7 if max(frame.shape) <= 6 else 5.5
+    size = 7 if max(frame.shape) <= 6 else 5.5 if max(frame.shape) <= 8 else 4.4
     options: dict[str, Any] = {"annot": numbered and 100 * frame, "fmt": ".0f", "annot_kws": {"fontsize": size}}
     sns.heatmap(frame, ax=ax, vmin=0, vmax=1, cmap="cividis", cbar=False, square=True, linewidths=0.4, mask=frame.isna(), **options)
-    for row, column in zip(*np.nonzero((answers < LEAST_QUESTIONS).to_numpy())):
+    few = (answers < LEAST_QUESTIONS).to_numpy()
+    for row, column in zip(*np.nonzero(few)):
         ax.add_patch(Rectangle((column, row), 1, 1, facecolor="white", alpha=0.65, linewidth=0))
+    for number in ax.texts:  # seaborn chose their colours for full ones
+        column, row = (int(x) for x in number.get_position())
+        number.set_color("#333333" if few[row, column] else number.get_color())
     ax.grid(False)
     ax.tick_params(length=0, rotation=0)
     every = max(1, -(-max(frame.shape) // (8 if columns > 1 else 5)))

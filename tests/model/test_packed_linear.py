@@ -87,7 +87,7 @@ def test_no_more_than_the_limit_is_packed(monkeypatch: pytest.MonkeyPatch) -> No
         assert [m for m in linear_maps(handle) if "forward" in m.__dict__] == [first]
 
 
-@pytest.mark.parametrize("name", ["elder", "lora", "lora-yearly", "wise", "finetune", "grace"])
+@pytest.mark.parametrize("name", ["elder", "lora", "lora-yearly", "wise", "finetune"])
 def test_every_training_loss_is_the_reference_implementations(name: str) -> None:
     handle, stream = load("tiny"), STREAMS.get("world-yearly")(StreamConfig())
     cls = EDITORS.get(name)

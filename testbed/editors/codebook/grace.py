@@ -34,7 +34,6 @@ from testbed.editors.hyperparameters import GPT_J, LLAMA_2_7B, LLAMA_32_3B, QWEN
 from testbed.editors.work import Work
 from testbed.model.encoding import answer_ids, collate, prompt_inputs
 from testbed.model.handle import ModelHandle, project
-from testbed.model.packed_linear import packed_layers
 from testbed.model.prefix_cache import ImagePrefixes
 from testbed.model.suffix import layout_verified, suffix_from_down_projection, suffix_from_layer
 
@@ -219,8 +218,7 @@ class Grace(CodebookEditor):
     def _train(self, losses_of: Losses, starts: Tensor) -> tuple[Tensor, list[float]]:
         """(B, d) vectors, trained from `starts` (B, d), and their last losses. Raises `EditFailed` on a loss that is not finite."""
         vectors = starts.to(self.weight.device).requires_grad_(True)
-        with packed_layers(self.handle, self.layer):
-            losses = minimise([vectors], lambda: losses_of(vectors), self.config.lr, self.hyper.steps)
+        losses = minimise([vectors], lambda: losses_of(vectors), self.config.lr, self.hyper.steps)
         return vectors.detach(), losses.tolist()
 
     def _answer(self, hits: Hits, book: GraceCodebook) -> Tensor:
