@@ -38,6 +38,14 @@ def load_plugins(given: Iterable[str]) -> dict[str, str]:
     return {name: _load(name) for name in given}
 
 
+def refuse_changed(given: Iterable[str], known: Iterable[str]) -> None:
+    """Before anything of them runs, raise `BadPlugin` for files whose SHA-256 is none of the known ones."""
+    for name in given:
+        path = Path(name).expanduser()
+        if path.is_file() and _hash(path) not in known:
+            raise BadPlugin(f"plugin {name} changed since the run began: restore the file (plugins in its manifest), or begin a new run")
+
+
 def _load(given: str) -> str:
     path = Path(given).expanduser()
     if path.suffix == ".py" or path.is_file():

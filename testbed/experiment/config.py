@@ -17,7 +17,7 @@ from streams.base import MissingImages, Stream, StreamConfig
 from testbed.benchmarks import files as benchmarks
 from testbed.benchmarks.files import BadBenchmark, BenchmarkConfig
 from testbed.core import variants
-from testbed.core.plugins import BadPlugin, load_plugins
+from testbed.core.plugins import BadPlugin, load_plugins, refuse_changed
 from testbed.core.ranges import PositiveInt, Seed, out_of_range
 from testbed.core.registry import EDITORS, STREAMS, UnknownName
 from testbed.core.schema import folder_name
@@ -252,10 +252,12 @@ def _attempt(problems: list[str], check: Callable[[], T]) -> T | None:
 
 
 def stored_config(out: Path) -> RunConfig:
-    """The configuration of a run folder, set to resume it. Raises `StoreError`."""
-    stored = RunFolder(out).manifest().get("config")
+    """The configuration of a run folder, set to resume it. Raises `StoreError`, and `BadPlugin` for a plug-in that changed."""
+    manifest = RunFolder(out).manifest()
+    stored = manifest.get("config")
     if not isinstance(stored, dict):
         raise StoreError(f"{out / 'manifest.json'} holds no configuration: it is not the manifest of a run")
+    refuse_changed(stored.get("plugin", ()), manifest.get("plugins", ()))
     known = {f.name for f in dataclasses.fields(RunConfig)}
     return replace(set_fields(RunConfig(), {k: v for k, v in stored.items() if k in known}), resume=out)
 

@@ -62,7 +62,8 @@ def manifest_of(run: PreparedRun) -> dict[str, Any]:
 
 def notes_of(run: PreparedRun) -> list[str]:
     """What the user is told about a run before its first edit, a line each."""
-    return [*_stream_notes(run), *_question_notes(run), *_model_notes(run)]
+    plugins = [f"plugin {name}: SHA-256 {digest[:12]}..." for name, digest in run.resolved.plugins.items()]
+    return [*plugins, *_stream_notes(run), *_question_notes(run), *_model_notes(run)]
 
 
 def _stream_notes(run: PreparedRun) -> list[str]:

@@ -29,15 +29,17 @@ def test_an_editor_of_ones_own_file_runs_resumes_and_answers(tmp_path: Path) -> 
     done = command(tmp_path, "testbed.run", *SMALL, "--plugin", "mine.py", "--editor", "noop,my-edit", "--out", "out")
     assert done.returncode == 0, done.stderr
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert f"plugin mine.py: SHA-256 {manifest['plugins'][0][:12]}..." in manifest["notes"]
     assert manifest["config"]["plugin"] == ["mine.py"] and len(manifest["plugins"][0]) == 64
     assert "my-edit" in json.loads((tmp_path / "out" / "summary.json").read_text())["editors"]
     again = command(tmp_path, "testbed.run", "--resume", "out")
     assert again.returncode == 0, again.stderr
     asked = command(tmp_path, "testbed.ask", "out", "What is 2 plus 3?", "--editor", "my-edit")
     assert asked.returncode == 0 and "my-edit" in asked.stdout, asked.stderr
-    mine.write_text(mine.read_text() + "\n# changed\n")
+    mine.write_text(mine.read_text() + "\nfrom pathlib import Path\nPath('ran').touch()\n")
     refused = command(tmp_path, "testbed.run", "--resume", "out")
-    assert refused.returncode == 2 and "plugins" in refused.stderr and "Traceback" not in refused.stderr
+    assert refused.returncode == 2 and "changed since the run began" in refused.stderr and "Traceback" not in refused.stderr
+    assert not (tmp_path / "ran").exists()  # nothing of a changed file is run
     mine.rename(tmp_path / "moved.py")
     gone = command(tmp_path, "testbed.run", "--resume", "out")
     assert gone.returncode == 2 and "there is no such file" in gone.stderr
