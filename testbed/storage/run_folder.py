@@ -79,11 +79,20 @@ class RunFolder:
     ) -> None:
         """Raise `StoreError` that lists every difference between the stored manifest and this one, except `ignored` entries.
 
+        Another schedule of the same run is told apart: another version of the testbed planned its questions.
+
         defaults: for fields of `config` that the version which made the run did not know, their values.
         """
         stored = self.manifest()
         stored["config"] = {**(defaults or {}), **stored.get("config", {})}
         lines = [line for k in keys for line in _differences(k, stored.get(k), manifest.get(k), ignored)]
+        if lines and all(line.startswith("schedule_hash:") for line in lines):
+            began = (stored.get("versions") or {}).get("lifelong-editing-testbed", "?")
+            began += f", commit {stored['git']}" if stored.get("git") else ""
+            raise StoreError(
+                f"{self.path} cannot go on: configuration, data and model are its own, but this version of the testbed asks other "
+                f"questions than the one that began it ({began}): finish it with that version, or begin a new run"
+            )
         if lines:
             text = "\n  ".join(lines)
             raise StoreError(f"{self.path} cannot go on, it was made with another configuration, data or model:\n  {text}")

@@ -273,6 +273,13 @@ def test_another_configuration_data_or_model_is_named(tmp_path: Path) -> None:
     assert [x.strip() for x in str(caught.value).splitlines()[1:]] == ["config.edits: stored 5, now 6", "model_hash: stored 'aa', now 'cc'"]
 
 
+def test_a_version_that_asks_other_questions_says_so(tmp_path: Path) -> None:
+    stored = {"config": {"edits": 5}, "schedule_hash": "aa", "versions": {"lifelong-editing-testbed": "0.1.0"}, "git": "abc1234"}
+    RunFolder(tmp_path).create(stored)
+    with pytest.raises(StoreError, match=r"asks other questions than the one that began it \(0\.1\.0, commit abc1234\)"):
+        RunFolder(tmp_path).check_same({**stored, "schedule_hash": "bb"}, ["config", "schedule_hash"])
+
+
 def test_two_processes_do_not_write_one_folder(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "new")
     with folder.locked(), pytest.raises(StoreError, match="is being written by another process: wait for it, stop it, or"), folder.locked():
