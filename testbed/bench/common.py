@@ -60,7 +60,7 @@ class BenchConfig:
     batch: PositiveInt | None = None
     """Edits in one batch; by default 16 in `paths`, 64 in `questions` and 1 in the other tables."""
     set: tuple[str, ...] = ()
-    """editor.field=value, in `editors`, `paths`, `flops` and `questions`."""
+    """editor.field=value, in all tables but `late` and `codebook`; versions that `compare` measures may derive other values."""
     questions: NonNegativeInt = 512
     """Questions asked of the edited model."""
     run: Path | None = None

@@ -49,7 +49,9 @@ def compare(config: BenchConfig) -> Rows:
 
 def _measure(tree: Path, model: str, config: BenchConfig) -> dict[str, float]:
     """CPU seconds by editor, measured in a process that imports the project from `tree`."""
-    options = {name: getattr(config, name) for name in ("device", "dtype", "stream", "text_stream", "seed", "edits", "batch", "threads")}
+    options = {
+        name: getattr(config, name) for name in ("device", "dtype", "stream", "text_stream", "seed", "edits", "batch", "threads", "set")
+    }
     command = [sys.executable, str(_SCRIPT), json.dumps({"model": model, "editors": config.editor, **options})]
     environment = {**os.environ, "PYTHONPATH": str(tree.resolve())}
     done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)

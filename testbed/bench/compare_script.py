@@ -6,6 +6,8 @@ by file, because an import of a missing submodule may be answered by another, in
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import importlib
 import json
 import os
@@ -18,6 +20,16 @@ from typing import Any
 def first_of(*modules: str) -> Any:
     """The first of the modules that has a file in the current folder."""
     return importlib.import_module(next(m for m in modules if Path(*m.split(".")).with_suffix(".py").is_file()))
+
+
+def given(settings: list[str], editor: str) -> dict[str, Any]:
+    """The fields of one editor among settings of the form editor.field=value; a value is a Python literal, else text."""
+    out: dict[str, Any] = {}
+    for name, _, value in (s.partition("=") for s in settings if s.startswith(f"{editor}.")):
+        with contextlib.suppress(ValueError, SyntaxError):
+            value = ast.literal_eval(value)
+        out[name.removeprefix(f"{editor}.")] = value
+    return out
 
 
 FIRST = 5
@@ -40,7 +52,8 @@ def measure(options: dict[str, Any]) -> dict[str, float]:
     out = {}
     for editor_name in options["editors"]:
         handle.cache.clear()
-        editor = registry.EDITORS.get(editor_name)()
+        cls = registry.EDITORS.get(editor_name)
+        editor = cls(cls.Config(**given(options["set"], editor_name)))
         editor.prepare(handle, stream.train_pool())
         start = 0.0
         for step, at in enumerate(range(0, len(edits), size), 1):
