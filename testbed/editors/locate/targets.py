@@ -23,6 +23,7 @@ from testbed.editors.base import EditFailed
 from testbed.editors.locate.keys import PromptRows, answer_rows, joined, kl_prompt_rows, positions_to_run, prompt_rows
 from testbed.model.answer_loss import answer_loss
 from testbed.model.handle import ModelHandle
+from testbed.model.packed_linear import packed_layers
 from testbed.model.suffix import ModelSuffix, mean_by_row, suffix_from_layer
 
 _SMALL_GROUP = 8
@@ -164,7 +165,8 @@ def search(task: TargetTask, h: Any, scale: Float[Tensor, "n ..."], loss_class: 
     scale = scale.reshape(len(scale), -1)
     found = _zero_targets(task, scale)
     for keep in _groups_of_like_width(task):
-        part = _search(task.part(keep), h, scale[keep], loss_class)
+        with packed_layers(task.handle, task.layer + 1):
+            part = _search(task.part(keep), h, scale[keep], loss_class)
         found.delta[keep], found.loss[keep], found.steps[keep] = part.delta, part.loss, part.steps
     return found
 
