@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from streams.base import TrainPool
-from testbed.core.events import EditBatch, EditEvent
+from testbed.core.events import EditBatch, EditEvent, content_id
 from testbed.core.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt
 from testbed.core.timing import timed
 from testbed.editors.base import BadEditor, EditFailed, EditorConfig, Traits, WeightEditor
@@ -223,6 +223,7 @@ class LocateEditor(WeightEditor):
 
     def _run_stage(self, layers: tuple[int, ...], events: Sequence[EditEvent], step: int, log: BatchLog) -> None:
         task = TargetTask(self.handle, events, layers[-1], self.contexts, self.config.end)
+        facts = [content_id(*e.fact) for e in events]
         with timed("targets"):
             before = layer_outputs(self.handle, events, layers[-1])
             found = self._search(task, self._unit(task, before))
@@ -236,8 +237,11 @@ class LocateEditor(WeightEditor):
                 residual = self._residual(computation, target, keys).to(keys.device) * self._share(len(layers) - i)
             with timed("solve"), torch.no_grad():
                 old = self.deltas.weight(layer)
+                self._forget_changed(layer, facts)
                 solution = self._solve(layer, keys, residual, computation.bare_key)
                 self._keep(layer, step, solution, keys if self.history else None)
+                if self.history:
+                    self.deltas.name_keys(layer, facts)
                 change = self.deltas.weight(layer) - old
                 self._ridge(layer).append(keys)
                 computation.add(lambda act, change=change: act.to(change.dtype) @ change.T)
@@ -246,11 +250,19 @@ class LocateEditor(WeightEditor):
     def _ridge(self, layer: int) -> Ridge:
         """The layer's solver, with the remembered keys of a loaded state counted again."""
         if layer not in self.ridges:
-            ridge = Ridge(self.priors[layer], self.history)
-            for keys in self.deltas.past(layer):
-                ridge.append(keys)
-            self.ridges[layer] = ridge
+            self.ridges[layer] = self._ridge_over(layer, self.deltas.past(layer))
         return self.ridges[layer]
+
+    def _ridge_over(self, layer: int, past: Sequence[Tensor]) -> Ridge:
+        ridge = Ridge(self.priors[layer], self.history)
+        for keys in past:
+            ridge.append(keys)
+        return ridge
+
+    def _forget_changed(self, layer: int, facts: Sequence[str]) -> None:
+        """Let the old key of a fact that changes again constrain nothing: as a constraint it would keep half of the old answer."""
+        if self.deltas.knows(layer, facts):
+            self.ridges[layer] = self._ridge_over(layer, self.deltas.past(layer, facts))
 
     def edited_weights(self) -> dict[str, Tensor]:
         return self.deltas.parameters()

@@ -7,7 +7,7 @@ same bits and the weights after any step can be rebuilt.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ class WeightDeltas:
     """WeightDeltas of the down-projections of some layers. W is (d, f) whatever the storage order of the model.
 
     left: (N, d), right: (N, f), keys: (N, f) by layer, one row an edit; keys stay empty without history.
+    facts: by layer the hash of the fact of each key; a state of an older version has none, and its keys are never superseded.
     dense: (d, f) by layer, the sum of changes that have no factors.
     blocks: by layer the [step, rows] of each change.
     """
@@ -37,6 +38,7 @@ class WeightDeltas:
         self.left: dict[int, Tensor] = {}
         self.right: dict[int, Tensor] = {}
         self.keys: dict[int, Tensor] = {}
+        self.facts: dict[int, list[str]] = {}
         self.dense: dict[int, Tensor] = {}
         self.blocks: dict[int, list[list[int]]] = {}
         self.current: dict[int, Tensor] = {}
@@ -102,12 +104,33 @@ class WeightDeltas:
             at += rows
         return w
 
-    def past(self, layer: int) -> list[Tensor]:
-        """(n, f) remembered keys of each step, in order."""
-        return list(self.keys[layer].split([rows for _, rows in self.blocks[layer]])) if layer in self.keys else []
+    def name_keys(self, layer: int, facts: Sequence[str]) -> None:
+        """Say which facts the newest keys are about."""
+        self.facts = {**self.facts, layer: [*self._facts(layer, len(facts)), *facts]}
+
+    def _facts(self, layer: int, newest: int = 0) -> list[str]:
+        """The fact of each key but the newest ones, "" where it is not known."""
+        named, keys = self.facts.get(layer, []), len(self.keys.get(layer, ())) - newest
+        return [""] * (keys - len(named)) + named
+
+    def past(self, layer: int, changed: Collection[str] = ()) -> list[Tensor]:
+        """(n, f) keys of each step, in order, without those of facts that were changed again later, or that change now."""
+        if layer not in self.keys:
+            return []
+        facts = self._facts(layer)
+        newest = {fact: row for row, fact in enumerate(facts)}
+        holds = torch.tensor([not fact or (newest[fact] == row and fact not in changed) for row, fact in enumerate(facts)])
+        rows = [rows for _, rows in self.blocks[layer]]
+        kept = [keys[live.to(keys.device)] for keys, live in zip(self.keys[layer].split(rows), holds.split(rows))]
+        return [keys for keys in kept if len(keys)]
+
+    def knows(self, layer: int, facts: Collection[str]) -> bool:
+        """Whether a key of one of these facts is remembered."""
+        return not set(facts).isdisjoint(self.facts.get(layer, ()))
 
     def state(self) -> dict[str, Any]:
         out: dict[str, Any] = {"blocks": {str(n): b for n, b in self.blocks.items()}}
+        out["facts"] = {str(n): facts for n, facts in self.facts.items()}
         for name in ("left", "right", "keys", "dense"):
             out.update({f"{name}.{n}": t for n, t in getattr(self, name).items()})
         return out
@@ -121,6 +144,7 @@ class WeightDeltas:
                 raise BadEditor(f"the state changes layer {layer}, the config edits layers {', '.join(map(str, self.layers))}")
             d, f = self.base(layer).shape
             self.blocks[layer] = blocks
+            self.facts[layer] = list(state.get("facts", {}).get(key, []))
             wanted = {"left": (None, d), "right": (None, f), "keys": (None, f), "dense": (d, f)}
             for name, shape in wanted.items():
                 if f"{name}.{layer}" in state:

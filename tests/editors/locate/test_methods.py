@@ -99,16 +99,23 @@ def test_any_step_can_be_rebuilt_from_the_state() -> None:
 
 @pytest.mark.parametrize("name", [*METHODS, "alphaedit+blue", "memit+rect"])
 def test_a_resumed_run_is_the_uninterrupted_one(name: str) -> None:
-    """Released code skips finished batches without making their edits again; here the state holds them, history included."""
-    whole, cut = make(name), make(name)
-    for step, e in enumerate(FACTS, 1):
+    """Released code skips finished batches without making their edits again; here the state holds them, history included.
+
+    The last edit changes the first fact again, after the cut, and takes its key out of the history.
+    """
+    edits = [*FACTS, replace(FACTS[0], target="Ola Fenn")]
+    whole = make(name)
+    for step, e in enumerate(edits, 1):
         whole.apply(EditBatch((e,), step))
-    cut.apply(EditBatch((FACTS[0],), 1))
-    resumed = make(name)
-    resumed.load_state_dict(cut.state_dict())
-    for step, e in enumerate(FACTS[1:], 2):
-        resumed.apply(EditBatch((e,), step))
-    assert all(torch.equal(w, resumed.edited_weights()[n]) for n, w in whole.edited_weights().items())
+    for at in (1, len(edits) - 1):
+        cut = make(name)
+        for step, e in enumerate(edits[:at], 1):
+            cut.apply(EditBatch((e,), step))
+        resumed = make(name)
+        resumed.load_state_dict(cut.state_dict())
+        for step, e in enumerate(edits[at:], at + 1):
+            resumed.apply(EditBatch((e,), step))
+        assert all(torch.equal(w, resumed.edited_weights()[n]) for n, w in whole.edited_weights().items())
 
 
 def test_rome_meets_its_target_with_the_key_it_uses_and_the_released_form_does_not() -> None:
@@ -170,3 +177,20 @@ def test_history_protects_earlier_edits() -> None:
         return float((keys @ change.T).norm() / change.norm())
 
     assert moved("memit-seq") < moved("memit")
+
+
+@pytest.mark.parametrize("name", ["memit-seq", "alphaedit", "alphaedit+blue"])
+def test_a_fact_that_changes_again_is_written_as_a_new_one(name: str) -> None:
+    """Its old key is no constraint any more: with it, half of the new answer at most would be written."""
+    editor: Any = make(name, contexts=0)
+    first = editor.apply(EditBatch((FACTS[0],), 1)).notes
+    editor.apply(EditBatch((FACTS[1],), 2))
+    again = editor.apply(EditBatch((replace(FACTS[0], target="Ola Fenn"),), 3)).notes
+    assert again["novelty"] > 0.5 and again["written"] > 0.5 * first["written"]
+    for layer in editor.deltas.layers:
+        assert sum(map(len, editor.deltas.past(layer))) == 2
+    told = editor.state_dict()
+    del told["facts"]
+    old = make(name, contexts=0)
+    old.load_state_dict(told)
+    assert all(sum(map(len, old.deltas.past(n))) == 3 for n in editor.deltas.layers)  # type: ignore[attr-defined]

@@ -63,3 +63,21 @@ def _replay(changes: WeightDeltas, kept: dict[str, Tensor]) -> Tensor:
     for at in range(0, 9, 3):
         w = w + kept["left.0"][at : at + 3].T @ kept["right.0"][at : at + 3]
     return w
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.lists(st.sampled_from("abcdef"), min_size=1, max_size=4, unique=True), max_size=8), st.sets(st.sampled_from("abcdef")))
+def test_the_past_holds_the_newest_key_of_each_fact(steps: list[list[str]], changed: set[str]) -> None:
+    changes, newest = WeightDeltas(build("llama"), [0]), dict[str, float]()
+    d, f = changes.base(0).shape
+    for step, facts in enumerate(steps, 1):
+        keys = torch.stack([torch.full((f,), step + i / 10) for i in range(len(facts))])
+        assert changes.knows(0, facts) == (not newest.keys().isdisjoint(facts))
+        changes.add(0, step, torch.zeros(len(facts), d), torch.zeros(len(facts), f), keys)
+        changes.name_keys(0, facts)
+        newest.update({fact: float(k[0]) for fact, k in zip(facts, keys)})
+    loaded = WeightDeltas(changes.handle, [0])
+    loaded.load(changes.state())
+    wanted = sorted(value for fact, value in newest.items() if fact not in changed)
+    for one in (changes, loaded):
+        assert [float(x) for keys in one.past(0, changed) for x in keys[:, 0]] == wanted
