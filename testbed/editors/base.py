@@ -303,6 +303,8 @@ class Wrapper:
     Config: ClassVar[Any]
     hosts: ClassVar[type[Editor]] = Editor
     """The base class of the editors that it can wrap."""
+    former: ClassVar[str | None] = None
+    """The wrapper that had this name before; stored runs whose configuration lacks fields of this one go on as that."""
 
     @classmethod
     def over(cls, host: type[Editor], name: str) -> type[Editor]:

@@ -19,7 +19,7 @@ from testbed.benchmarks.files import BadBenchmark, BenchmarkConfig
 from testbed.core import variants
 from testbed.core.plugins import BadPlugin, load_plugins, refuse_changed
 from testbed.core.ranges import PositiveInt, Seed, out_of_range
-from testbed.core.registry import EDITORS, STREAMS, UnknownName
+from testbed.core.registry import EDITORS, STREAMS, WRAPPERS, UnknownName
 from testbed.core.schema import folder_name
 from testbed.experiment.track import missing
 from testbed.probes.base import ProbeConfig
@@ -150,7 +150,8 @@ class RunConfig:
             base, settings = variants.split(name)
         except ValueError as e:
             raise BadConfig(f"--editor {e}") from e
-        cls = EDITORS.get(base)
+        began_as = self._began_as(name, base)
+        cls = EDITORS.get(began_as)
         config = set_fields(cls.Config(), self._settings(base) | settings)
         problems = [f"{name}: {problem}" for problem in config.problems()]
         limit = cls.traits.max_batch
@@ -158,8 +159,18 @@ class RunConfig:
             problems.append(f"{name} takes at most {limit} edits at once, got --batch {self.batch}")
         if problems:
             raise BadConfig("\n".join(problems))
-        named = cls if base == name else type(cls.__name__, (cls,), {"name": name, "__doc__": cls.__doc__})
-        return Resolved(named, config, partial(named, config, self.seed))
+        named = cls if began_as == name else type(cls.__name__, (cls,), {"name": name, "__doc__": cls.__doc__})
+        note = "" if began_as == base else f"{name} goes on as {began_as}, which had that name in the version that began the run"
+        return Resolved(named, config, partial(named, config, self.seed), note)
+
+    def _began_as(self, name: str, base: str) -> str:
+        """The editor for which a name stood in the version that began the run: its configuration lacks fields of a wrapper's new form."""
+        stored = RunFolder(self.resume).manifest().get("editor_configs", {}).get(name) if self.resume else None
+        if stored is None:
+            return base
+        host, *wrappers = base.split("+")
+        classes = {w: WRAPPERS.get(w) for w in wrappers}
+        return "+".join([host, *(w if set(get_type_hints(c.Config)) <= stored.keys() else c.former or w for w, c in classes.items())])
 
     def resolve_probes(self) -> ProbeConfig:
         """What is asked, with `--set probes.*`. Raises `BadConfig`."""
@@ -227,6 +238,8 @@ class Resolved(Generic[T]):
     cls: type[T]
     config: Any
     create: Callable[[], T]
+    note: str = ""
+    """A line for the user: what the name stands for in a run that an older version began."""
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,8 @@ def manifest_of(run: PreparedRun) -> dict[str, Any]:
 def notes_of(run: PreparedRun) -> list[str]:
     """What the user is told about a run before its first edit, a line each."""
     plugins = [f"plugin {name}: SHA-256 {digest[:12]}..." for name, digest in run.resolved.plugins.items()]
-    return [*plugins, *_stream_notes(run), *_question_notes(run), *_model_notes(run)]
+    names = [e.note for e in run.resolved.editors.values() if e.note]
+    return [*plugins, *names, *_stream_notes(run), *_question_notes(run), *_model_notes(run)]
 
 
 def _stream_notes(run: PreparedRun) -> list[str]:

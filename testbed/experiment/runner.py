@@ -164,6 +164,8 @@ def study(config: RunConfig, say: Callable[[str], None] = lambda line: None, sto
     with folder.locked():
         if not config.resume:
             folder.create(run.manifest)
+        for note in [e.note for e in run.resolved.editors.values() if e.note]:
+            folder.add_note(note)
         write_rows(folder.path / "schedule.parquet", ScheduleRow, run.schedule.rows())
         write_rows(folder.path / "events.parquet", EventRow, run.schedule.event_rows())
         write_rows(folder.path / "questions.parquet", QuestionRow, run.schedule.question_rows())

@@ -1,4 +1,4 @@
-"""LocFT-BF (arXiv 2509.22072, ICLR 2026): fine-tuning done right, one localised matrix and epochs over the edits, breadth first.
+"""LocFT-BF (Yang, Sun et al., ICLR 2026, arXiv 2509.22072): fine-tuning of one localised matrix, in epochs over the edits, breadth first.
 
     min_W  1/n sum_i  1/|y_i| sum_t -log p(y_i,t | x_i, y_i,<t; W)
 

@@ -4,6 +4,9 @@ P projects onto the eigenvectors of C with small eigenvalues. The paper's
 `Delta = R K^T P (K_p K_p^T P + K K^T P + L2 I)^-1` and the released code's
 `Delta^T = (P (K K^T + K_p K_p^T) + L2 I)^-1 P K R^T` are one matrix; here it is solved in the n x n form, with
 the excluded directions V kept in the place of a dense P.
+
+`shrink` is EvoEdit (arXiv 2510.13851): past keys are no constraint of the solve, and the space shrinks instead,
+`P_t = P_{t-1} - Q Q^T` with Q an orthonormal basis of the batch's projected keys `P_{t-1} K_t`. What was written stays exactly.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from testbed.core.registry import EDITORS
 from testbed.editors.base import BadEditor
 from testbed.editors.hyperparameters import GPT2_XL, GPT_J, LLAMA_3_8B, QWEN_25_7B, PublishedRow, Table
 from testbed.editors.locate.core import LocateConfig, LocateEditor, scale_of
-from testbed.editors.locate.solver import IdentityPrior, NullSpacePrior, Prior
+from testbed.editors.locate.solver import IdentityPrior, NullSpacePrior, Prior, Ridge, ShrinkingRidge
 
 PUBLISHED: Table = {
     GPT2_XL: PublishedRow("AlphaEdit's repository, hparams/AlphaEdit/gpt2-xl.json", {"layers": (13, 14, 15, 16, 17), "steps": 20}),
@@ -40,6 +43,12 @@ class AlphaEditConfig(LocateConfig):
     """Off: nothing is excluded (for ablations)."""
     history: bool = True
     """Off: past keys are not protected (for ablations)."""
+    shrink: bool = False
+    """Past keys leave the null space in the place of being weighed (EvoEdit); takes the projector and the history."""
+
+    def problems(self) -> list[str]:
+        lacks = self.shrink and not (self.projector and self.history)
+        return super().problems() + (["shrink takes past keys out of the null space: leave projector and history on"] if lacks else [])
 
 
 @EDITORS.register("alphaedit")
@@ -65,6 +74,10 @@ class AlphaEdit(LocateEditor):
         if basis.shape[1] == len(second_moment):
             raise BadEditor(f"threshold {self.hyper.threshold} excludes all {len(second_moment)} directions of layer {layer}: raise it")
         return NullSpacePrior(basis, rho)
+
+    def _new_ridge(self, layer: int) -> Ridge:
+        prior = self.priors[layer]
+        return ShrinkingRidge(prior) if self.config.shrink and isinstance(prior, NullSpacePrior) else super()._new_ridge(layer)
 
 
 def excluded_directions(second_moment: Tensor, threshold: float) -> Tensor:

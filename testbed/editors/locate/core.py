@@ -190,7 +190,7 @@ class LocateEditor(WeightEditor):
         return self._ridge(layer).solve(keys, residual)
 
     def _keep(self, layer: int, step: int, solution: Solution, keys: Tensor | None) -> None:
-        """Put a change into the state."""
+        """Put a change into the state; the ridge counts its keys already."""
         self.deltas.add(layer, step, solution.left, solution.right, keys)
 
     def _edit(self, batch: EditBatch) -> dict[str, float]:
@@ -239,13 +239,13 @@ class LocateEditor(WeightEditor):
                 old = self.deltas.weight(layer)
                 self._forget_changed(layer, facts)
                 solution = self._solve(layer, keys, residual, computation.bare_key)
+                self._ridge(layer).append(keys)
                 self._keep(layer, step, solution, keys if self.history else None)
                 if self.history:
                     self.deltas.name_keys(layer, facts)
                 change = self.deltas.weight(layer) - old
-                self._ridge(layer).append(keys)
                 computation.add(lambda act, change=change: act.to(change.dtype) @ change.T)
-            log.solved(solution, keys, change, self.priors[layer])
+            log.solved(solution, keys, change, self._ridge(layer).prior)
 
     def _ridge(self, layer: int) -> Ridge:
         """The layer's solver, with the remembered keys of a loaded state counted again."""
@@ -254,7 +254,7 @@ class LocateEditor(WeightEditor):
         return self.ridges[layer]
 
     def _ridge_over(self, layer: int, past: Sequence[Tensor]) -> Ridge:
-        ridge = Ridge(self.priors[layer], self.history)
+        ridge = self._new_ridge(layer)
         for keys in past:
             ridge.append(keys)
         return ridge
@@ -263,6 +263,10 @@ class LocateEditor(WeightEditor):
         """Let the old key of a fact that changes again constrain nothing: as a constraint it would keep half of the old answer."""
         if self.deltas.knows(layer, facts):
             self.ridges[layer] = self._ridge_over(layer, self.deltas.past(layer, facts))
+
+    def _new_ridge(self, layer: int) -> Ridge:
+        """A layer's solver that counts no key yet."""
+        return Ridge(self.priors[layer], self.history)
 
     def edited_weights(self) -> dict[str, Tensor]:
         return self.deltas.parameters()

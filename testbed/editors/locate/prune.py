@@ -1,15 +1,16 @@
-"""PRUNE (Ma et al. 2024, arXiv 2405.16821): no singular value of the accumulated change may outgrow the model's own.
+"""PRUNE (Ma et al. 2024, arXiv 2405.16821): no singular value of a change may outgrow the model's own.
 
-With `Delta_N = W_N - W_0 = U diag(s) V^T` and `s0` the largest singular value of W_0, values over s0 become
-`log_alpha(s) - log_alpha(s0) + s0`, and the model answers with `W_0 + U diag(s') V^T`. The restraint is a view: it is
-taken of the whole change each time anew and never fed back, so it cannot be applied twice.
+With `Delta = U diag(s) V^T` and `s0` the largest singular value of W_0, values over s0 become
+`log_alpha(s) - log_alpha(s0) + s0`. `+prune-naive` restrains the accumulated change `W_N - W_0`, as the paper has it: the
+restraint is a view, taken of the whole change each time anew and never fed back, so it cannot be applied twice.
+`+prune` restrains the change of each batch and feeds the error into the next solve (`aligned.py`), as OTE-SE does.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from streams.base import TrainPool
 from testbed.core.ranges import Range
 from testbed.core.registry import WRAPPERS
 from testbed.editors.base import EditorConfig, WeightEditor, Wrapper
+from testbed.editors.locate.aligned import Aligned, AlignedConfig, largest_singular_value
 
 
 @dataclass(frozen=True)
@@ -26,11 +28,11 @@ class PruneConfig(EditorConfig):
     """Base of the logarithm; smaller ones restrain less."""
 
 
-@WRAPPERS.register("prune")
-class Prune(Wrapper, WeightEditor):
+@WRAPPERS.register("prune-naive")
+class PruneNaive(Wrapper, WeightEditor):
     """Restrains the spectrum of what any weight editor has changed so far."""
 
-    summary = "large singular values of the whole change restrained (PRUNE)"
+    summary = "large singular values of the whole change restrained (PRUNE, naive)"
     hosts = WeightEditor
     Config = PruneConfig
 
@@ -47,17 +49,28 @@ class Prune(Wrapper, WeightEditor):
         seen, view = self._views.get(name, (None, weight))
         if seen is None or not torch.equal(seen, weight):
             change = weight - base
-            low = restrained(change, self._top(name, base), self.config.alpha)
+            low = restrained(change, largest_singular_value(self.handle, name, base), self.config.alpha)
             view = weight if low is change else base + low
             self._views[name] = (weight, view)
         return view
 
-    def _top(self, name: str, base: Tensor) -> float:
-        """Largest singular value of the base weight, computed once a model."""
-        tops: dict[str, Any] = self.handle.cache.setdefault("largest singular values", {})
-        if name not in tops:
-            tops[name] = float(torch.linalg.matrix_norm(base.double(), 2))
-        return tops[name]
+
+@dataclass(frozen=True)
+class AlignedPruneConfig(AlignedConfig, PruneConfig):
+    """The base of the logarithm, and whether the error is fed back."""
+
+
+@WRAPPERS.register("prune")
+class Prune(Aligned):
+    """Restrains the spectrum of each batch's change; what is taken away goes into the next solve."""
+
+    summary = "large singular values of each change restrained and made up for (PRUNE, aligned)"
+    Config = AlignedPruneConfig
+    former = "prune-naive"
+
+    def _restrained(self, layer: int, change: Tensor) -> Tensor:
+        top = largest_singular_value(self.handle, self.deltas.names[layer], self.deltas.base(layer))
+        return restrained(change, top, self.config.alpha)
 
 
 def restrained(change: Tensor, top: float, alpha: float) -> Tensor:

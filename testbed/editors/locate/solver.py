@@ -20,6 +20,9 @@ from torch.linalg import cholesky_ex, solve_triangular
 
 from testbed.editors.base import EditFailed
 
+_SAME_DIRECTION = 1e-6
+"""Singular value, as a share of the longest key, under which a key adds no direction."""
+
 
 class Prior(ABC):
     """Prior precision A0 (f, f) as a basis in which it is `rho I`; directions outside the basis are never written to."""
@@ -36,6 +39,10 @@ class Prior(ABC):
     def unwhiten(self, rows: Float[Tensor, "f n"]) -> Float[Tensor, "f n"]:
         """The transpose of `whiten`: factors (f, n) of a change, back in the model's own coordinates."""
 
+    @abstractmethod
+    def rewhiten(self, rows: Float[Tensor, "f n"]) -> Float[Tensor, "f n"]:
+        """The inverse of `unwhiten`: factors (f, n) of a change in the basis, without what lies in excluded directions."""
+
 
 @dataclass(frozen=True)
 class IdentityPrior(Prior):
@@ -47,6 +54,9 @@ class IdentityPrior(Prior):
         return keys
 
     def unwhiten(self, rows: Tensor) -> Tensor:
+        return rows
+
+    def rewhiten(self, rows: Tensor) -> Tensor:
         return rows
 
 
@@ -68,6 +78,9 @@ class SecondMomentPrior(Prior):
     def unwhiten(self, rows: Tensor) -> Tensor:
         return solve_triangular(self._root.T, rows, upper=True)
 
+    def rewhiten(self, rows: Tensor) -> Tensor:
+        return self._root.T @ rows
+
 
 class NullSpacePrior(Prior):
     """A0 = rho I where C is small, infinite where it is large (AlphaEdit's projector).
@@ -83,6 +96,15 @@ class NullSpacePrior(Prior):
 
     def unwhiten(self, rows: Tensor) -> Tensor:
         return self.whiten(rows)
+
+    def rewhiten(self, rows: Tensor) -> Tensor:
+        return self.whiten(rows)
+
+    def without(self, keys: Float[Tensor, "n f"]) -> NullSpacePrior:
+        """The same prior with what these keys (n, f) add to the excluded directions excluded too."""
+        u, s, _ = torch.linalg.svd(self.whiten(keys.double().T), full_matrices=False)
+        new = u[:, s > _SAME_DIRECTION * keys.double().norm(dim=1).max()]
+        return NullSpacePrior(torch.cat([self.basis, new], dim=1), self.rho)
 
 
 @dataclass(frozen=True)
@@ -155,6 +177,20 @@ class Ridge:
         else:
             self._grow(g)
 
+    def multiplied(self, rows: Float[Tensor, "d f"]) -> Float[Tensor, "d f"]:
+        """Whitened rows (d, f) times `rho I + G G^T`, G the past."""
+        if self.dense is not None:
+            return rows @ self.dense
+        return self.prior.rho * rows + ((rows @ self.past.T) @ self.past if self.past is not None else 0)
+
+    def divided(self, rows: Float[Tensor, "d f"]) -> Float[Tensor, "d f"]:
+        """Whitened rows (d, f) times the inverse of `rho I + G G^T`, G the past."""
+        if self.dense is not None:
+            return torch.cholesky_solve(rows.T, cholesky(self.dense)).T
+        if self.past is None or self.root is None:
+            return rows / self.prior.rho
+        return (rows - torch.cholesky_solve((rows @ self.past.T).T, self.root).T @ self.past) / self.prior.rho
+
     def _count(self) -> int:
         return 0 if self.past is None else len(self.past)
 
@@ -170,6 +206,22 @@ class Ridge:
         root[old:, old:] = cholesky(gram)
         self.past = g.T.contiguous() if self.past is None else torch.cat([self.past, g.T])
         self.root = root
+
+
+class ShrinkingRidge(Ridge):
+    """The solve of one layer in a null space that shrinks: what past keys use is excluded from then on (EvoEdit)."""
+
+    def __init__(self, prior: NullSpacePrior) -> None:
+        super().__init__(prior, history=False)
+        self.space = prior
+
+    def solve(self, keys: Tensor, residual: Tensor) -> Solution:
+        if self.space.excluded >= keys.shape[1]:
+            raise EditFailed(f"past edits use all {keys.shape[1]} directions of the keys, and none is left to write in")
+        return super().solve(keys, residual)
+
+    def append(self, keys: Tensor) -> None:
+        self.prior = self.space = self.space.without(keys)
 
 
 def _symmetric(m: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from testbed.model.handle import weights_hash
 from tests.helpers.facts import FACTS, METHODS, make
 
 
-@pytest.mark.parametrize("name", [*METHODS, "alphaedit+blue", "memit+prune", "memit+rect"])
+@pytest.mark.parametrize("name", [*METHODS, "alphaedit+blue", "memit+prune-naive", "memit+rect-naive", "memit-seq+prune", "memit-seq+rect"])
 def test_only_the_listed_layers_change_and_the_base_never(name: str) -> None:
     editor = make(name, "gpt2")
     before = weights_hash(editor.handle.model)
@@ -30,7 +30,7 @@ def test_only_the_listed_layers_change_and_the_base_never(name: str) -> None:
     assert told <= report.notes.keys()
 
 
-@pytest.mark.parametrize("name", ["memit-seq", "memit+rect", "pmet"])
+@pytest.mark.parametrize("name", ["memit-seq", "memit+rect-naive", "memit-seq+rect", "pmet"])
 def test_the_weights_are_the_base_and_each_change_once(name: str) -> None:
     """While a batch runs its weights lie over the model: what is read there as the base must be the base."""
     editor: Any = make(name)
@@ -97,7 +97,7 @@ def test_any_step_can_be_rebuilt_from_the_state() -> None:
     assert all(torch.equal(w, again.handle.parameter(n)) for n, w in base.items())
 
 
-@pytest.mark.parametrize("name", [*METHODS, "alphaedit+blue", "memit+rect"])
+@pytest.mark.parametrize("name", [*METHODS, "alphaedit+blue", "memit+rect-naive", "alphaedit+rect", "alphaedit+prune"])
 def test_a_resumed_run_is_the_uninterrupted_one(name: str) -> None:
     """Released code skips finished batches without making their edits again; here the state holds them, history included.
 

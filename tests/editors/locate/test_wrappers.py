@@ -52,7 +52,7 @@ def test_prune_restrains_the_spectrum_and_nothing_else() -> None:
 
 def test_prune_answers_with_the_base_plus_the_restrained_change_once() -> None:
     """Released copies add the restrained change to the weights that hold the unrestrained one."""
-    editor = make("memit+prune", lam=1e-4, clamp=50.0, lr=20.0)
+    editor = make("memit+prune-naive", lam=1e-4, clamp=50.0, lr=20.0)
     for step, e in enumerate(FACTS, 1):
         editor.apply(EditBatch((e,), step))
     name, layer = editor.handle.down_weight(0), 0
@@ -107,9 +107,9 @@ def test_come_is_told_the_old_answer_and_makes_edits_that_name_none() -> None:
 
 
 def test_wrappers_compose_and_refuse_what_they_cannot_wrap() -> None:
-    both = EDITORS.get("memit+blue+prune")
+    both = EDITORS.get("memit+blue+prune-naive")
     assert {"alpha", "lam", "layers"} <= set(both.Config.__dataclass_fields__)
-    assert EDITORS.get("memit+blue+prune") is both
+    assert EDITORS.get("memit+blue+prune-naive") is both
     for name, match in [
         ("finetune+blue", "finetune is none"),
         ("balancedit+prune", "balancedit is none"),
@@ -135,8 +135,10 @@ def test_every_bad_value_is_named() -> None:
         "contexts must be 0",
     ):
         assert part in problems
-    assert "alpha must be more than 1" in "\n".join(RunConfig(editor=("memit+prune",), set=("memit+prune.alpha=1",)).problems())
-    assert "keep must be positive and at most 1" in "\n".join(RunConfig(editor=("memit+rect",), set=("memit+rect.keep=0",)).problems())
+    assert "alpha must be more than 1" in "\n".join(RunConfig(editor=("memit-seq+prune",), set=("memit-seq+prune.alpha=1",)).problems())
+    assert "keep must be positive and at most 1" in "\n".join(
+        RunConfig(editor=("memit-seq+rect",), set=("memit-seq+rect.keep=0",)).problems()
+    )
 
 
 def test_models_and_corpora_that_cannot_be_used_are_refused(tmp_path: Any) -> None:
