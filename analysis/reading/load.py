@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from analysis.reading.clusters import number_clusters
 from analysis.reading.records import BadRun, edits_at, part_files, read_base, read_records, read_table
+from testbed.core.checksums import DAMAGED, SUMS, is_damaged, read_lines
 from testbed.core.schema import READABLE_VERSIONS, folder_name
 
 
@@ -108,10 +109,14 @@ def _manifest(folder: Path) -> dict[str, Any]:
     path = folder / "manifest.json"
     if not path.is_file():
         raise BadRun(f"{path} is missing: {folder} is not a run folder (expected what `python -m testbed.run --out` writes)")
+    if is_damaged(path):
+        raise BadRun(f"{path} {DAMAGED}; restore it from a copy")
     try:
         manifest = json.loads(path.read_text("utf-8"))
     except ValueError as error:
         raise BadRun(f"{path} is not JSON ({error}); the run was stopped while it was written, start it again") from error
+    if manifest.get("checksums") and not (folder / SUMS).is_file():
+        raise BadRun(f"{folder / SUMS} is missing, so nothing says whether the run is as it was written; restore it from a copy")
     version = manifest.get("schema_version")
     if version not in READABLE_VERSIONS:
         known = ", ".join(map(str, READABLE_VERSIONS))
@@ -134,14 +139,9 @@ def _editor_names(folder: Path, manifest: dict[str, Any]) -> list[str]:
 
 def _reports(folder: Path) -> pd.DataFrame:
     path = folder / "edits.jsonl"
-    lines = path.read_text("utf-8").splitlines() if path.is_file() else []
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            if number < len(lines):
-                raise BadRun(f"{path}, line {number}: not JSON ({error})") from error
+    rows, damaged = read_lines(path)
+    if damaged:
+        raise BadRun(f"{path}, line {damaged[0]} is damaged: it is not what was written; --resume makes the editor again")
     names = ["step", "event_ids", "seconds", "peak_bytes", "state_bytes", "delta_norm", "failed", "skipped", "notes"]
     frame = pd.DataFrame(rows, columns=names)
     return frame.drop_duplicates("step", keep="last")
@@ -158,12 +158,15 @@ def _schedule(folder: Path, events: pd.DataFrame) -> tuple[int, np.ndarray]:
 
 
 def _shortfalls(run: Run, planned: int, probes: np.ndarray) -> list[str]:
-    """Notes on editors whose answers end before the last step, and on those with fewer answers than planned up to their end."""
+    """Notes on editors whose answers end before the last step, and on answers and reports of steps that are missing up to their end."""
     ends = {name: int(e.records["step"].max()) for name, e in run.editors.items()}
     notes = [f"{n}: cut short at step {end} of {planned}; its numbers are of that moment" for n, end in ends.items() if end < planned]
     counts = {n: (len(e.records), int((probes <= ends[n]).sum())) for n, e in run.editors.items()}
     short = {n: (want - got, want) for n, (got, want) in counts.items() if got < want}
-    return notes + [f"{n}: {less:,} of {want:,} answers are missing; --resume makes them again" for n, (less, want) in short.items()]
+    notes += [f"{n}: {less:,} of {want:,} answers are missing; --resume makes them again" for n, (less, want) in short.items()]
+    unreported = {n: ends[n] - int(e.reports["step"].between(1, ends[n]).sum()) for n, e in run.editors.items()}
+    lost = "edits.jsonl lacks the reports of {} of {} steps, so costs are those of the others; --resume makes them again"
+    return notes + [f"{n}: {lost.format(less, ends[n])}" for n, less in unreported.items() if less]
 
 
 def differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from analysis.reading.grades import Grader, grader
 from testbed.core import grading
+from testbed.core.checksums import DAMAGED, is_damaged
 
 pc: Any = pyarrow.compute
 """Arrow creates these functions at import, so no type checker knows them."""
@@ -75,6 +76,8 @@ def read_table(path: Path, columns: Sequence[str] | None = None, coded: Sequence
     if not path.is_file():
         raise BadRun(f"{path} is missing; the run folder is not complete")
     try:
+        if is_damaged(path):
+            raise BadRun(f"{path} {DAMAGED}; --resume makes it again")
         file = pq.ParquetFile(path)
         lacking = [c for c in columns or () if c not in file.schema_arrow.names]
         if lacking:

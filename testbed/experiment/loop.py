@@ -60,7 +60,7 @@ def run_editor(
         progress: callback after each step with edits made, edits in total, and the success right after the step.
     """
     phase("resume", 0)
-    done, state = folder.resume(context.expected)
+    done, state = folder.resume(context.expected, context.say)
     steps = context.schedule.steps
     if done == len(steps):
         return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import secrets
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,6 +16,7 @@ import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
+from testbed.core.checksums import DAMAGED, is_damaged, note_sum
 from testbed.core.schema import columns
 
 _ARROW = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_(), list: pa.list_(pa.string())}
@@ -34,14 +36,16 @@ def arrow_schema(row: type) -> pa.Schema:
 @contextmanager
 def replacing(path: Path, phase: Phase | None = None, step: int = 0) -> Generator[Path]:
     """A temporary path that replaces `path` when the block ends without an error. Raises `StoreError`, also for a full disk."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch(mode=0o644, exist_ok=False)  # a name that nobody can foresee, so no link is followed
         if phase:
             phase("write", step)
         yield temporary
         with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
+        note_sum(temporary, path)
         if phase:
             phase("rename", step)
         os.replace(temporary, path)
@@ -49,9 +53,25 @@ def replacing(path: Path, phase: Phase | None = None, step: int = 0) -> Generato
     except (OSError, SafetensorError) as e:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        if getattr(e, "errno", None) == errno.ENOSPC or "No space left" in str(e):
-            raise StoreError(f"no space left on the disk of {path.parent}: free some and go on with --resume") from e
-        raise StoreError(f"{path} cannot be written: {e}") from e
+        raise _cannot_write(path, e) from e
+
+
+def append(path: Path, text: str) -> None:
+    """Add text at the end of a file and flush it. Raises `StoreError`."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a", encoding="utf-8") as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+    except OSError as e:
+        raise _cannot_write(path, e) from e
+
+
+def _cannot_write(path: Path, error: Exception) -> StoreError:
+    if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+        return StoreError(f"no space left on the disk of {path.parent}: free some and go on with --resume")
+    return StoreError(f"{path} cannot be written: {error}")
 
 
 def _flush_folder(path: Path) -> None:
@@ -90,9 +110,9 @@ def write_rows(path: Path, row: type, rows: Iterable[Any], phase: Phase | None =
 
 
 def is_complete(path: Path) -> bool:
-    """True for a parquet file that exists and was not truncated: its footer comes last."""
+    """True for a parquet file that exists and is as it was written (of an older version: not truncated, its footer comes last)."""
     try:
-        return pq.ParquetFile(path).metadata is not None
+        return pq.ParquetFile(path).metadata is not None and not is_damaged(path)
     except (OSError, pa.ArrowException):
         return False
 
@@ -130,7 +150,9 @@ def write_state(path: Path, state: dict[str, Any], phase: Phase | None = None) -
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Read what `write_state` wrote. Raises `StoreError` for a file that is absent, truncated or no state."""
+    """Read what `write_state` wrote. Raises `StoreError` for a file that is absent, damaged or no state."""
+    if is_damaged(path):
+        raise StoreError(f"{path} {DAMAGED}; --resume makes it again")
     try:
         with safe_open(path, "pt") as f:
             rest = json.loads((f.metadata() or {})["json"])

@@ -6,9 +6,8 @@ A run resumes from its newest readable state: later files are deleted and made a
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -16,12 +15,13 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from testbed.core.checksums import DAMAGED, SUMS, is_damaged, line_of, read_lines, start_sums
 from testbed.core.schema import BaseAnswer, EditReport, MonitorRow, Record, folder_name
 from testbed.storage import files
 from testbed.storage.files import Phase, StoreError, is_complete, step_of
 
 _LOCK = ".lock"
-_LEFTOVERS = {".manifest.json.tmp", _LOCK}
+_LEFTOVERS = (SUMS, _LOCK, ".manifest.json.*tmp")
 """Files that a process killed before it wrote the manifest may leave in a folder that is still free."""
 
 
@@ -51,13 +51,14 @@ class RunFolder:
     def create(self, manifest: dict[str, Any]) -> None:
         """Write the manifest into an empty or new folder. Raises `StoreError` as `check_free`."""
         self.check_free()
-        files.write_json(self.path / "manifest.json", manifest)
+        start_sums(self.path)
+        files.write_json(self.path / "manifest.json", {**manifest, "checksums": True})
 
     def check_free(self) -> None:
         """Raise `StoreError` where the folder contains another run or any other file."""
         if (self.path / "manifest.json").exists():
             raise StoreError(f"{self.path} holds a run already: go on with --resume {self.path}, or choose another --out")
-        if self.path.exists() and (not self.path.is_dir() or any(p.name not in _LEFTOVERS for p in self.path.iterdir())):
+        if self.path.exists() and (not self.path.is_dir() or any(not any(map(p.match, _LEFTOVERS)) for p in self.path.iterdir())):
             raise StoreError(f"{self.path} is not an empty folder: choose another --out")
 
     def locked(self) -> AbstractContextManager[None]:
@@ -65,8 +66,14 @@ class RunFolder:
         return files.locked(self.path / _LOCK, "--out", wait=False)
 
     def manifest(self) -> dict[str, Any]:
-        """The stored manifest. Raises `StoreError` where there is none or it is damaged."""
-        return files.read_json(self.path / "manifest.json")
+        """The stored manifest. Raises `StoreError` where there is none or it is damaged, or the sums of the folder are lost."""
+        path = self.path / "manifest.json"
+        if is_damaged(path):
+            raise StoreError(f"{path} {DAMAGED}; restore it from a copy")
+        manifest = files.read_json(path)
+        if manifest.get("checksums") and not (self.path / SUMS).is_file():
+            raise StoreError(f"{self.path / SUMS} is missing, so nothing says whether the run is as it was written; restore it from a copy")
+        return manifest
 
     def add_note(self, line: str) -> None:
         """Add a line to the notes of the manifest, once."""
@@ -130,57 +137,70 @@ class EditorFolder:
 
     def __init__(self, path: Path, phase: Phase | None = None, saved: Callable[[StepResults], None] | None = None) -> None:
         self.path, self._phase, self._saved = path, phase, saved
+        self._reports = path / "edits.jsonl"
 
     def save(self, step: int, results: StepResults, state: dict[str, Any]) -> None:
         """Add the results since the last save, then the state after them; delete older states. Raises `StoreError`."""
         for folder, row, rows in (("records", Record, results.records), ("monitors", MonitorRow, results.monitors)):
             if rows:
                 files.write_rows(self.path / folder / f"step-{step:06d}.parquet", row, rows, self._phase, step)
-        self._write_reports([*self._reports(), *map(asdict, results.reports)])
+        files.append(self._reports, "".join(line_of(asdict(r)) for r in results.reports))
         files.write_state(self.path / "state" / f"step-{step:06d}.safetensors", state, self._phase)
         for old in self._states()[:-1]:
             old.unlink()
         if self._saved is not None:
             self._saved(results)
 
-    def resume(self, expected: ExpectedContents | None = None) -> tuple[int, dict[str, Any] | None]:
+    def resume(
+        self, expected: ExpectedContents | None = None, say: Callable[[str], None] = lambda line: None
+    ) -> tuple[int, dict[str, Any] | None]:
         """Delete everything after the newest saved step; return that step and its state, (0, None) without a state.
 
         Where records, monitors or reports up to that step are damaged or missing, the editor starts again from step 0;
-        without `expected` a missing file goes unnoticed.
+        without `expected` a missing file goes unnoticed. say: callback for what is damaged, one line each.
         """
         for leftover in self.path.rglob(".*.tmp"):
             leftover.unlink()
-        step, state = self._newest_readable()
-        if not self._complete(step, expected):
+        step, state = self._newest_readable(say)
+        if lost := self._lost(step, expected):
+            say(f"{lost}: {self.path.name} starts again from its first edit")
             step, state = 0, None
         for path in [*self._parts(), *self._states()]:
             if step_of(path) > step:
                 path.unlink()
-        kept = [line for line in self._reports() if line["step"] <= step]
-        if _as_lines(kept) != self._report_text():
-            self._write_reports(kept)
+        kept = "".join(line_of(line) for line in read_lines(self._reports)[0] if line["step"] <= step)
+        if self._reports.exists() and kept.encode() != self._reports.read_bytes():
+            with files.replacing(self._reports) as temporary:
+                temporary.write_text(kept, encoding="utf-8")
         return step, state
 
-    def _newest_readable(self) -> tuple[int, dict[str, Any] | None]:
+    def _newest_readable(self, say: Callable[[str], None]) -> tuple[int, dict[str, Any] | None]:
         for path in reversed(self._states()):
             try:
                 return step_of(path), files.read_state(path)
-            except StoreError:
+            except StoreError as error:
+                say(str(error))
                 path.unlink()
         return 0, None
 
-    def _complete(self, step: int, expected: ExpectedContents | None) -> bool:
-        """True when there is a report for each step up to this one and no file up to it is damaged or missing."""
-        steps = [line["step"] for line in self._reports() if line["step"] <= step]
+    def _lost(self, step: int, expected: ExpectedContents | None) -> str | None:
+        """What is damaged or missing up to a step; None where there is a report for each step and every file is whole."""
+        reports, damaged = read_lines(self._reports)
+        if damaged or [r["step"] for r in reports if r["step"] <= step] != list(range(1, step + 1)):
+            return f"{self._reports} is damaged or lacks reports of steps 1 to {step}"
+        if step == 0 and len({step_of(p) for p in self._parts()}) > 1:  # a kill in the first save leaves the parts of one step
+            return f"{self.path} holds answers and no readable state"
         parts = [p for p in self._parts() if step_of(p) <= step]
-        if steps != list(range(1, step + 1)) or not all(map(is_complete, parts)):
-            return False
+        if broken := [p for p in parts if not is_complete(p)]:
+            return f"{broken[0]} is damaged"
         if expected is None:
-            return True
-        answers = sum(pq.read_metadata(p).num_rows for p in parts if p.parent.name == "records")
+            return None
+        answers, planned = sum(pq.read_metadata(p).num_rows for p in parts if p.parent.name == "records"), sum(expected.questions[:step])
+        if answers != planned:
+            return f"{self.path / 'records'} holds {answers} answers up to step {step}, the schedule {planned}"
         monitors = [pq.read_table(p, columns=["step"])["step"].to_pylist() for p in parts if p.parent.name == "monitors"]
-        return answers == sum(expected.questions[:step]) and {s for s in expected.monitored if s <= step} <= set(chain(*monitors))
+        missing = {s for s in expected.monitored if s <= step} - set(chain(*monitors))
+        return f"{self.path / 'monitors'} lacks the signals of steps {sorted(missing)}" if missing else None
 
     def newest(self) -> tuple[int, dict[str, Any]]:
         """The newest saved step and its state. Raises `StoreError` when there is none."""
@@ -194,23 +214,3 @@ class EditorFolder:
 
     def _states(self) -> list[Path]:
         return sorted((self.path / "state").glob("step-*.safetensors"))
-
-    def _report_text(self) -> str:
-        path = self.path / "edits.jsonl"
-        return path.read_text(encoding="utf-8") if path.exists() else ""
-
-    def _reports(self) -> list[dict[str, Any]]:
-        """The stored reports without a last line that was truncated."""
-        reports: list[dict[str, Any]] = []
-        for line in self._report_text().splitlines():
-            with suppress(ValueError):
-                reports.append(json.loads(line))
-        return reports
-
-    def _write_reports(self, reports: Iterable[dict[str, Any]]) -> None:
-        with files.replacing(self.path / "edits.jsonl") as temporary:
-            temporary.write_text(_as_lines(reports), encoding="utf-8")
-
-
-def _as_lines(reports: Iterable[dict[str, Any]]) -> str:
-    return "".join(json.dumps(r, sort_keys=True) + "\n" for r in reports)

@@ -160,7 +160,7 @@ def bad_report(out: Path) -> None:
         (no_events, "the run is empty"),
         (foreign_questions, "questions that questions.parquet lacks"),
         (bad_weight, "inclusion probability outside"),
-        (bad_report, "line 1: not JSON"),
+        (bad_report, "line 1 is damaged"),
     ],
 )
 def test_errors_name_the_file_and_what_to_do(tmp_path: Path, damage, words: str) -> None:

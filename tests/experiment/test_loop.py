@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ import pytest
 import torch
 
 from streams.base import TrainPool
+from testbed.core.checksums import read_lines
 from testbed.core.events import LOCALITY_SPLITS, EditBatch
 from testbed.core.registry import EDITORS
 from testbed.core.schema import BaseAnswer, Record
@@ -29,7 +29,7 @@ RIGHT = ("edit", "text_generality", "image_generality", "portability")
 
 
 def reports(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (path / "edits.jsonl").read_text().splitlines()]
+    return read_lines(path / "edits.jsonl")[0]
 
 
 def answer(r: Record | BaseAnswer) -> tuple[Any, ...]:

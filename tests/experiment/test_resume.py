@@ -59,7 +59,7 @@ def test_a_finished_run_can_be_resumed_and_stays_as_it_is(tmp_path: Path) -> Non
 
 
 def test_cut_files_are_made_again(tmp_path: Path) -> None:
-    """The base's answers, a record file and the reports of a finished run, cut in the middle; a record file gone."""
+    """The base's answers, a record file and the reports of a finished run, cut in the middle; a record file gone, a state's bit flipped."""
     import shutil
 
     out = tmp_path / "run"
@@ -74,6 +74,12 @@ def test_cut_files_are_made_again(tmp_path: Path) -> None:
     ):
         raw = (out / name).read_bytes()
         (out / name).write_bytes(raw[: len(raw) // 2])
+    (state,) = (out / "finetune/state").iterdir()
+    raw = bytearray(state.read_bytes())
+    raw[-9] ^= 1
+    state.write_bytes(raw)
     done = go_on(out)
     assert done.code == 0, done.err
-    assert_same(out)
+    assert f"{state.name} is damaged" in done.err
+    assert "balancedit starts again from its first edit" in done.err
+    assert_same(out, said=True)

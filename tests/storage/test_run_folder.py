@@ -16,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from testbed.core.checksums import read_lines
 from testbed.core.schema import BaseAnswer, EditReport, EventRow, MonitorRow, QuestionRow, Record, ScheduleRow, columns
 from testbed.storage import files
 from testbed.storage.files import StoreError, read_json, read_state, write_json, write_rows, write_state
@@ -62,7 +63,7 @@ def whole(last: int) -> ExpectedContents:
 def content(folder: EditorFolder) -> tuple[list[dict[str, Any]], list[Any], float]:
     parts = sorted(p for name in ("records", "monitors") for p in (folder.path / name).glob("*"))
     rows = [r for p in parts for r in pq.read_table(p).to_pylist()]
-    lines = [json.loads(x) for x in (folder.path / "edits.jsonl").read_text().splitlines()]
+    lines = read_lines(folder.path / "edits.jsonl")[0]
     return rows, lines, float(folder.newest()[1]["weight"][0, 0])
 
 
@@ -208,7 +209,7 @@ def full_disk(*_: Any, **__: Any) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize(("where", "name"), [(files.pq, "write_table"), (files.os, "fsync"), (files.os, "replace"), (Path, "write_text")])
+@pytest.mark.parametrize(("where", "name"), [(files.pq, "write_table"), (files.os, "fsync"), (files.os, "replace")])
 def test_a_full_disk_is_reported_and_the_state_before_it_stays_good(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: Any, name: str
 ) -> None:
@@ -257,7 +258,7 @@ def test_a_folder_that_holds_a_run_or_anything_is_refused(tmp_path: Path) -> Non
 def test_a_folder_left_by_a_kill_before_the_manifest_can_be_used(tmp_path: Path) -> None:
     (tmp_path / ".manifest.json.tmp").write_text('{"ru')
     RunFolder(tmp_path).create({"run": "x"})
-    assert RunFolder(tmp_path).manifest() == {"run": "x"}
+    assert RunFolder(tmp_path).manifest() == {"run": "x", "checksums": True}
 
 
 def test_another_configuration_data_or_model_is_named(tmp_path: Path) -> None:
