@@ -14,7 +14,7 @@ from testbed.editors.locate.targets import TargetTask
 from tests.helpers.models import Noise, build
 
 METHODS = ("rome", "memit", "memit-seq", "alphaedit", "emmet", "pmet")
-SMALL = filled(LocateConfig((0, 1), steps=6, lr=0.5, clamp=2.0, kl=0.1, relative=True), DEFAULTS)
+SMALL = filled(LocateConfig(layers=(0, 1), steps=6, lr=0.5, clamp=2.0, kl=0.1, relative=True), DEFAULTS)
 TEXTS = tuple(f"the small lamp number {i} stands beside the river and the old bridge" for i in range(40))
 POOL = TrainPool((Question("general", "what colour is the lamp?", "red", topic="x"),), TEXTS)
 

@@ -39,11 +39,9 @@ _SAME_KEY = 0.98
 
 
 @dataclass(frozen=True)
-class LocateConfig(EditorConfig):
-    """What every locate-then-edit method is tuned by; a method adds its own. Fields that are None come from its table by model."""
+class TargetConfig(EditorConfig):
+    """How a target is searched. Fields that are None come from the method's table by model."""
 
-    layers: tuple[NonNegativeInt, ...] | None = None
-    """Critical layers whose down-projections change, in rising order; the target is looked for at the last of them."""
     steps: PositiveInt | None = None
     """v_num_grad_steps: evaluations of the target's loss (one fewer optimiser steps)."""
     lr: NonNegativeFloat | None = None
@@ -58,12 +56,20 @@ class LocateConfig(EditorConfig):
     """Loss (nats) under which a target counts as found."""
     contexts: NonNegativeInt | None = None
     """Sampled sentences before the prompt, beside the bare prompt."""
-    relative: bool | None = None
-    """lambda is a multiple of the key width, L2 and the threshold are multiples of the mean eigenvalue of C."""
     context_tokens: tuple[PositiveInt, ...] | None = None
     """Their lengths in tokens, as many contexts of each."""
     end: bool = True
     """The end token is part of the target, so that a free generation stops after the answer."""
+
+
+@dataclass(frozen=True)
+class LocateConfig(TargetConfig):
+    """What every locate-then-edit method is tuned by; a method adds its own. Fields that are None come from its table by model."""
+
+    layers: tuple[NonNegativeInt, ...] | None = None
+    """Critical layers whose down-projections change, in rising order; the target is looked for at the last of them."""
+    relative: bool | None = None
+    """lambda is a multiple of the key width, L2 and the threshold are multiples of the mean eigenvalue of C."""
     corpus: str | None = None
     """General text for second moments: a file, one text a line, or hub:DATASET[:CONFIG[:SPLIT[:FIELD]]]; by default the stream's own
     running text, WikiText under the data root or in the hub's cache, or text that the model writes."""
