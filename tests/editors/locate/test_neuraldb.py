@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from testbed.core.events import Ask, EditBatch, EditEvent
 from testbed.editors.base import BadEditor
 from testbed.editors.codebook.nearest import Keys, Nearest
-from testbed.editors.locate.neuraldb import StoreRow, NeuralDB, TokenGate
+from testbed.editors.locate.neuraldb import NeuralDB, StoreRow, TokenGate
 from testbed.editors.locate.solver import IdentityPrior, Ridge
 from testbed.model.encoding import collate
 from testbed.model.predictor import ModelPredictor
