@@ -29,6 +29,7 @@ from testbed.experiment.rebuild import StoredRun, rebuild
 from testbed.model.encoding import prompt_inputs
 from testbed.model.handle import ModelHandle
 from testbed.model.predictor import ModelPredictor
+from testbed.storage.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -86,10 +87,13 @@ def ask(config: AskConfig) -> AskResult:
     Raises `BadConfig` for an unknown editor or step, a question that does not fit, or an editor that needs the right
     answers; `BadPicture` for the image; and what `rebuild` raises.
     """
+    if not config.question.strip():
+        raise BadConfig("the question is empty")
+    last = RunFolder(config.out).n_steps()
+    if config.as_of is not None and last is not None and not 0 <= config.as_of <= last:
+        raise BadConfig(f"--as-of {config.as_of} is no step of the run: there are 0 (before the first edit) to {last}")
     stored = rebuild(config.out, {"device": config.device})
     step = stored.n_steps if config.as_of is None else config.as_of
-    if not 0 <= step <= stored.n_steps:
-        raise BadConfig(f"--as-of {step} is no step of the run: there are 0 (before the first edit) to {stored.n_steps}")
     prompt = _prompt(config, stored.run.handle)
     return answer(stored, stored.at(_editor_name(stored, config.editor), step), step, prompt, config.max_new_tokens)
 
@@ -114,8 +118,6 @@ def _editor_name(stored: StoredRun, name: str) -> str:
 
 def _prompt(config: AskConfig, handle: ModelHandle) -> Ask:
     """The question with its picture. Raises `BadConfig` for a question that the model cannot read."""
-    if not config.question.strip():
-        raise BadConfig("the question is empty")
     if config.image is not None and not handle.reads_pictures:
         raise BadConfig(f"{handle.name} reads no pictures: leave --image out")
     prompt = Ask(config.question, FilePicture(config.image.parent, config.image.name) if config.image is not None else None)

@@ -32,6 +32,7 @@ from testbed.experiment.loop import Context, apply_step
 from testbed.experiment.rebuild import StoredRun, rebuild
 from testbed.probes.base import draw, smallest
 from testbed.storage.files import write_json
+from testbed.storage.run_folder import RunFolder
 
 DEFAULTS = {"perplexity": math.log(2), "unrelated": 0.5}
 """Default bounds: the perplexity doubled, half of the unrelated answers changed."""
@@ -69,6 +70,9 @@ def find(config: BisectConfig) -> dict[str, Any]:
     if config.signal not in DEFAULTS and config.above is None:
         raise BadConfig(f"--signal {config.signal} needs --above, the value from which on it counts as crossed")
     above = DEFAULTS[config.signal] if config.above is None else config.above
+    known = RunFolder(config.out).editor(config.editor).signals()
+    if config.signal not in DEFAULTS and known and config.signal not in known:
+        raise BadConfig(f"--signal {config.signal!r} is not {', '.join(DEFAULTS)} or a monitor of the run: {', '.join(sorted(known))}")
     stored = rebuild(config.out, {"device": config.device})
     upto = stored.n_steps if config.upto is None else config.upto
     if not 0 <= config.after < upto <= stored.n_steps:

@@ -20,6 +20,7 @@ from testbed.experiment.config import LOCATIONS, BadConfig, ResolvedRun, RunConf
 from testbed.experiment.interrupt import Stopped, StopRequest
 from testbed.experiment.loop import Context, run_editor
 from testbed.experiment.manifest import manifest_of
+from testbed.experiment.saved_models import save_models
 from testbed.experiment.track import TrackedRun, tracking
 from testbed.model.difficulty import losses
 from testbed.model.handle import ModelHandle
@@ -153,6 +154,8 @@ def study(config: RunConfig, say: Callable[[str], None] = lambda line: None, sto
 
     Returns the summary, as in summary.json. Raises `BadConfig`, `BadStream`, `BadModel`, `StoreError`, `OutOfMemory`.
     """
+    if config.out and not config.resume:
+        RunFolder(config.out).check_free()
     run, stop = prepare(config.resolve()), stop or StopRequest()
     folder = RunFolder(run.out)
     for note in run.manifest["notes"]:
@@ -171,8 +174,9 @@ def study(config: RunConfig, say: Callable[[str], None] = lambda line: None, sto
         write_rows(folder.path / "questions.parquet", QuestionRow, run.schedule.question_rows())
         with bars() as shown:
             _run_editors(run, folder, shown, say, stop)
-        _save_models(run, folder, say)
-        return finish(run.out)
+        summary = finish(run.out)
+        save_models(run, folder, say)
+        return summary
 
 
 def finish(out: Path) -> dict[str, Any]:
@@ -225,23 +229,6 @@ def _base_answers(run: PreparedRun, folder: RunFolder, shown: Bars, stop: StopRe
     answers = base_answers(run.config.cache, *what, lambda: answer_base(*what, progress))
     folder.write_base_answers(answers)
     return {a.question_id: a for a in answers}
-
-
-def _save_models(run: PreparedRun, folder: RunFolder, say: Callable[[str], None]) -> None:
-    """Write the edited model of every editor that changes weights with save_pretrained (`--save-model`)."""
-    if run.config.save_model is None:
-        return
-    for name, resolved in run.resolved.editors.items():
-        if not resolved.cls.traits.weights:
-            say(f"{name} changes no weights of the model, so there is no edited model to save")
-            continue
-        editor = run.editor(name)
-        editor.load_state_dict(folder.editor(name).newest()[1])
-        target = run.config.save_model / folder_name(name)
-        with run.handle.swapped(editor.edited_weights()):
-            run.handle.model.save_pretrained(target)
-        (run.handle.processor or run.handle.tokenizer).save_pretrained(target)
-        say(f"{name}: edited model written to {target}")
 
 
 def phase_log(path: Path | None) -> Phase:

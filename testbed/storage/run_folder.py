@@ -104,6 +104,11 @@ class RunFolder:
             text = "\n  ".join(lines)
             raise StoreError(f"{self.path} cannot go on, it was made with another configuration, data or model:\n  {text}")
 
+    def n_steps(self) -> int | None:
+        """The number of steps of the run; None where its schedule is absent or damaged."""
+        path = self.path / "schedule.parquet"
+        return max(pq.read_table(path, columns=["step"])["step"].to_pylist()) if is_complete(path) else None
+
     def event_ids(self) -> list[str]:
         """The ids of the run's edits; empty where the file is absent or damaged."""
         path = self.path / "events.parquet"
@@ -201,6 +206,11 @@ class EditorFolder:
         monitors = [pq.read_table(p, columns=["step"])["step"].to_pylist() for p in parts if p.parent.name == "monitors"]
         missing = {s for s in expected.monitored if s <= step} - set(chain(*monitors))
         return f"{self.path / 'monitors'} lacks the signals of steps {sorted(missing)}" if missing else None
+
+    def signals(self) -> set[str]:
+        """The names of the monitors that have stored values."""
+        parts = [p for p in self._parts() if p.parent.name == "monitors" and is_complete(p)]
+        return {name for p in parts for name in pq.read_table(p, columns=["name"])["name"].unique().to_pylist()}
 
     def newest(self) -> tuple[int, dict[str, Any]]:
         """The newest saved step and its state. Raises `StoreError` when there is none."""

@@ -98,6 +98,13 @@ WRONG = [
 ]
 
 
+@pytest.mark.parametrize(("given", "message"), WRONG[2:5], ids=range(3))
+def test_mistakes_of_the_command_are_found_before_a_model_loads(given: dict, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("testbed.ask.rebuild", None)
+    with pytest.raises(BadConfig, match=message):
+        asked(**{"editor": "finetune", "question": "Who?", **given})
+
+
 @pytest.mark.parametrize(("given", "message"), WRONG, ids=range(len(WRONG)))
 def test_mistakes_are_reported(given: dict, message: str) -> None:
     with pytest.raises(BadConfig, match=message):

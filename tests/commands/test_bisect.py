@@ -91,7 +91,7 @@ WRONG = [
     ({"above": 1.0, "after": 6}, "--after 6 and --upto 6 must be steps of the run in this order, from 0 to 6"),
     ({"above": 1.0, "upto": 7}, "must be steps of the run"),
     ({"above": 1.0, "editor": "memit"}, "has no editor 'memit'"),
-    ({"above": 1.0, "signal": "colour"}, "is not perplexity, unrelated or a monitor that has a value here: activation_scale"),
+    ({"above": 1.0, "signal": "colour"}, "is not perplexity, unrelated or a monitor of the run: activation_scale"),
     ({"signal": "perplexity"}, "the run asks no running text"),
     ({"signal": "unrelated", "above": 2.0}, "(not above 2: there is no crossing|has no panel of unrelated questions)"),
 ]

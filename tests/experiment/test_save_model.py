@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from testbed.experiment.saved_models import chat_template
+from testbed.model.loading import load
+from testbed.model.prompt_forms import PromptForm, use
 from testbed.storage.run_folder import RunFolder
 from tests.helpers.models import folder
 from tests.helpers.warm_process import Done, command
@@ -77,3 +82,34 @@ def test_it_needs_nothing_of_the_testbed_and_answers_differently() -> None:
     edited, base = in_a_fresh_process(out / "models" / "memit"), in_a_fresh_process(folder("gpt2"))
     assert edited["foreign"] == []
     assert max(abs(a - b) for a, b in zip(edited["logits"], base["logits"])) > 1e-3
+
+
+def test_the_card_shows_how_to_ask_an_edited_question() -> None:
+    """Its code runs as it stands in the folder, without the testbed, and prints the answer that the card names."""
+    _, out = run()
+    place = out / "models" / "memit"
+    card = (place / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)\n```", card, re.DOTALL)
+    (answer,) = re.findall(r"this model answers `(.*)`:", card)
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=place, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == answer
+    last = RunFolder(out / "run").event_ids()[-1]
+    table = pq.read_table(out / "run" / "events.parquet").to_pylist()
+    assert next(e for e in table if e["edit_id"] == last)["target"] in card
+
+
+@pytest.mark.parametrize("text", ["{prompt}", "Question: {prompt}\nAnswer:", "say {{'it'}} \"{prompt}\""])
+def test_the_chat_template_is_the_form_of_the_prompts(text: str) -> None:
+    handle = load(str(folder("gpt2")))
+    use(handle, PromptForm("own", text))
+    handle.tokenizer.chat_template = chat_template(handle)
+    message = [{"role": "user", "content": "Who leads {x}?"}]
+    assert handle.tokenizer.apply_chat_template(message, tokenize=False) == text.format(prompt="Who leads {x}?")
+
+
+def test_examples_of_a_relation_have_no_chat_template() -> None:
+    handle = load(str(folder("gpt2")))
+    use(handle, PromptForm("examples", "{examples}{prompt}"))
+    assert chat_template(handle) is None
