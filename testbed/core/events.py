@@ -203,13 +203,14 @@ class Question:
 class EditBatch:
     """The input of one `apply` call: the edits of one step, in order, and the training samples that `Traits` declare.
 
-    `paraphrases` maps an event id to rephrased prompts from the train pool; no probe ever asks them. Raises `BadEvent`
-    where one edit stands twice.
+    `paraphrases` maps an event id to rephrased prompts from the train pool; no probe ever asks them. `closes_year`: no later
+    edit of the same year follows; a batch outside a stream is a year of its own. Raises `BadEvent` where one edit stands twice.
     """
 
     events: tuple[EditEvent, ...]
     step: int = 0
     paraphrases: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+    closes_year: bool = True
 
     def __post_init__(self) -> None:
         if twice := sorted(i for i, n in Counter(e.id for e in self.events).items() if n > 1):

@@ -27,6 +27,7 @@ from testbed.core.ranges import out_of_range
 from testbed.core.schema import EditReport
 from testbed.core.timing import NOTE_PREFIX, collect_seconds
 from testbed.editors.hyperparameters import PLAIN, Table, Values, doubts, model_key, resolve
+from testbed.editors.reports import joined, of_events
 from testbed.editors.traits import Traits
 from testbed.editors.work import Work, derived_work
 from testbed.model import out_of_memory as memory
@@ -71,6 +72,8 @@ class Editor(ABC):
     defaults: ClassVar[Values] = {}
     """Values of fields that are None in the configuration, where neither a published row nor a derived value says otherwise."""
 
+    waits = False
+    """Edits were taken in whose training is yet to come."""
     handle: ModelHandle
     hyper: Any
     """The configuration with its None fields filled in for the model (`testbed.editors.hyperparameters`)."""
@@ -140,9 +143,26 @@ class Editor(ABC):
         if not batch.events:
             return report
         self.step = batch.step
-        parts = self._in_parts(batch)
+        report = joined(report, self._in_parts(batch))
+        if batch.closes_year and self.waits:
+            report = replace(report, notes={**report.notes, **self._end_year()})
         self._look_at_first(batch.events)
-        return replace(_joined(report, parts), delta_norm=self.delta_norm(), state_bytes=self.state_bytes())
+        return replace(report, delta_norm=self.delta_norm(), state_bytes=self.state_bytes())
+
+    def _end_year(self) -> dict[str, float]:
+        """Learn what waits, or let all of it wait on and say why; notes for the report."""
+        before = self.state_dict()
+        try:
+            with collect_seconds() as seconds:
+                notes = self._close_year(self.step)
+        except (RuntimeError, MemoryError) as e:
+            if not (isinstance(e, FAILURES) or memory.is_out_of_memory(e)):
+                raise
+            self.notes.append(f"the edits that waited until step {self.step} could not be learned and wait on: {e}")
+            memory.free()
+            self.load_state_dict(before)
+            return {"year_failed": 1.0}
+        return notes | {NOTE_PREFIX + k: v for k, v in seconds.items()}
 
     def _look_at_first(self, events: Sequence[EditEvent]) -> None:
         """Say once, when a few edits are made, whether they change nothing or wreck the model."""
@@ -150,7 +170,7 @@ class Editor(ABC):
             return
         newest = {e.fact: e for e in (*self._first, *events) if e.kind != "retire" and e.id in self._revises}
         self._first = [*newest.values()]
-        if len(self._first) >= _FIRST:
+        if len(self._first) >= _FIRST and not self.waits:
             found = doubts(self.handle, self.predictor(), self._first, self._plain)
             self.notes += [f"{doubt}; choose other values with {self._tune}" for doubt in found]
             self._first = None
@@ -163,7 +183,7 @@ class Editor(ABC):
                 return [report]
         half = len(batch) // 2
         both = (batch.events[:half], batch.events[half:])
-        return [part for events in both for part in self._in_parts(EditBatch(events, batch.step, _of(events, batch.paraphrases)))]
+        return [part for events in both for part in self._in_parts(EditBatch(events, batch.step, of_events(events, batch.paraphrases)))]
 
     def _at_once(self, batch: EditBatch) -> EditReport:
         """Make all edits together, or none of them and say why."""
@@ -192,9 +212,7 @@ class Editor(ABC):
         """Remember that memory ran out with n edits at once, and return the reason to report."""
         if n > 1:
             self.max_batch_found = n // 2
-            self.notes.append(
-                f"memory ran out with {n} edits at once at step {self.step}: from there on at most {self.max_batch_found} are made at once"
-            )
+            self.notes.append(f"memory ran out with {n} edits at once at step {self.step}: from there on at most {n // 2} are made at once")
         return "memory ran out"
 
     def _allowed(self, events: Iterable[EditEvent]) -> tuple[EditEvent, ...]:
@@ -228,6 +246,10 @@ class Editor(ABC):
     @abstractmethod
     def _edit(self, batch: EditBatch) -> dict[str, float]:
         """Make the edits and return notes for the report, by name. Raises `EditFailed`."""
+
+    def _close_year(self, step: int) -> dict[str, float]:
+        """Learn what waits, behind the last edit of a year, and return notes for the report. Raises `EditFailed`."""
+        return {}
 
     @abstractmethod
     def predictor(self) -> Predictor:
@@ -314,21 +336,6 @@ class Wrapper:
         config = dataclass(frozen=True)(type(f"{cls.Config.__name__}Over{host.Config.__name__}", (cls.Config, host.Config), {}))
         body = {"name": name, "summary": f"{host.summary}; {cls.summary}", "Config": config, "__doc__": cls.__doc__}
         return type(cls.__name__ + host.__name__, (cls, host), body)
-
-
-def _of(events: Sequence[EditEvent], by_id: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of a mapping by event id that belong to these events."""
-    return {e.id: by_id[e.id] for e in events if e.id in by_id}
-
-
-def _joined(report: EditReport, parts: Sequence[EditReport]) -> EditReport:
-    """One report of a batch's parts. Seconds are added up; other numbers are those of the last part that was made."""
-    made = [p for p in parts if not p.failed]
-    notes = dict(made[-1].notes) if made else {}
-    notes |= {k: sum(p.notes.get(k, 0.0) for p in made) for k in notes if k.startswith(NOTE_PREFIX)}
-    notes |= {"parts": float(len(parts))} if len(parts) > 1 else {}
-    failed = {i: reason for p in parts for i, reason in p.failed.items()}
-    return replace(report, notes=notes, failed=failed, skipped={i: reason for p in parts for i, reason in p.skipped.items()})
 
 
 def require_finite_loss(loss: Tensor, lr: float) -> None:

@@ -102,7 +102,8 @@ def _say_notes(context: Context, editor: Editor, n_notes: int) -> int:
 def apply_step(context: Context, editor: Editor, step: Step) -> EditReport:
     """Make the edits of a step with one `apply` call; the report has its wall time and the editor's peak memory up to now."""
     events = tuple(a.event for a in step.edits)
-    batch = EditBatch(events, step.checkpoint.step, {e.id: context.stream.paraphrases(e) for e in events})
+    closes = bool(step.checkpoint.reasons & {"year", "end"})
+    batch = EditBatch(events, step.checkpoint.step, {e.id: context.stream.paraphrases(e) for e in events}, closes)
     start = time.perf_counter()
     report = editor.apply(batch)
     return replace(report, seconds=time.perf_counter() - start, peak_bytes=peak_bytes(context.handle.device))

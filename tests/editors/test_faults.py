@@ -48,7 +48,7 @@ def made_apart(name: str, handle: ModelHandle, stream: Any, parts: Sequence[Sequ
     """An editor to which each part was given as a batch of its own, in one step."""
     editor = quick(name, handle, stream)
     for part in parts:
-        assert not editor.apply(batch(stream, list(part))).failed
+        assert not editor.apply(replace(batch(stream, list(part)), closes_year=part is parts[-1])).failed
     return editor
 
 

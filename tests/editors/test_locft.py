@@ -10,9 +10,10 @@ import torch
 from streams.base import TrainPool
 from testbed.core.events import EditBatch, EditEvent
 from testbed.core.registry import EDITORS
-from testbed.editors.baselines.locft import LocFT, LocFTConfig
+from testbed.editors.baselines.locft import LocFT, LocFTConfig, YearlyLocFT
+from testbed.editors.year_buffer import YearBuffer
 from testbed.model.encoding import answer_ids
-from tests.helpers.models import build
+from tests.helpers.models import Noise, build
 
 WORDS = ("red", "blue", "green", "gold", "white", "black")
 FACTS = [EditEvent("add", 1.0 + i, i, f"The colour of {s} is", w, subject=s) for i, (s, w) in enumerate(zip("ABCDEF", WORDS))]
@@ -100,3 +101,43 @@ def test_depth_first_fine_tuning_makes_one_edit_after_the_other() -> None:
     for step, event in enumerate(FACTS[:3], 1):
         alone.apply(EditBatch((event,), step))
     torch.testing.assert_close(both.weight, alone.weight, atol=1e-6, rtol=1e-5)
+
+
+def test_a_year_of_edits_is_learned_as_one_batch_and_waits_until_then() -> None:
+    yearly, plain = YearlyLocFT(LocFTConfig(epochs=4)), make(epochs=4)
+    yearly.prepare(build("llama"), TrainPool())
+    before = yearly.weight.clone()
+    for step in (1, 2):
+        report = yearly.apply(EditBatch((FACTS[step - 1],), step, closes_year=False))
+        assert report.notes["waiting"] == step and torch.equal(yearly.weight, before)
+    resumed = YearlyLocFT(LocFTConfig(epochs=4))
+    resumed.prepare(build("llama"), TrainPool())
+    resumed.load_state_dict(yearly.state_dict())
+    for editor in (yearly, resumed):
+        assert not editor.apply(EditBatch((FACTS[2],), 3)).failed
+        assert not editor.buffer.waiting
+    apply(plain, FACTS[:3])
+    assert torch.equal(yearly.weight, plain.weight) and torch.equal(resumed.weight, plain.weight)
+
+
+def test_the_newest_edit_of_a_fact_waits_and_pictures_are_kept_with_it() -> None:
+    photo = Noise(3)
+    first = EditEvent("add", 1.0, 0, "What is this?", "red", photo, subject="it", relation="name")
+    again = EditEvent("revise", 1.1, 1, "What is this?", "blue", photo, subject="it", relation="name", revises=first.id)
+    buffer = YearBuffer().with_edits([first, FACTS[0]]).with_edits([again])
+    assert [w.target for w in buffer.waiting] == ["red", "blue"]
+    loaded = YearBuffer.load(buffer.state())
+    assert [(w.fact, w.ask.prompt, w.target) for w in loaded.waiting] == [(w.fact, w.ask.prompt, w.target) for w in buffer.waiting]
+    image = loaded.waiting[1].ask.image
+    assert image is not None and image.key == photo.key and (image.load() == photo.load()).all()
+
+
+def test_a_year_that_cannot_be_learned_waits_on() -> None:
+    editor = YearlyLocFT(LocFTConfig(lr=float("inf")))
+    editor.prepare(build("llama"), TrainPool())
+    editor.apply(EditBatch((FACTS[0],), 1, closes_year=False))
+    before = editor.weight
+    report = editor.apply(EditBatch((FACTS[1],), 2))
+    assert report.notes["year_failed"] == 1 and "could not be learned and wait on: the loss became" in editor.notes[-1]
+    assert [w.ask.prompt for w in editor.buffer.waiting] == [f.prompt for f in FACTS[:2]]
+    assert torch.equal(editor.weight, before)

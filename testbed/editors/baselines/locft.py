@@ -7,7 +7,7 @@ ends where an epoch's mean is under it. The end token is part of y. Fine-tuning 
 other, depth first, which is `finetune[order=depth]`.
 
 `replay` mixes a share of earlier edits into every epoch, drawn from a reservoir (Vitter 1985, algorithm R) that holds as many as
-`memory`: their prompts and answers are part of the state, and of its bytes.
+`memory`: their prompts and answers are part of the state, and of its bytes. `locft-yearly` trains once a year.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from testbed.core.timing import timed
 from testbed.editors.base import EditorConfig, WeightEditor, need, require_finite_loss
 from testbed.editors.hyperparameters import LLAMA_3_8B, QWEN_25_7B, SHALLOW, PublishedRow, Table, Values
 from testbed.editors.work import Work
+from testbed.editors.year_buffer import YearBuffer
 from testbed.model.handle import project
 from testbed.model.suffix import DownProjectionSuffix, suffix_from_down_projection
 
@@ -88,8 +89,12 @@ class LocFT(WeightEditor):
         self.seen = 0
 
     def _edit(self, batch: EditBatch) -> dict[str, float]:
-        generator = self.generator(batch.step)
-        new = [(e.ask(), e.target) for e in batch.events]
+        kept = [(e.prompt, e.target, e.relation or "") for e in batch.events if e.image is None]
+        return self._learn([(e.ask(), e.target) for e in batch.events], kept, batch.step)
+
+    def _learn(self, new: Sequence[tuple[Ask, str]], kept: Sequence[Row], step: int) -> dict[str, float]:
+        """Train on new edits, with earlier ones mixed in, and remember those of them that can be kept."""
+        generator = self.generator(step)
         old = self._drawn(round(self.config.replay * len(new)), generator)
         pairs = [*new, *old]
         parts = [pairs[at : at + self.config.rows] for at in range(0, len(pairs), self.config.rows)]
@@ -99,7 +104,7 @@ class LocFT(WeightEditor):
         ]
         self.weight, loss, epochs = self._train(suffixes)
         if self.config.replay:
-            self._remember([(e.prompt, e.target, e.relation or "") for e in batch.events if e.image is None], generator)
+            self._remember(kept, generator)
         return {"loss": loss, "epochs": float(epochs), "replayed": float(len(old))}
 
     @timed("train")
@@ -154,3 +159,44 @@ class LocFT(WeightEditor):
         self.weight = need(state, "weight", tuple(base.shape)).to(base.device)
         self.reservoir = tuple((prompt, answer, relation) for prompt, answer, relation in state["reservoir"])
         self.seen = state["seen"]
+
+
+@EDITORS.register("locft-yearly")
+class YearlyLocFT(LocFT):
+    """LocFT-BF with a year as the batch: edits wait until it ends, and the model answers with the old weights until then."""
+
+    summary = "LocFT-BF once a year, over all edits of the year; edits wait until then"
+
+    def _prepare(self, pool: TrainPool) -> None:
+        super()._prepare(pool)
+        self.buffer = YearBuffer()
+
+    @property
+    def waits(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return bool(self.buffer.waiting)
+
+    def _edit(self, batch: EditBatch) -> dict[str, float]:
+        """Take the edits in. One whose loss is not finite fails here, where it would take the others of its year with it."""
+        asks, targets = [e.ask() for e in batch.events], [e.target for e in batch.events]
+        suffix, module = suffix_from_down_projection(self.handle, asks, targets, self.hyper.layer), self.handle.down(self.hyper.layer)
+        with torch.no_grad():
+            loss = suffix.losses(lambda act: project(module, act, self.weight))
+        require_finite_loss(loss, self.hyper.lr)
+        self.buffer = self.buffer.with_edits(batch.events)
+        return {"loss": float(loss.mean()), "waiting": float(len(self.buffer.waiting))}
+
+    def _close_year(self, step: int) -> dict[str, float]:
+        waiting, self.buffer = self.buffer.waiting, YearBuffer()
+        kept = [(w.ask.prompt, w.target, w.ask.relation) for w in waiting if w.ask.image is None]
+        return self._learn([(w.ask, w.target) for w in waiting], kept, step) | {"waiting": 0.0}
+
+    def state_bytes(self) -> int:
+        """What `locft` keeps, and the texts of edits that wait."""
+        return super().state_bytes() + self.buffer.nbytes
+
+    def _state(self) -> dict[str, Any]:
+        return {**super()._state(), **self.buffer.state()}
+
+    def _load(self, state: dict[str, Any]) -> None:
+        super()._load(state)
+        self.buffer = YearBuffer.load(state)
