@@ -78,8 +78,9 @@ def test_published_absolute_values_can_be_given_to_any_model() -> None:
     assert not any("multiple" in n for n in absolute.notes)
     for editor, unit in ((relative, None), (absolute, 1.0)):
         editor.apply(EditBatch((FACTS[0],), 1))
-        trace = float(editor.second_moments[0].diagonal().sum())
-        assert editor.priors[0].rho == pytest.approx(10.0 * (unit or trace))
+        (layer,) = editor.hyper.layers
+        trace = float(editor.second_moments[layer].diagonal().sum())
+        assert editor.priors[layer].rho == pytest.approx(10.0 * (unit or trace))
 
 
 def test_rome_takes_the_unit_matrix_where_its_row_does() -> None:

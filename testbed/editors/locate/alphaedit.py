@@ -19,7 +19,7 @@ from torch import Tensor
 from testbed.core.ranges import PositiveFloat
 from testbed.core.registry import EDITORS
 from testbed.editors.base import BadEditor
-from testbed.editors.hyperparameters import GPT2_XL, GPT_J, LLAMA_3_8B, QWEN_25_7B, PublishedRow, Table
+from testbed.editors.hyperparameters import GPT2_XL, GPT_J, LLAMA_3_8B, QWEN_25_7B, SHALLOW, PublishedRow, Table, Values
 from testbed.editors.locate.core import LocateConfig, LocateEditor, scale_of
 from testbed.editors.locate.solver import IdentityPrior, NullSpacePrior, Prior, Ridge, ShrinkingRidge
 
@@ -60,10 +60,17 @@ class AlphaEdit(LocateEditor):
     defaults = {**LocateEditor.defaults, "l2": 10.0, "threshold": 2e-2}
     published = PUBLISHED
     relative = {"l2": 0.1, "threshold": 1.0}
+    shallow = {**LocateEditor.shallow, "steps": 100, "lr": 0.2}
+    """Smaller and more steps find shorter targets, which leave more of the model (chosen on seed 7 of the committed model's streams)."""
 
     @property
     def history(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.config.history
+
+    def _derived(self) -> Values:
+        """A shallow model is edited halfway up, where the committed one learned most edits, about pictures and about names."""
+        derived, depth = super()._derived(), self.handle.n_layers
+        return {**derived, "layers": ((depth - 1) // 2,)} if depth < SHALLOW else derived
 
     def _prior(self, layer: int, second_moment: Tensor) -> Prior:
         _, squared, mean = scale_of(self.hyper, second_moment)
