@@ -17,7 +17,7 @@ from analysis.metrics.catalogue import header, metric_of, mode_title, show, show
 from analysis.metrics.comparison import best, main_columns, main_mode, other_columns
 from analysis.reading.load import Run
 from analysis.reading.records import SCORING_MODES, ScoringMode
-from analysis.reporting import published, verdict
+from analysis.reporting import explorer, published, verdict
 from analysis.reporting.tables import counts, interval
 
 _SHOWN_DPI = 170
@@ -62,6 +62,7 @@ def template_variables(context: FigureContext, figures: dict[str, Figure]) -> di
         "commands": commands(context),
         "config": json.dumps(about.get("config", {}), indent=2, default=str, ensure_ascii=False),
         "versions": about.get("versions", {}),
+        "explorer": explorer.data_block(run),
     }
 
 
