@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def template_variables(context: FigureContext, figures: dict[str, Figure]) -> di
 def commands(context: FigureContext) -> list[str]:
     """Commands that repeat the runs and this analysis."""
     folders = [f for r in context.runs for f in r.folders]
-    return [*map(_command, context.runs), f"python -m analysis {' '.join(f.name for f in folders)}"]
+    return [*map(_command, context.runs), shlex.join(["python", "-m", "analysis", *(f.name for f in folders)])]
 
 
 def data_uri(figure: Figure) -> str:
@@ -81,13 +82,12 @@ def data_uri(figure: Figure) -> str:
 
 
 def _command(run: Run) -> str:
+    """The command of a run, quoted for a shell; where a run of an older version stored none, the fields that name it."""
     about = run.manifest
-    given = about.get("command")
-    edits = about.get("edits")
-    built = ["python -m testbed.run", f"--stream {about.get('stream', {}).get('name', '?')}", f"--editor {','.join(run.editors)}"]
-    built += [f"--edits {edits}"] if isinstance(edits, int) else []
-    built += [f"--seed {about.get('seed', 0)}", f"--out {run.folders[0].name}"]
-    return " ".join(given) if isinstance(given, list) else str(given or " ".join(built))
+    named = {"stream": about.get("stream", {}).get("name", "?"), "editor": ",".join(run.editors), "edits": about.get("edits")}
+    built = ["python", "-m", "testbed.run", *(w for k, v in named.items() if v is not None for w in (f"--{k}", str(v)))]
+    words = about.get("command") or [*built, "--seed", str(about.get("seed", 0))]
+    return shlex.join([*words, "--out", run.folders[0].name])
 
 
 def _modes_first(summary: dict[str, Any], first: ScoringMode) -> list[ScoringMode]:

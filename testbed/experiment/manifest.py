@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import subprocess
 from collections import defaultdict
@@ -15,7 +16,7 @@ from testbed.core import grading
 from testbed.core.events import content_id
 from testbed.core.schema import SCHEMA_VERSION
 from testbed.experiment import preflight
-from testbed.experiment.config import plain
+from testbed.experiment.config import RunConfig, plain
 from testbed.experiment.schedule import GRID, Schedule
 from testbed.model.prompt_forms import OWN_FORM
 from testbed.storage.shared_cache import package_version
@@ -54,7 +55,8 @@ def manifest_of(run: PreparedRun) -> dict[str, Any]:
         "dtype": str(handle.dtype).removeprefix("torch."),
         **({"plugins": sorted(run.resolved.plugins.values())} if run.resolved.plugins else {}),
         "versions": _versions(),
-        "git": git_commit(),
+        "command": command_of(config),
+        **source(),
         "notes": notes_of(run),
         "benchmarks": {b.topic: benchmarks.describe(b) for b in run.resolved.benchmarks.every},
     }
@@ -123,11 +125,40 @@ def _versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{p: package_version(p) or "not installed as a package" for p in packages}}
 
 
-def git_commit() -> str | None:
-    """The commit of the source tree, with + where tracked files differ from it; None outside a repository."""
-    command = ["git", "describe", "--always", "--exclude=*", "--dirty=+"]
+def command_of(config: RunConfig) -> list[str]:
+    """The words of a command that makes the run again: every field that is not its default, but for the folder it is written to."""
+    words = ["python", "-m", "testbed.run"]
+    usual = RunConfig().stored()
+    for name, value in config.stored().items():
+        if name != "stream" and value == usual[name]:
+            continue
+        values = value if isinstance(value, list) else [value]
+        for text in map(str, values) if name == "set" else [",".join(map(str, values))]:
+            words += [f"--{name.replace('_', '-')}", text]
+    return words
+
+
+def source() -> dict[str, str | None]:
+    """What the code of the run was: the commit where a repository tracks the package, else the hash of its files."""
+    commit = git_commit(Path(__file__).parents[1])
+    return {"git": commit} if commit else {"git": None, "files_sha256": files_hash(Path(__file__).parents[2])}
+
+
+def git_commit(package: Path) -> str | None:
+    """The commit of the repository that tracks the package's files, with + where tracked files differ from it; None without one."""
+    tracked, commit = ["git", "ls-files", "--error-unmatch", "__init__.py"], ["git", "describe", "--always", "--exclude=*", "--dirty=+"]
     try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True, timeout=10)
+        done = [subprocess.run(c, cwd=package, capture_output=True, text=True, check=True, timeout=10) for c in (tracked, commit)]
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip()
+    return done[1].stdout.strip()
+
+
+def files_hash(root: Path) -> str:
+    """SHA-256 over names and contents of the Python and data files of the three packages under a folder."""
+    digest = hashlib.sha256()
+    files = (p for name in ("analysis", "streams", "testbed") for p in (root / name).rglob("*") if p.is_file() and p.suffix != ".pyc")
+    for path in sorted(files):
+        digest.update(f"{path.relative_to(root).as_posix()} {path.stat().st_size}\n".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
