@@ -18,6 +18,8 @@ from analysis.reading.records import AFTER, SCORING_MODES, part_files, read_tabl
 
 MOST_MB = 4.0
 """Bound on the data block in megabytes (10^6 bytes of JSON); a larger run is sampled by facts."""
+_MOST_ROWS = 60_000
+"""Answers of the first attempt, about 6 MB: a run of millions is not written out to find that it is too large."""
 _DIGITS = 4
 """Decimals of a stored score."""
 
@@ -32,7 +34,8 @@ def data_block(run: Run, seed: int = 0, most_mb: float = MOST_MB) -> Markup:
     """
     units = _units(run)
     order = np.random.default_rng(seed).permutation(units.max() + 1)
-    kept = len(order)
+    answers = sum(len(e.records) for e in run.editors.values())
+    kept = len(order) if answers <= _MOST_ROWS else max(1, len(order) * _MOST_ROWS // answers)
     while True:
         drawn = {"facts": len(order), "kept": kept, "seed": seed, "mb": most_mb}
         data = explorer_data(run, np.isin(units, order[:kept])) | drawn

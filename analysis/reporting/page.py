@@ -55,7 +55,13 @@ def template_variables(context: FigureContext, figures: dict[str, Figure]) -> di
         "others": other_columns(summary, mode),
         "published": published.rows(run, summary)[:MOST_PUBLISHED],
         "figures": [
-            {"name": n, "caption": style.CAPTIONS[n]["caption"], "data": data_uri(f), "narrow": f.get_figwidth() < 5}
+            {
+                "name": n,
+                "caption": style.CAPTIONS[n]["caption"],
+                "alt": alt_text(n, context),
+                "data": data_uri(f),
+                "narrow": f.get_figwidth() < 5,
+            }
             for n, f in figures.items()
         ],
         "forgotten": {n: verdict.worst_forgotten(run, e, context.mode) for n, e in run.editors.items()},
@@ -71,6 +77,18 @@ def commands(context: FigureContext) -> list[str]:
     """Commands that repeat the runs and this analysis."""
     folders = [f for r in context.runs for f in r.folders]
     return [*map(_command, context.runs), shlex.join(["python", "-m", "analysis", *(f.name for f in folders)])]
+
+
+def alt_text(figure: str, context: FigureContext) -> str:
+    """A figure in words: its caption, and for each editor the values, in the leading scoring mode, of the metrics that it draws."""
+    caption, summary = style.CAPTIONS[figure]["caption"], context.summary
+    suffix = main_mode(summary).suffix
+    names = [n + suffix if metric_of(n).modes else n for n in style.CAPTIONS[figure].get("finds", ())]
+    found = []
+    for editor, metrics in summary["editors"].items():
+        values = [f"{header(n)} {shown(n, metrics[n])}" for n in names if n in metrics]
+        found += [f"{editor}: {', '.join(values)}."] if values else []
+    return " ".join([caption, *found])
 
 
 def data_uri(figure: Figure) -> str:

@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import subprocess
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from rich.console import Console
 from analysis.__main__ import main
 from analysis.figures import catalogue, style
 from analysis.metrics import comparison
-from analysis.metrics.catalogue import metric_of
+from analysis.metrics.catalogue import header, metric_of
 from analysis.metrics.summary import summarise
 from analysis.reading.load import load_run
 from analysis.reading.records import FREE_GENERATION, BadRun
@@ -158,7 +159,9 @@ def test_the_page_is_whole_self_contained_and_escaped(out: Path) -> None:
     tags.feed(text)
     assert tags.open == []
     assert tags.wrong == []
-    assert "script" not in {tag for tag, _ in tags.seen}
+    scripts = [attributes for tag, attributes in tags.seen if tag == "script"]
+    assert scripts == [{"type": "application/json", "id": "explorer-data"}, {}], "the explorer's data and its code, and no other"
+    assert "<script>alert" not in text
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
     assert "the simulated world &lt;stands&gt; in" in text
     pictures = [a for tag, a in tags.seen if tag == "img"]
@@ -270,3 +273,20 @@ def test_the_main_tables_need_no_scrolling_at_1280_pixels(out: Path, tmp_path: P
     options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--window-size=1280,900", "--dump-dom"]
     shown = subprocess.run([str(CHROMIUM), *options, page.as_uri()], capture_output=True, text=True, timeout=240, check=True).stdout
     assert "<title>0,0</title>" in shown
+
+
+def test_the_alt_text_of_a_figure_says_what_it_shows(out: Path) -> None:
+    """Every editor's stored values of the metrics that a figure draws, behind the caption."""
+    summary = json.loads((out / "summary.json").read_text())
+    mode = comparison.main_mode(summary)
+    texts = [unescape(t) for t in re.findall(r'<img src="[^"]*" alt="([^"]*)"', (out / "report.html").read_text())]
+    shown = [name for name in catalogue.FIGURES if any(t.startswith(style.CAPTIONS[name]["caption"]) for t in texts)]
+    assert {"retention", "reach", "ability", "cost"} <= set(shown)
+    for name in shown:
+        (text,) = (t for t in texts if t.startswith(style.CAPTIONS[name]["caption"]))
+        metrics = [m + mode.suffix if metric_of(m).modes else m for m in style.CAPTIONS[name].get("finds", ())]
+        for editor, entries in summary["editors"].items():
+            for metric in (m for m in metrics if m in entries):
+                assert (
+                    f"{header(metric)} {tables.shown(metric, entries[metric])}" in text.partition(f"{editor}: ")[2].partition(". ")[0] + "."
+                )
