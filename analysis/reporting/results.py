@@ -26,6 +26,8 @@ from analysis.reporting.tables import cell
 POOLED = "orders.json"
 """Summary of the editors that are finished in every order."""
 _ABOUT = ("config", "model", "stream", "edits", "seeds", "versions", "git", "device", "dtype", "grading_version", "prompt")
+_PLACES = ("data_root", "plugin")
+"""Fields of a configuration that say where files lie on one machine."""
 _TABLE = re.compile(r"(<!-- table: (\S+) ([^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -38,6 +40,7 @@ def keep(out: Path, folder: Path) -> list[Path]:
         if path.is_file():
             summary = json.loads(path.read_text("utf-8"))
             about = {k: summary["run"][k] for k in _ABOUT if k in summary["run"]}
+            about["config"] = {k: v for k, v in about["config"].items() if k not in _PLACES}
             text = json.dumps({"run": about, "editors": summary["editors"]}, indent=0, ensure_ascii=False, sort_keys=True)
             write(folder / name, re.sub(r"\n(?=[^{}]*})", " ", text) + "\n")  # an entry in one line
             kept.append(folder / name)

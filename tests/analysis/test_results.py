@@ -26,7 +26,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
             done = (editor, seed) != ("balancedit", 2)
             cells[f"{editor}{seed}"] = {"folder": f"cells/{editor}-{seed}", "state": "done" if done else "waiting"}
             if done:
-                about = {"stream": "fake-yearly", "edits": 40, "batch": 1}
+                about = {"stream": "fake-yearly", "edits": 40, "batch": 1, "data_root": "/a/place"}
                 fake_run(folder, Plan(edits=40, years=2, editors=(editor,), seed=seed), seed=seed, schedule_hash=str(seed), config=about)
                 write_all(folder, formats=(), tables=(), replicates=50)
     write_all([out / "cells" / f"finetune-{s}" for s in range(3)], formats=(), tables=(), to=out / "comparison", replicates=50)
@@ -43,6 +43,7 @@ def test_finished_cells_are_kept_and_the_page_has_their_numbers(sweep: Path, tmp
         *(f"finetune-{s}.json" for s in range(3)),
         "orders.json",
     ]
+    assert not any("/a/place" in p.read_text() for p in kept)
     page.write_text("before\n<!-- table: a edit_success seconds_per_edit -->\nold\n<!-- end -->\nafter\n")
     assert results.main(["write", str(page)]) == 0
     text = page.read_text()
