@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from testbed.editors.hyperparameters import ModelKey, PublishedRow, doubts, fill
 from testbed.editors.locate.alphaedit import AlphaEdit, AlphaEditConfig
 from testbed.model.predictor import ModelPredictor
 from tests.helpers.facts import FACTS, POOL, fact, make
-from tests.helpers.models import build
+from tests.helpers.models import Noise, build
 
 KEY = ModelKey("llama", 32, 4096, 32000)
 CONFIG = AlphaEditConfig(steps=7)
@@ -81,6 +82,19 @@ def test_published_absolute_values_can_be_given_to_any_model() -> None:
         (layer,) = editor.hyper.layers
         trace = float(editor.second_moments[layer].diagonal().sum())
         assert editor.priors[layer].rho == pytest.approx(10.0 * (unit or trace))
+
+
+def test_a_shallow_model_is_edited_where_it_reads_what_the_stream_asks_about() -> None:
+    """Names in the first layer, pictures halfway up; without a stream, as the model reads."""
+    shown = replace(POOL.questions[0], image=Noise(0))
+    for questions, layer, steps in ((POOL.questions, 0, 30), ((*POOL.questions, shown), 1, 100)):
+        editor = AlphaEdit()
+        editor.prepare(build("llava"), TrainPool(questions, POOL.texts))
+        assert (editor.hyper.layers, editor.hyper.steps) == ((layer,), steps)
+    for kind, layer in (("llava", 1), ("llama", 0)):
+        bound = AlphaEdit()
+        bound.bind(build(kind))
+        assert bound.hyper.layers == (layer,)
 
 
 def test_rome_takes_the_unit_matrix_where_its_row_does() -> None:

@@ -12,16 +12,19 @@ the excluded directions V kept in the place of a dense P.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from streams.base import TrainPool
 from testbed.core.ranges import PositiveFloat
 from testbed.core.registry import EDITORS
 from testbed.editors.base import BadEditor
 from testbed.editors.hyperparameters import GPT2_XL, GPT_J, LLAMA_3_8B, QWEN_25_7B, SHALLOW, PublishedRow, Table, Values
 from testbed.editors.locate.core import LocateConfig, LocateEditor, scale_of
 from testbed.editors.locate.solver import IdentityPrior, NullSpacePrior, Prior, Ridge, ShrinkingRidge
+from testbed.model.handle import ModelHandle
 
 PUBLISHED: Table = {
     GPT2_XL: PublishedRow("AlphaEdit's repository, hparams/AlphaEdit/gpt2-xl.json", {"layers": (13, 14, 15, 16, 17), "steps": 20}),
@@ -60,17 +63,27 @@ class AlphaEdit(LocateEditor):
     defaults = {**LocateEditor.defaults, "l2": 10.0, "threshold": 2e-2}
     published = PUBLISHED
     relative = {"l2": 0.1, "threshold": 1.0}
-    shallow = {**LocateEditor.shallow, "steps": 100, "lr": 0.2}
-    """Smaller and more steps find shorter targets, which leave more of the model (chosen on seed 7 of the committed model's streams)."""
+    pictures: ClassVar[Values] = {"steps": 100, "lr": 0.2}
+    """What differs on a shallow model that is asked about pictures: a search of smaller and more steps finds shorter targets."""
+    shows_pictures: bool | None = None
+    """Whether the stream's questions show pictures; None as long as no stream is known, and then a model that reads them counts."""
 
     @property
     def history(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.config.history
 
+    def prepare(self, handle: ModelHandle, pool: TrainPool) -> None:
+        self.shows_pictures = any(q.image is not None for q in pool.questions)
+        super().prepare(handle, pool)
+
     def _derived(self) -> Values:
-        """A shallow model is edited halfway up, where the committed one learned most edits, about pictures and about names."""
+        """Of a shallow model the first layer, which reads a name; halfway up where a picture stands for it, which is read later.
+
+        Both were chosen on seed 7 of the committed model's streams (docs/results/tiny-pictures.yaml).
+        """
         derived, depth = super()._derived(), self.handle.n_layers
-        return {**derived, "layers": ((depth - 1) // 2,)} if depth < SHALLOW else derived
+        shown = self.handle.reads_pictures if self.shows_pictures is None else self.shows_pictures
+        return {**derived, **self.pictures, "layers": ((depth - 1) // 2,)} if shown and depth < SHALLOW else derived
 
     def _prior(self, layer: int, second_moment: Tensor) -> Prior:
         _, squared, mean = scale_of(self.hyper, second_moment)
