@@ -144,7 +144,8 @@ class WeightDeltas:
                 raise BadEditor(f"the state changes layer {layer}, the config edits layers {', '.join(map(str, self.layers))}")
             d, f = self.base(layer).shape
             self.blocks[layer] = blocks
-            self.facts[layer] = list(state.get("facts", {}).get(key, []))
+            if facts := state.get("facts", {}).get(key):
+                self.facts[layer] = list(facts)
             wanted = {"left": (None, d), "right": (None, f), "keys": (None, f), "dense": (d, f)}
             for name, shape in wanted.items():
                 if f"{name}.{layer}" in state:
