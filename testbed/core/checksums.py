@@ -1,5 +1,5 @@
 # pyright: strict
-"""SHA-256 of every file of a run folder, in the form that `sha256sum --check` reads, so that a flipped bit is noticed.
+"""SHA-256 of every file of a run folder, which `sha256sum --check --ignore-missing` reads, so that a flipped bit is noticed.
 
 OUT/SHA256SUMS gets a file's line before the file is put in place, so that no crash leaves a file without one; of several
 lines for one name any may fit. A folder of an older version has no such file, and nothing in it is checked. Files that
@@ -37,6 +37,19 @@ def note_sum(temporary: Path, path: Path) -> None:
             f.write(f"{_file_sum(temporary)}  {path.relative_to(root).as_posix()}\n")
             f.flush()
             os.fsync(f.fileno())
+
+
+def drop_older_sums(path: Path) -> None:
+    """Leave of a file that was just put in place the newest line alone."""
+    root = _root(path)
+    if root is None:
+        return
+    lines, end = (root / SUMS).read_text("utf-8").splitlines(keepends=True), f"  {path.relative_to(root).as_posix()}\n"
+    own = [n for n, line in enumerate(lines) if line.endswith(end)]
+    if len(own) > 1:
+        temporary = root / f".{SUMS}.tmp"
+        temporary.write_text("".join(line for n, line in enumerate(lines) if n not in own[:-1]), "utf-8")
+        os.replace(temporary, root / SUMS)
 
 
 def is_damaged(path: Path) -> bool:

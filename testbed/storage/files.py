@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
-from testbed.core.checksums import DAMAGED, is_damaged, note_sum
+from testbed.core.checksums import DAMAGED, drop_older_sums, is_damaged, note_sum
 from testbed.core.schema import columns
 
 _ARROW = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_(), list: pa.list_(pa.string())}
@@ -49,6 +49,7 @@ def replacing(path: Path, phase: Phase | None = None, step: int = 0) -> Generato
         if phase:
             phase("rename", step)
         os.replace(temporary, path)
+        drop_older_sums(path)
         _flush_folder(path.parent)
     except (OSError, SafetensorError) as e:
         with suppress(OSError):
