@@ -89,10 +89,9 @@ def ask(config: AskConfig) -> AskResult:
     """
     if not config.question.strip():
         raise BadConfig("the question is empty")
-    last = RunFolder(config.out).n_steps()
-    if config.as_of is not None and last is not None and not 0 <= config.as_of <= last:
-        raise BadConfig(f"--as-of {config.as_of} is no step of the run: there are 0 (before the first edit) to {last}")
+    _check_step(config.as_of, RunFolder(config.out).n_steps())
     stored = rebuild(config.out, {"device": config.device})
+    _check_step(config.as_of, stored.n_steps)  # the stored schedule may be damaged, and is then planned again
     step = stored.n_steps if config.as_of is None else config.as_of
     prompt = _prompt(config, stored.run.handle)
     return answer(stored, stored.at(_editor_name(stored, config.editor), step), step, prompt, config.max_new_tokens)
@@ -105,6 +104,11 @@ def answer(stored: StoredRun, editor: Editor, step: int, prompt: Ask, max_new_to
     unedited = ModelPredictor(stored.run.handle).generate([prompt], max_new_tokens)[0]
     fired = () if predictor.fingerprint == "base" else _fired(stored, editor, edited.extras)
     return AskResult(editor.name, step, edited.generated, unedited, fired, edited.extras)
+
+
+def _check_step(step: int | None, last: int | None) -> None:
+    if step is not None and last is not None and not 0 <= step <= last:
+        raise BadConfig(f"--as-of {step} is no step of the run: there are 0 (before the first edit) to {last}")
 
 
 def _editor_name(stored: StoredRun, name: str) -> str:

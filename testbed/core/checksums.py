@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 from collections import defaultdict
 from collections.abc import Mapping
 from functools import lru_cache
@@ -44,11 +45,12 @@ def drop_older_sums(path: Path) -> None:
     root = _root(path)
     if root is None:
         return
-    lines, end = (root / SUMS).read_text("utf-8").splitlines(keepends=True), f"  {path.relative_to(root).as_posix()}\n"
+    lines, end = (root / SUMS).read_bytes().splitlines(keepends=True), f"  {path.relative_to(root).as_posix()}\n".encode()
     own = [n for n, line in enumerate(lines) if line.endswith(end)]
     if len(own) > 1:
-        temporary = root / f".{SUMS}.tmp"
-        temporary.write_text("".join(line for n, line in enumerate(lines) if n not in own[:-1]), "utf-8")
+        temporary = root / f".{SUMS}.{secrets.token_hex(4)}.tmp"
+        with open(temporary, "xb") as f:
+            f.writelines(line for n, line in enumerate(lines) if n not in own[:-1])
         os.replace(temporary, root / SUMS)
 
 
@@ -74,9 +76,9 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
     """
     rows: list[dict[str, Any]] = []
     damaged: list[int] = []
-    lines = path.read_bytes().split(b"\n") if path.is_file() else []
+    lines, checked = path.read_bytes().split(b"\n") if path.is_file() else [], _root(path) is not None
     for number, line in enumerate(lines, 1):
-        row = _row(line, checked=_root(path) is not None)
+        row = _row(line, checked)
         if row is not None:
             rows.append(row)
         elif number < len(lines):
