@@ -76,7 +76,7 @@ def template_variables(context: FigureContext, figures: dict[str, Figure]) -> di
 def commands(context: FigureContext) -> list[str]:
     """Commands that repeat the runs and this analysis."""
     folders = [f for r in context.runs for f in r.folders]
-    return [*map(_command, context.runs), shlex.join(["python", "-m", "analysis", *(f.name for f in folders)])]
+    return [*map(command_of, context.runs), shlex.join(["python", "-m", "analysis", *(f.name for f in folders)])]
 
 
 def alt_text(figure: str, context: FigureContext) -> str:
@@ -99,7 +99,7 @@ def data_uri(figure: Figure) -> str:
     return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
 
 
-def _command(run: Run) -> str:
+def command_of(run: Run) -> str:
     """The command of a run, quoted for a shell; where a run of an older version stored none, the fields that name it."""
     about = run.manifest
     named = {"stream": about.get("stream", {}).get("name", "?"), "editor": ",".join(run.editors), "edits": about.get("edits")}

@@ -63,14 +63,17 @@ class YearBuffer:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the texts."""
-        return sum(len(text.encode()) for w in self.waiting for text in (w.ask.prompt, w.target))
+        """Bytes of the texts and of the decoded pictures."""
+        texts = sum(len(text.encode()) for w in self.waiting for text in (w.ask.prompt, w.target))
+        return texts + sum(p.pixels.nbytes for p in self._pictures().values())
+
+    def _pictures(self) -> dict[str, KeptPicture]:
+        return {w.ask.image.key: w.ask.image for w in self.waiting if isinstance(w.ask.image, KeptPicture)}
 
     def state(self) -> dict[str, Any]:
         """Tensors and JSON values, for `load`."""
         rows = [[w.fact, w.ask.prompt, w.ask.relation, w.ask.image.key if w.ask.image else None, w.target] for w in self.waiting]
-        pictures = [w.ask.image for w in self.waiting if isinstance(w.ask.image, KeptPicture)]
-        return {"waiting": rows, **{_PIXELS + p.key: p.pixels for p in pictures}}
+        return {"waiting": rows, **{_PIXELS + key: p.pixels for key, p in self._pictures().items()}}
 
     @staticmethod
     def load(state: Mapping[str, Any]) -> YearBuffer:

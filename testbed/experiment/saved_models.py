@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from PIL import Image
+
 from testbed.core.events import EditEvent
 from testbed.core.schema import folder_name
 from testbed.model.encoding import prompt_in_template
@@ -30,13 +32,14 @@ One of its edits: the answer to
 {prompt}
 ```
 
-was to become `{target}`. Asked as the run asked, this model answers `{answer}`:
+was to become `{target}`. Asked as the run asked{about}, this model answers `{answer}`:
 
 ```python
 {code}
 ```
 {form}"""
 
+_PICTURE_FILE = "edited-question.png"
 _TEXT = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer, model = AutoTokenizer.from_pretrained("."), AutoModelForCausalLM.from_pretrained(".", dtype="{dtype}")
@@ -48,7 +51,7 @@ _PICTURE = """from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 processor, model = AutoProcessor.from_pretrained("."), AutoModelForImageTextToText.from_pretrained(".", dtype="{dtype}")
-inputs = processor(images=[Image.open("FILE").convert("RGB")], text=[{prompt!r}], return_tensors="pt")
+inputs = processor(images=[Image.open("edited-question.png").convert("RGB")], text=[{prompt!r}], return_tensors="pt")
 out = model.generate(**inputs, max_new_tokens={tokens}, do_sample=False)
 print(processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0].strip().split("\\n")[0])"""
 
@@ -64,16 +67,19 @@ def save_models(run: PreparedRun, folder: RunFolder, say: Callable[[str], None])
         editor = run.editor(name)
         step, state = folder.editor(name).newest()
         editor.load_state_dict(state)
+        event = newest_live_edit(run, step)
         target = run.config.save_model / folder_name(name)
         with run.handle.swapped(editor.edited_weights()):
             run.handle.model.save_pretrained(target)
-            card = model_card(run, name, step)
+            card = model_card(run, name, step, event)
         tokenizer = run.handle.tokenizer
         kept, tokenizer.chat_template = tokenizer.chat_template, tokenizer.chat_template or chat_template(run.handle)
         try:
             (run.handle.processor or tokenizer).save_pretrained(target)
         finally:
             tokenizer.chat_template = kept
+        if event.image is not None:
+            Image.fromarray(event.image.load()).save(target / _PICTURE_FILE)
         (target / "README.md").write_text(card, encoding="utf-8")
         say(f"{name}: edited model written to {target}")
 
@@ -87,12 +93,15 @@ def chat_template(handle: ModelHandle) -> str | None:
     return f"{{{{ {before!r} }}}}{{{{ messages[-1]['content'] }}}}{{{{ {after!r} }}}}"
 
 
-def model_card(run: PreparedRun, editor: str, step: int) -> str:
-    """README.md of the edited model, whose weights are in place: one edited question, how to ask it, and what is answered."""
-    handle, edits = run.handle, [a.event for s in run.schedule.steps[:step] for a in s.edits]
-    live = [e for e in edits if e.kind != "retire" and e.id not in run.schedule.superseded]
-    event: EditEvent = (live or edits)[-1]
-    ask = event.ask()
+def newest_live_edit(run: PreparedRun, step: int) -> EditEvent:
+    """The newest edit up to a step that was not superseded; where there is none, the newest of all."""
+    edits = [a.event for s in run.schedule.steps[:step] for a in s.edits]
+    return ([e for e in edits if e.kind != "retire" and e.id not in run.schedule.superseded] or edits)[-1]
+
+
+def model_card(run: PreparedRun, editor: str, step: int, event: EditEvent) -> str:
+    """README.md of the edited model, whose weights are in place: an edited question, how to ask it, and what is answered."""
+    handle, ask = run.handle, event.ask()
     prompt = prompt_in_template(handle, ask)[0]
     answer = ModelPredictor(handle).generate([ask], run.max_new_tokens)[0]
     code = _TEXT if ask.image is None else _PICTURE
@@ -102,13 +111,14 @@ def model_card(run: PreparedRun, editor: str, step: int) -> str:
     return _CARD.format(
         name=handle.name,
         editor=editor,
-        edits=len(edits),
+        edits=sum(len(s.edits) for s in run.schedule.steps[:step]),
         stream=run.config.stream,
         seed=run.config.seed,
         version=run.manifest["versions"]["lifelong-editing-testbed"],
         prompt=event.prompt,
         target=event.target,
         answer=answer.strip(),
+        about="" if ask.image is None else f" about the picture `{_PICTURE_FILE}`",
         code=code.format(dtype=dtype, prompt=prompt, tokens=run.max_new_tokens),
         form=shown,
     )

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from analysis.reading.load import load_run
-from analysis.reporting.page import _command
+from analysis.reporting import page
 from testbed.experiment.config import RunConfig
 from testbed.experiment.manifest import command_of, files_hash, git_commit
 from testbed.run import parse
@@ -40,7 +40,7 @@ def test_the_words_give_the_configuration_again(config: RunConfig) -> None:
 
 
 def test_the_printed_command_makes_the_run_again(tmp_path: Path) -> None:
-    words = shlex.split(_command(load_run(uninterrupted())))
+    words = shlex.split(page.command_of(load_run(uninterrupted())))
     assert words[-2:] == ["--out", "run"]
     done = command(*words[3:-2], "--out", tmp_path / "run", "--save-every", 5, figures=False)
     assert done.code == 0, done.err

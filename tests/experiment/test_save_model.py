@@ -84,20 +84,31 @@ def test_it_needs_nothing_of_the_testbed_and_answers_differently() -> None:
     assert max(abs(a - b) for a, b in zip(edited["logits"], base["logits"])) > 1e-3
 
 
-def test_the_card_shows_how_to_ask_an_edited_question() -> None:
+@cache
+def picture_run() -> Path:
+    out = Path(mkdtemp(prefix="save-"))
+    small = ("--edits", 2, "--max-new-tokens", 2, "--probe-budget", 10, "--device", "cpu", "--set", "finetune.steps=2")
+    where = ("--stream", "okedit-yearly", "--model", folder("llava"), "--out", out / "run", "--save-model", out / "models")
+    done = command(*where, "--editor", "finetune", *small, figures=False)
+    assert done.code == 0, done.err
+    return out
+
+
+@pytest.mark.parametrize("name", ["text", "picture"])
+def test_the_card_shows_how_to_ask_an_edited_question(name: str) -> None:
     """Its code runs as it stands in the folder, without the testbed, and prints the answer that the card names."""
-    _, out = run()
-    place = out / "models" / "memit"
+    out, editor = (run()[1], "memit") if name == "text" else (picture_run(), "finetune")
+    place = out / "models" / editor
     card = (place / "README.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)\n```", card, re.DOTALL)
     (answer,) = re.findall(r"this model answers `(.*)`:", card)
+    assert ("edited-question.png" in card) == (place / "edited-question.png").is_file() == (name == "picture")
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", code], cwd=place, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == answer
-    last = RunFolder(out / "run").event_ids()[-1]
     table = pq.read_table(out / "run" / "events.parquet").to_pylist()
-    assert next(e for e in table if e["edit_id"] == last)["target"] in card
+    assert any(e["target"] in card and e["prompt"] in card for e in table)
 
 
 @pytest.mark.parametrize("text", ["{prompt}", "Question: {prompt}\nAnswer:", "say {{'it'}} \"{prompt}\""])

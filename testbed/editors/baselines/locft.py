@@ -191,7 +191,7 @@ class YearlyLocFT(LocFT):
         return self._learn([(w.ask, w.target) for w in waiting], kept, step) | {"waiting": 0.0}
 
     def state_bytes(self) -> int:
-        """What `locft` keeps, and the texts of edits that wait."""
+        """What `locft` keeps, and the edits that wait, with their pictures."""
         return super().state_bytes() + self.buffer.nbytes
 
     def _state(self) -> dict[str, Any]:
