@@ -72,6 +72,7 @@
       svg.append(drawn("path", { class: "grid", d: `M${left} ${y(share)}H${width - 12}` }));
       label(left - 6, y(share) + 5, 100 * share + " %", "end");
     }
+    label(left - 6, height - 8, "year", "end");
     const every_nth = Math.ceil(years.length / (width < 500 ? 6 : 12));
     years.forEach((year, i) => i % every_nth === 0 && label(x(year), height - 8, year, "middle"));
     for (const e of shown) {
@@ -175,6 +176,7 @@
   choices(find("split"), splits.map((s) => [s, s.replaceAll("_", " ")]));
   find("split").value = splits.includes("edit") ? "edit" : splits[0];
   choices(find("mode"), Object.entries(data.modes));
+  find("mode").value = data.mode;
   choices(find("moment"), [[0, "later"], [1, "right after the edit"]]);
   choices(find("fact"), data.events.prompt.map((p, i) => [i, text(p) + " → " + text(data.events.target[i])]));
   root.addEventListener("change", (event) => {

@@ -24,20 +24,21 @@ _DIGITS = 4
 """Decimals of a stored score."""
 
 
-def data_block(run: Run, seed: int = 0, most_mb: float = MOST_MB) -> Markup:
+def data_block(run: Run, mode: str, seed: int = 0, most_mb: float = MOST_MB) -> Markup:
     """The JSON of the explorer, safe inside a script element and at most `most_mb` megabytes long.
 
     `rows` holds one entry an answer in each column: e (editor), q (question), s (step), y (year), a (1: right after the
     edit), l (1: the edit was live), w (weight, 1 / chance of being asked), want and got (rows of `texts`, -1 for none), and
     one column of scores for each scoring mode (null: not measured). Where the run is too large, whole facts are drawn at
-    random with `seed`, for all editors alike, and `kept` and `facts` say how many of how many.
+    random with `seed`, for all editors alike, and `kept` and `facts` say how many of how many. mode: the column of scores that
+    is shown first, that of the page's leading tables.
     """
     units = _units(run)
     order = np.random.default_rng(seed).permutation(units.max() + 1)
     answers = sum(len(e.records) for e in run.editors.values())
     kept = len(order) if answers <= _MOST_ROWS else max(1, len(order) * _MOST_ROWS // answers)
     while True:
-        drawn = {"facts": len(order), "kept": kept, "seed": seed, "mb": most_mb}
+        drawn = {"facts": len(order), "kept": kept, "seed": seed, "mb": most_mb, "mode": mode}
         data = explorer_data(run, np.isin(units, order[:kept])) | drawn
         text = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
         if len(text) <= most_mb * 1e6 or kept == 0:

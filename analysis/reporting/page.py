@@ -69,7 +69,7 @@ def template_variables(context: FigureContext, figures: dict[str, Figure]) -> di
         "commands": commands(context),
         "config": json.dumps(about.get("config", {}), indent=2, default=str, ensure_ascii=False),
         "versions": about.get("versions", {}),
-        "explorer": explorer.data_block(run),
+        "explorer": explorer.data_block(run, mode.column),
     }
 
 

@@ -21,7 +21,7 @@ SHEET = Path(page.__file__).with_name("page.css.j2").read_text("utf-8")
 
 def test_every_stored_answer_is_in_the_data(analysed: Path) -> None:
     run = load_run(analysed)
-    data = json.loads(explorer.data_block(run))
+    data = json.loads(explorer.data_block(run, "gen"))
     rows, texts = data["rows"], data["texts"]
     assert len(texts) == len(set(texts)) and data["kept"] == data["facts"]
     for number, (name, editor) in enumerate(run.editors.items()):
@@ -49,12 +49,12 @@ def test_every_stored_answer_is_in_the_data(analysed: Path) -> None:
 
 def test_a_large_run_is_sampled_by_facts_within_the_bound(analysed: Path) -> None:
     run = load_run(analysed)
-    text = explorer.data_block(run, seed=3, most_mb=0.05)
+    text = explorer.data_block(run, "gen", seed=3, most_mb=0.05)
     data = json.loads(text)
     assert len(text) <= 50_000
     assert 0 < data["kept"] < data["facts"] and data["seed"] == 3
-    assert text == explorer.data_block(run, seed=3, most_mb=0.05)
-    assert text != explorer.data_block(run, seed=4, most_mb=0.05)
+    assert text == explorer.data_block(run, "gen", seed=3, most_mb=0.05)
+    assert text != explorer.data_block(run, "gen", seed=4, most_mb=0.05)
 
 
 def _luminance(colour: str) -> float:
@@ -106,6 +106,7 @@ def test_a_point_shows_its_questions_and_a_fact_its_life(browser: Any, analysed:
     button.click()
     assert tab.locator("select[data-fact]").input_value() == button.get_attribute("value")
     assert tab.locator("[data-life] tbody tr").count() > 0
+    assert tab.input_value("[data-mode]") == "gen", "the mode of the page's leading tables"
     tab.select_option("[data-mode]", "gen")
     assert tab.locator("[data-losses] > p").inner_text().split()[0].isdigit()
     boxes = tab.locator("[data-editors] input")
