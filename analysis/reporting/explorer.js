@@ -39,10 +39,11 @@
     return [...root.querySelectorAll("[data-editors] input:checked")].map((box) => Number(box.value));
   }
 
-  // The measured answers of the chosen split and moment; of replaced edits none.
+  const AT_YEAR_END = 0, RIGHT_AFTER = 1, OTHER = 2; // values of rows.m
+  // The measured answers of the chosen split and moment. The panel's are those of live edits, where the split is about edits.
   function selected() {
-    const split = find("split").value, after = Number(find("moment").value);
-    return every.filter((i) => rows.l[i] && rows.a[i] === after && splitOf(i) === split && score(i) !== null);
+    const split = find("split").value, moment = Number(find("moment").value);
+    return every.filter((i) => rows.m[i] === moment && (moment === AT_YEAR_END || rows.l[i]) && splitOf(i) === split && score(i) !== null);
   }
 
   function curves() {
@@ -132,7 +133,7 @@
     const found = every.filter((i) => factOf(i) === fact && shown.includes(rows.e[i]));
     const lines = found.sort((a, b) => rows.s[a] - rows.s[b] || rows.e[a] - rows.e[b]).map((i) => ({
       fact: -1,
-      cells: [rows.s[i], rows.a[i] ? "right after" : rows.l[i] ? "later" : "replaced since", splitOf(i), data.editors[rows.e[i]],
+      cells: [rows.s[i], rows.m[i] === RIGHT_AFTER ? "right after" : rows.l[i] ? "later" : "replaced since", splitOf(i), data.editors[rows.e[i]],
         prompt(i), text(rows.want[i]), text(rows.got[i]), verdict(i)],
     }));
     const said = fact < 0 ? "No fact is chosen." : `Edited at step ${data.events.step[fact]} to “${text(data.events.target[fact])}”; ${lines.length} answers.`;
@@ -145,7 +146,7 @@
     for (const i of every) {
       if (splitOf(i) !== "edit" || !rows.l[i] || score(i) === null || !shown.includes(rows.e[i])) continue;
       const key = rows.e[i] + " " + rows.q[i];
-      if (rows.a[i]) first.set(key, i);
+      if (rows.m[i] === RIGHT_AFTER) first.set(key, i);
       else if (!last.has(key) || rows.s[i] >= rows.s[last.get(key)]) last.set(key, i);
     }
     const lost = [...first].filter(([key, i]) => score(i) >= 1 && last.has(key) && score(last.get(key)) < 1).map(([key, i]) => [i, last.get(key)]);
@@ -177,7 +178,7 @@
   find("split").value = splits.includes("edit") ? "edit" : splits[0];
   choices(find("mode"), Object.entries(data.modes));
   find("mode").value = data.mode;
-  choices(find("moment"), [[0, "later"], [1, "right after the edit"]]);
+  choices(find("moment"), [[AT_YEAR_END, "at the year's end"], [RIGHT_AFTER, "right after the edit"], [OTHER, "at other times"]]);
   choices(find("fact"), data.events.prompt.map((p, i) => [i, text(p) + " → " + text(data.events.target[i])]));
   root.addEventListener("change", (event) => {
     if (event.target === find("year")) { point = null; questions(); }

@@ -12,6 +12,7 @@ import pyarrow as pa
 from markupsafe import Markup
 
 from analysis.figures.style import editor_styles
+from analysis.metrics.answers import panel_answers, year_ends
 from analysis.metrics.curves import years_passed
 from analysis.reading.load import EditorRun, Run
 from analysis.reading.records import AFTER, SCORING_MODES, part_files, read_table
@@ -27,9 +28,10 @@ _DIGITS = 4
 def data_block(run: Run, mode: str, seed: int = 0, most_mb: float = MOST_MB) -> Markup:
     """The JSON of the explorer, safe inside a script element and at most `most_mb` megabytes long.
 
-    `rows` holds one entry an answer in each column: e (editor), q (question), s (step), y (year), a (1: right after the
-    edit), l (1: the edit was live), w (weight, 1 / chance of being asked), want and got (rows of `texts`, -1 for none), and
-    one column of scores for each scoring mode (null: not measured). Where the run is too large, whole facts are drawn at
+    `rows` holds one entry an answer in each column: e (editor), q (question), s (step), y (year), m (0: from the
+    panel at a year's end, as in the figure of retention; 1: right after the edit; 2: any other), l (1: the edit was live), w
+    (weight, 1 / chance of being asked), want and got (rows of `texts`, -1 for none), and one column of scores for each scoring
+    mode (null: not measured). Where the run is too large, whole facts are drawn at
     random with `seed`, for all editors alike, and `kept` and `facts` say how many of how many. mode: the column of scores that
     is shown first, that of the page's leading tables.
     """
@@ -92,6 +94,12 @@ def _units(run: Run) -> np.ndarray:
     return pd.factorize(run.questions["event_id"].fillna(run.questions["question_id"]))[0]
 
 
+def _at_year_ends(editor: EditorRun) -> pd.Index:
+    """The rows behind the points of the static curves."""
+    splits = editor.records["split"].unique()
+    return pd.Index(np.concatenate([year_ends(panel_answers(editor.records, s)).index for s in splits]))
+
+
 def _answers(run: Run, editor: EditorRun, number: int, chosen: np.ndarray, texts: _Texts) -> pd.DataFrame:
     """The rows of one editor. The index of a frame of records is the row in its files, one after another."""
     frame = editor.records[chosen[editor.records["question"].to_numpy()]]
@@ -102,7 +110,7 @@ def _answers(run: Run, editor: EditorRun, number: int, chosen: np.ndarray, texts
         "q": frame["question"].to_numpy(),
         "s": frame["step"].to_numpy(),
         "y": years_passed(run, np.floor(frame["time"].to_numpy())).astype(int),
-        "a": (frame["role"].to_numpy() == AFTER).astype(int),
+        "m": np.where(frame.index.isin(_at_year_ends(editor)), 0, np.where(frame["role"] == AFTER, 1, 2)),
         "l": frame["live"].to_numpy().astype(int),
         "w": frame["weight"].to_numpy().round(_DIGITS),
         "want": texts.rows(table["answer"].to_pylist()),

@@ -10,10 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
+from analysis.metrics import curves
+from analysis.metrics.bootstrap import Resampler
 from analysis.reading.load import load_run
+from analysis.reading.records import FREE_GENERATION
 from analysis.reporting import explorer, page
 
 SHEET = Path(page.__file__).with_name("page.css.j2").read_text("utf-8")
@@ -45,6 +49,22 @@ def test_every_stored_answer_is_in_the_data(analysed: Path) -> None:
             if rows["e"][i] == number
         )
         assert found == expected, name
+
+
+def test_the_points_at_the_years_ends_are_those_of_the_static_curves(analysed: Path) -> None:
+    run = load_run(analysed)
+    data = json.loads(explorer.data_block(run, "gen"))
+    rows, texts = pd.DataFrame(data["rows"]), data["texts"]
+    rows["split"] = [texts[data["questions"]["split"][q]] for q in rows["q"]]
+    seen = 0
+    for number, editor in enumerate(run.editors.values()):
+        for split in ("edit", "text_generality", "locality_hard", "general"):
+            static = curves.by_year(run, editor, Resampler(run.clusters, np.random.default_rng(0), 10), split, FREE_GENERATION)
+            own = rows[(rows["e"] == number) & (rows["m"] == 0) & (rows["split"] == split) & rows["gen"].notna()]
+            points = own.groupby("y")[["gen", "w"]].apply(lambda g: np.average(g["gen"].astype(float), weights=g["w"]))
+            assert points.to_dict() == pytest.approx(dict(zip(static["x"], static["value"])), abs=1e-3)
+            seen += len(points)
+    assert seen > 0
 
 
 def test_a_large_run_is_sampled_by_facts_within_the_bound(analysed: Path) -> None:
