@@ -94,6 +94,17 @@ def _units(run: Run) -> np.ndarray:
     return pd.factorize(run.questions["event_id"].fillna(run.questions["question_id"]))[0]
 
 
+def _stored_texts(editor: EditorRun, wanted: np.ndarray) -> pa.Table:
+    """Targets and generated texts of the wanted rows (rising), counted over the record files one after another; a file at a time."""
+    start, taken = 0, []
+    for path in part_files(editor.folder):
+        table = read_table(path, ("answer", "generated"))
+        own = wanted[(wanted >= start) & (wanted < start + table.num_rows)]
+        taken.append(table.take(pa.array(own - start)))
+        start += table.num_rows
+    return pa.concat_tables(taken)
+
+
 def _at_year_ends(editor: EditorRun) -> pd.Index:
     """The rows behind the points of the static curves."""
     splits = editor.records["split"].unique()
@@ -101,10 +112,9 @@ def _at_year_ends(editor: EditorRun) -> pd.Index:
 
 
 def _answers(run: Run, editor: EditorRun, number: int, chosen: np.ndarray, texts: _Texts) -> pd.DataFrame:
-    """The rows of one editor. The index of a frame of records is the row in its files, one after another."""
+    """The rows of one editor."""
     frame = editor.records[chosen[editor.records["question"].to_numpy()]]
-    stored = [read_table(p, ("answer", "generated")) for p in part_files(editor.folder)]
-    table = pa.concat_tables(stored).take(pa.array(frame.index.to_numpy()))
+    table = _stored_texts(editor, frame.index.to_numpy())
     columns = {
         "e": np.full(len(frame), number),
         "q": frame["question"].to_numpy(),
