@@ -21,6 +21,7 @@ from testbed.core.plugins import BadPlugin, load_plugins, refuse_changed
 from testbed.core.ranges import PositiveInt, Seed, out_of_range
 from testbed.core.registry import EDITORS, STREAMS, WRAPPERS, UnknownName
 from testbed.core.schema import folder_name
+from testbed.experiment.schedule import ScheduleConfig
 from testbed.experiment.track import missing
 from testbed.probes.base import ProbeConfig
 from testbed.storage.files import StoreError
@@ -253,6 +254,11 @@ class ResolvedRun:
     benchmarks: benchmarks.LoadedBenchmarks
     plugins: dict[str, str] = field(default_factory=dict)
     """SHA-256 by plug-in as it was given."""
+
+    def schedule_config(self) -> ScheduleConfig:
+        """What the schedule depends on beside the edits."""
+        config = self.config
+        return ScheduleConfig(config.batch, config.seed, config.probe_budget, self.benchmarks.every, config.resolve_probes())
 
 
 def _attempt(problems: list[str], check: Callable[[], T]) -> T | None:

@@ -109,10 +109,7 @@ def outline(resolved: ResolvedRun) -> Outline:
     form = _form(resolved, stream, len(events), handle, notes)
     if stream.config.keep != "all":
         notes.append(f"stream.keep={stream.config.keep}: which facts are kept is asked when the run begins; all are counted")
-    plans = schedule.ScheduleConfig(
-        config.batch, config.seed, config.probe_budget, resolved.benchmarks.every, config.resolve_probes().paraphrases
-    )
-    planned = schedule.build(stream, events, plans)
+    planned = schedule.build(stream, events, resolved.schedule_config())
     new_tokens = _check(planned, handle, config.max_new_tokens)
     run = PreparedRun(resolved, stream, events, planned, handle, form, None, new_tokens)
     return Outline(run, edits, [*notes, *_length_notes(events, edits, len(read), ended)])

@@ -93,10 +93,7 @@ def prepare(resolved: ResolvedRun) -> PreparedRun:
     if stream.config.keep != "all":
         events = kept_events(stream, config.edits, handle, RunFolder(config.resume).event_ids() if config.resume else ())
     events = arrange(stream, events, lambda adds: losses(handle, adds))
-    options = schedule.ScheduleConfig(
-        config.batch, config.seed, config.probe_budget, resolved.benchmarks.every, config.resolve_probes().paraphrases
-    )
-    planned = schedule.build(stream, events, options)
+    planned = schedule.build(stream, events, resolved.schedule_config())
     preflight.check(planned, handle)
     held, new_tokens = _belief(config, handle, events), preflight.new_tokens(planned, handle, config.max_new_tokens)
     return PreparedRun(resolved, stream, events, planned, handle, chosen, held, new_tokens)

@@ -7,14 +7,14 @@ A step is one `apply` call. Probes ask after every step and, for the larger pane
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from streams.base import Stream
 from testbed.core.events import EditEvent, Question, check_order, content_id
 from testbed.core.registry import PROBES
 from testbed.core.schema import EventRow, QuestionRow, ScheduleRow
-from testbed.probes.base import Applied, Benchmark, Checkpoint, EditHistory, Planned, Probe
+from testbed.probes.base import Applied, Benchmark, Checkpoint, EditHistory, Planned, Probe, ProbeConfig
 
 GRID = 500
 """Edits between the regular checkpoints at which every panel is asked."""
@@ -102,8 +102,8 @@ class ScheduleConfig:
     budget: int = 8000
     """Questions of one editor per 500 edits."""
     benchmarks: tuple[Benchmark, ...] = ()
-    paraphrases: int = 1
-    """Most held-out paraphrases of an edit in a panel."""
+    asked: ProbeConfig = field(default_factory=ProbeConfig)
+    """What is asked."""
 
 
 def build(stream: Stream, events: Sequence[EditEvent], config: ScheduleConfig, probes: dict[str, Probe] | None = None) -> Schedule:
@@ -117,11 +117,11 @@ def build(stream: Stream, events: Sequence[EditEvent], config: ScheduleConfig, p
     questions = {e.id: stream.questions(e) for e in events}
     joint = any(q.needs for asked in questions.values() for q in asked)
     past = EditHistory((), (), lambda e: questions[e.id], stream.general(), config.seed, benchmarks=config.benchmarks)
-    past = replace(past, paraphrases=config.paraphrases)
+    past = replace(past, paraphrases=config.asked.paraphrases)
     allowed = config.budget * max(1.0, len(events) / GRID)
     scale = 1.0
     for _ in range(8):
-        schedule = _build(replace(past, scale=scale), events, config.batch, probes, joint)
+        schedule = _build(replace(past, scale=scale), events, config, probes, joint)
         if schedule.n_questions <= allowed or scale < 0.02:
             break
         fixed = sum(q.plan.panel == "immediate" for s in schedule.steps for q in s.questions)
@@ -130,11 +130,11 @@ def build(stream: Stream, events: Sequence[EditEvent], config: ScheduleConfig, p
     return schedule
 
 
-def _build(past: EditHistory, events: Sequence[EditEvent], batch: int, probes: dict[str, Probe], joint: bool) -> Schedule:
+def _build(past: EditHistory, events: Sequence[EditEvent], config: ScheduleConfig, probes: dict[str, Probe], joint: bool) -> Schedule:
     """All steps; with `joint` some questions are asked only while several edits are live."""
     steps: list[Step] = []
     live: dict[str, Applied] = {}
-    planned = list(checkpoints(events, batch))
+    planned = list(checkpoints(events, config.batch))
     every = tuple(a for _, edits in planned for a in edits)
     for checkpoint, edits in planned:
         for a in edits:
@@ -143,6 +143,8 @@ def _build(past: EditHistory, events: Sequence[EditEvent], batch: int, probes: d
             live[a.event.id] = a
         alive = tuple(a for a in edits if a.event.id in live)
         now = replace(past, new=alive, live=tuple(live.values()), coming=every[checkpoint.edits :])
+        if "end" in checkpoint.reasons:
+            now = replace(now, scale=min(1.0, past.scale * config.asked.end))
         if joint:
             now = replace(now, questions=lambda e, live=live: [q for q in past.questions(e) if live.keys() >= set(q.needs)])
         questions = [ScheduledQuestion(plan, name, p.version) for name, p in sorted(probes.items()) for plan in p.ask(now, checkpoint)]

@@ -32,6 +32,8 @@ class ProbeConfig:
 
     paraphrases: PositiveInt = 1
     """Held-out paraphrases of an edit in a panel, where the stream has as many; panels hold fewer edits for it (papers: 1 to 10)."""
+    end: PositiveInt = 1
+    """How many times larger the panels of the last checkpoint are, which tables read, where the budget shrinks panels."""
 
 
 @dataclass(frozen=True)

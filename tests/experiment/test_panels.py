@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from testbed.core.events import Question
 from testbed.core.registry import PROBES
 from testbed.experiment.schedule import Schedule, ScheduleConfig, ScheduledQuestion, build, checkpoints
-from testbed.probes.base import EditHistory, draw
+from testbed.probes.base import EditHistory, ProbeConfig, draw
 from testbed.probes.coming import SHARE as COMING
 from testbed.probes.ladder import SHARE
 from tests.helpers.plain_stream import Line, PlainStream, plain
@@ -212,7 +212,7 @@ def test_a_general_panel_has_at_most_ten_groups_and_keeps_to_a_small_budget(topi
 @pytest.mark.parametrize(("wanted", "asked"), [(1, 1), (2, 2), (5, 2)])
 def test_text_generality_asks_as_many_paraphrases_as_the_run_wants_and_the_stream_has(wanted: int, asked: int) -> None:
     stream = flat(60)
-    planned = build(stream, stream.all, ScheduleConfig(budget=10**6, paraphrases=wanted))
+    planned = build(stream, stream.all, ScheduleConfig(budget=10**6, asked=ProbeConfig(paraphrases=wanted)))
     number: Counter[tuple[int, str, str]] = Counter()
     for step, a in of_panel(planned, "age_mixed") + of_panel(planned, "immediate"):
         if a.plan.edit is not None and a.probe in ("generality", "right_after"):
@@ -222,3 +222,16 @@ def test_text_generality_asks_as_many_paraphrases_as_the_run_wants_and_the_strea
     one = build(stream, stream.all, ScheduleConfig(budget=10**6))
     assert set(one.unique_questions) <= set(planned.unique_questions)
     assert (one.hash == planned.hash) == (wanted == 1)
+
+
+def test_the_panels_of_the_last_checkpoint_grow_on_request_within_the_same_budget() -> None:
+    stream = PlainStream([Line(1 + i / 30) for i in range(300)])
+
+    def by_step(end: int) -> Counter[int]:
+        planned = build(stream, stream.all, ScheduleConfig(batch=10, budget=3000, asked=ProbeConfig(end=end)))
+        assert planned.n_questions <= 1.05 * 3000
+        return Counter(step for step, x in of_panel(planned, "age_mixed"))
+
+    even, late = by_step(1), by_step(8)
+    assert late[30] > 2 * even[30]
+    assert all(late[year] <= even[year] for year in range(3, 30, 3))

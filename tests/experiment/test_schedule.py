@@ -177,7 +177,7 @@ def test_a_longer_stream_asks_the_same_questions_on_the_way() -> None:
 
 def test_the_schedule_is_made_before_any_editor_and_knows_none() -> None:
     """Nothing of an editor can reach it: its arguments are a stream, events and a plan."""
-    assert set(ScheduleConfig.__dataclass_fields__) == {"batch", "seed", "budget", "benchmarks", "paraphrases"}
+    assert set(ScheduleConfig.__dataclass_fields__) == {"batch", "seed", "budget", "benchmarks", "asked"}
 
 
 def test_moments_and_reasons_by_hand() -> None:
