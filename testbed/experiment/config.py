@@ -208,7 +208,7 @@ class RunConfig:
         return out
 
     def _set_problems(self) -> list[str]:
-        owners = {"stream", "benchmarks", "probes", *(name.partition("[")[0] for name in self.editor)}
+        owners = {*COMMON, *(name.partition("[")[0] for name in self.editor)}
         out: list[str] = []
         for item in self.set:
             owner = setting_owner(item)
@@ -228,6 +228,8 @@ class RunConfig:
         return {k: v for k, v in self.stored().items() if k not in LOCATIONS}
 
 
+COMMON = ("stream", "benchmarks", "probes")
+"""Owners of settings that every editor shares."""
 LOCATIONS = ("data_root", "model", "benchmarks", "plugin")
 """Fields that say where data, a model or a plug-in lie. They may move between two processes of a run; hashes identify their content."""
 

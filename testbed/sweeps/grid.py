@@ -21,15 +21,13 @@ from testbed.core import threads, variants
 from testbed.core.events import content_id
 from testbed.core.schema import folder_name
 from testbed.experiment.command import user_errors
-from testbed.experiment.config import BadConfig, RunConfig, plain, set_fields, setting_owner
+from testbed.experiment.config import COMMON, BadConfig, RunConfig, plain, set_fields, setting_owner
 from testbed.storage.files import step_of
 
 RESERVED = frozenset({"out", "resume", "config", "log", "dry_run", "list", "save_model", "cache"})
 """Fields of a run that a sweep sets itself, or that have no meaning for many runs."""
 _WITHIN = ("editor", "seed")
 """Fields that differ inside one comparison: editors are compared, seeds are pooled as orders of one stream."""
-_COMMON = ("stream", "benchmarks")
-"""Owners of settings that apply to every cell."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +122,7 @@ def _check_names(values: Mapping[str, Any]) -> None:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
         if name in RESERVED:
-            wrong.append(f"{name} cannot stand in a sweep: each cell has its own")
+            wrong.append(f"{name} cannot stand in a sweep, which gives it to each cell")
         elif name not in known:
             wrong.append(f"a sweep has no field {name!r}.{hint} There are: {', '.join(known)}.")
     if wrong:
@@ -150,7 +148,7 @@ def _choices(name: str, value: Any) -> list[Any]:
 
 def _cell(chosen: Mapping[str, Any], out: Path) -> Cell:
     config = set_fields(RunConfig(), chosen)
-    owners = {*_COMMON, config.editor[0].partition("[")[0]}
+    owners = {*COMMON, config.editor[0].partition("[")[0]}
     kept = tuple(s for s in config.set if setting_owner(s) in (*owners, ""))
     data_root = config.data_root.absolute() if config.data_root is not None else None
     files = tuple(p.absolute() if p.exists() else p for p in config.benchmarks)  # a suite is a name and no path
@@ -165,7 +163,7 @@ def _cell(chosen: Mapping[str, Any], out: Path) -> Cell:
 
 
 def _check_owners(settings: Any, editors: set[str]) -> None:
-    known = {*_COMMON, *editors, ""}
+    known = {*COMMON, *editors, ""}
     strangers = sorted({setting_owner(s) for s in set_fields(RunConfig(), {"set": settings}).set} - known)
     if strangers:
         raise BadConfig(f"set names {', '.join(strangers)}, which takes part in no cell ({', '.join(sorted(known - {''}))})")

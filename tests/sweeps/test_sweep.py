@@ -69,14 +69,14 @@ def test_every_combination_is_a_cell() -> None:
 
 
 def test_settings_go_to_the_cells_of_their_editor_alone() -> None:
-    values = {"editor": ["noop", "finetune"], "set": [["finetune.lr=0.1"], ["finetune.lr=0.2", "stream.repeats=2"]]}
+    values = {"editor": ["noop", "finetune"], "set": [["finetune.lr=0.1"], ["finetune.lr=0.2", "stream.repeats=2", "probes.end=4"]]}
     grid = expand(values, OUT)
     got = {(c.editor, c.config.set) for c in grid.cells.values()}
     assert got == {
         ("noop", ()),
-        ("noop", ("stream.repeats=2",)),
+        ("noop", ("stream.repeats=2", "probes.end=4")),
         ("finetune", ("finetune.lr=0.1",)),
-        ("finetune", ("finetune.lr=0.2", "stream.repeats=2")),
+        ("finetune", ("finetune.lr=0.2", "stream.repeats=2", "probes.end=4")),
     }
     once = expand({"editor": ["noop", "finetune"], "set": [["finetune.lr=0.1"], ["finetune.lr=0.2"]]}, OUT)
     assert len(once.cells) == 3
@@ -100,7 +100,7 @@ WRONG = [
     ({"seed": {"a": 1}}, "seed={'a': 1}: expected one value"),
     ({"edits": [1, "many"]}, "edits='many': expected a whole number"),
     ({"edits": [0, 5], "batch": 0}, r"(?s)--edits must be 1 or more, got 0.*--batch must be 1 or more, got 0"),
-    ({"editor": "noop", "set": ["finetune.lr=1"]}, r"set names finetune, which takes part in no cell \(benchmarks, noop, stream\)"),
+    ({"editor": "noop", "set": ["finetune.lr=1"]}, r"set names finetune, which takes part in no cell \(benchmarks, noop, probes, stream\)"),
     ({"editor": "noop", "set": ["lr"]}, "--set 'lr' is not of the form"),
     ({"stream": ["okedit"]}, "no stream is called 'okedit'"),
 ]
