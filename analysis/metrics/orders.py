@@ -65,6 +65,25 @@ def mean_over_orders(draws: Sequence[Draws]) -> Interval:
     return out | {"low": float(low), "high": float(high), "sd": sd}
 
 
+def over_orders(entries: Sequence[Interval], bounds: tuple[float, float]) -> Interval:
+    """As `mean_over_orders`, from the entries of the orders' summaries, for runs whose answers are not at hand.
+
+    The subjects' interval of the mean has the root of the summed squares of the orders' halves over their number as its half.
+    """
+    out, halves = mean_and_range(entries, len(entries)), [_half(e) for e in entries]
+    if len(entries) < LEAST_ORDERS or None in halves or out["value"] is None:
+        return out | {"low": None, "high": None}
+    subjects = float(np.sqrt(sum(h**2 for h in halves if h is not None))) / len(entries)
+    half = max(subjects, float(half_width(out.get("sd"), len(entries))))
+    return out | {"low": max(bounds[0], out["value"] - half), "high": min(bounds[1], out["value"] + half)}
+
+
+def _half(entry: Interval) -> float | None:
+    """Half the width of an interval; None where there is none."""
+    low, high = entry["low"], entry["high"]
+    return None if entry["value"] is None or low is None or high is None else (high - low) / 2
+
+
 def half_width(sd: Any, orders: int) -> Any:
     """Half of Student's interval of a mean over orders with a standard deviation between them (a number or an array)."""
     return t.ppf((1 + LEVEL) / 2, orders - 1) * sd / np.sqrt(orders)

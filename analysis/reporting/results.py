@@ -3,9 +3,9 @@
     python -m analysis.reporting.results keep OUT docs/results/NAME   (after `python -m testbed.sweep docs/results/NAME.yaml --out OUT`)
     python -m analysis.reporting.results write docs/results.md
 
-`keep` copies what tables need of each finished cell, so that a sweep that is half done is kept too, and of the comparison
-of its orders. `write` makes every table of a page again, between a line `<!-- table: NAME metric metric ... -->` and a
-line `<!-- end -->`; NAME is a folder under results/ beside the page.
+`keep` copies what tables need of each finished cell, so that a sweep that is half done is kept too. `write` makes every
+table of a page again, between a line `<!-- table: NAME metric metric ... -->` and a line `<!-- end -->`, with means over the
+orders that are kept; NAME is a folder under results/ beside the page.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from analysis.metrics.catalogue import METRICS, header
+from analysis.metrics.bootstrap import Interval
+from analysis.metrics.catalogue import METRICS, header, split_name
 from analysis.metrics.comparison import Summary, main_mode
+from analysis.metrics.orders import LEAST_ORDERS, over_orders
 from analysis.reading.records import BadRun
-from analysis.reporting.report import COMPARISON, write
+from analysis.reporting.report import write
 from analysis.reporting.sweep import read_sweep
 from analysis.reporting.tables import cell
 
-POOLED = "orders.json"
-"""Summary of the editors that are finished in every order."""
 _ABOUT = ("config", "model", "stream", "edits", "seeds", "versions", "git", "device", "dtype", "grading_version", "prompt")
 _PLACES = ("data_root", "plugin")
 """Fields of a configuration that say where files lie on one machine."""
@@ -32,11 +32,10 @@ _TABLE = re.compile(r"(<!-- table: (\S+) ([^>]*?) -->\n).*?(<!-- end -->)", re.D
 
 
 def keep(out: Path, folder: Path) -> list[Path]:
-    """Copy the summaries of a sweep's finished cells and of the comparison of its orders. Raises `BadRun`."""
-    found = {f"{Path(c['folder']).name}.json": out / c["folder"] for c in read_sweep(out)["cells"].values() if c["state"] == "done"}
-    kept = []
-    for name, source in {**found, POOLED: out / COMPARISON}.items():
-        path = source / "summary.json"
+    """Copy the summaries of a sweep's finished cells. Raises `BadRun`."""
+    kept: list[Path] = []
+    for source in (out / c["folder"] for c in read_sweep(out)["cells"].values() if c["state"] == "done"):
+        name, path = f"{source.name}.json", source / "summary.json"
         if path.is_file():
             summary = json.loads(path.read_text("utf-8"))
             about = {k: summary["run"][k] for k in _ABOUT if k in summary["run"]}
@@ -52,33 +51,29 @@ def keep(out: Path, folder: Path) -> list[Path]:
 def table(folder: Path, metrics: Sequence[str]) -> str:
     """A Markdown table of the kept summaries: editors down, metrics across, each with its interval.
 
-    Editors that are finished in every order come first, with values over orders; others have their first order's, and say so.
+    Editors with the most orders come first; a row of fewer than three orders says that it is no claim.
     Raises `BadRun` for a folder without summaries and for a metric that does not exist.
     """
     if unknown := [m for m in metrics if m not in METRICS]:
         raise BadRun(f"unknown metrics: {', '.join(unknown)}")
-    rows = list(_rows(folder))
-    if not rows:
+    summaries = [json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*.json"))]
+    if not summaries:
         raise BadRun(f"{folder} holds no summaries: python -m analysis.reporting.results keep OUT {folder}")
-    names = [m + main_mode(rows[0][2]).suffix if METRICS[m].modes else m for m in metrics]
-    lines = [_about([summary for _, _, summary in rows], folder.name), ""]
+    names = [m + main_mode(summaries[0]).suffix if METRICS[m].modes else m for m in metrics]
+    lines = [_about(summaries, folder.name), ""]
     lines += [f"| | orders | {' | '.join(map(header, names))} |", "|---|---|" + "---|" * len(names)]
-    for editor, orders, summary in rows:
-        values = (cell(summary["editors"][editor], n, brief=True) for n in names)
-        lines.append(f"| `{editor}` | {orders} | {' | '.join(values)} |")
+    orders_of = {e: [s["editors"][e] for s in summaries if e in s["editors"]] for e in sorted({e for s in summaries for e in s["editors"]})}
+    for editor, orders in sorted(orders_of.items(), key=lambda item: -len(item[1])):
+        claim = "" if len(orders) >= LEAST_ORDERS else ", no claim"
+        pooled = {name: _pooled([o[name] for o in orders], name) for name in names if all(name in o for o in orders)}
+        lines.append(f"| `{editor}` | {len(orders)}{claim} | {' | '.join(cell(pooled, name, brief=True) for name in names)} |")
     return "\n".join(lines) + "\n"
 
 
-def _rows(folder: Path) -> Iterator[tuple[str, str, Summary]]:
-    """(editor, orders as words, the summary that holds it)."""
-    summaries = {path.name: json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*.json"))}
-    pooled = summaries.pop(POOLED, None)
-    seen: set[str] = set()
-    for summary in ([pooled] if pooled else []) + [*summaries.values()]:
-        seeds = summary["run"].get("seeds", [])
-        for editor in (e for e in summary["editors"] if e not in seen):
-            seen.add(editor)
-            yield editor, f"{len(seeds)}" if len(seeds) > 1 else "1, no claim", summary
+def _pooled(entries: Sequence[Interval], name: str) -> Interval:
+    """The mean over orders; one order's entry as it stands."""
+    bounds = {"share": (0.0, 1.0), "difference": (-1.0, 1.0)}.get(METRICS[split_name(name)[0]].unit, (0.0, float("inf")))
+    return entries[0] if len(entries) == 1 else over_orders(entries, bounds)
 
 
 def _about(summaries: Sequence[Summary], name: str) -> str:
