@@ -12,7 +12,7 @@ other, depth first, which is `finetune[order=depth]`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +54,27 @@ class LocFTConfig(EditorConfig):
     """Earlier edits that are mixed in, for each new one (ours); edits about pictures are not kept."""
     memory: PositiveInt = 1_000
     """Edits in the reservoir, where `replay` is on."""
+
+
+def in_epochs(parts: Sequence[Callable[[], torch.Tensor]], learn: Callable[[torch.Tensor], None], h: Any) -> tuple[float, int]:
+    """Train breadth first, with both stops: (the last epoch's mean loss, the epochs).
+
+    parts: the loss of each mini-batch. learn: takes an optimiser step on a loss. h: hyper-parameters with `epochs`, `stop` and `lr`.
+    Raises `EditFailed` where a loss is not finite.
+    """
+    mean = torch.nan
+    for epoch in range(1, h.epochs + 1):
+        losses = []
+        for part in parts:
+            loss = part()
+            require_finite_loss(loss, h.lr)
+            losses.append(float(loss.detach()))
+            if losses[-1] >= h.stop:
+                learn(loss)
+        mean = sum(losses) / len(losses)
+        if mean < h.stop:
+            return mean, epoch
+    return mean, h.epochs
 
 
 @EDITORS.register("locft")
@@ -111,22 +132,16 @@ class LocFT(WeightEditor):
     def _train(self, suffixes: Sequence[DownProjectionSuffix]) -> tuple[torch.Tensor, float, int]:
         """(the new weight, the last epoch's mean loss, the epochs). Raises `EditFailed` where a loss is not finite."""
         module, weight = self.handle.down(self.hyper.layer), self.weight.clone().requires_grad_(True)
-        adam, mean = torch.optim.Adam([weight], lr=self.hyper.lr), torch.nan
-        for epoch in range(1, self.config.epochs + 1):
-            losses = []
-            for suffix in suffixes:
-                loss = suffix.losses(lambda act: project(module, act, weight)).mean()
-                require_finite_loss(loss, self.hyper.lr)
-                losses.append(float(loss.detach()))
-                if losses[-1] < self.config.stop:
-                    continue
-                adam.zero_grad()
-                loss.backward()
-                adam.step()
-            mean = sum(losses) / len(losses)
-            if mean < self.config.stop:
-                return weight.detach(), mean, epoch
-        return weight.detach(), mean, self.config.epochs
+        adam = torch.optim.Adam([weight], lr=self.hyper.lr)
+
+        def learn(loss: torch.Tensor) -> None:
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+
+        parts = [lambda s=s: s.losses(lambda act: project(module, act, weight)).mean() for s in suffixes]
+        mean, epochs = in_epochs(parts, learn, self.hyper)
+        return weight.detach(), mean, epochs
 
     def _drawn(self, n: int, generator: torch.Generator) -> list[tuple[Ask, str]]:
         """n different edits of the reservoir, or all where it holds fewer."""

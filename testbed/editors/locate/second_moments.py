@@ -152,7 +152,7 @@ def _collect(handle: ModelHandle, corpus: Corpus, layers: list[int]) -> dict[int
 
     sums = {n: _Sum(corpus.slow) for n in layers}
     with bars() as progress:
-        for batch in _batches(handle, corpus):
+        for batch in corpus_batches(handle, corpus, _ROWS, _TOKENS):
             keep = (batch.prompt & ~batch.picture) | batch.answer
             going = [n for n, s in sums.items() if not s.ended]
             for n, keys in _keys(handle, batch, keep, going).items():
@@ -214,11 +214,11 @@ class _Sum:
         return SecondMoment(self.total / max(self.count, 1), self.count, self.ended or "the text ended before C had settled")
 
 
-def _batches(handle: ModelHandle, corpus: Corpus) -> Iterator[Batch]:
-    """Questions and texts in turn, so that a pass that ends early has seen both."""
-    texts = (text_batch(handle, ids) for ids in blocks(corpus.sequences(handle), _TOKENS, _BLOCK))
-    for at in range(0, len(corpus.asks), _ROWS):
-        asks, answers = corpus.asks[at : at + _ROWS], corpus.answers[at : at + _ROWS]
+def corpus_batches(handle: ModelHandle, corpus: Corpus, rows: int, tokens: int) -> Iterator[Batch]:
+    """Questions (`rows` a batch) and texts (`tokens` a batch, padding counted) in turn, so that a pass that ends early has seen both."""
+    texts = (text_batch(handle, ids) for ids in blocks(corpus.sequences(handle), tokens, _BLOCK))
+    for at in range(0, len(corpus.asks), rows):
+        asks, answers = corpus.asks[at : at + rows], corpus.answers[at : at + rows]
         yield collate(handle, asks, [answer_ids(handle, a, x) for a, x in zip(asks, answers)])
         yield from (batch for batch in [next(texts, None)] if batch is not None)
     yield from texts
