@@ -22,7 +22,7 @@ from testbed.editors.adapters import lowrank
 from testbed.editors.adapters.lora import Lora, LoraConfig, YearlyConfig, YearlyLora
 from testbed.editors.adapters.lowrank import AdaptedSuffix, Adapter, TargetModule
 from testbed.editors.base import BadEditor
-from testbed.model.encoding import collate
+from testbed.model.encoding import answer_ids, collate
 from testbed.model.families import UnknownLayout
 from testbed.model.loading import load
 from tests.helpers.facts import FACTS, fact
@@ -244,3 +244,79 @@ def test_a_rank_wider_than_the_model_a_loss_that_is_not_finite_and_another_model
     assert "smaller" in next(iter(report.failed.values()))
     with pytest.raises(BadEditor, match="made with model"):
         make(kind="qwen2").load_state_dict(editor.state_dict())
+
+
+# A year that waits for its end (`buffer`)
+
+
+def of_year(editor: Any, events: list[EditEvent], step: int, closes: bool = True) -> Any:
+    report = editor.apply(EditBatch(tuple(events), step, closes_year=closes))
+    assert not report.failed, report.failed
+    return report
+
+
+def plain_year(editor: Any, events: list[EditEvent], step: int) -> list[torch.Tensor]:
+    """The change of each target by a training loop of its own: PyTorch's Adam, the schedule as a formula, the whole model."""
+    generator, config, handle = editor.generator(step), editor.config, editor.handle
+    pairs = [lowrank.fresh(t, config.rank, generator) for t in editor.targets]
+    pairs = [(u.requires_grad_(True), v.requires_grad_(True)) for u, v in pairs]
+    adam, order = torch.optim.Adam([t for p in pairs for t in p], lr=1.0), editor.generator(step)
+    parts = [events[at : at + config.rows] for at in range(0, len(events), config.rows)]
+    total, at = config.epochs * len(parts), 0
+    for _ in range(config.epochs):
+        for i in torch.randperm(len(parts), generator=order).tolist():
+            warm = total // 10
+            rate = at / warm if at < warm else 0.5 * (1 + torch.cos(torch.tensor(torch.pi * (at - warm) / (total - warm))))
+            for group in adam.param_groups:
+                group["lr"] = config.lr * float(rate)
+            losses = []
+            for event in parts[i]:
+                weights = {
+                    t.weight: handle.parameter(t.weight) + lowrank.delta(t, Adapter(u, v, config.scale))
+                    for t, (u, v) in zip(editor.targets, pairs)
+                }
+                batch = collate(handle, [event.ask()], [answer_ids(handle, event.ask(), event.target)], end=True)
+                logits = functional_call(handle.model, weights, kwargs=batch.inputs).logits[batch.before_answer]
+                losses.append(torch.nn.functional.cross_entropy(logits, batch.answer_ids))
+            adam.zero_grad()
+            torch.stack(losses).mean().backward()
+            adam.step()
+            at += 1
+    return [lowrank.delta(t, Adapter(u, v, config.scale)).detach() for t, (u, v) in zip(editor.targets, pairs)]
+
+
+def test_a_year_that_waited_is_an_adapter_of_ten_epochs_of_which_a_share_stays() -> None:
+    """One increment with all of the share is plain LoRA in mini-batches."""
+    for share in (1.0, 0.25):
+        editor = make(YearlyLora, buffer=True, share=share, rows=2, epochs=4)
+        wanted = plain_year(editor, FACTS, 2)
+        assert of_year(editor, FACTS[:2], 1, closes=False).notes["waiting"] == 2
+        assert editor.waits and all(torch.equal(w, editor.handle.parameter(n)) for n, w in editor.edited_weights().items())
+        assert of_year(editor, FACTS[2:], 2).notes["waiting"] == 0
+        assert not editor.waits
+        for target, change in zip(editor.targets, wanted):
+            got = editor.edited_weights()[target.weight] - editor.handle.parameter(target.weight)
+            torch.testing.assert_close(got, share * change, atol=2e-5, rtol=1e-3)
+
+
+def test_a_second_year_trains_on_what_the_first_left_and_a_state_within_a_year_goes_on_alike() -> None:
+    editor, resumed = make(YearlyLora, buffer=True), make(YearlyLora, buffer=True)
+    of_year(editor, FACTS[:1], 1)
+    first = editor.edited_weights()
+    of_year(editor, FACTS[1:2], 2, closes=False)
+    assert all(torch.equal(w, first[n]) for n, w in editor.edited_weights().items())
+    assert editor.state_bytes() > sum(t.nbytes for t in editor.state_dict().values() if isinstance(t, torch.Tensor))
+    resumed.load_state_dict(editor.state_dict())
+    for e in (editor, resumed):
+        of_year(e, FACTS[2:], 3)
+    for n, w in editor.edited_weights().items():
+        assert torch.equal(w, resumed.edited_weights()[n])
+        assert not torch.equal(w, first[n])
+
+
+def test_a_year_that_cannot_be_trained_waits_on() -> None:
+    editor = make(YearlyLora, buffer=True, lr=float("inf"))
+    of_year(editor, FACTS[:1], 1, closes=False)
+    report = of_year(editor, FACTS[1:], 2)
+    assert report.notes["year_failed"] == 1
+    assert len(editor.buffer.waiting) == len(FACTS) and not any(m.any() for m in editor.merged)
