@@ -76,6 +76,7 @@ def whole_model(handle: ModelHandle) -> Iterator[None]:
         with (
             patch.object(suffix, "ModelSuffix", WholeModelSuffix),
             patch.object(suffix, "DownProjectionSuffix", WholeModelDownProjection),
+            patch.object(suffix, "WithinLayerSuffix", WholeModelDownProjection),
             patch.object(suffix, "_answers_alone", lambda whole: whole),
             patch.object(answer_loss, "in_blocks", lambda head: False),
             patch.object(packed_linear, "AVAILABLE", False),

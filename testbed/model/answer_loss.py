@@ -37,19 +37,26 @@ def answer_loss(
         (n,) float32 nats, differentiable by `hidden` once, and (n,) bool; both beside the model's inputs.
     """
     head, home = handle.head, handle.device
-    if in_blocks(head):
-        loss, best = _Blocks.apply(hidden.to(head.weight.device), head.weight, head.bias, targets.to(head.weight.device))
+    if _takes_blocks(handle):
+        scaled = hidden if handle.logit_form.factor == 1.0 else hidden * handle.logit_form.factor
+        loss, best = _Blocks.apply(scaled.to(head.weight.device), head.weight, head.bias, targets.to(head.weight.device))
         return loss.to(home), best.to(home)
-    logits = head(hidden).to(home).float()
+    logits = handle.logits(hidden).float()
     own = logits.detach().gather(1, targets[:, None])[:, 0]
     return nn.functional.cross_entropy(logits, targets, reduction="none"), own >= logits.detach().amax(1)
 
 
 def answer_nll(handle: ModelHandle, hidden: Float[Tensor, "n d"], targets: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
     """The losses of `answer_loss` alone."""
-    if in_blocks(handle.head):
+    if _takes_blocks(handle):
         return answer_loss(handle, hidden, targets)[0]
-    return nn.functional.cross_entropy(handle.head(hidden).to(handle.device).float(), targets, reduction="none")
+    return nn.functional.cross_entropy(handle.logits(hidden).float(), targets, reduction="none")
+
+
+def _takes_blocks(handle: ModelHandle) -> bool:
+    """Whether the loss is taken in blocks: behind the head there is nothing but a factor, which the hidden states can carry."""
+    form = handle.logit_form
+    return in_blocks(handle.head) and form.cap is None and (form.factor == 1.0 or handle.head.bias is None)
 
 
 def in_blocks(head: nn.Module) -> bool:

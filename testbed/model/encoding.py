@@ -106,6 +106,8 @@ def prompt_inputs(handle: ModelHandle, ask: Ask) -> dict[str, torch.Tensor]:
         return {"input_ids": torch.tensor([_tokens(handle, handle.family.text, ask)])}
     if not handle.reads_pictures or handle.family.image is None:
         raise BadModel(f"{handle.name} reads no pictures, but {ask.prompt!r} has one: use an image-text model, or --missing-images text")
+    if handle.family.prompt_tensors:
+        return _process(handle, _in_template(handle, handle.family.image, ask), ask.image)
     pictures: _Pictures = handle.cache.setdefault("pictures", _Pictures())
     short = _tokens(handle, handle.family.image, ask)
     seen = pictures.get(ask.image.key)
@@ -258,18 +260,19 @@ def _pad(
     if handle.family.needs_picture and all(len(r) == 1 for r in rows):
         blank = prompt_inputs(handle, Ask("", _BLANK))
         inputs.update({k: v for k, v in blank.items() if v.shape != blank["input_ids"].shape})
-    inputs.update(_pictures(rows, inputs))
+    inputs.update(_pictures(handle, rows, inputs))
     inputs = {k: v.to(handle.device, handle.dtype if v.is_floating_point() else None) for k, v in inputs.items()}
     picture = (inputs["input_ids"] == image_token(handle)) & prompt.to(handle.device)
     return Batch(inputs, prompt.to(handle.device), picture, answer.to(handle.device), asks)
 
 
-def _pictures(rows: list[dict[str, torch.Tensor]], padded: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _pictures(handle: ModelHandle, rows: list[dict[str, torch.Tensor]], padded: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Picture tensors of all rows, stacked along the first axis; per-token ones (token types) padded like the ids."""
     out: dict[str, torch.Tensor] = {}
     for name in sorted({k for r in rows for k in r} - {"input_ids"}):
         have = [r[name] for r in rows if name in r]
-        if all(name in r and r[name].shape == r["input_ids"].shape for r in rows if name in r) and have[0].ndim == 2:
+        own = name in handle.family.prompt_tensors
+        if not own and all(name in r and r[name].shape == r["input_ids"].shape for r in rows if name in r) and have[0].ndim == 2:
             full = torch.zeros_like(padded["input_ids"])
             for i, r in enumerate(rows):
                 if name in r:

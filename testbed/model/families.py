@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class Family:
     """How the answer follows the prompt."""
     needs_picture: bool = False
     """The forward needs pixels even if no row has a picture: it is given a blank one that no position reads."""
+    prompt_tensors: tuple[str, ...] = ()
+    """What the processor makes of the prompt for the picture's encoder: a picture's features then belong to one prompt alone."""
 
 
 _CHAT_IMAGE = "USER: <image>\n{prompt} ASSISTANT:"
@@ -34,6 +37,7 @@ _CHAT_TEXT = "USER: {prompt} ASSISTANT:"
 _QUESTION = "Question: {prompt} Short answer:"
 _QWEN = "<|im_start|>user\n{body}{{prompt}}<|im_end|>\n<|im_start|>assistant\n"
 _QWEN_IMAGE = _QWEN.format(body="<|vision_start|><|image_pad|><|vision_end|>")
+_GEMMA = "<start_of_turn>user\n{body}{{prompt}}<end_of_turn>\n<start_of_turn>model\n"
 
 DEFAULT = Family("default")
 FAMILIES: dict[str, Family] = {
@@ -42,20 +46,75 @@ FAMILIES: dict[str, Family] = {
     "qwen2_vl": Family("qwen2_vl", text=_QWEN.format(body=""), image=_QWEN_IMAGE, answer="{answer}"),
     "qwen2_5_vl": Family("qwen2_5_vl", text=_QWEN.format(body=""), image=_QWEN_IMAGE, answer="{answer}"),
     "idefics3": Family("idefics3", text="User:{prompt}\nAssistant:", image="User:<image>{prompt}\nAssistant:"),
+    "llava_next": Family("llava_next", text=_CHAT_TEXT, image=_CHAT_IMAGE),
+    "llava_onevision": Family("llava_onevision", text=_QWEN.format(body=""), image=_QWEN.format(body="<image>\n"), answer="{answer}"),
+    "qwen3_vl": Family("qwen3_vl", text=_QWEN.format(body=""), image=_QWEN_IMAGE, answer="{answer}"),
+    "internvl": Family("internvl", text=_QWEN.format(body=""), image=_QWEN.format(body="<IMG_CONTEXT>\n"), answer="{answer}"),
+    "gemma3": Family("gemma3", text=_GEMMA.format(body=""), image=_GEMMA.format(body="<start_of_image>"), answer="{answer}"),
+    "instructblip": Family(
+        "instructblip",
+        text=_QUESTION,
+        image=_QUESTION,
+        needs_picture=True,
+        prompt_tensors=("qformer_input_ids", "qformer_attention_mask"),
+    ),
     "smolvlm": Family("smolvlm", text="User:{prompt}\nAssistant:", image="User:<image>{prompt}\nAssistant:"),
     **{name: Family(name) for name in ("gpt2", "gpt_neo", "gptj", "gpt_neox", "opt", "llama", "mistral", "qwen2", "qwen3")},
 }
 
-DOWN_PROJECTIONS = ("mlp.down_proj", "fc2", "mlp.fc2", "mlp.c_proj", "mlp.fc_out", "mlp.dense_4h_to_h")
-"""Where the second matrix of a decoder layer's MLP lies, tried in this order."""
+DOWN_PROJECTIONS = (
+    "mlp.down_proj",
+    "fc2",
+    "mlp.fc2",
+    "mlp.c_proj",
+    "mlp.fc_out",
+    "mlp.dense_4h_to_h",
+    "feed_forward.down_proj",
+    "ffn.down_proj",
+    "mlp.shared_expert.down_proj",
+    "mlp.shared_experts.down_proj",
+    "feed_forward.shared_expert.down_proj",
+)
+"""Where the second matrix of a decoder layer's MLP lies, tried in this order; of a mixture of experts it is that of the shared one,
+which every token passes."""
+
+BESIDE_EXPERTS = ("self_attn.o_proj",)
+"""The matrix that is edited in a layer whose MLP is a mixture of routed experts alone: the attention's output projection, because
+it is the last one before the experts that every token passes."""
 
 ATTENTIONS = ("self_attn", "attn", "attention")
 """Where a decoder layer's attention lies, tried in this order."""
 
-FINAL_NORMS = ("norm", "final_layer_norm", "final_layernorm", "ln_f")
+FINAL_NORMS = ("norm", "norm_f", "final_layer_norm", "final_layernorm", "ln_f")
 """Names of the normalisation after the last decoder layer, beside the list of layers."""
 
+LOGIT_FACTORS = {"logit_scale": 1, "logits_scaling": -1}
+"""Configuration fields by which logits are multiplied (power 1, Cohere) or divided (power -1, Granite) behind the head."""
+LOGIT_CAP = "final_logit_softcapping"
+"""The field with c of `c tanh(logits / c)` behind the head (Gemma 2)."""
+
 _NOT_DECODER = ("vision", "visual", "qformer", "audio", "encoder")
+
+
+@dataclass(frozen=True)
+class LogitForm:
+    """What a model does to its logits behind the head: `c tanh(factor x / c)`, without a cap `factor x`."""
+
+    factor: float = 1.0
+    cap: float | None = None
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Logits of any shape from what the head gives."""
+        logits = logits if self.factor == 1.0 else logits * self.factor
+        return logits if self.cap is None else (logits / self.cap).tanh() * self.cap
+
+
+def logit_form(config: Any) -> LogitForm:
+    """The form that a transformers config names, on its own or in its text part."""
+    text = config.get_text_config()
+    named = ((getattr(text, name, None), power) for name, power in LOGIT_FACTORS.items())
+    factors = [float(value) ** power for value, power in named if isinstance(value, int | float)]
+    return LogitForm(prod(factors), getattr(text, LOGIT_CAP, None))
 
 
 class UnknownLayout(ValueError):
@@ -79,7 +138,7 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
         (path, m)
         for path, m in model.named_modules()
         if isinstance(m, nn.ModuleList)
-        and path.rsplit(".", 1)[-1] in ("layers", "h")
+        and path.rsplit(".", 1)[-1] in ("layers", "h", "blocks")
         and len(m) == n
         and not any(part in path.lower() for part in _NOT_DECODER)
     ]
@@ -90,8 +149,23 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def down_projection(layer: nn.Module) -> tuple[str, nn.Module]:
-    """Path within the layer and module of the MLP's second matrix. Raises `UnknownLayout`."""
-    return _first_of(layer, DOWN_PROJECTIONS, "down-projection")
+    """Path within the layer and module of the matrix that editors change. Raises `UnknownLayout`.
+
+    It is the MLP's second one where every token passes the same, else (`is_routed`) the attention's output projection.
+    """
+    return _first_of(layer, BESIDE_EXPERTS if is_routed(layer) else DOWN_PROJECTIONS, "down-projection")
+
+
+def is_routed(layer: nn.Module) -> bool:
+    """Whether the layer's MLP is a mixture of routed experts alone, so that no one matrix is passed by every token."""
+    experts = any(path.rpartition(".")[2] == "experts" for path, _ in layer.named_modules())
+    return experts and not any(_has(layer, path) for path in DOWN_PROJECTIONS)
+
+
+def _has(owner: nn.Module, path: str) -> bool:
+    with suppress(AttributeError):
+        return bool(owner.get_submodule(path))
+    return False
 
 
 def attention(layer: nn.Module) -> nn.Module:

@@ -54,6 +54,7 @@ class ModelHandle:
         self.model.eval().requires_grad_(False)
         self.layers_path, self.layers = families.decoder_layers(self.model)
         self.head = self.model.get_output_embeddings()
+        self.logit_form = families.logit_form(self.model.config)
         self._hash = ""
         self.memory_limit = MemoryLimit()
 
@@ -106,8 +107,16 @@ class ModelHandle:
         return layer % self.n_layers
 
     def down(self, layer: int) -> nn.Module:
-        """The down-projection of a decoder layer: (.., f) -> (.., d)."""
+        """The matrix of a decoder layer that editors change, its down-projection wherever it has one: (.., f) -> (.., d)."""
         return families.down_projection(self.layers[self.layer_index(layer)])[1]
+
+    def logits(self, hidden: Float[torch.Tensor, "*rows d"]) -> Float[torch.Tensor, "*rows V"]:
+        """(.., V) logits of final hidden states (.., d), after the last norm, beside the model's inputs."""
+        return self.logit_form(self.head(hidden).to(self.device))
+
+    def is_routed(self, layer: int) -> bool:
+        """Whether the layer's MLP is a mixture of routed experts alone; `down` is then the attention's output projection."""
+        return families.is_routed(self.layers[self.layer_index(layer)])
 
     def attention(self, layer: int) -> nn.Module:
         """The attention of a decoder layer: (.., d), or a tuple that begins with it."""

@@ -16,6 +16,7 @@ from testbed.core.events import Ask
 from testbed.model import families
 from testbed.model.encoding import Batch, collate
 from testbed.model.handle import BadModel, ModelHandle
+from testbed.model.layout import verify_hidden_states
 from testbed.model.refusals import REMOTE_CODE, refuse_adapter, refuse_kind, refuse_weights
 from testbed.model.sources import ModelSource, find_source
 
@@ -68,7 +69,8 @@ def load(name: str, device: str = "auto", dtype: str = "auto", device_map: str |
 
     device_map: spread the model over devices with accelerate (see `pick_map`); `device` is then where its inputs go.
     Raises `BadModel` for a folder without a model, a hub id that cannot be reached, an unknown device or
-    dtype, a model without a tokenizer, one of which parts would be offloaded, and one whose answers depend on padding.
+    dtype, a model without a tokenizer, one of which parts would be offloaded, and one whose answers depend on padding. Raises
+    `UnknownLayout` for a model whose decoder layers are not found or give other hidden states than one vector a position.
     """
     place = pick_device(device)
     parts = None if device_map is None else pick_map(device_map)
@@ -78,6 +80,7 @@ def load(name: str, device: str = "auto", dtype: str = "auto", device_map: str |
         handle = _load(name, source.place, place, kind, parts)
         handle.notes += [source.note] if source.note else []
         refuse_weights(handle)
+        verify_hidden_states(handle)
         verify_padding(handle)
         return handle
     except (BadModel, families.UnknownLayout):

@@ -172,7 +172,7 @@ def _run(handle: ModelHandle, ids: Tensor, positions: Tensor, sees: Tensor, cach
 
 def logits_of(handle: ModelHandle, hidden: Float[Tensor, "n d"]) -> Float[Tensor, "n V"]:
     """(n, V) float32 logits of final hidden states, beside the model's inputs."""
-    return handle.head(hidden).to(handle.device).float()
+    return handle.logits(hidden).float()
 
 
 @torch.no_grad()

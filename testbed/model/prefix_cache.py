@@ -55,6 +55,16 @@ def decoder_arguments(handle: ModelHandle, batch: Batch) -> dict[str, Any]:
     return {k: v for k, v in given.items() if v is not None and k not in (*_CACHE_NAMES, "use_cache")}
 
 
+def takes_slices(given: dict[str, Any], positions: int) -> bool:
+    """Whether the mask and what `slice_arguments` cuts are all that a decoder is given for each token position.
+
+    Others hold a mask a kind of layer, or tell where in the batch pictures lie (Gemma 3, Qwen3-VL).
+    """
+    mask = given.get("attention_mask")
+    others = [t for name, t in given.items() if isinstance(t, Tensor) and name not in (*_PER_POSITION, "attention_mask")]
+    return isinstance(mask, Tensor) and mask.ndim == 2 and not any(positions in t.shape[1:] for t in others)
+
+
 def run_decoder(handle: ModelHandle, given: dict[str, Any], cache: Cache) -> Tensor:
     """(B, P, d) final hidden states of the decoder on the positions of `given`, behind what the cache holds."""
     decoder = decoder_of(handle)
@@ -271,7 +281,7 @@ class ImagePrefixes:
             same = agree(got.reshape(*real.shape, -1)[real], want[:, start:].to(got.device)[real])
         except torch.OutOfMemoryError:
             raise
-        except (TypeError, KeyError, RuntimeError):  # a decoder with other arguments than those used here
+        except (TypeError, KeyError, IndexError, AttributeError, ValueError, RuntimeError):  # a decoder of another kind
             same = False
         self.handle.cache[_FLAG] = same
 

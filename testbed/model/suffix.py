@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,8 +20,8 @@ from testbed.core.events import Ask
 from testbed.core.timing import timed
 from testbed.model.answer_loss import answer_nll
 from testbed.model.encoding import Batch, answer_ids, collate
-from testbed.model.families import UnknownLayout
 from testbed.model.handle import ModelHandle, project
+from testbed.model.layout import added_at, adds_as_it_is, verify_layout
 from testbed.model.prefix_cache import (
     ImagePrefixes,
     LastLayerReached,
@@ -31,6 +31,7 @@ from testbed.model.prefix_cache import (
     run_decoder,
     skip_image_prefixes,
     slice_arguments,
+    takes_slices,
 )
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -52,12 +53,15 @@ class ModelSuffix:
     start: int
     hidden: Tensor
     calls: list[Call]
+    between: dict[int, Tensor] = field(default_factory=dict)
+    """By layer, what the model adds to its output before the next layer (Qwen3-VL: features of the picture), (B, P, d)."""
 
     def layer(self, n: int, hidden: Float[Tensor, "B P d"]) -> Float[Tensor, "B P d"]:
         """(B, P, d) output of decoder layer `n` for another input (B, P, d)."""
         args, kwargs = self.calls[n - self.first]
         out = self.handle.layers[n](hidden, *args, **kwargs)
-        return out[0] if isinstance(out, tuple) else out
+        out = out[0] if isinstance(out, tuple) else out
+        return out + self.between[n] if n in self.between else out
 
     def run(self, hidden: Float[Tensor, "B P d"], first: int | None = None, stop: int | None = None) -> Float[Tensor, "B P d"]:
         """(B, P, d) output of layers `first` to `stop` - 1 for an input (B, P, d); by default of all layers of the suffix."""
@@ -70,6 +74,17 @@ class ModelSuffix:
         hidden = self.hidden.clone()
         hidden[:, position - self.start] += add.to(hidden)
         return hidden
+
+    def run_with_added(self, layer: int, add: Float[Tensor, "B d"], position: int) -> Float[Tensor, "B P d"]:
+        """(B, P, d) the last layer's output with `add` (B, d) added to what `layer`'s down-projection gives at one token position.
+
+        The suffix begins behind that layer, or with it where the layer has to be run (`suffix_behind`).
+        """
+        if self.first > layer:
+            return self.run(self.added(add, position))
+        with self.handle.hooked(self.handle.down(layer), added_at(position - self.start, add)):
+            hidden = self.layer(layer, self.hidden)
+        return self.run(hidden, layer + 1)
 
     def final_hidden(self, hidden: Float[Tensor, "B P d"], read: Bool[Tensor, "B T"] | None = None) -> Float[Tensor, "n d"]:
         """(n, d) final hidden states, after the last norm, from the last layer's output (B, P, d).
@@ -105,24 +120,42 @@ class DownProjectionSuffix:
     def batch(self) -> Batch:
         return self.upper.batch
 
+    def layer_output(self, replacement: Project) -> Float[Tensor, "B P d"]:
+        """(B, P, d) the layer's output, with `replacement` in the projection's place."""
+        return self.rest + replacement(self.act)
+
     def at(self, mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B P"]:
         """(B, P) bool: a mask over token positions (B, T) at the positions that are kept."""
         return mask.to(self.position.device).gather(1, self.position)
 
     def final_hidden(self, replacement: Project) -> Float[Tensor, "n d"]:
         """(n, d) final hidden states that predict the answers' tokens, with `replacement` in the projection's place."""
-        hidden = self.rest + replacement(self.act)
-        if self.upper.first < self.upper.handle.n_layers:
-            return self.upper.final_hidden(self.upper.run(hidden))
+        hidden = self.layer_output(replacement)
+        if self.layer + 1 < self.upper.handle.n_layers:
+            return self.upper.final_hidden(self.upper.run(hidden, self.layer + 1))
         return self.upper.handle.norm(hidden[self.at(self.batch.before_answer)])
 
     def logits(self, replacement: Project) -> Float[Tensor, "n V"]:
         """(n, V) logits at the same positions."""
-        return self.upper.handle.head(self.final_hidden(replacement)).to(self.upper.handle.device)
+        return self.upper.handle.logits(self.final_hidden(replacement))
 
     def losses(self, replacement: Project) -> Float[Tensor, " B"]:
         """(B,) mean cross-entropy (nats a token) of each row's answer."""
         return self.upper.answer_losses(self.final_hidden(replacement))
+
+
+@dataclass
+class WithinLayerSuffix(DownProjectionSuffix):
+    """The same for a layer that does more to the projection's output than add it: a norm, a gate or experts lie behind it.
+
+    rest: (B, P, d) what enters the layer, which is run at every step.
+    """
+
+    def layer_output(self, replacement: Project) -> Float[Tensor, "B P d"]:
+        """(B, P, d) the layer's output, with `replacement` in the projection's place."""
+        new = replacement(self.act)
+        with self.upper.handle.hooked(self.upper.handle.down(self.layer), lambda m, args, out: new.reshape(out.shape)):
+            return self.upper.layer(self.layer, self.rest)
 
 
 def mean_over_answers(losses: Float[Tensor, " n"], batch: Batch) -> Float[Tensor, " B"]:
@@ -143,6 +176,26 @@ def mean_over_prompt(act: Float[Tensor, "B T f"], batch: Batch) -> Float[Tensor,
 
 
 @contextmanager
+def _additions(handle: ModelHandle, first: int, between: dict[int, Tensor]) -> Iterator[None]:
+    """Inside, a forward fills in what the model adds to the output of layers from `first` on before the next one."""
+    left: list[Tensor] = []
+
+    def leave(module: Any, args: Any, output: Any) -> None:
+        left[:] = [output[0] if isinstance(output, tuple) else output]
+
+    def enter(n: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if left and hidden is not left[0] and hidden.device == left[0].device:
+            between[n - 1] = hidden - left[0]
+
+    with ExitStack() as stack:
+        for n, layer in enumerate(handle.layers[first:], first):
+            stack.callback(layer.register_forward_pre_hook(lambda m, args, kwargs, n=n: enter(n, args, kwargs), with_kwargs=True).remove)
+            stack.enter_context(handle.hooked(layer, leave))
+        yield
+
+
+@contextmanager
 def _recorded(suffix: ModelSuffix, last: int) -> Iterator[None]:
     """Inside, a forward of the model fills a suffix in, and ends where layer `last` begins."""
     entering: list[Tensor] = []
@@ -156,6 +209,7 @@ def _recorded(suffix: ModelSuffix, last: int) -> Iterator[None]:
             raise LastLayerReached
 
     with ExitStack() as stack:
+        stack.enter_context(_additions(suffix.handle, suffix.first, suffix.between))
         for layer in suffix.handle.layers[suffix.first : last + 1]:
             stack.callback(layer.register_forward_pre_hook(keep, with_kwargs=True).remove)
         with suppress(LastLayerReached):
@@ -191,6 +245,11 @@ def suffix_from_layer(
     return whole
 
 
+def suffix_behind(handle: ModelHandle, batch: Batch, layer: int, positions: tuple[int, int] | None = None) -> ModelSuffix:
+    """The suffix for changes of a layer's down-projection: from the next layer on, or from this one where it has to be run."""
+    return suffix_from_layer(handle, batch, layer + adds_as_it_is(handle, layer), positions=positions)
+
+
 @torch.no_grad()
 def _all_positions(handle: ModelHandle, batch: Batch, first: int, last: int | None) -> ModelSuffix:
     suffix = ModelSuffix(handle, batch, first, 0, torch.zeros(0), [])
@@ -211,8 +270,7 @@ def _some_positions(
 ) -> ModelSuffix | None:
     """None for a decoder that does not take its rows in the usual way."""
     given = decoder_arguments(handle, batch)
-    mask = given.get("attention_mask")
-    if not isinstance(mask, Tensor) or mask.shape != batch.prompt.shape:
+    if not takes_slices(given, batch.prompt.shape[1]):
         return None
     cache, skipped = PrefixCache(), 0
     if prefixes is not None:
@@ -250,7 +308,10 @@ def suffix_from_down_projection(
     """
     layer = handle.layer_index(layer)
     tokens = [answer_ids(handle, a, x) for a, x in zip(asks, answers)]
-    if layer == handle.n_layers - 1 and prefixes is not None:
+    if not adds_as_it_is(handle, layer):
+        batch = collate(handle, asks, tokens, end=end)
+        suffix = _within_layer(handle, batch, layer)
+    elif layer == handle.n_layers - 1 and prefixes is not None:
         batch = prefixes.collate(asks, tokens, end)
         suffix = _capture(handle, batch, layer, lambda: prefixes.forward(batch))
     else:
@@ -259,6 +320,15 @@ def suffix_from_down_projection(
     down = handle.down(layer)
     verify_layout(handle, layer, batch, lambda weight: suffix.logits(lambda act: project(down, act, weight)), "down-projection")
     return suffix
+
+
+def _within_layer(handle: ModelHandle, batch: Batch, layer: int) -> WithinLayerSuffix:
+    upper, kept = suffix_from_layer(handle, batch, layer), list[Tensor]()
+    with handle.hooked(handle.down(layer), lambda m, args: kept.append(args[0]), pre=True):
+        upper.layer(layer, upper.hidden)
+    act = kept[0].reshape(*batch.prompt.shape, -1)
+    position = torch.arange(act.shape[1], device=act.device).expand(len(act), -1)
+    return WithinLayerSuffix(upper, layer, act, upper.hidden, position)
 
 
 def _forward(handle: ModelHandle, batch: Batch) -> int:
@@ -283,13 +353,17 @@ def _capture(handle: ModelHandle, batch: Batch, layer: int, forward: Callable[[]
     with ExitStack() as stack:
         stack.enter_context(handle.hooked(handle.down(layer), keep_projection))
         stack.enter_context(handle.hooked(handle.layers[layer], keep_layer))
+        stack.enter_context(_additions(handle, layer, upper.between))
         for module in handle.layers[layer + 1 :]:
             stack.callback(module.register_forward_pre_hook(keep_call, with_kwargs=True).remove)
         start = forward()
     layered = kept["layer"]
     act, out = (kept[name].reshape(*layered.shape[:2], -1) for name in ("act", "out"))
     position = torch.arange(start, start + act.shape[1], device=act.device).expand(len(act), -1)
-    suffix = DownProjectionSuffix(upper, layer, act, layered - out, position)
+    rest = layered - out
+    if layer in upper.between:
+        rest = rest + upper.between.pop(layer)
+    suffix = DownProjectionSuffix(upper, layer, act, rest, position)
     return suffix if upper.calls else _answers_alone(suffix)
 
 
@@ -299,55 +373,3 @@ def _answers_alone(suffix: DownProjectionSuffix) -> DownProjectionSuffix:
     kept = (~read).int().argsort(dim=1, stable=True)[:, : int(read.sum(1).max())]
     act, rest = (x.gather(1, kept[..., None].expand(*kept.shape, x.shape[-1])) for x in (suffix.act, suffix.rest))
     return DownProjectionSuffix(suffix.upper, suffix.layer, act, rest, suffix.position.gather(1, kept))
-
-
-@torch.no_grad()
-def verify_layout(handle: ModelHandle, layer: int, batch: Batch, logits: Callable[[Tensor], Tensor], kind: str) -> None:
-    """Compare a partial forward with the whole model, once a layer and kind of suffix.
-
-    Norms after the MLP, caps behind the head and the like change the logits and cannot be seen from the modules.
-
-    The comparison is made under the model's own weight and under another one. What the other weight changes is compared
-    with what it changes in the whole model, so that rounding of all that lies below does not count. Nothing is concluded
-    where the model's own logits are not finite.
-
-    Args:
-        logits: the partial forward's logits (n, V) where answer tokens are predicted, under a weight of the layer's down-projection.
-        kind: names the kind of suffix in the record of what was verified.
-
-    Raises:
-        UnknownLayout: the partial forward's logits are not the whole model's.
-    """
-    name = handle.down_weight(layer)
-    if layout_verified(handle, layer, kind):
-        return
-    weight = handle.parameter(name).detach()
-    noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
-    other = (weight + 4 * weight.float().std() * noise.to(weight.device)).to(weight.dtype)  # far beyond rounding
-    base = handle.model(**batch.inputs, use_cache=False).logits[batch.before_answer].float()
-    with handle.swapped({name: other}):
-        change = handle.model(**batch.inputs, use_cache=False).logits[batch.before_answer].float() - base
-    if not torch.isfinite(base).all():
-        return
-    try:
-        own, moved = logits(weight).float(), logits(other).float()
-        share, apart = _relative(moved - own - change, change), _relative(own - base, base)
-    except RuntimeError:  # a projection between the last layer and the head: the widths do not fit
-        share = apart = float("inf")
-    limits = (0.01, 1e-3) if weight.dtype in (torch.float32, torch.float64) else (0.3, 0.1)
-    if not (share <= limits[0] and apart <= limits[1]):
-        raise UnknownLayout(
-            f"layer {layer} of {type(handle.model).__name__} cannot be run on from its own activations: the logits are off by "
-            f"{apart:.0%}, and under a changed weight by {share:.0%} of the change. Use a model whose layers add the MLP's output as "
-            "it is and whose logits are those of its last norm and head (Llama, GPT-2, OPT)"
-        )
-    handle.cache.setdefault("verified layouts", set()).add((kind, name))
-
-
-def layout_verified(handle: ModelHandle, layer: int, kind: str = "down-projection") -> bool:
-    """Whether `verify_layout` has passed for this layer and kind of suffix."""
-    return (kind, handle.down_weight(layer)) in handle.cache.get("verified layouts", ())
-
-
-def _relative(off: Tensor, of: Tensor) -> float:
-    return float(off.norm() / of.norm().clamp(min=1e-12))

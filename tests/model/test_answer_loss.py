@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from testbed.model import answer_loss as module
-from testbed.model.answer_loss import TOKENS, answer_loss, in_blocks
+from testbed.model.answer_loss import TOKENS, answer_loss, answer_nll, in_blocks
+from testbed.model.families import LogitForm
+from testbed.model.handle import ModelHandle
+
+
+class Headed(SimpleNamespace):
+    """A handle with nothing but a head and what follows it."""
+
+    device, logit_form = torch.device("cpu"), LogitForm()
+    logits = ModelHandle.logits
 
 
 def head_of(tokens: int, bias: bool, seed: int, width: int = 6) -> tuple[Any, torch.Generator]:
@@ -22,7 +31,7 @@ def head_of(tokens: int, bias: bool, seed: int, width: int = 6) -> tuple[Any, to
     head = nn.Linear(width, tokens, bias=bias)
     for p in head.parameters():
         p.data = torch.randn(p.shape, generator=rng)
-    return SimpleNamespace(head=head.requires_grad_(False), device=torch.device("cpu")), rng
+    return Headed(head=head.requires_grad_(False)), rng
 
 
 def by_softmax(handle: Any, hidden: Tensor, targets: Tensor, pull: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,11 +92,26 @@ def test_a_head_that_is_more_than_a_matrix_is_called_as_it_is() -> None:
             return 2 * super().forward(input)
 
     handle, rng = head_of(3 * TOKENS, bias=False, seed=1)
-    other = SimpleNamespace(head=Doubled(6, 3 * TOKENS, bias=False), device=handle.device)
+    other = Headed(head=Doubled(6, 3 * TOKENS, bias=False))
     other.head.weight = handle.head.weight
     hidden, targets = torch.randn(4, 6, generator=rng), torch.arange(4)
     want = nn.functional.cross_entropy(2 * hidden @ handle.head.weight.T, targets, reduction="none")
     torch.testing.assert_close(answer_loss(other, hidden, targets)[0], want)
+
+
+@pytest.mark.parametrize("form", [LogitForm(0.25), LogitForm(3.0, 2.0), LogitForm(cap=0.5)])
+@pytest.mark.parametrize(("tokens", "bias"), [(40, True), (2 * TOKENS + 1, False), (2 * TOKENS + 1, True)])
+def test_what_a_model_does_to_its_logits_behind_the_head_counts(form: LogitForm, tokens: int, bias: bool) -> None:
+    handle, rng = head_of(tokens, bias, seed=3)
+    handle.logit_form = form
+    hidden, targets = torch.randn(4, 6, generator=rng).requires_grad_(True), torch.arange(4)
+    logits = form.factor * handle.head(hidden)
+    logits = logits if form.cap is None else form.cap * torch.tanh(logits / form.cap)
+    want = nn.functional.cross_entropy(logits, targets, reduction="none")
+    (grad,) = torch.autograd.grad(want.sum(), hidden)
+    for loss in (answer_loss(handle, hidden, targets)[0], answer_nll(handle, hidden, targets)):
+        torch.testing.assert_close(loss, want)
+        torch.testing.assert_close(torch.autograd.grad(loss.sum(), hidden)[0], grad, rtol=1e-4, atol=1e-5)
 
 
 def test_blocks_are_of_few_bytes_on_a_cpu_and_of_the_whole_vocabulary_elsewhere() -> None:

@@ -14,8 +14,9 @@ from torch.func import functional_call
 from testbed.core.events import Ask
 from testbed.model.families import UnknownLayout
 from testbed.model.handle import ModelHandle, project
+from testbed.model.layout import adds_as_it_is, layout_verified, verify_layout
 from testbed.model.loading import load
-from testbed.model.suffix import DownProjectionSuffix, layout_verified, suffix_from_down_projection, verify_layout
+from testbed.model.suffix import DownProjectionSuffix, WithinLayerSuffix, suffix_from_down_projection
 from tests.helpers.models import KINDS, TEXT, Noise, build, save
 
 PROMPTS = ("who?", "what colour is the ship in the northern harbour?", "who leads the bridge?")
@@ -120,13 +121,26 @@ def test_layers_that_add_attention_and_mlp_together(kind: str, tmp_path: Path) -
     [
         ("gemma2", {}),
         ("olmo2", {}),
-        ("opt", {"do_layer_norm_before": False}),
-        ("opt", {"word_embed_proj_dim": 32}),
-        ("granite", {"residual_multiplier": 0.5}),
-        ("cohere", {}),
+        ("granite", {"residual_multiplier": 0.5, "logits_scaling": 4.0}),
+        ("cohere", {"logit_scale": 0.25}),
+        ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     ],
 )
-def test_layers_of_another_form_are_refused_by_name(kind: str, changes: dict[str, Any], layer: int, tmp_path: Path) -> None:
+def test_layers_that_do_more_than_add_and_logits_that_are_changed(kind: str, changes: dict[str, Any], layer: int, tmp_path: Path) -> None:
+    save(kind, tmp_path, **changes)
+    handle = load(str(tmp_path), device="cpu")
+    suffix, other = captured(handle, "llama", layer), other_weight(handle, layer)
+    assert adds_as_it_is(handle, layer) == (kind == "cohere")
+    assert isinstance(suffix, WithinLayerSuffix) == (kind != "cohere")
+    with handle.swapped({handle.down_weight(layer): other}):
+        want = whole(suffix)
+    assert (want - whole(suffix)).abs().max() > 0.1
+    torch.testing.assert_close(suffix.logits(through(handle, layer, other)), want, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("layer", [0, -1])
+@pytest.mark.parametrize(("kind", "changes"), [("opt", {"word_embed_proj_dim": 32}), ("opt", {"do_layer_norm_before": False})])
+def test_models_of_another_form_are_refused_by_name(kind: str, changes: dict[str, Any], layer: int, tmp_path: Path) -> None:
     save(kind, tmp_path, **changes)
     handle = load(str(tmp_path), device="cpu")
     before = handle.hash

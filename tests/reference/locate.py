@@ -33,6 +33,8 @@ class Settings:
     kl: float
     stop: float
     bare: float = 0.5
+    within: bool = False
+    """The change is one of the MLP's output, because the layer does more to that than add it."""
 
 
 @dataclass
@@ -145,7 +147,7 @@ class PlainLocate:
     def spread(self, events: Sequence[EditEvent], solve: Callable[[int, Tensor, Tensor], Tensor], pmet: bool = False) -> None:
         """Targets at the last layer, then every layer's part of what is left: `solve(layer, K (f, n), R (d, n))`."""
         last = self.s.layers[-1]
-        place = self.handle.down(last) if pmet else self.handle.layers[last]
+        place = self.handle.down(last) if pmet or self.s.within else self.handle.layers[last]
         start = [self.seen(place, e, "", False) for e in events]
         targets = [z + self.delta(e, z, pmet) for e, z in zip(events, start)]
         for i, layer in enumerate(self.s.layers):
@@ -158,11 +160,16 @@ class PlainLocate:
 
     def delta(self, event: EditEvent, start: Tensor, pmet: bool) -> Tensor:
         last = self.s.layers[-1]
+        place = self.place(last)
         if not pmet:
-            return self.search(event, [self.handle.layers[last]], [float(start.norm())])[0]
-        places = [self.handle.attention(last), self.handle.layers[last]]
+            return self.search(event, [place], [float(start.norm())])[0]
+        places = [self.handle.attention(last), place]
         attention = float(self.seen(places[0], event, "", False).norm())
         return self.search(event, places, [attention, float(start.norm())], True)[1]
+
+    def place(self, layer: int) -> nn.Module:
+        """What the change of a target is added to the output of."""
+        return self.handle.down(layer) if self.s.within else self.handle.layers[layer]
 
     def history(self, layer: int) -> Tensor:
         """(f, f) sum of k k^T over past keys."""
@@ -194,7 +201,7 @@ class PlainLocate:
     def rome(self, event: EditEvent, prior: Tensor) -> None:
         """`(v* - W k) (C^-1 k)^T / (k^T C^-1 k)` with the averaged key in all places."""
         layer = self.s.layers[0]
-        place = self.handle.layers[layer]
+        place = self.place(layer)
         mlp = self.seen(self.handle.down(layer), event, "", False)
         (delta,) = self.search(event, [place], [float(mlp.norm())])
         bare, key = self.seen(self.handle.down(layer), event, "", True), self.key(event, layer)
@@ -208,7 +215,8 @@ def adding(delta: Tensor, at: int) -> Callable[..., Any]:
 
     def hook(module: nn.Module, args: Any, out: Any) -> Any:
         x = (out[0] if isinstance(out, tuple) else out).clone()
-        x[0, at] = x[0, at] + delta
+        rows = x.view(-1, x.shape[-1])
+        rows[at] = rows[at] + delta
         return (x, *out[1:]) if isinstance(out, tuple) else x
 
     return hook

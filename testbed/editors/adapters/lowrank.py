@@ -24,7 +24,8 @@ from testbed.editors.base import BadEditor
 from testbed.editors.work import Work
 from testbed.model.encoding import Batch, answer_ids, collate
 from testbed.model.handle import ModelHandle, as_matrix, as_stored, stores_transposed
-from testbed.model.suffix import suffix_from_layer, verify_layout
+from testbed.model.layout import verify_layout
+from testbed.model.suffix import suffix_from_layer
 
 Add = Callable[[Tensor], Tensor]
 """What a target adds to its output: (B, T, f) activations to (B, T, d)."""
@@ -127,7 +128,7 @@ class AdaptedSuffix:
     def _logits(self, weight: Tensor) -> Tensor:
         """(n, V) without any addition, under another weight of the first layer's down-projection."""
         with self.handle.swapped({self.handle.down_weight(self.targets[0].layer): weight}):
-            return self.handle.head(self.final_hidden([])).to(self.handle.device)
+            return self.handle.logits(self.final_hidden([]))
 
     def final_hidden(self, adds: Sequence[Add]) -> Tensor:
         """(n, d) final hidden states where answer tokens are predicted, with an addition at each target module, in order."""

@@ -34,8 +34,9 @@ from testbed.editors.hyperparameters import GPT_J, LLAMA_2_7B, LLAMA_32_3B, QWEN
 from testbed.editors.work import Work
 from testbed.model.encoding import answer_ids, collate, prompt_inputs
 from testbed.model.handle import ModelHandle, project
+from testbed.model.layout import layout_verified
 from testbed.model.prefix_cache import ImagePrefixes
-from testbed.model.suffix import layout_verified, suffix_from_down_projection, suffix_from_layer
+from testbed.model.suffix import suffix_behind, suffix_from_down_projection
 
 _SPLIT = 1e-5
 """What the older ball of a split loses beyond half of the distance."""
@@ -262,12 +263,11 @@ def at_last(prefixes: ImagePrefixes, asks: list[Ask], targets: list[str], layer:
     ends = [prompt_inputs(handle, a)["input_ids"].shape[1] - 1 for a in asks]
     batch = collate(handle, asks, [answer_ids(handle, a, t) for a, t in zip(asks, targets)], end=True, at=ends)
     position = max(ends)
-    suffix = suffix_from_layer(handle, batch, layer + 1, positions=(position, batch.prompt.shape[1]))
+    suffix = suffix_behind(handle, batch, layer, (position, batch.prompt.shape[1]))
     own = _own_output(handle, layer, acts.to(handle.layer_device(layer), handle.dtype))
 
     def losses(vectors: Tensor) -> Tensor:
-        hidden = suffix.run(suffix.added(vectors - own, position))
-        return suffix.answer_losses(suffix.final_hidden(hidden))
+        return suffix.answer_losses(suffix.final_hidden(suffix.run_with_added(layer, vectors - own, position)))
 
     return losses
 

@@ -19,6 +19,7 @@ from testbed.core.timing import timed
 from testbed.editors.base import BadEditor, WeightEditor, need
 from testbed.editors.continual.methods import METHODS, REFUSED, Method, load_avalanche, missing
 from testbed.editors.continual.rows import IGNORE, LAYER, AnswerModel, AnswerRows, RowActivations
+from testbed.model.layout import adds_as_it_is
 
 
 class AvalancheEditor(WeightEditor):
@@ -37,6 +38,11 @@ class AvalancheEditor(WeightEditor):
         problems = self.config.problems()
         if problems:
             raise BadEditor(f"{self.name} cannot run: " + "; ".join(problems))
+        if not adds_as_it_is(self.handle, LAYER):
+            raise BadEditor(
+                f"{self.name} cannot train the last layer of {self.handle.name}: what lies behind its down-projection (a norm, a gate or "
+                "experts) would have to be run with whole prompts, and it keeps the activations of answers alone"
+            )
         strategies = load_avalanche()
         self.adapter = strategies.adapter(self.method, self.config)
         self.weight_name = self.handle.down_weight(LAYER)

@@ -112,7 +112,7 @@ class AnswerModel(nn.Module):
         rows = [self.rows.activations(int(i)) for i in numbers]
         act, rest = (pad_sequence(x, batch_first=True) for x in ([r.act for r in rows], [r.rest for r in rows]))
         hidden = rest + project(handle.down(LAYER), act, self.weight)
-        return handle.head(handle.norm(hidden)).to(self.weight.device).float().transpose(1, 2)
+        return handle.logits(handle.norm(hidden)).to(self.weight.device).float().transpose(1, 2)
 
 
 def answer_loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from testbed.core.ranges import Fraction, NonNegativeFloat
 from testbed.core.registry import WRAPPERS
 from testbed.editors.base import Editor, EditorConfig, Wrapper
 from testbed.editors.locate.core import LocateEditor
-from testbed.editors.locate.targets import Targets, TargetTask, layer_outputs, search
+from testbed.editors.locate.targets import Targets, TargetTask, search, unchanged_outputs
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Come(Wrapper, LocateEditor):
         old = [replace(task.events[i], target=task.events[i].previous or "") for i in known]
         half = replace(self.hyper, steps=max(1, self.hyper.steps // 2))
         away = search(replace(task, events=old), half, unit[known])
-        output = layer_outputs(task.handle, old, task.layer)
+        output = unchanged_outputs(task.handle, old, task.layer)
         delta = found.delta.clone()
         delta[known] = unlearned(delta[known], away.delta, output, self.config)
         return replace(found, delta=delta)

@@ -30,8 +30,10 @@ from testbed.editors.locate.general_text import corpus_of, corpus_problem
 from testbed.editors.locate.keys import KeyComputation, ask_of, draw_contexts, subject_of
 from testbed.editors.locate.second_moments import second_moments
 from testbed.editors.locate.solver import Prior, Ridge, Solution
-from testbed.editors.locate.targets import Targets, TargetTask, layer_outputs, search
+from testbed.editors.locate.targets import Targets, TargetTask, search, unchanged_outputs
 from testbed.editors.locate.weight_changes import WeightDeltas
+from testbed.model.handle import ModelHandle
+from testbed.model.layout import adds_as_it_is
 from testbed.model.suffix import suffix_from_down_projection
 
 _SAME_KEY = 0.98
@@ -105,6 +107,17 @@ def derived_layers(depth: int) -> tuple[int, ...]:
     return tuple(range(max(0, last - 4, round(depth * 0.12)), last + 1)) if last else (0,)
 
 
+def refuse_routed(editor: str, handle: ModelHandle, layers: Sequence[int]) -> None:
+    """Raise `BadEditor` where the MLP of one of the layers is a mixture of routed experts alone."""
+    for layer in layers:
+        if handle.is_routed(layer):
+            raise BadEditor(
+                f"{editor} cannot edit layer {layer} of {handle.name}: its MLP is a mixture of routed experts without a shared one, so "
+                "that no one matrix holds what is written for a subject. Use fine-tuning, a codebook or an adapter, which act on the "
+                "attention's output projection there, or facts in the prompt"
+            )
+
+
 def middle(layers: tuple[int, ...]) -> int:
     """The layer that a method of a single layer edits among the critical ones."""
     return layers[len(layers) // 2]
@@ -155,6 +168,8 @@ class LocateEditor(WeightEditor):
 
     def _check_layers(self) -> list[int]:
         layers = sorted({n for stage in self._stages() for n in stage})
+        refuse_routed(self.name, self.handle, layers)
+        layers = sorted({n for stage in self._written_stages() for n in stage})
         last = self.handle.n_layers - 1
         if layers[-1] >= last:
             raise BadEditor(
@@ -166,6 +181,14 @@ class LocateEditor(WeightEditor):
     def _stages(self) -> list[tuple[int, ...]]:
         """Layers that share one target, found at the last of them; each stage starts from the weights the last one left."""
         return [self.hyper.layers]
+
+    def _written_stages(self) -> list[tuple[int, ...]]:
+        """The stages, each with its last layer alone where one of its layers does more to the MLP's output than add it.
+
+        What such a layer adds is not linear in its weight (a norm keeps its length, for one), so that no share of a residual
+        could be left to the layers below.
+        """
+        return [stage if all(adds_as_it_is(self.handle, n) for n in stage) else stage[-1:] for stage in self._stages()]
 
     @abstractmethod
     def _prior(self, layer: int, second_moment: Tensor) -> Prior:
@@ -205,7 +228,7 @@ class LocateEditor(WeightEditor):
         with timed("setup"):
             self._set_up(events[0])
         for group in self._groups(events):
-            for layers in self._stages():
+            for layers in self._written_stages():
                 with self.handle.swapped(self.deltas.parameters()):
                     self._run_stage(layers, group, batch.step, log)
         return log.notes() | {"past_keys": float(max(map(len, self.deltas.keys.values()), default=0))}
@@ -231,7 +254,7 @@ class LocateEditor(WeightEditor):
         task = TargetTask(self.handle, events, layers[-1], self.contexts, self.config.end)
         facts = [content_id(*e.fact) for e in events]
         with timed("targets"):
-            before = layer_outputs(self.handle, events, layers[-1])
+            before = unchanged_outputs(self.handle, events, layers[-1])
             found = self._search(task, self._unit(task, before))
             target = self._start(task, before) + found.delta
             log.targets(found)
@@ -250,7 +273,8 @@ class LocateEditor(WeightEditor):
                 if self.history:
                     self.deltas.name_keys(layer, facts)
                 change = self.deltas.weight(layer) - old
-                computation.add(lambda act, change=change: act.to(change.dtype) @ change.T)
+                if layer != layers[-1]:
+                    computation.add(lambda act, change=change: act.to(change.dtype) @ change.T)
             log.solved(solution, keys, change, self._ridge(layer).prior)
 
     def _ridge(self, layer: int) -> Ridge:

@@ -18,6 +18,7 @@ from testbed.core.events import Ask, EditEvent
 from testbed.editors.base import BadEditor
 from testbed.model.encoding import Batch, answer_ids, collate, image_token, prompt_in_template, prompt_inputs, text_batch
 from testbed.model.handle import ModelHandle
+from testbed.model.layout import adds_as_it_is
 from testbed.model.suffix import suffix_from_layer
 
 STARTERS = ("The", "Therefore", "Because", "I", "You")
@@ -214,8 +215,12 @@ class KeyComputation:
         return self.weight * self.bare_key + (1 - self.weight) * rest
 
     def last_output(self) -> Float[Tensor, "n d"]:
-        """(n, d) float32 output of the last layer on the bare prompts, on the device of the model's inputs."""
-        return self.bare.last_output().to(self.bare.handle.device)
+        """(n, d) float32 output of the last layer on the bare prompts, on the device of the model's inputs.
+
+        It is that of its MLP where the layer does not add it as it is: what a target is a change of (`targets.unchanged_outputs`).
+        """
+        bare = self.bare
+        return bare.last_output().to(bare.handle.device) if adds_as_it_is(bare.handle, bare.last) else self.last_mlp_output()
 
     def last_mlp_output(self) -> Float[Tensor, "n d"]:
         """(n, d) float32 output of the last layer's MLP on the bare prompts, on the device of the model's inputs."""

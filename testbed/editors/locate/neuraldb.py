@@ -30,9 +30,9 @@ from testbed.editors.base import BadEditor, EditFailed, Editor, appended, need, 
 from testbed.editors.codebook.nearest import Keys, Nearest
 from testbed.editors.hyperparameters import SHALLOW, Values, model_key
 from testbed.editors.locate import memit
-from testbed.editors.locate.core import DEFAULTS, LocateEditor, TargetConfig, derived_layers
+from testbed.editors.locate.core import DEFAULTS, LocateEditor, TargetConfig, derived_layers, refuse_routed
 from testbed.editors.locate.keys import KeyComputation, ask_of, draw_contexts
-from testbed.editors.locate.targets import TargetTask, layer_outputs, search
+from testbed.editors.locate.targets import TargetTask, search, unchanged_outputs
 from testbed.editors.traits import Traits
 from testbed.editors.work import Work, down_shape
 from testbed.model.encoding import Batch
@@ -133,6 +133,7 @@ class NeuralDB(Editor):
 
     def _prepare(self, pool: TrainPool) -> None:
         self.layer = self.handle.layer_index(self.hyper.layer)
+        refuse_routed(self.name, self.handle, [self.layer])
         if self.layer >= self.handle.n_layers - 1:
             raise BadEditor(
                 f"{self.name} cannot act beside layer {self.layer} of {self.handle.name}: what is written at the subject reaches the "
@@ -158,7 +159,7 @@ class NeuralDB(Editor):
             self.contexts = ["", *draw_contexts(self.handle, self.hyper.contexts, self.hyper.context_tokens, self.generator(0))]
         task = TargetTask(self.handle, events, self.layer, self.contexts, self.config.end)
         with timed("targets"):
-            found = search(task, self.hyper, layer_outputs(self.handle, events, self.layer).norm(dim=1))
+            found = search(task, self.hyper, unchanged_outputs(self.handle, events, self.layer).norm(dim=1))
         with timed("keys"), torch.no_grad():
             keys = KeyComputation(self.handle, events, self.contexts, (self.layer,), self.bare_share).keys(self.layer)
         if not (torch.isfinite(found.delta).all() and torch.isfinite(keys).all()):

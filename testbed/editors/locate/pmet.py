@@ -73,9 +73,8 @@ class AttentionAndMlpLoss(TargetLoss):
             return (out, *output[1:]) if isinstance(output, tuple) else out
 
         with self.handle.hooked(self.handle.attention(self.layer), put):
-            hidden = suffix.layer(self.layer, suffix.hidden).clone()
-        hidden[:, here] += mlp.to(hidden)
-        return suffix.final_hidden(suffix.run(hidden, self.layer + 1), read)
+            final = suffix.run_with_added(self.layer, mlp, position)
+        return suffix.final_hidden(final, read)
 
 
 @EDITORS.register("pmet")

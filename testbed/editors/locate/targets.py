@@ -6,6 +6,9 @@
 All edits of a batch are optimised together, each with its own Adam moments, clamp and stop, so an edit's target does
 not depend on its batch mates. Layers up to the one that changes, and all token positions before the subject's last,
 run once; the head runs at answer positions only, and edits with as many positions to run share a forward.
+
+Where a layer does more to its MLP's output than add it (a norm behind it, a gate), the change is one of that output and is
+sought through what lies behind it, because only such a change is linear in the weight.
 """
 
 from __future__ import annotations
@@ -23,8 +26,9 @@ from testbed.editors.base import EditFailed
 from testbed.editors.locate.keys import PromptRows, answer_rows, joined, kl_prompt_rows, positions_to_run, prompt_rows
 from testbed.model.answer_loss import answer_loss
 from testbed.model.handle import ModelHandle
+from testbed.model.layout import adds_as_it_is
 from testbed.model.packed_linear import packed_layers
-from testbed.model.suffix import ModelSuffix, mean_by_row, suffix_from_layer
+from testbed.model.suffix import ModelSuffix, mean_by_row, suffix_behind, suffix_from_layer
 
 _SMALL_GROUP = 8
 """Fewer edits than this get no forward of their own for having fewer positions to run."""
@@ -82,9 +86,9 @@ class TargetLoss:
         return [(self.rows, self.rows.width), (self.kl_rows, 1)]
 
     def _suffix(self, task: TargetTask, rows: PromptRows, width: int) -> ModelSuffix:
-        """The model from what the layer's output enters on, at the rows' positions from the lookup position on."""
+        """The model from what the change enters on, at the rows' positions from the lookup position on."""
         start = int(rows.at[0])
-        return suffix_from_layer(task.handle, rows.batch, task.layer + 1, positions=(start, start + width))
+        return suffix_behind(task.handle, rows.batch, task.layer, (start, start + width))
 
     def losses(self, delta: Float[Tensor, "n d"], kl: float) -> Float[Tensor, " n"]:
         """(n,) negative log-likelihood of the answers, mean over tokens then contexts, plus kl times the KL divergence."""
@@ -106,7 +110,7 @@ class TargetLoss:
 
     def _final_hidden(self, suffix: ModelSuffix, delta: Tensor, position: int, read: Tensor) -> Tensor:
         """(m, d) final hidden states at `read` with each row's delta added at the position."""
-        return suffix.final_hidden(suffix.run(suffix.added(delta, position)), read)
+        return suffix.final_hidden(suffix.run_with_added(self.layer, delta, position), read)
 
     def _answers(self, final: Tensor) -> tuple[Tensor, Tensor]:
         """(m,) loss of each answer token of all rows, nats, and (m,) whether it is the likeliest."""
@@ -122,7 +126,7 @@ class TargetLoss:
         none = torch.zeros(self.n, device=self.rows.edit.device)
         if self.kl_rows is None:
             return none
-        logp = self.handle.head(final).to(self.handle.device).float().log_softmax(-1)
+        logp = self.handle.logits(final).float().log_softmax(-1)
         if self.unedited is None:
             self.unedited = logp.detach()
         divergence = (logp.exp() * (logp - self.unedited)).sum(-1)
@@ -247,8 +251,13 @@ def _require_finite(loss: Tensor, events: list[EditEvent], lr: float) -> None:
 
 
 @torch.no_grad()
-def layer_outputs(handle: ModelHandle, events: Sequence[EditEvent], layer: int) -> Float[Tensor, "n d"]:
-    """(n, d) float32 output h of the layer where each bare prompt's subject ends, on the device of the model's inputs."""
+def unchanged_outputs(handle: ModelHandle, events: Sequence[EditEvent], layer: int) -> Float[Tensor, "n d"]:
+    """(n, d) float32 what a target's change is added to where each bare prompt's subject ends, on the device of the model's inputs.
+
+    It is the layer's output h, or that of its MLP where the layer does not add it as it is.
+    """
+    if not adds_as_it_is(handle, layer):
+        return attention_and_mlp_outputs(handle, events, layer)[1]
     rows = prompt_rows(handle, events, [""])
     hidden = suffix_from_layer(handle, rows.batch, layer + 1, layer + 1).hidden.to(handle.device)
     return hidden[torch.arange(len(events), device=handle.device), rows.at].float()

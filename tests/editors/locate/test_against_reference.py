@@ -19,6 +19,8 @@ from tests.helpers.facts import FACTS, POOL
 from tests.helpers.models import folder
 from tests.reference.locate import PlainLocate, Settings
 
+WITHIN = ("olmo2", "gemma3_text")
+"""Families with a norm behind the MLP: one layer is written, and its target is a change of the MLP's output."""
 BATCHES = (FACTS[:2], FACTS[2:])
 SEARCH = {"steps": 5, "lr": 0.5, "clamp": 0.8, "kl": 0.3, "decay": 0.5, "contexts": 2}
 
@@ -38,8 +40,10 @@ def edited(name: str, kind: str, **config: Any) -> Editor:
 
 
 def reference(editor: Any, layers: tuple[int, ...]) -> PlainLocate:
-    h = editor.hyper
-    return PlainLocate(editor.handle, Settings(layers, editor.contexts, h.steps, h.lr, h.decay, h.clamp, h.kl, h.stop, editor.bare_share))
+    h, within = editor.hyper, editor.handle.model.config.model_type in WITHIN
+    own = layers[-1:] if within else layers
+    settings = Settings(own, editor.contexts, h.steps, h.lr, h.decay, h.clamp, h.kl, h.stop, editor.bare_share, within)
+    return PlainLocate(editor.handle, settings)
 
 
 def prior(editor: Any, lam: float) -> dict[int, Tensor]:
@@ -100,7 +104,7 @@ CASES: dict[str, tuple[str, dict[str, Any], Callable[[Any], PlainLocate]]] = {
 }
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "olmo2", pytest.param("gemma3_text", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", list(CASES))
 def test_the_weights_are_those_of_the_plain_version(case: str, kind: str) -> None:
     name, config, of = CASES[case]

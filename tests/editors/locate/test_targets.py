@@ -15,7 +15,7 @@ from torch import Tensor
 from testbed.core.events import Ask, EditBatch
 from testbed.editors.locate import targets
 from testbed.editors.locate.keys import KeyComputation, ask_of, draw_contexts, lookup, subject_of
-from testbed.editors.locate.targets import RowAdam, TargetLoss, TargetTask, layer_outputs, search
+from testbed.editors.locate.targets import RowAdam, TargetLoss, TargetTask, search, unchanged_outputs
 from testbed.model.encoding import answer_ids, collate, prompt_in_template, prompt_inputs
 from testbed.model.handle import ModelHandle
 from testbed.model.suffix import suffix_from_layer
@@ -65,15 +65,15 @@ def hooks(handle: ModelHandle) -> int:
 
 
 def test_targets_of_a_batch_are_those_of_each_edit_alone() -> None:
-    together = search(task(), SMALL, layer_outputs(build("llama"), FACTS, 1).norm(dim=1))
+    together = search(task(), SMALL, unchanged_outputs(build("llama"), FACTS, 1).norm(dim=1))
     for i, e in enumerate(FACTS):
-        alone = search(task(events=[e]), SMALL, layer_outputs(build("llama"), [e], 1).norm(dim=1))
+        alone = search(task(events=[e]), SMALL, unchanged_outputs(build("llama"), [e], 1).norm(dim=1))
         assert torch.nn.functional.cosine_similarity(together.delta[i], alone.delta[0], dim=0) > 0.9999
         torch.testing.assert_close(together.loss[i], alone.loss[0], rtol=1e-3, atol=1e-3)
 
 
 def test_edits_that_are_done_stop_and_leave_without_moving_the_others() -> None:
-    unit = layer_outputs(build("llama"), FACTS, 1).norm(dim=1)
+    unit = unchanged_outputs(build("llama"), FACTS, 1).norm(dim=1)
     first = TargetLoss(task()).losses(torch.zeros(3, 64), 0.0)
     bar = float(first.median()) + 1e-3
     plain, early = search(task(), replace(SMALL, kl=0.0, stop=0.0), unit), search(task(), replace(SMALL, kl=0.0, stop=bar), unit)
@@ -87,7 +87,7 @@ def test_edits_that_are_done_stop_and_leave_without_moving_the_others() -> None:
 
 
 def test_the_clamp_holds_and_one_step_only_reads() -> None:
-    unit = layer_outputs(build("llama"), FACTS, 1).norm(dim=1)
+    unit = unchanged_outputs(build("llama"), FACTS, 1).norm(dim=1)
     far = search(task(), replace(SMALL, lr=5.0, clamp=0.3), unit)
     assert (far.delta.norm(dim=1) <= 0.3 * unit * (1 + 1e-5)).all()
     one = search(task(), replace(SMALL, steps=1), unit)
