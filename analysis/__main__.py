@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from analysis.metrics.bootstrap import REPLICATES
 from analysis.reading.records import BadRun
 from analysis.reporting.report import COMPARISON, TABLES, write_all
 from analysis.reporting.tables import terminal_table
+from testbed.core.plugins import BadPlugin, load_plugins
 from testbed.core.terminal import replace_what_the_terminal_lacks
 
 
@@ -23,8 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser().parse_args(argv)
     to = given.out or (given.runs[0] if len(given.runs) == 1 else given.runs[0] / COMPARISON)
     try:
+        load_plugins(_list(given.plugin))
         summary = write_all(given.runs, _list(given.format), _list(given.tables), to, given.seed, given.replicates, given.columns)
-    except BadRun as error:
+    except (BadRun, BadPlugin) as error:
         print(error, file=sys.stderr)
         return 2
     except OSError as error:
@@ -34,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.print(terminal_table(summary))
     for note in summary["run"]["notes"]:
         console.print(f"note: {note}", markup=False, highlight=False)
+    if unused := sorted({p for r in given.runs for p in named_plugins(r)} - set(_list(given.plugin))):
+        print(f"the run had the plug-ins {', '.join(unused)}: for metrics that they register, give them with --plugin", file=sys.stderr)
     console.print(f"report: {to / 'report.html'}", markup=False, highlight=False, soft_wrap=True)
     return 0
 
@@ -43,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "runs", nargs="+", type=Path, metavar="OUT", help="run folder; several must share their schedule, or differ in their seed alone"
     )
+    p.add_argument("--plugin", default="", help="Python files or modules with metrics of your own, separated by commas")
     p.add_argument("--format", default="png,pdf", help=f"figure formats, of {', '.join(FORMATS)} (default: png,pdf)")
     p.add_argument("--tables", default="csv,latex", help=f"kinds of tables, of {', '.join(TABLES)} (default: both)")
     p.add_argument("--columns", type=int, choices=(1, 2), default=2, help="width of figures, in columns of a journal's page (default: 2)")
@@ -50,6 +56,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0, help="seed of the bootstrap (default: 0)")
     p.add_argument("--replicates", type=int, default=REPLICATES, help=f"bootstrap replicates (default: {REPLICATES})")
     return p
+
+
+def named_plugins(run: Path) -> list[str]:
+    """The plug-ins that a run was given. They are not loaded, because reading a folder of somebody else's must run no code."""
+    return list(json.loads((run / "manifest.json").read_text("utf-8")).get("config", {}).get("plugin", ()))
 
 
 def _list(text: str) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ COMMANDS = {
     "analyze": ("analysis.__main__", "make the report, figures and tables of run folders again"),
     "streams": ("streams.__main__", "show what a stream reads from files, and what it leaves out"),
     "bisect": ("testbed.bisect", "find the edit that broke a model"),
+    "check": ("testbed.check", "run the shared contract suite on a plug-in of your own"),
     "bench": ("testbed.bench.__main__", "measure the speed and memory of editors"),
     "pretrain": ("testbed.pretrain", "train the tiny model on the simulated world or on a stream's old answers"),
     "lm-eval": ("testbed.integrations.lm_eval", "ask tasks of lm-evaluation-harness of the edited models of a run"),
@@ -26,6 +27,7 @@ _EXAMPLES = """examples:
   testbed run --stream okedit-yearly            the main job: editors, 500 edits, ten years, a report
   testbed run --list                            all editors, streams and probes
   testbed run --model smollm2 --stream countries-yearly --dry-run
+  testbed check my_editor.py                    does my editor keep the contract?
   testbed ask runs/FOLDER "What is the capital of France?" --editor balancedit
 """
 

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from testbed.core import threads, variants
 from testbed.core.plugins import load_plugins
-from testbed.core.registry import EDITORS, MONITORS, PROBES, STREAMS, WRAPPERS
+from testbed.core.registry import EDITORS, METRICS, MONITORS, PROBES, STREAMS, WRAPPERS
 from testbed.experiment.command import run_command
 from testbed.experiment.config import BadConfig, RunConfig, set_fields, stored_config, stored_threads
 from testbed.experiment.interrupt import StopRequest
@@ -107,7 +107,7 @@ def read_yaml(path: Path, what: str = "") -> dict[str, Any]:
 
 def list_plugins(console: Console) -> None:
     """Print every plug-in with one line each."""
-    for registry in (EDITORS, WRAPPERS, STREAMS, PROBES, MONITORS):
+    for registry in (EDITORS, WRAPPERS, STREAMS, PROBES, MONITORS, METRICS):
         table = Table(title=f"{registry.kind}s", title_justify="left", box=None, show_header=False, pad_edge=False)
         for name, cls in registry.items():
             more = f"\n{cls.time_axis} time; size: {cls.size}; licence: {cls.licence}" if registry is STREAMS else ""

@@ -17,7 +17,7 @@ from testbed.core.registry import EDITORS, STREAMS
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("testbed", "streams", "analysis")
 FILES = sorted(p for name in PACKAGES for p in (ROOT / name).rglob("*.py"))
-NAMERS = {"testbed/run.py", "testbed/tune.py", "testbed/sweep.py", "testbed/bench/common.py", "testbed/experiment/config.py"}
+NAMERS = {"testbed/run.py", "testbed/check.py", "testbed/tune.py", "testbed/sweep.py", "testbed/bench/common.py", "testbed/experiment/config.py"}
 """Files that may name plug-ins: command lines, and the defaults of a run."""
 
 
@@ -62,7 +62,9 @@ FLOORS = {
     "testbed.tuning": 5,
     "testbed.integrations": 5,
     "testbed.bench": 5,
+    "testbed.checks": 5,
     "testbed": 6,
+    "testbed.api": 7,
     "analysis": 3,
 }
 """The floor of each package; `testbed` itself holds command lines alone. A file imports from its own floor and from lower ones."""

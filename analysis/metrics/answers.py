@@ -64,15 +64,15 @@ def year_ends(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def in_common(a: pd.DataFrame, b: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Both frames cut to the answers that both have; the same objects where nothing is cut."""
+    """Both frames cut to the answers that both have, under their own index; the same objects where nothing is cut."""
     ours, theirs = keys(a), keys(b)
     columns = [*SCORES, "logprob"]
     if np.array_equal(ours, theirs) and all(np.array_equal(a[c].isna(), b[c].isna()) for c in columns):
         return a, b
     _, i, j = np.intersect1d(ours, theirs, return_indices=True)
-    a, b = a.iloc[i].reset_index(drop=True), b.iloc[j].reset_index(drop=True)
+    a, b = a.iloc[i].copy(), b.iloc[j].copy()
     for c in columns:
-        absent = a[c].isna() | b[c].isna()
+        absent = a[c].isna().to_numpy() | b[c].isna().to_numpy()
         a[c], b[c] = a[c].mask(absent), b[c].mask(absent)
     return a, b
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import yaml
 
 from analysis.reading.records import SCORING_MODES, TOKEN_ACCURACY, ScoringMode
+from testbed.core import registry
 
 Unit = Literal["share", "difference", "ratio", "count", "edits", "seconds", "bytes"]
 
@@ -36,21 +37,35 @@ KINDS: dict[str, str] = _TABLES["kinds"]
 MAIN = tuple(_TABLES["main"])
 """Metrics of the main table, in order of display."""
 METRICS = {name: Metric(**fields) for table in ("main", "others") for name, fields in _TABLES[table].items()}
+"""The metrics of the testbed itself, in order of display."""
+for _name in METRICS:
+    registry.METRICS.refuse(_name, "the testbed has a metric of this name; rename yours")
 GENERALITY = tuple(k for k in KINDS if k.endswith("generality"))
 LOCALITY = tuple(k for k in KINDS if k.startswith("locality"))
 
 
+def every_metric() -> dict[str, Metric]:
+    """The metrics of the testbed, and behind them those that plug-ins registered (`analysis.metrics.plugin`), by name."""
+    return METRICS | {name: Metric(c.summary, c.short, c.unit, c.better, c.modes) for name, c in registry.METRICS.items()}
+
+
+def main_metrics() -> tuple[str, ...]:
+    """Names of the metrics of the main table; those of plug-ins are the last."""
+    return MAIN + tuple(name for name, cls in registry.METRICS.items() if cls.main)
+
+
 def split_name(name: str) -> tuple[str, ScoringMode]:
     """A name of summary.json as the metric's name and its scoring mode (token accuracy where the metric has no modes)."""
+    known = every_metric()
     for mode in SCORING_MODES:
-        if mode.suffix and name.endswith(mode.suffix) and name.removesuffix(mode.suffix) in METRICS:
+        if mode.suffix and name not in known and name.endswith(mode.suffix) and name.removesuffix(mode.suffix) in known:
             return name.removesuffix(mode.suffix), mode
     return name, TOKEN_ACCURACY
 
 
 def metric_of(name: str) -> Metric:
     """The metric behind a name of summary.json, whatever its scoring mode."""
-    return METRICS[split_name(name)[0]]
+    return every_metric()[split_name(name)[0]]
 
 
 def mode_title(name: str) -> str:

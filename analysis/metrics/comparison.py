@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from analysis.metrics.catalogue import MAIN, METRICS, metric_of
+from analysis.metrics.catalogue import MAIN, every_metric, main_metrics, metric_of
 from analysis.reading.records import FREE_GENERATION, TOKEN_ACCURACY, ScoringMode
 
 Summary = dict[str, Any]
@@ -20,12 +20,12 @@ def main_mode(summary: Summary) -> ScoringMode:
 
 def main_columns(summary: Summary, mode: ScoringMode) -> list[str]:
     """Names of the main metrics in one scoring mode, without those that no editor has."""
-    return _in_mode(summary, mode, MAIN)
+    return _in_mode(summary, mode, main_metrics())
 
 
 def other_columns(summary: Summary, mode: ScoringMode) -> list[str]:
     """Names of all other metrics that some editor has in one scoring mode, in the order of the catalogue."""
-    return _in_mode(summary, mode, [m for m in METRICS if m not in MAIN])
+    return _in_mode(summary, mode, [m for m in every_metric() if m not in main_metrics()])
 
 
 def best(summary: Summary, name: str) -> str | None:
@@ -54,7 +54,8 @@ def learned(gain: Mapping[str, Any]) -> bool:
 
 
 def _in_mode(summary: Summary, mode: ScoringMode, metrics: Iterable[str]) -> list[str]:
-    names = [m + mode.suffix if METRICS[m].modes else m for m in metrics]
+    known = every_metric()
+    names = [m + mode.suffix if known[m].modes else m for m in metrics]
     return [n for n in names if any(n in e for e in summary["editors"].values())]
 
 

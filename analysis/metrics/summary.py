@@ -25,6 +25,7 @@ from analysis.metrics.collapse import collapse, hard_edits
 from analysis.metrics.comparison import competing, main_mode
 from analysis.metrics.forgetting import edit_metrics
 from analysis.metrics.from_extras import counterfact_scores, deferral, first_token_agreement, truthfulness
+from analysis.metrics.plugin import plugin_metrics
 from analysis.reading.load import EditorRun, Run
 from analysis.reading.records import SCORES
 
@@ -86,6 +87,7 @@ def measure(run: Run, editor: EditorRun, resampler: Resampler) -> Metrics:
     metrics |= side_effect_metrics(run, editor, resampler)
     metrics |= counterfact_scores(editor, resampler)
     metrics |= first_token_agreement(run, editor, resampler) | truthfulness(run, editor, resampler) | deferral(run, editor, resampler)
+    metrics |= plugin_metrics(run, editor, resampler)
     return {name: d for name, d in metrics.items() if not np.isnan(d.value)}
 
 

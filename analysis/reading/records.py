@@ -130,6 +130,20 @@ def rows_with(path: Path, key: str, columns: Sequence[str], where: Any = None) -
     return (table if where is None else table.filter(where)).to_pandas()
 
 
+def stored_texts(folder: Path, wanted: np.ndarray) -> pa.Table:
+    """Columns answer and generated of the wanted rows of an editor's folder, a file at a time.
+
+    wanted: (rows,) int, rising: the index of a frame of records, which counts rows over the record files one after another.
+    """
+    start, taken = 0, []
+    for path in part_files(folder):
+        table = read_table(path, ("answer", "generated"))
+        own = wanted[(wanted >= start) & (wanted < start + table.num_rows)]
+        taken.append(table.take(pa.array(own - start)))
+        start += table.num_rows
+    return pa.concat_tables(taken)
+
+
 def read_records(folder: Path, events: pd.DataFrame, questions: pd.DataFrame, grade: Grader) -> tuple[pd.DataFrame | None, list[str]]:
     """An editor's answers as numbers (columns: see `analysis.reading.load.EditorRun`), and notes about irregularities."""
     tables = [typed(read_table(p, tuple(TYPES))) for p in part_files(folder)]

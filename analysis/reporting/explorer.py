@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 from markupsafe import Markup
 
 from analysis.figures.style import editor_styles
 from analysis.metrics.answers import panel_answers, year_ends
 from analysis.metrics.curves import years_passed
 from analysis.reading.load import EditorRun, Run
-from analysis.reading.records import AFTER, SCORING_MODES, part_files, read_table
+from analysis.reading.records import AFTER, SCORING_MODES, stored_texts
 
 MOST_MB = 4.0
 """Bound on the data block in megabytes (10^6 bytes of JSON); a larger run is sampled by facts."""
@@ -94,17 +93,6 @@ def _units(run: Run) -> np.ndarray:
     return pd.factorize(run.questions["event_id"].fillna(run.questions["question_id"]))[0]
 
 
-def _stored_texts(editor: EditorRun, wanted: np.ndarray) -> pa.Table:
-    """Targets and generated texts of the wanted rows (rising), counted over the record files one after another; a file at a time."""
-    start, taken = 0, []
-    for path in part_files(editor.folder):
-        table = read_table(path, ("answer", "generated"))
-        own = wanted[(wanted >= start) & (wanted < start + table.num_rows)]
-        taken.append(table.take(pa.array(own - start)))
-        start += table.num_rows
-    return pa.concat_tables(taken)
-
-
 def _at_year_ends(editor: EditorRun) -> pd.Index:
     """The rows behind the points of the static curves."""
     splits = editor.records["split"].unique()
@@ -114,7 +102,7 @@ def _at_year_ends(editor: EditorRun) -> pd.Index:
 def _answers(run: Run, editor: EditorRun, number: int, chosen: np.ndarray, texts: _Texts) -> pd.DataFrame:
     """The rows of one editor."""
     frame = editor.records[chosen[editor.records["question"].to_numpy()]]
-    table = _stored_texts(editor, frame.index.to_numpy())
+    table = stored_texts(editor.folder, frame.index.to_numpy())
     columns = {
         "e": np.full(len(frame), number),
         "q": frame["question"].to_numpy(),

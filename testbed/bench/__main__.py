@@ -29,6 +29,7 @@ from testbed.bench import codebook, editors, late, questions
 from testbed.bench.common import BenchConfig, Rows, as_json, each_editor, machine, table
 from testbed.bench.compare import compare
 from testbed.core import variants
+from testbed.core.plugins import load_plugins
 from testbed.experiment.command import run_command
 from testbed.storage.files import replacing
 
@@ -69,7 +70,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _measure(measured: dict[str, list[Any]], config: BenchConfig) -> None:
-    """Fill `measured` with rows by table. Each row is written to the file at once, so that an interrupt loses nothing."""
+    """Load the plug-ins and fill `measured` with rows by table. Each row is written to the file at once: an interrupt loses nothing."""
+    load_plugins(config.plugin)
     for name in config.what:
         for rows in TABLES[name](config):
             measured.setdefault(name, []).extend(rows)

@@ -61,6 +61,8 @@ class BenchConfig:
     """Edits in one batch; by default 16 in `paths`, 64 in `questions` and 1 in the other tables."""
     set: tuple[str, ...] = ()
     """editor.field=value, in all tables but `late` and `codebook`; versions that `compare` measures may derive other values."""
+    plugin: tuple[str, ...] = ()
+    """Python files or modules with editors or streams of your own, separated by commas, in all tables but `compare`."""
     questions: NonNegativeInt = 512
     """Questions asked of the edited model."""
     run: Path | None = None
@@ -83,6 +85,8 @@ class BenchConfig:
             out.append("--what late reads a run folder: give it with --run")
         if "compare" in self.what and (self.before is None or not (self.before / "testbed").is_dir()):
             out.append("--what compare needs another version of the project: give its folder with --before")
+        if "compare" in self.what and self.plugin:
+            out.append("--what compare measures another version of the project, which loads no --plugin")
         return out + [f"--{line}" for line in out_of_range(self)]
 
     def open_stream(self, reads_pictures: bool = True) -> Stream:

@@ -16,11 +16,11 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 
-from testbed.core.registry import EDITORS, MONITORS, PROBES, STREAMS, WRAPPERS
+from testbed.core.registry import EDITORS, METRICS, MONITORS, PROBES, STREAMS, WRAPPERS
 
 GROUP = "testbed.plugins"
 """Group of entry points; each names a module."""
-REGISTRIES = (EDITORS, WRAPPERS, STREAMS, PROBES, MONITORS)
+REGISTRIES = (EDITORS, WRAPPERS, STREAMS, PROBES, MONITORS, METRICS)
 
 
 class BadPlugin(ValueError):

@@ -1,5 +1,5 @@
 # pyright: strict
-"""One registry class for editors, streams, probes and monitors: a decorator, a package scan, near matches for a wrong name.
+"""One registry class for editors, streams, probes, monitors and metrics: a decorator, a package scan, near matches for a wrong name.
 
 A file in the scanned package is a plug-in. A file that cannot be imported raises at the first look-up with its path, so
 a broken plug-in never silently disappears from a list. An entry whose name ends in a colon takes the rest of a name as
@@ -43,12 +43,14 @@ class Registry:
         self._scanned = False
 
     def register(self, name: str) -> Callable[[C], C]:
-        """Class decorator. Raises ValueError for a name that another class has, or a class that lacks a needed attribute."""
+        """Class decorator. Raises ValueError for a name that another class has or that is refused, or for a lacking attribute."""
 
         def add(cls: C) -> C:
             missing = [a for a in self.needs if not getattr(cls, a, None)]
             if missing:
                 raise ValueError(f"{self.kind} {name!r} ({cls.__module__}.{cls.__qualname__}) lacks {', '.join(missing)}")
+            if name in self._refused:
+                raise ValueError(f"{self.kind} {name!r} cannot be registered: {self._refused[name]}")
             old = self._entries.get(name)
             if old is not None and (old.__module__, old.__qualname__) != (cls.__module__, cls.__qualname__):
                 raise ValueError(f"{self.kind} {name!r} is registered by {old.__module__} and again by {cls.__module__}: rename one")
@@ -59,7 +61,7 @@ class Registry:
         return add
 
     def refuse(self, name: str, reason: str) -> None:
-        """Answer this name with the reason why it is not offered, instead of near matches."""
+        """Answer this name with the reason why it is not offered, instead of near matches, and let no class take it."""
         self._refused[name] = reason
 
     def scan(self) -> None:
@@ -119,3 +121,4 @@ EDITORS = Registry("editor", "testbed.editors", needs=("summary", "traits", "Con
 PROBES = Registry("probe", "testbed.probes", needs=("summary", "version"))
 MONITORS = Registry("monitor", "testbed.monitors", needs=("summary",))
 STREAMS = Registry("stream", "streams", needs=("summary", "time_axis", "licence", "size"))
+METRICS = Registry("metric", "analysis.metrics", needs=("summary", "short", "unit"))

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from streams.base import StreamConfig
+from testbed.checks.editors import batch, check_keeps, check_learns, equal_states, two_subjects
 from testbed.core.events import Ask, EditBatch, EditEvent
 from testbed.core.registry import STREAMS
 from testbed.editors.base import EditFailed, Editor
@@ -23,7 +24,7 @@ from testbed.model.encoding import UntokenizableAnswer
 from testbed.model.handle import ModelHandle
 from testbed.model.loading import load
 from testbed.model.predictor import ModelPredictor
-from tests.helpers.editor_suite import LEARNING, NAMES, STREAM, batch, check_keeps, check_learns, equal_states, make, quick, two_subjects
+from tests.helpers.editor_suite import LEARNING, NAMES, STREAM, make, quick
 from tests.helpers.models import build, save
 
 POISON = "\u2620"

@@ -1,7 +1,6 @@
 """Tiny random models of the real transformers classes, saved to a folder and loaded as a user's are.
 
-Weights are wide (`initializer_range` 0.2), so that two random models answer differently. The tokenizer and
-the processors are made by hand; nothing is downloaded.
+An image-text and a text model are those of `testbed check`; here are more kinds. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -18,24 +17,14 @@ from typing import Any
 import numpy as np
 import torch
 import transformers as hf
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from testbed.checks.random_models import GPT, IDS, LLAMA, SIDE, VISION, WIDE, llava, tokenizer
 from testbed.model.handle import ModelHandle
 from testbed.model.loading import load
 
 TEXT = ("gpt2", "gptj", "gpt_neox", "opt", "llama", "mistral", "qwen2", "qwen3")
 IMAGE = ("llava", "blip-2", "qwen2_vl", "qwen2_5_vl", "idefics3", "smolvlm")
 KINDS = TEXT + IMAGE
-PLACES = ("<pad>", "<s>", "</s>", "<unk>", "<image>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
-MARKS = ("<|im_start|>", "<|im_end|>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>")
-SPECIAL = (*PLACES, *MARKS, *(f"<row_{r}_col_{c}>" for r in (1, 2) for c in (1, 2)))
-CORPUS = (
-    "USER: what colour is the ship? ASSISTANT: green",
-    "Question: who leads the northern harbour? Short answer: Mara Venn",
-    "the small lamp stands beside the river and the old bridge",
-    "a red circle, a blue square, two yellow stars, three towers",
-)
-SIDE = 32
 
 
 @dataclass(frozen=True)
@@ -56,39 +45,10 @@ class Noise:
         return np.kron(coarse, np.ones((self.height // 4, self.width // 4, 1), dtype=np.uint8))
 
 
-def tokenizer(pad: bool = True, bos: bool = True, image: str | None = None) -> Any:
-    """Byte-level BPE; without `pad` it has no padding token, without `bos` it puts none before a text (as GPT-2's)."""
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    core.train_from_iterator(
-        CORPUS, trainers.BpeTrainer(vocab_size=400, special_tokens=list(SPECIAL), initial_alphabet=alphabet, show_progress=False)
-    )
-    if bos:
-        core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return hf.PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>" if pad else None,
-        extra_special_tokens={"image_token": image} if image else {},
-        clean_up_tokenization_spaces=False,
-    )
-
-
-IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-WIDE = {"initializer_range": 0.2}
-LLAMA = {
-    "vocab_size": 400, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 256, "tie_word_embeddings": False, **IDS, **WIDE,
-}  # fmt: skip
-GPT = {"vocab_size": 400, "n_embd": 64, "n_inner": 96, "n_layer": 3, "n_head": 4, "n_positions": 256, **IDS, **WIDE}
 OPT = {
     "vocab_size": 400, "hidden_size": 64, "ffn_dim": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "init_std": 0.2,
     "max_position_embeddings": 256, "word_embed_proj_dim": 64, **IDS,
 }  # fmt: skip
-VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "patch_size": 8, **WIDE}
 
 
 def text_model(kind: str, **changes: Any) -> Any:
@@ -97,18 +57,6 @@ def text_model(kind: str, **changes: Any) -> Any:
     rows = {"qwen3": {"head_dim": 16}, "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16}, "gpt_neox": {"rotary_pct": 0.5}}
     config = hf.AutoConfig.for_model(kind, **{**base, **rows.get(kind, {}), **changes})
     return hf.AutoModelForCausalLM.from_config(config)
-
-
-def llava() -> tuple[Any, Any]:
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-    vision = hf.CLIPVisionConfig(**{**VISION, "num_hidden_layers": 3, "image_size": SIDE, "projection_dim": 32})
-    config = hf.LlavaConfig(
-        vision_config=vision, text_config=hf.LlamaConfig(**LLAMA), image_token_index=4, image_seq_length=16, tie_word_embeddings=False
-    )
-    images = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
-    words: Any = {"patch_size": 8, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
-    return hf.LlavaForConditionalGeneration(config), hf.LlavaProcessor(images, tokenizer(image="<image>"), image_token="<image>", **words)
 
 
 def blip2() -> tuple[Any, Any]:

@@ -15,13 +15,14 @@ import pytest
 import torch
 
 from streams.base import StreamConfig
+from testbed.checks.editors import batch
 from testbed.core.events import Ask
 from testbed.core.registry import STREAMS
 from testbed.model.handle import BadModel, ModelHandle
 from testbed.model.loading import load, pick_map, spread
 from testbed.monitors.base import MonitorPanel
 from testbed.storage.files import read_state, write_state
-from tests.helpers.editor_suite import NAMES, STREAM, batch, quick
+from tests.helpers.editor_suite import NAMES, STREAM, quick
 from tests.helpers.models import build, folder
 from tests.helpers.two_devices import CPU, FIRST, SECOND, Placed, machine
 
