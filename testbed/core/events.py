@@ -33,6 +33,8 @@ Split = Literal[
     "choice_edit",
     "choice_generality",
     "choice_locality",
+    "self_assessment",
+    "persistence",
     "general",
     "text",
 ]

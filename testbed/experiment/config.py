@@ -176,7 +176,7 @@ class RunConfig:
     def resolve_probes(self) -> ProbeConfig:
         """What is asked, with `--set probes.*`. Raises `BadConfig`."""
         config = set_fields(ProbeConfig(), self._settings("probes"))
-        if problems := out_of_range(config):
+        if problems := config.problems():
             raise BadConfig("\n".join(f"probes: {p}" for p in problems))
         return config
 

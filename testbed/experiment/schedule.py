@@ -113,7 +113,7 @@ def build(stream: Stream, events: Sequence[EditEvent], config: ScheduleConfig, p
     `Schedule.scale`, a note and the dry run show it. Raises `BadEvent` when the events are out of order.
     """
     check_order(list(events))
-    probes = probes if probes is not None else {name: cls() for name, cls in PROBES.items()}
+    probes = probes if probes is not None else {n: cls() for n, cls in PROBES.items() if cls.default or n in config.asked.also}
     questions = {e.id: stream.questions(e) for e in events}
     joint = any(q.needs for asked in questions.values() for q in asked)
     past = EditHistory((), (), lambda e: questions[e.id], stream.general(), config.seed, benchmarks=config.benchmarks)

@@ -17,7 +17,8 @@ from functools import lru_cache
 from typing import ClassVar, TypeVar
 
 from testbed.core.events import EditEvent, Question
-from testbed.core.ranges import PositiveInt
+from testbed.core.ranges import PositiveInt, out_of_range
+from testbed.core.registry import PROBES
 
 T = TypeVar("T")
 MIN_STRATUM = 12
@@ -34,6 +35,15 @@ class ProbeConfig:
     """Held-out paraphrases of an edit in a panel, where the stream has as many; panels hold fewer edits for it (papers: 1 to 10)."""
     end: PositiveInt = 1
     """How many times larger the panels of the last checkpoint are, which tables read, where the budget shrinks panels."""
+    also: tuple[str, ...] = ()
+    """Probes that are asked beside the usual ones, with which they share the budget (self-assessment, persistence)."""
+
+    def problems(self) -> list[str]:
+        """A sentence for each name that is no probe, or a probe that is asked anyway."""
+        found = dict(PROBES.items())
+        wrong = [name for name in self.also if name not in found or found[name].default]
+        offered = ", ".join(sorted(name for name, cls in found.items() if not cls.default))
+        return out_of_range(self) + [f"also names {name!r}; it takes probes that are not asked by default: {offered}" for name in wrong]
 
 
 @dataclass(frozen=True)
@@ -126,6 +136,8 @@ class Probe(ABC):
     summary: ClassVar[str]
     version: ClassVar[int]
     """To be raised whenever the probe begins to ask other questions, because records store it."""
+    default: ClassVar[bool] = True
+    """False for a probe that is asked only where `--set probes.also` names it, because others would be asked less for it."""
 
     @abstractmethod
     def ask(self, history: EditHistory, checkpoint: Checkpoint) -> list[Planned]:
