@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from testbed.core.events import EditEvent, Question, content_id
+from testbed.core.events import Ask, EditEvent, Question, content_id
 from testbed.core.ranges import Fraction, NonNegativeInt, PositiveInt, out_of_range
 
 TimeAxis = Literal["dated", "scheduled", "simulated"]
@@ -91,15 +91,34 @@ class Skipped:
 
 
 @dataclass(frozen=True)
+class TrainEdit:
+    """An edit for methods that learn to edit, such as MEND; no run makes it or asks about it.
+
+    event: the edit, with the old answer where it is known. rephrasings: other prompts, and other pictures, of its question, which
+        its target answers too. locality: questions whose answers it must leave as they are.
+    """
+
+    event: EditEvent
+    rephrasings: tuple[Ask, ...] = ()
+    locality: tuple[Question, ...] = ()
+
+    def asks(self) -> tuple[Ask, ...]:
+        """Every prompt with its picture, the edit's first."""
+        return (self.event.ask(), *self.rephrasings, *(q.ask() for q in self.locality))
+
+
+@dataclass(frozen=True)
 class TrainPool:
     """What editors may learn from before and during a run; no probe asks a question of it.
 
     questions: questions about unedited facts with the answers that the base model should give, for editors that sample
-        what must stay; texts: running text, for estimates of second moments.
+        what must stay; texts: running text, for estimates of second moments; edits: edits of entities and pictures that no edit and
+        no question of the stream is about (their answers may be the same).
     """
 
     questions: tuple[Question, ...] = ()
     texts: tuple[str, ...] = ()
+    edits: tuple[TrainEdit, ...] = ()
 
 
 class BadStream(ValueError):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from streams import transforms
-from streams.base import BadStream, Skipped, Stream, StreamConfig, TimeAxis, TrainPool
+from streams.base import BadStream, Skipped, Stream, StreamConfig, TimeAxis, TrainEdit, TrainPool
 from streams.files.entry import QuestionKey, content_key
 from testbed.core.events import LOCALITY_SPLITS, EditEvent, Question, content_id
 from testbed.core.registry import STREAMS
@@ -125,8 +125,22 @@ class Merged(Stream):
 
     def train_pool(self) -> TrainPool:
         """The train pools of all parts, without the questions that another part edits."""
-        texts = dict.fromkeys(t for p in self.parts for t in p.train_pool().texts)
-        return TrainPool(tuple(self._pool.values()), tuple(texts))
+        pools = [p.train_pool() for p in self.parts]
+        texts = dict.fromkeys(t for pool in pools for t in pool.texts)
+        return TrainPool(tuple(self._pool.values()), tuple(texts), tuple(e for pool in pools for e in pool.edits if self._may_train(e)))
+
+    def _may_train(self, edit: TrainEdit) -> bool:
+        """Whether no part edits or asks in general any of its questions, nor edits its subject."""
+        return edit.event.subject not in self._edited_subjects and not any(content_key(a) in self._in_use for a in edit.asks())
+
+    @cached_property
+    def _edited_subjects(self) -> set[str]:
+        return {e.subject for events in self._finite for e in events or () if e.subject}
+
+    @cached_property
+    def _in_use(self) -> set[QuestionKey]:
+        """What parts edit, and what they ask in general."""
+        return self._all_edited | {content_key(q) for p in self.parts for q in p.general()}
 
     @cached_property
     def _pool(self) -> dict[QuestionKey, Question]:

@@ -93,5 +93,5 @@ def _facts(row: Row, own: str, values: Mapping[str, Sequence[str]]) -> Iterator[
             held_out=tuple(p.replace("{}", name) for p in words["held_out"]),
             train=tuple(p.replace("{}", name) for p in words["train"]),
             questions=hop,
-            role="probe" if relation == own else role,
+            role="probe" if relation == own and role != "train" else role,
         )

@@ -88,4 +88,5 @@ class DatedStream(EntryStream):
         return (*entry.held_out, *([q.prompt for q in entry.questions] or [entry.prompt]))
 
     def train_pool(self) -> TrainPool:
-        return TrainPool(tuple(e.as_belief(e.prompt, "train pool") for e in self._data.entries if e.role == "train"))
+        pool = tuple(e.as_belief(e.prompt, "train pool") for e in self._data.entries if e.role == "train")
+        return TrainPool(pool, edits=self._train_edits)

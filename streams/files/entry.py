@@ -11,7 +11,7 @@ from streams.base import Skipped
 from streams.files.pictures import AnyPicture
 from streams.files.records import normalize
 from streams.transforms import EditableFact, hash_fraction
-from testbed.core.events import EditEvent, Question, Split
+from testbed.core.events import Ask, EditEvent, Question, Split
 
 T = TypeVar("T")
 CONTROL_SHARE = 0.15
@@ -26,7 +26,7 @@ def question_key(image: AnyPicture | None, prompt: str) -> QuestionKey:
     return (image.name if image is not None else ""), normalize(prompt)
 
 
-def content_key(item: EditEvent | Question) -> QuestionKey:
+def content_key(item: EditEvent | Question | Ask) -> QuestionKey:
     """As `question_key`, with the content of the picture in place of its name."""
     return (item.image.key if item.image is not None else ""), normalize(item.prompt)
 

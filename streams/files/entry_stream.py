@@ -16,7 +16,7 @@ from itertools import islice
 from typing import Any, ClassVar
 
 from streams import transforms
-from streams.base import Stream, StreamConfig, TrainPool
+from streams.base import Stream, StreamConfig, TrainEdit, TrainPool
 from streams.files.entry import (
     DatedChange,
     EntryData,
@@ -30,6 +30,7 @@ from streams.files.entry import (
     with_true_targets,
 )
 from streams.files.records import distinct, normalize
+from streams.files.train_edits import train_edits
 from testbed.core.events import EditEvent, Question, Split
 
 
@@ -252,7 +253,11 @@ class EntryStream(Stream):
     def train_pool(self) -> TrainPool:
         general = {q.prompt for q in self.general()}
         pool = [e for e in self._data.entries if e.role == "train" and e.previous and e.prompt not in general]
-        return TrainPool(tuple(e.as_belief(e.prompt, "train pool") for e in pool))
+        return TrainPool(tuple(e.as_belief(e.prompt, "train pool") for e in pool), edits=self._train_edits)
+
+    @cached_property
+    def _train_edits(self) -> tuple[TrainEdit, ...]:
+        return tuple(train_edits(self._data.entries, self.own_questions))
 
     def beliefs(self) -> Iterator[Question]:
         """Every prompt with its answer before any edit, and the locality questions with theirs.

@@ -16,6 +16,7 @@ from streams.world.facts import World, world
 from streams.world.general import general_questions, pool_questions, pool_texts
 from streams.world.history import History, WorldChange
 from streams.world.questions import QuestionForm, QuestionMaker
+from streams.world.train_edits import train_edits
 from testbed.core.events import EditEvent, Question
 from testbed.core.registry import STREAMS
 
@@ -105,7 +106,7 @@ class WorldStream(Stream):
         return self.maker.train_prompts(self._change(event).fact)
 
     def train_pool(self) -> TrainPool:
-        return TrainPool(pool_questions(self.world, self.maker.form.pictures), pool_texts(self.world))
+        return TrainPool(pool_questions(self.world, self.maker.form.pictures), pool_texts(self.world), tuple(train_edits(self.maker)))
 
     def beliefs(self) -> Iterator[Question]:
         """Every fact that the form may ask for, with its value at the start, in the prompt of an edit."""

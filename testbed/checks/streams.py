@@ -14,7 +14,7 @@ import numpy as np
 from streams.base import BadStream, Stream
 from streams.files.records import normalize
 from testbed.checks.contract import refused, require
-from testbed.core.events import LOCALITY_SPLITS, EditBatch, EditEvent, Question, check_order
+from testbed.core.events import LOCALITY_SPLITS, Ask, EditBatch, EditEvent, Question, check_order
 
 N = 300
 """Edits that are looked at."""
@@ -35,7 +35,7 @@ class StreamCase:
         return [(e, self.stream.questions(e)) for e in self.stream.events(N)]
 
 
-def question_key(item: EditEvent | Question) -> tuple[str, str]:
+def question_key(item: EditEvent | Question | Ask) -> tuple[str, str]:
     """The key of the picture ("" for none), and the prompt."""
     return "" if item.image is None else item.image.key, item.prompt
 
@@ -187,6 +187,21 @@ def the_train_pool_is_asked_by_no_probe(case: StreamCase) -> None:
     require(not pool & edited, f"a question of the train pool is edited: {sorted(pool & edited)[:1]}")
 
 
+def the_train_edits_touch_no_edit_and_no_question(case: StreamCase) -> None:
+    """No entity, no picture and no question of the stream is among the edits that methods may learn to edit from."""
+    used: list[EditEvent | Question] = [*case.stream.events(3 * N), *case.stream.general(), *(q for _, qs in case.asked for q in qs)]
+    subjects = {e.subject for e in case.stream.events(3 * N) if e.subject}
+    pictures = {x.image.key for x in used if x.image is not None}
+    asked = {question_key(x) for x in used}
+    for edit in case.stream.train_pool().edits:
+        prompt = edit.event.prompt
+        require(edit.event.subject not in subjects, f"the train edit {prompt!r} is of {edit.event.subject!r}, which the stream edits")
+        require(edit.event.target != edit.event.previous, f"the train edit {prompt!r} changes nothing")
+        for ask in edit.asks():
+            require(ask.image is None or ask.image.key not in pictures, f"a picture of the train edit {prompt!r} is edited or asked about")
+            require(question_key(ask) not in asked, f"the question {ask.prompt!r} of a train edit is edited or asked")
+
+
 def general_questions_have_topics(case: StreamCase) -> None:
     general = case.stream.general()
     splits = {q.split for q in general}
@@ -243,6 +258,7 @@ CHECKS: tuple[Callable[[StreamCase], None], ...] = (
     locality_and_general_facts_are_never_edited,
     a_leak_into_locality_would_show,
     the_train_pool_is_asked_by_no_probe,
+    the_train_edits_touch_no_edit_and_no_question,
     general_questions_have_topics,
     beliefs_do_not_contradict_each_other,
     pictures_load,

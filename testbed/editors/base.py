@@ -94,7 +94,8 @@ class Editor(ABC):
         """Bind the editor to a model, once, before the first edit. It sees an empty pool unless its Traits declare its use."""
         self._plain = pool.texts[:8] or PLAIN
         self.bind(handle)
-        self._prepare(pool if "train_pool" in self.traits.uses else TrainPool())
+        seen = pool if "train_pool" in self.traits.uses else TrainPool()
+        self._prepare(replace(seen, edits=pool.edits if "train_edits" in self.traits.uses else ()))
 
     def bind(self, handle: ModelHandle) -> None:
         """Take a model and the hyper-parameters for it, which is all that `work` needs."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Sample = Literal["paraphrase", "previous", "train_pool"]
+Sample = Literal["paraphrase", "previous", "train_pool", "train_edits"]
 
 
 @dataclass(frozen=True)

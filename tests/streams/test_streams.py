@@ -16,6 +16,7 @@ import pytest
 
 from streams.base import BadStream, Stream, StreamConfig
 from streams.files.records import normalize
+from testbed.checks.streams import StreamCase, the_train_edits_touch_no_edit_and_no_question
 from testbed.core.events import LOCALITY_SPLITS, EditBatch, EditEvent, Picture, Question, check_order
 from testbed.core.registry import STREAMS
 from tests.helpers.okedit_folder import make_folder
@@ -271,6 +272,14 @@ def test_the_train_pool_is_asked_by_no_probe(stream: Stream, asked: list[tuple[E
     assert pool
     assert not pool & probes
     assert not pool & {question_key(e) for e in stream.events(3 * N)}
+
+
+def test_the_train_edits_touch_no_edit_and_no_question(make: Make, stream: Stream) -> None:
+    """Every stream has some, of entities, pictures and prompts that no edit and no question of it has."""
+    the_train_edits_touch_no_edit_and_no_question(StreamCase(make))
+    edits = stream.train_pool().edits
+    assert edits and len({e.event.id for e in edits}) == len(edits)
+    assert any(e.rephrasings or e.locality for e in edits)
 
 
 def test_general_questions_have_topics_and_answers(stream: Stream) -> None:

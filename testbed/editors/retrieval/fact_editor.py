@@ -42,7 +42,7 @@ _MAX_POOL_PICTURES = 256
 class FactEditorConfig(EditorConfig):
     encoder: str = "auto"
     """Sentence encoder: an id of sentence-transformers, a folder, `auto` (the packaged all-MiniLM-L6-v2, else BM25) or `bm25`."""
-    other_pictures: float = 0.01
+    other_pictures: float = 0.005
     """Share of the pairs of different train-pool pictures that the least cosine lets pass as the same (ours); 0 lets every pair pass."""
     wording: str = "plain"
     """Prompt template, by its name in `testbed.editors.retrieval.prompts.TEMPLATES`; "plain" is what the tiny model was trained on."""
