@@ -1,0 +1,26 @@
+"""Pages of the site that lie elsewhere: the cards of the streams, CONTRIBUTING.md, and the notebook as text with its code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parent.parent
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add the pages; a notebook's cells become paragraphs and blocks of code."""
+    for card in sorted((ROOT / "streams" / "cards").glob("*.md")):
+        files.append(File.generated(config, f"cards/{card.name}", content=card.read_text("utf-8")))
+    files.append(File.generated(config, "notebook.md", content=notebook(ROOT / "docs" / "notebook.ipynb")))
+    return files
+
+
+def notebook(path: Path) -> str:
+    """The text and the code of a notebook as a page."""
+    cells = json.loads(path.read_text("utf-8"))["cells"]
+    texts = ["".join(cell["source"]) for cell in cells]
+    return "\n\n".join(f"```python\n{text}\n```" if cell["cell_type"] == "code" else text for cell, text in zip(cells, texts))
