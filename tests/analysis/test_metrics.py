@@ -8,45 +8,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from analysis.metrics.ability import chance_scores
 from analysis.metrics.answers import in_common
-from analysis.metrics.bootstrap import Resampler
 from analysis.metrics.catalogue import METRICS, metric_of
-from analysis.metrics.summary import measure, merged_notes, summarise
+from analysis.metrics.summary import merged_notes, summarise
 from analysis.reading.load import Run, load_run
-from analysis.reading.records import SCORING_MODES
 from tests.helpers.fake_run import EDITORS, Plan, event, fake_run, question, record, write_run
-
-FEW = 200
-
-
-def values(run: Run, editor: str = "e") -> dict[str, float]:
-    return {k: v["value"] for k, v in summarise(run, replicates=FEW)["editors"][editor].items()}
-
-
-def answer(hits: int, exact: bool | None = None, n: int = 2) -> dict:
-    return {"token_hits": hits, "n_tokens": n, "logprob": -1.0, "exact": hits == n if exact is None else exact}
-
-
-def small(out: Path, records: list[dict], base: list[dict] | None = None, **of_event: dict) -> Run:
-    """Four edits in two years, one a step, asked with the given records."""
-    events = [event(i, i + 1, time=i / 2, subject=f"s{i}", **of_event.get(f"e{i}", {})) for i in range(4)]
-    splits = ("edit", "text_generality", "image_generality", "locality_hard", "locality_sibling", "portability", "stale")
-    questions = [question(f"e{i}-{s}", f"e{i}", s) for i in range(4) for s in splits]
-    questions += [question(f"g{i}", None, "general") for i in range(2)] + [question(f"x{i}", None, "text") for i in range(2)]
-    return load_run(write_run(out, events, questions, {"e": records}, base))
-
-
-def ask(edit: int, step: int, hits: int, split: str = "edit", **more: object) -> dict:
-    time = {"probe_time": (step - 1) / 2} | more
-    return record(edit_id=f"e{edit}", question_id=f"e{edit}-{split}", split=split, probe_step=step, **answer(hits), **time)
-
-
-def now(edit: int, hits: int) -> dict:
-    return ask(edit, edit + 1, hits, probe="right_after")
+from tests.helpers.small_runs import FEW, answer, ask, now, small, values
 
 
 @pytest.fixture(scope="module")
@@ -325,52 +294,6 @@ def test_same_seed_same_summary(fake: Run, fake_summary: dict) -> None:
     other = summarise(fake, seed=1, replicates=FEW)["editors"]["finetune"]["edit_success"]
     assert other["value"] == fake_summary["editors"]["finetune"]["edit_success"]["value"]
     assert other["low"] != fake_summary["editors"]["finetune"]["edit_success"]["low"]
-
-
-hits = st.lists(st.integers(0, 2), min_size=4, max_size=4)
-chances = st.lists(st.floats(0.05, 1), min_size=4, max_size=4)
-quiet = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-def measured(run: Run, frame_change=lambda rows: rows) -> dict[str, float]:
-    editor = run.editors["e"]
-    changed = type(editor)(editor.name, editor.folder, frame_change(editor.records), editor.reports, editor.base)
-    return {k: d.value for k, d in measure(run, changed, Resampler(run.clusters, np.random.default_rng(0), 20)).items()}
-
-
-@quiet
-@given(first=hits, last=hits, chance=chances)
-def test_properties_of_any_answers(
-    tmp_path_factory: pytest.TempPathFactory, first: list[int], last: list[int], chance: list[float]
-) -> None:
-    rows = [now(i, h) for i, h in enumerate(first)] + [ask(i, 4, h, incl_prob=p) for i, (h, p) in enumerate(zip(last, chance))]
-    rows += [ask(i, 4, h, s) for i, h in enumerate(last) for s in ("text_generality", "image_generality", "locality_hard")]
-    run = small(tmp_path_factory.mktemp("properties"), rows)
-    got = measured(run)
-    for name, value in got.items():
-        assert (-1 if metric_of(name).unit == "difference" else 0) <= value <= 1
-    shuffled = measured(run, lambda r: r.sample(frac=1, random_state=3))
-    assert shuffled == pytest.approx(got)
-    scaled = measured(run, lambda r: r.assign(weight=r["weight"] * 7))
-    assert scaled == pytest.approx(got)
-    assert min(last) / 2 - 1e-9 <= got["edit_success"] <= max(last) / 2 + 1e-9
-
-
-@quiet
-@given(constant=hits, chance=chances)
-def test_constant_answers_are_never_forgotten(tmp_path_factory: pytest.TempPathFactory, constant: list[int], chance: list[float]) -> None:
-    rows = [now(i, h) for i, h in enumerate(constant)]
-    rows += [ask(i, s, constant[i], incl_prob=chance[i]) for s in (2, 4) for i in range(s)]
-    got = measured(small(tmp_path_factory.mktemp("constant"), rows))
-    zero = [m for m in got if m.startswith(("forgetting", "backward"))]
-    assert {m: got[m] for m in zero} == pytest.approx(dict.fromkeys(zero, 0.0))
-    assert len(zero) == 3 * len(SCORING_MODES)
-
-
-def test_an_answer_of_weight_two_counts_as_two_answers(tmp_path: Path) -> None:
-    one = measured(small(tmp_path / "a", [ask(0, 4, 2), ask(1, 4, 0)]))
-    doubled = measured(small(tmp_path / "b", [ask(0, 4, 2, incl_prob=0.5), ask(1, 4, 0), ask(2, 4, 0)]))
-    assert one["edit_success"] == doubled["edit_success"] == 0.5
 
 
 def test_guessing_scores_one_over_the_number_of_competing_choices() -> None:
