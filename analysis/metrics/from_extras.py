@@ -7,6 +7,7 @@ an edit hardly changes, would dilute the measure.
 
 **Truthfulness** by multiple choice (Lin, Hilton and Evans 2022), from the log-probabilities of the choices. MC1: the best
 answer is the likeliest of the competing choices. MC2: the probability of all right answers among all choices.
+Self-assessment takes the probability of the new answer's letter in the same way.
 
 **Deferral** of editors with a gate: which questions they leave to the unedited model. An edit bears on its own question and
 its rephrasings, which the editor should answer; it should leave locality and general questions. Portability, stale
@@ -74,6 +75,27 @@ def counterfact_scores(editor: EditorRun, resampler: Resampler) -> Metrics:
         metrics |= means(name, rows, rows[["gen"]].to_numpy(), resampler) if not rows.empty else {}
     if len(metrics) == len(COUNTERFACT):
         metrics["counterfact_score"] = combine(harmonic, *metrics.values())
+    return metrics
+
+
+def self_assessment(run: Run, editor: EditorRun, resampler: Resampler) -> Metrics:
+    """Probability of the new answer at the end where it is an option beside the old one, and beside "uncertain" too, and that of
+    "uncertain"; the mean over both orders of the options. In [0, 1]; absent without the questions of the probe self-assessment.
+
+    Source: SA-MCQ (arXiv 2604.05995). A model that prefers a letter, whatever it says, has 1/2 with two options.
+    """
+    rows = at_end(editor.records, "self_assessment")
+    if rows.empty:
+        return {}
+    questions = run.questions.iloc[rows["question"]]
+    logprobs = _by_question(answers_with(editor.folder, "choices", ("question_id",), [int(rows["step"].iloc[0])]), "choices")
+    options = questions["choices"].map(len).to_numpy()
+    metrics: Metrics = {}
+    for name, count, last in (("", 2, False), ("_three", 3, False), ("_uncertain", 3, True)):
+        own = questions[options == count]
+        right = [[c == (choices[-1] if last else answer) for c in choices] for answer, choices in zip(own["answer"], own["choices"])]
+        masses = [probability_of(logprobs.get(q, []), r) for q, r in zip(own["question_id"], right)]
+        metrics |= means(f"self_assessment{name}", rows[options == count], np.array(masses)[:, None], resampler) if masses else {}
     return metrics
 
 

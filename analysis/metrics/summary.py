@@ -24,7 +24,7 @@ from analysis.metrics.catalogue import GENERALITY, KINDS, LOCALITY, split_name
 from analysis.metrics.collapse import collapse, hard_edits
 from analysis.metrics.comparison import competing, main_mode
 from analysis.metrics.forgetting import edit_metrics
-from analysis.metrics.from_extras import counterfact_scores, deferral, first_token_agreement, truthfulness
+from analysis.metrics.from_extras import counterfact_scores, deferral, first_token_agreement, self_assessment, truthfulness
 from analysis.metrics.plugin import plugin_metrics
 from analysis.reading.load import EditorRun, Run
 from analysis.reading.records import SCORES
@@ -32,7 +32,8 @@ from analysis.reading.records import SCORES
 PUBLISHED = (*GENERALITY, "locality_hard")
 """Kinds in the harmonic mean of the papers."""
 _OWN_NAMES = (*KINDS, "portability")
-AT_END = {"edit_success": "edit"} | dict(zip(_OWN_NAMES, _OWN_NAMES)) | {"stale_rate": "stale", "general_score": "general"}
+_OTHERS = {"stale_rate": "stale", "relapse_rate": "persistence", "general_score": "general"}
+AT_END = {"edit_success": "edit"} | dict(zip(_OWN_NAMES, _OWN_NAMES)) | _OTHERS
 """Name to split of the metrics that are mean scores at the end."""
 EXPECTED = (*AT_END, "edit_success_now", "perplexity_ratio")
 """Metrics whose absence gets a note in the summary."""
@@ -85,7 +86,7 @@ def measure(run: Run, editor: EditorRun, resampler: Resampler) -> Metrics:
     metrics |= mean_scores("edit_success_now", right_after(rows), resampler) | gain(editor, resampler)
     metrics |= over_kinds(metrics) | edit_metrics(run, editor, resampler)
     metrics |= side_effect_metrics(run, editor, resampler)
-    metrics |= counterfact_scores(editor, resampler)
+    metrics |= counterfact_scores(editor, resampler) | self_assessment(run, editor, resampler)
     metrics |= first_token_agreement(run, editor, resampler) | truthfulness(run, editor, resampler) | deferral(run, editor, resampler)
     metrics |= plugin_metrics(run, editor, resampler)
     return {name: d for name, d in metrics.items() if not np.isnan(d.value)}
