@@ -81,8 +81,8 @@ class AskResult:
     extras: Mapping[str, Any]
 
 
-def ask(config: AskConfig) -> AskResult:
-    """Rebuild an editor and ask it a question.
+def ask(config: AskConfig, stored: StoredRun | None = None) -> AskResult:
+    """Rebuild an editor and ask it a question. stored: the run of the folder where it is rebuilt already.
 
     Raises `BadConfig` for an unknown editor or step, a question that does not fit, or an editor that needs the right
     answers; `BadPicture` for the image; and what `rebuild` raises.
@@ -90,7 +90,7 @@ def ask(config: AskConfig) -> AskResult:
     if not config.question.strip():
         raise BadConfig("the question is empty")
     _check_step(config.as_of, RunFolder(config.out).n_steps())
-    stored = rebuild(config.out, {"device": config.device})
+    stored = stored or rebuild(config.out, {"device": config.device})
     _check_step(config.as_of, stored.n_steps)  # the stored schedule may be damaged, and is then planned again
     step = stored.n_steps if config.as_of is None else config.as_of
     prompt = _prompt(config, stored.run.handle)

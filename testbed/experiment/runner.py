@@ -1,4 +1,4 @@
-"""A whole run: `testbed.study(RunConfig(...))` is the Python form of the command line."""
+"""A whole run, as the command line and `testbed.study` make it."""
 
 from __future__ import annotations
 
