@@ -19,7 +19,8 @@ from testbed.bench.common import BenchConfig, Rows, questions_about, seconds_of
 from testbed.bench.models import open_model
 from testbed.editors.codebook.balancedit import LowRankWeights
 from testbed.editors.codebook.codebook import Codebook, Entry
-from testbed.editors.codebook.nearest import Keys, Nearest
+from testbed.editors.codebook.memoir import OverlapRouter, packed
+from testbed.editors.codebook.nearest import Keys, Metric, Nearest
 from testbed.model.encoding import collate
 from testbed.model.handle import ModelHandle
 from testbed.storage.files import write_state
@@ -49,6 +50,8 @@ class RetrievalTime:
     """Milliseconds of the retrieval for one batch and of the forward of that batch, the fastest of several."""
 
     model: str
+    search: str
+    """What is searched: the nearest key of each prompt, that of each token (`neuraldb`), or the mask that overlaps most (`memoir`)."""
     rows: int
     entries: int
     width: int
@@ -120,15 +123,30 @@ def retrieval(handle: ModelHandle, stream: Stream, sizes: tuple[int, ...] = SIZE
     with torch.no_grad():
         forward = _fastest(lambda: handle.model(**batch.inputs, use_cache=False), 7)
     width = handle.parameter(handle.down_weight(-1)).numel() // handle.width
-    return [RetrievalTime(handle.name, rows, n, width, _search_time(n, width, rows), 1e3 * forward) for n in sizes]
+    searches = {
+        "key of each prompt": lambda n: _search_time(n, width, rows),
+        "key of each token": lambda n: _search_time(n, width, batch.prompt.numel(), "cosine"),
+        "mask of each prompt": lambda n: _overlap_time(n, width, rows),
+    }
+    return [RetrievalTime(handle.name, what, rows, n, width, time(n), 1e3 * forward) for what, time in searches.items() for n in sizes]
 
 
-def _search_time(n: int, width: int, rows: int) -> float:
+def _search_time(n: int, width: int, rows: int, metric: Metric = "euclidean") -> float:
     """Milliseconds of one search, in which half of the queries lie near a key."""
     keys = draw_keys(n, width)
-    search = Nearest(Keys(keys), torch.full((n,), 0.1 * width**0.5, dtype=torch.float64))
+    radius = 0.1 * width**0.5 if metric == "euclidean" else 0.35
+    search = Nearest(Keys(keys, metric), torch.full((n,), radius, dtype=torch.float64))
     queries = torch.cat([keys[: max(1, rows // 2)] + 0.01, draw_keys(rows, width, 1)])[:rows]
     return 1e3 * _fastest(lambda: search(queries), 7)
+
+
+def _overlap_time(n: int, width: int, rows: int) -> float:
+    """Milliseconds of the comparison of masks, of two sevenths of the columns, with all that are stored."""
+    k = round(width * 2 / 7)
+    generator = torch.Generator().manual_seed(0)
+    masks = torch.cat([packed(torch.rand(min(500, n - at), width, generator=generator).topk(k).indices, width) for at in range(0, n, 500)])
+    router = OverlapRouter([str(i) for i in range(n)], masks, k, 0.4)
+    return 1e3 * _fastest(lambda: router.retrieve(masks[:rows]), 7)
 
 
 def codebook_bytes(entries: int = 10_000, width: int = WIDTH_7B, inner: int = INNER_7B) -> CodebookBytes:
