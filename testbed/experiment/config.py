@@ -45,7 +45,7 @@ class RunConfig:
 
     stream: str = "okedit-yearly"
     """Stream of edits (see --list)."""
-    editor: tuple[str, ...] = ("noop", "oracle", "finetune", "balancedit")
+    editor: tuple[str, ...] = ("noop", "oracle", "finetune", "balancedit", "elder", "alphaedit", "scr")
     """Editors, separated by commas; settings in brackets make a variant: 'memit,memit[history=true]'."""
     model: str = "tiny"
     """`tiny`, a folder written by save_pretrained, or a hub id."""

@@ -104,8 +104,8 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"set": ("finetune.steps",)}, "is not of the form editor.field=value"),
     ({"set": ("steps=3",)}, "is not of the form"),
     (
-        {"set": ("wise.steps=3",)},
-        "'wise', which takes no part in this run (balancedit, benchmarks, finetune, noop, oracle, probes, stream)",
+        {"editor": ("noop", "finetune"), "set": ("wise.steps=3",)},
+        "'wise', which takes no part in this run (benchmarks, finetune, noop, probes, stream)",
     ),
     ({"set": ("finetune.step=3",)}, "FinetuneConfig has no field 'step'"),
     ({"set": ("finetune.steps=x",)}, "steps='x': expected a whole number"),

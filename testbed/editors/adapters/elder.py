@@ -52,7 +52,7 @@ def derived(handle: ModelHandle) -> Values:
     stop = depth if depth < SHALLOW else round(0.82 * depth)
     layers = range(max(0, stop - min(6, max(1, depth // 2))), stop)
     names = [handle.down_weight(i).removesuffix(".weight").replace(".", r"\.") for i in layers]
-    steps = {"lr": 2e-3, "guide": 1.0, "steps": 30} if depth < SHALLOW else {"lr": 1e-3, "guide": 0.1}
+    steps = {"lr": 5e-3, "guide": 1.0, "steps": 30} if depth < SHALLOW else {"lr": 1e-3, "guide": 0.1}
     return {"modules": f"^({'|'.join(names)})$", **steps}
 
 
