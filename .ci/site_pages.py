@@ -19,6 +19,11 @@ def on_files(files: Files, config: Any) -> Files:
     return files
 
 
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Links that lead to these files in a checkout lead to their pages on the site."""
+    return markdown.replace("](../streams/cards/", "](cards/").replace("](notebook.ipynb)", "](notebook.md)")
+
+
 def notebook(path: Path) -> str:
     """The text and the code of a notebook as a page."""
     cells = json.loads(path.read_text("utf-8"))["cells"]
