@@ -24,7 +24,7 @@ from streams.base import TrainPool
 from testbed.core.events import EditBatch, EditEvent, content_id
 from testbed.core.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt
 from testbed.core.timing import timed
-from testbed.editors.base import BadEditor, EditFailed, EditorConfig, Traits, WeightEditor
+from testbed.editors.base import BadEditor, EditFailed, EditorConfig, Traits, WeightEditor, require_same
 from testbed.editors.hyperparameters import SHALLOW, Values
 from testbed.editors.locate.general_text import corpus_of, corpus_problem
 from testbed.editors.locate.keys import KeyComputation, ask_of, draw_contexts, subject_of
@@ -302,9 +302,11 @@ class LocateEditor(WeightEditor):
         return self.deltas.parameters()
 
     def _state(self) -> dict[str, Any]:
-        return {"contexts": self.contexts, **self.deltas.state()}
+        return {"contexts": self.contexts, "model": self.handle.hash, **self.deltas.state()}
 
     def _load(self, state: dict[str, Any]) -> None:
+        if "model" in state:  # a state of an older version does not say whose keys it holds
+            require_same(state, {"model": self.handle.hash})
         self.contexts = list(state["contexts"])
         self.deltas.load(state)
         self.ridges = {}

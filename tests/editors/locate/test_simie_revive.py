@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -12,10 +13,11 @@ from torch import Tensor
 
 from testbed.core.events import EditBatch, EditEvent
 from testbed.core.registry import UnknownName
+from testbed.editors.base import BadEditor
 from testbed.editors.locate.revive import leading_directions
 from testbed.editors.locate.solver import IdentityPrior, Ridge
 from testbed.experiment.config import RunConfig
-from tests.helpers.facts import FACTS, fact, make
+from tests.helpers.facts import FACTS, POOL, fact, make
 from tests.helpers.models import build
 
 F, D = 10, 6
@@ -130,3 +132,27 @@ def test_tau_zero_is_the_host_and_all_of_it_writes_nothing() -> None:
     with pytest.raises(UnknownName, match="solves otherwise"):
         RunConfig(editor=("memit+simie+prune",)).resolve_editor("memit+simie+prune")
     assert not RunConfig(editor=("memit+simie+rect-naive", "memit-seq+revive+rect", "rome+simie")).problems()
+
+
+@pytest.mark.parametrize("name", ["memit", "memit-seq+simie", "memit-seq+revive", "memit-seq+rect", "alphaedit[shrink=true]"])
+def test_nothing_left_to_write_and_edits_of_one_key_have_their_rules(name: str) -> None:
+    """A residual of zero writes nothing; edits of other facts with one key are made, at finite weights, and counted."""
+    resolved = RunConfig().resolve_editor(name)
+    settled: Any = resolved.cls(dataclasses.replace(resolved.config, contexts=0, steps=3))
+    settled.prepare(build("llama"), POOL)
+    settled._residual = lambda computation, target, keys: torch.zeros_like(target)
+    assert not settled.apply(EditBatch((FACTS[0],), 1)).failed
+    for n, w in settled.edited_weights().items():
+        assert torch.equal(w, build("llama").parameter(n).float())
+    alike = [
+        EditEvent("add", 1.0, i, FACTS[1].prompt, t, subject="Zor", relation=str(i), source=str(i)) for i, t in enumerate(("red", "blue"))
+    ]
+    again: Any = resolved.cls(dataclasses.replace(resolved.config, contexts=0, steps=3))
+    again.prepare(build("llama"), POOL)
+    report = again.apply(EditBatch(tuple(alike), 1))
+    assert not report.failed and report.notes["collisions"] == 1
+    assert all(torch.isfinite(w).all() for w in again.edited_weights().values())
+    with pytest.raises(BadEditor, match="made with model another"):
+        settled.load_state_dict({**again.state_dict(), "model": "another"})
+    old = {k: v for k, v in again.state_dict().items() if k != "model"}
+    settled.load_state_dict(old)  # of a version that did not say
