@@ -12,7 +12,8 @@ import csv
 import io
 import json
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +24,8 @@ from testbed.core.events import BadPicture, Question
 from testbed.core.ranges import NonNegativeInt, PositiveInt, out_of_range
 from testbed.probes.base import Benchmark, draw
 
+MOST_UNPACKED = 2**30
+"""Bytes that one file in a zip may unpack to."""
 _SPLITS = ("_test", "_dev", "_val", "_validation")
 
 
@@ -160,32 +163,44 @@ def _items(path: Path, skipped: list[str]) -> Iterator[BenchmarkItem]:
                 skipped.append(f"{where}: {e}")
             except BadItem as e:
                 raise BadBenchmark(f"{where}: {e}") from e
-    except (OSError, UnicodeDecodeError, zipfile.BadZipFile, csv.Error) as e:
+    except (OSError, UnicodeDecodeError, zipfile.BadZipFile, zlib.error, csv.Error) as e:
         raise BadBenchmark(f"{path} cannot be read: {e}") from e
     if not n:
         raise BadBenchmark(f"{path} holds no records")
 
 
-def _json_lines(name: str, text: str) -> Iterator[tuple[str, Any]]:
-    for i, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON text may hold U+2028
-        if line.strip():
-            try:
-                yield f"{name}:{i}", json.loads(line)
-            except ValueError as e:
-                raise BadBenchmark(f"{name}:{i} is not JSON: {e}") from e
+def _json_lines(name: str, lines: Iterable[str]) -> Iterator[tuple[str, Any]]:
+    """Records of lines that end in a line feed alone, because JSON text may hold U+2028."""
+    yield from ((f"{name}:{i}", _parsed(f"{name}:{i}", line)) for i, line in enumerate(lines, 1) if line.strip())
+
+
+def _parsed(where: str, text: str) -> Any:
+    """A JSON value. Raises `BadBenchmark`, also for one that is nested too deeply to be a record."""
+    try:
+        return json.loads(text)
+    except RecursionError as e:
+        raise BadBenchmark(f"{where} is nested too deeply to be a record: expected an object of texts and lists of texts") from e
+    except ValueError as e:
+        raise BadBenchmark(f"{where} is not JSON: {e}") from e
 
 
 def _zipped(path: Path) -> Iterator[tuple[str, Any]]:
+    """Records of the .jsonl files in a zip, read line by line, because a small archive may unpack to more than the memory."""
     with zipfile.ZipFile(path) as z:
-        for name in sorted(n for n in z.namelist() if n.endswith(".jsonl") and not Path(n).name.startswith(".")):
-            yield from _json_lines(f"{path}!{name}", z.read(name).decode("utf-8"))
+        for member in sorted((m for m in z.infolist() if _holds_records(m.filename)), key=lambda m: m.filename):
+            if member.file_size > MOST_UNPACKED:
+                size = f"{member.file_size / 1e6:,.0f} MB"
+                raise BadBenchmark(f"{path}!{member.filename} unpacks to {size}, over {MOST_UNPACKED / 1e6:,.0f} MB: unpack and split it")
+            with z.open(member) as raw:
+                yield from _json_lines(f"{path}!{member.filename}", io.TextIOWrapper(raw, "utf-8", newline="\n"))
+
+
+def _holds_records(name: str) -> bool:
+    return name.endswith(".jsonl") and not Path(name).name.startswith(".")
 
 
 def _listed(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        records = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise BadBenchmark(f"{path} is not JSON: {e}") from e
+    records = _parsed(str(path), path.read_text(encoding="utf-8"))
     if not isinstance(records, list):
         raise BadBenchmark(f"{path} must hold a list of objects, found {type(records).__name__}")
     yield from ((f"{path}[{i}]", r) for i, r in enumerate(records))
@@ -221,7 +236,7 @@ def _bare(path: Path) -> bool:
 
 
 _READERS: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {
-    ".jsonl": lambda path: _json_lines(str(path), path.read_text(encoding="utf-8")),
+    ".jsonl": lambda path: _json_lines(str(path), path.read_text(encoding="utf-8").split("\n")),
     ".json": _listed,
     ".csv": _table,
     ".zip": _zipped,

@@ -200,6 +200,19 @@ def test_what_guessing_scores(tmp_path: Path) -> None:
     assert "chance" not in found[2]
 
 
+def test_a_zip_is_read_by_the_line_and_one_that_unpacks_to_too_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = [json.dumps({"context": f"the old\u2028bridge {i}", "continuation": "stands"}, ensure_ascii=False) for i in range(4)]
+    with zipfile.ZipFile(tmp_path / "many.zip", "w", zipfile.ZIP_DEFLATED) as z:
+        z.writestr("b.jsonl", "\n".join(records[1:]))
+        z.writestr("a.jsonl", f"{records[0]}\r\n\n")
+        z.writestr("large.txt", "x" * 100_000)
+    found = load([tmp_path / "many.zip"], BenchmarkConfig()).every
+    assert [describe(b)["items"] for b in found] == [4]
+    monkeypatch.setattr("testbed.benchmarks.files.MOST_UNPACKED", 100)
+    with pytest.raises(BadBenchmark, match=r"many\.zip!b\.jsonl unpacks to .* MB, over .* MB: unpack and split it"):
+        load([tmp_path / "many.zip"], BenchmarkConfig())
+
+
 def raw(text: bytes) -> Callable[[Path], Path]:
     def make(path: Path) -> Path:
         path.write_bytes(text)
@@ -215,6 +228,8 @@ WRONG: list[tuple[str, Any, str]] = [
     ("a.json", raw(b"[1"), "is not JSON"),
     ("a.jsonl", raw(b"\xff\xfe"), "cannot be read"),
     ("a.zip", raw(b"PK no"), "cannot be read"),
+    ("a.jsonl", raw(b"[" * 100_000 + b"]" * 100_000), r"a\.jsonl:1 is nested too deeply"),
+    ("a.json", raw(b"[" * 100_000 + b"]" * 100_000), "is nested too deeply"),
     ("a.pdf", raw(b"x"), r"expected a file that ends in \.jsonl, \.json, \.csv, \.zip, \.txt"),
     ("a.jsonl", [[1]], r"a\.jsonl:1: expected an object, found list"),
     ("a.jsonl", [{"colour": 1}], r"the fields colour fit no known format\. Known formats: query, choices, gold; context, continuation"),
