@@ -51,10 +51,10 @@ TEXT: dict[str, dict[str, Any]] = {
     "phimoe": _LOCAL,
     "gpt_oss": {**_LOCAL, "head_dim": 16},
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
-    "qwen2_moe": {**_EXPERTS, "shared_expert_intermediate_size": 32},
+    "qwen2_moe": {**_EXPERTS, "shared_expert_intermediate_size": 96},
     "qwen3_moe": {**_EXPERTS, "head_dim": 16},
     "deepseek_v2": {**_DEEPSEEK, "q_lora_rank": None},
-    "deepseek_v3": {**_DEEPSEEK, "q_lora_rank": 16},
+    "deepseek_v3": {**_DEEPSEEK, "q_lora_rank": 16, "n_shared_experts": 3, "routed_scaling_factor": 1.0},
     "mamba": {"state_size": 8},
     "mamba2": {"state_size": 8, "head_dim": 16, "num_heads": 8, "n_groups": 1},
 }
@@ -149,7 +149,7 @@ def gemma3() -> tuple[Any, Any]:
     words = _renamed(tokenizer(), {"<|vision_start|>": "<start_of_image>"}, **names)
     text = {**LLAMA, **_GEMMA, "sliding_window": 64}
     places: Any = {"image_token_index": 4, "boi_token_index": 7, "eoi_token_index": 8, "mm_tokens_per_image": 4}
-    config = hf.Gemma3Config(vision_config={**VISION, "image_size": SIDE}, text_config=text, **places)
+    config = hf.Gemma3Config(vision_config={**VISION, "image_size": SIDE}, text_config=text, tie_word_embeddings=False, **places)
     return hf.Gemma3ForConditionalGeneration(config), hf.Gemma3Processor(Gemma3ImageProcessorPil(size=_SIZE), words, image_seq_length=4)
 
 

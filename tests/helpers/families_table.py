@@ -25,7 +25,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 BEGIN, END = "<!-- table: python -m tests.helpers.families_table --write -->", "<!-- end of the table -->"
 COLUMNS = {
     "finetune": "fine-tuning",
-    "alphaedit": "locate-then-edit",
+    "rome": "locate-then-edit",
     "balancedit": "codebook",
     "lora": "adapter",
     "ike": "facts in the prompt",
@@ -33,12 +33,15 @@ COLUMNS = {
 """One editor of each package, and the kind that it stands for."""
 SETTINGS: dict[str, dict[str, Any]] = {
     "ike": {"encoder": "bm25"},
-    "alphaedit": {"threshold": 1.0, "steps": 40},
+    "rome": {"layer": 1, "steps": 60},
     "finetune": {"steps": 40},
-    "lora": {"steps": 60},
+    "balancedit": {"steps": 100, "lr": 0.02},
+    "lora": {"steps": 100, "lr": 0.02},
 }
+"""Settings with which an edit is learned on random weights of a small model, where a method's own are for trained models."""
 WORKS = "yes"
-_LEAST = 0.1
+NOT_SHOWN = "written, but on these random weights the answer does not change"
+_LEAST = 0.05
 """Nats a token by which an edit that is learned makes its target likelier."""
 
 
@@ -75,9 +78,17 @@ def _reason(error: Exception) -> str:
     return "routed experts without a shared one: no one matrix holds a fact" if "routed experts" in str(error) else str(error)
 
 
+def _shown(kind: str, name: str) -> str:
+    """The outcome, or that the edit was written and does not do what it should on random weights."""
+    try:
+        return outcome(kind, name)
+    except AssertionError:
+        return NOT_SHOWN
+
+
 def table(kinds: Sequence[str] = KINDS, names: Sequence[str] = tuple(COLUMNS)) -> str:
     """The table in Markdown, and its notes."""
-    found = {(k, n): outcome(k, n) for k in kinds for n in names}
+    found = {(k, n): _shown(k, n) for k in kinds for n in names}
     reasons = [*dict.fromkeys(r for r in found.values() if r != WORKS)]
     cell = {c: "yes" if r == WORKS else f"no ({reasons.index(r) + 1})" for c, r in found.items()}
     lines = ["| family | pictures | " + " | ".join(f"{COLUMNS[n]} (`{n}`)" for n in names) + " |", "|---" * (len(names) + 2) + "|"]
