@@ -57,7 +57,7 @@ def test_a_picture_counts_and_so_do_the_words_about_it(kind: str) -> None:
     predictor = ModelPredictor(build(kind))
     questions = [Ask("who leads?", Noise(1)), Ask("who leads?", Noise(3)), Ask("who builds?", Noise(1)), Ask("who leads?")]
     scores = [float(s.logprobs[0]) for s in predictor.score(questions, ["green"] * 4)]
-    assert len({round(s, 4) for s in scores}) == 4
+    assert len(set(scores)) == 4
     again = predictor.score(questions, ["green"] * 4)
     np.testing.assert_allclose([float(s.logprobs[0]) for s in again], scores, atol=1e-3)
 
