@@ -37,11 +37,12 @@ def test_the_templates_pass_in_an_empty_folder(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir() if p.name != "__pycache__") == ["mine.py", "words.py"]
 
 
+_KEPT = "self.weight = weight.detach()"
 BREAKS = {
-    "the base model's weights changed": ("self.weight = weight.detach()", "self.weight = weight.detach()\n        self.handle.parameter(self.weight_name).data.add_(1)"),
+    "the base model's weights changed": (_KEPT, f"{_KEPT}\n        self.handle.parameter(self.weight_name).data.add_(1)"),
     "_state lacks something": ('return {"weight": self.weight}', 'return {"weight": torch.zeros_like(self.weight)}'),
-    "never change them in place": ("self.weight = weight.detach()", "self.weight.copy_(weight.detach())"),
-}  # fmt: skip
+    "never change them in place": (_KEPT, "self.weight.copy_(weight.detach())"),
+}
 FIRST = {
     "the base model's weights changed": editors.editing_and_probing_leave_the_base_and_the_state_bit_identical,
     "_state lacks something": editors.a_stored_state_answers_alike,
