@@ -38,10 +38,12 @@ def test_the_templates_pass_in_an_empty_folder(tmp_path: Path) -> None:
 
 
 _KEPT = "self.weight = weight.detach()"
+LAST = "self.weight = weight.detach()"
+WRITES = "self.handle.parameter(self.weight_name).data.add_(1)"
 BREAKS = {
-    "the base model's weights changed": (_KEPT, f"{_KEPT}\n        self.handle.parameter(self.weight_name).data.add_(1)"),
+    "the base model's weights changed": (LAST, f"{LAST}\n        {WRITES}"),
     "_state lacks something": ('return {"weight": self.weight}', 'return {"weight": torch.zeros_like(self.weight)}'),
-    "never change them in place": (_KEPT, "self.weight.copy_(weight.detach())"),
+    "never change them in place": (LAST, "self.weight.copy_(weight.detach())"),
 }
 FIRST = {
     "the base model's weights changed": editors.editing_and_probing_leave_the_base_and_the_state_bit_identical,
