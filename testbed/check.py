@@ -161,13 +161,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = [part for a in (sys.argv[1:] if argv is None else argv) for part in variants.names(a)]
     config = tyro.cli(CheckConfig, args=args, prog="testbed check")
     console, failed = Console(), list[Outcome]()
-    code, _ = run_command(lambda: failed.extend(o for o in outcomes(config) if _told(console, o)), "the same command")
+    code, _ = run_command(lambda: failed.extend(o for o in outcomes(config) if _show(console, o)), "the same command")
     if code == 0:
         console.print(f"{len(failed)} checks failed" if failed else "every check passed", highlight=False)
     return code or (1 if failed else 0)
 
 
-def _told(console: Console, done: Outcome) -> bool:
+def _show(console: Console, done: Outcome) -> bool:
     """Print the outcome; whether the check failed."""
     end = f"FAILED: {done.problem}" if done.problem else "passed"
     console.print(f"{done.subject}: {done.check}: {end}", markup=False, highlight=False, soft_wrap=True)

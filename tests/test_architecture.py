@@ -17,7 +17,7 @@ from testbed.core.registry import EDITORS, STREAMS
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("testbed", "streams", "analysis")
 FILES = sorted(p for name in PACKAGES for p in (ROOT / name).rglob("*.py"))
-NAMERS = {f"testbed/{(name,)}.py" for name in ("run", "check", "tune", "sweep", "bench/common", "experiment/config")}
+NAMERS = {f"testbed/{name}.py" for name in ("run", "check", "tune", "sweep", "bench/common", "experiment/config")}
 """Files that may name plug-ins: command lines, and the defaults of a run."""
 
 
