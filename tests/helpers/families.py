@@ -150,7 +150,9 @@ def gemma3() -> tuple[Any, Any]:
     text = {**LLAMA, **_GEMMA, "sliding_window": 64}
     places: Any = {"image_token_index": 4, "boi_token_index": 7, "eoi_token_index": 8, "mm_tokens_per_image": 4}
     config = hf.Gemma3Config(vision_config={**VISION, "image_size": SIDE}, text_config=text, tie_word_embeddings=False, **places)
-    return hf.Gemma3ForConditionalGeneration(config), hf.Gemma3Processor(Gemma3ImageProcessorPil(size=_SIZE), words, image_seq_length=4)
+    model = hf.Gemma3ForConditionalGeneration(config)
+    torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight)  # zero before training: pictures count for nothing
+    return model, hf.Gemma3Processor(Gemma3ImageProcessorPil(size=_SIZE), words, image_seq_length=4)
 
 
 def instructblip() -> tuple[Any, Any]:
