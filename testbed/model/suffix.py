@@ -185,6 +185,8 @@ def _additions(handle: ModelHandle, first: int, between: dict[int, Tensor]) -> I
 
     def enter(n: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
+        if n == first:
+            left.clear()  # another forward begins
         if left and hidden is not left[0] and hidden.device == left[0].device:
             between[n - 1] = hidden - left[0]
 

@@ -20,6 +20,7 @@ from testbed.core.registry import EDITORS
 from testbed.experiment.config import RunConfig
 from testbed.model import loading
 from testbed.model.answer_loss import TOKENS, answer_loss
+from testbed.model.families import LogitForm
 from testbed.model.prefix_cache import ImagePrefixes
 from tests.helpers.models import build
 from tests.helpers.plain_stream import plain as plain_stream
@@ -50,7 +51,7 @@ def test_attention_and_products_in_place_are_counted() -> None:
 
 def test_the_loss_under_a_wide_head_is_counted() -> None:
     head = nn.Linear(8, 3 * TOKENS, bias=False).requires_grad_(False)
-    handle: Any = type("Handle", (), {"head": head, "device": torch.device("cpu")})
+    handle: Any = type("Handle", (), {"head": head, "device": torch.device("cpu"), "logit_form": LogitForm()})
     x = torch.randn(4, 8, requires_grad=True)
     assert count_flops(lambda: answer_loss(handle, x, torch.arange(4))[0].sum().backward()) == 2 * 2 * 4 * 8 * 3 * TOKENS
 

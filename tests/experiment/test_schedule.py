@@ -208,7 +208,7 @@ def test_full_panels_are_asked_at_full_moments_only() -> None:
     for s in schedule(plain(35)).steps:
         probes = {a.probe for a in s.questions}
         if s.checkpoint.full:
-            assert probes | {"ladder", "benchmarks", "choices", "coming"} == set(PROBES.names())
+            assert probes | {"ladder", "benchmarks", "choices", "coming", "self-assessment", "persistence"} == set(PROBES.names())
         else:
             assert probes - {"ladder"} == {"right_after"} | ({"retention"} if "power" in s.checkpoint.reasons else set())
 
