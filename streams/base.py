@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -112,13 +113,18 @@ class TrainPool:
     """What editors may learn from before and during a run; no probe asks a question of it.
 
     questions: questions about unedited facts with the answers that the base model should give, for editors that sample
-        what must stay; texts: running text, for estimates of second moments; edits: edits of entities and pictures that no edit and
-        no question of the stream is about (their answers may be the same).
+        what must stay; texts: running text, for estimates of second moments; find_edits: gives `edits`, which cost a pass over
+        all records, so that they are looked for only where a method asks for them.
     """
 
     questions: tuple[Question, ...] = ()
     texts: tuple[str, ...] = ()
-    edits: tuple[TrainEdit, ...] = ()
+    find_edits: Callable[[], tuple[TrainEdit, ...]] = tuple
+
+    @cached_property
+    def edits(self) -> tuple[TrainEdit, ...]:
+        """Edits of entities and pictures that no edit and no question of the stream is about (their answers may be the same)."""
+        return self.find_edits()
 
 
 class BadStream(ValueError):

@@ -127,7 +127,7 @@ class Merged(Stream):
         """The train pools of all parts, without the questions that another part edits."""
         pools = [p.train_pool() for p in self.parts]
         texts = dict.fromkeys(t for pool in pools for t in pool.texts)
-        return TrainPool(tuple(self._pool.values()), tuple(texts), tuple(e for pool in pools for e in pool.edits if self._may_train(e)))
+        return TrainPool(tuple(self._pool.values()), tuple(texts), lambda: tuple(e for p in pools for e in p.edits if self._may_train(e)))
 
     def _may_train(self, edit: TrainEdit) -> bool:
         """Whether no part edits or asks in general any of its questions, nor edits its subject."""

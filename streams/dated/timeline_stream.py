@@ -89,4 +89,4 @@ class DatedStream(EntryStream):
 
     def train_pool(self) -> TrainPool:
         pool = tuple(e.as_belief(e.prompt, "train pool") for e in self._data.entries if e.role == "train")
-        return TrainPool(pool, edits=self._train_edits)
+        return TrainPool(pool, find_edits=self._train_edits)

@@ -253,9 +253,8 @@ class EntryStream(Stream):
     def train_pool(self) -> TrainPool:
         general = {q.prompt for q in self.general()}
         pool = [e for e in self._data.entries if e.role == "train" and e.previous and e.prompt not in general]
-        return TrainPool(tuple(e.as_belief(e.prompt, "train pool") for e in pool), edits=self._train_edits)
+        return TrainPool(tuple(e.as_belief(e.prompt, "train pool") for e in pool), find_edits=self._train_edits)
 
-    @cached_property
     def _train_edits(self) -> tuple[TrainEdit, ...]:
         return tuple(train_edits(self._data.entries, self.own_questions))
 

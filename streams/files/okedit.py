@@ -120,7 +120,7 @@ class OkeditFiles(EntryStream):
     def train_pool(self) -> TrainPool:
         """The questions, and their train paraphrases, of the records set aside for training."""
         pool = [e for e in self._data.entries if e.role == "train"]
-        return TrainPool(tuple(e.as_belief(p, "train pool") for e in pool for p in (e.prompt, *e.train)), edits=self._train_edits)
+        return TrainPool(tuple(e.as_belief(p, "train pool") for e in pool for p in (e.prompt, *e.train)), find_edits=self._train_edits)
 
 
 def find_split(root: Path | None) -> tuple[Path, Path, str]:

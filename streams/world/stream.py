@@ -106,7 +106,8 @@ class WorldStream(Stream):
         return self.maker.train_prompts(self._change(event).fact)
 
     def train_pool(self) -> TrainPool:
-        return TrainPool(pool_questions(self.world, self.maker.form.pictures), pool_texts(self.world), tuple(train_edits(self.maker)))
+        questions = pool_questions(self.world, self.maker.form.pictures)
+        return TrainPool(questions, pool_texts(self.world), lambda: tuple(train_edits(self.maker)))
 
     def beliefs(self) -> Iterator[Question]:
         """Every fact that the form may ask for, with its value at the start, in the prompt of an edit."""

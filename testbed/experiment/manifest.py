@@ -100,7 +100,9 @@ def _question_notes(run: PreparedRun) -> list[str]:
     """How the questions were cut to their budget and to the model, and what can never be right."""
     config, schedule, out = run.config, run.schedule, _paraphrases_asked(run.schedule)
     if schedule.scale < 1:
-        out.append(f"panels were shrunk to {100 * schedule.scale:.2g} % to keep to {config.probe_budget} questions per 500 edits")
+        last = min(1.0, schedule.scale * config.resolve_probes().end)
+        end = f" ({100 * last:.2g} % at the end)" if last != schedule.scale else ""
+        out.append(f"panels were shrunk to {100 * schedule.scale:.2g} %{end} to keep to {config.probe_budget} questions per 500 edits")
     if schedule.n_questions > (allowed := config.probe_budget * max(1.0, len(run.events) / GRID)):
         smallest = "the questions right after each edit and the smallest panels take more"
         out.append(f"{schedule.n_questions} questions are asked of each editor, not {allowed:.0f} (--probe-budget): {smallest}")

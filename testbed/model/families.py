@@ -6,6 +6,7 @@ for base language models. A family that is not listed gets `DEFAULT`, and the ru
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -160,6 +161,17 @@ def is_routed(layer: nn.Module) -> bool:
     """Whether the layer's MLP is a mixture of routed experts alone, so that no one matrix is passed by every token."""
     experts = any(path.rpartition(".")[2] == "experts" for path, _ in layer.named_modules())
     return experts and not any(_has(layer, path) for path in DOWN_PROJECTIONS)
+
+
+def expert_notes(layers: Sequence[nn.Module]) -> list[str]:
+    """A line for each matrix that editors change because a layer's MLP is a mixture of experts."""
+    paths: Counter[str] = Counter()
+    for layer in layers:
+        with suppress(UnknownLayout):
+            path = down_projection(layer)[0]
+            paths[path] += path in BESIDE_EXPERTS or "expert" in path
+    where = f"of {len(layers)} layers have a mixture of experts as their MLP: editors that change its down-projection change"
+    return [f"{n} {where} {path} there" for path, n in paths.items() if n]
 
 
 def _has(owner: nn.Module, path: str) -> bool:

@@ -78,7 +78,7 @@ def load(name: str, device: str = "auto", dtype: str = "auto", device_map: str |
     source = ModelSource(str(TINY)) if name == "tiny" else find_source(name, kind)
     try:
         handle = _load(name, source.place, place, kind, parts)
-        handle.notes += [source.note] if source.note else []
+        handle.notes += [*([source.note] if source.note else []), *families.expert_notes(handle.layers)]
         refuse_weights(handle)
         verify_hidden_states(handle)
         verify_padding(handle)

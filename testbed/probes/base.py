@@ -12,7 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import ClassVar, TypeVar
 
@@ -198,6 +198,15 @@ def ask_by_age(history: EditHistory, checkpoint: Checkpoint, n: int, splits: Ite
     number = {"text_generality": history.paraphrases}
     edits = {split: by_age(history, checkpoint, n, split) for split in splits}
     return [q for split in edits for q in ask_splits(history, edits[split], (split,), "age_mixed", number.get(split, 1))]
+
+
+def ask_where_replaced(history: EditHistory, checkpoint: Checkpoint, questions: Callable[[Applied], list[Question]]) -> list[Planned]:
+    """These questions about each of about 24 live edits (48 at the end) whose old answer is known; none between full checkpoints."""
+    if not checkpoint.full:
+        return []
+    known = tuple(a for a in history.live if (a.event.previous or a.event.target) != a.event.target)
+    edits = by_age(replace(history, live=known), checkpoint, history.size(48 if "end" in checkpoint.reasons else 24), "edit")
+    return [Planned(q, "age_mixed", edit, p) for edit, p in edits for q in questions(edit)]
 
 
 def ask_at_full(history: EditHistory, checkpoint: Checkpoint, n: int, splits: Iterable[str]) -> list[Planned]:

@@ -10,8 +10,7 @@ from dataclasses import replace
 
 from testbed.core.events import Question
 from testbed.core.registry import PROBES
-from testbed.probes.base import Applied, Checkpoint, EditHistory, Planned, Probe, by_age, of_split
-from testbed.probes.self_assessment import with_old_answers
+from testbed.probes.base import Applied, Checkpoint, EditHistory, Planned, Probe, ask_where_replaced, of_split
 
 PREFIXES = (
     "The weather was fine, and the market opened at eight.",
@@ -32,11 +31,7 @@ class Persistence(Probe):
     default = False
 
     def ask(self, history: EditHistory, checkpoint: Checkpoint) -> list[Planned]:
-        if not checkpoint.full:
-            return []
-        n = history.size(48 if "end" in checkpoint.reasons else 24)
-        edits = by_age(with_old_answers(history), checkpoint, n, "edit")
-        return [Planned(q, "age_mixed", edit, p) for edit, p in edits for q in behind_prefixes(history, edit)]
+        return ask_where_replaced(history, checkpoint, lambda edit: behind_prefixes(history, edit))
 
 
 def behind_prefixes(history: EditHistory, edit: Applied) -> list[Question]:

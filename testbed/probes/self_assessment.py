@@ -6,11 +6,9 @@ authors call surface compliance. Both orders of the options are asked, so that a
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from testbed.core.events import Question
 from testbed.core.registry import PROBES
-from testbed.probes.base import Applied, Checkpoint, EditHistory, Planned, Probe, by_age
+from testbed.probes.base import Applied, Checkpoint, EditHistory, Planned, Probe, ask_where_replaced
 
 LETTERS = ("A", "B", "C")
 UNCERTAIN = "uncertain"
@@ -26,16 +24,7 @@ class SelfAssessment(Probe):
     default = False
 
     def ask(self, history: EditHistory, checkpoint: Checkpoint) -> list[Planned]:
-        if not checkpoint.full:
-            return []
-        n = history.size(48 if "end" in checkpoint.reasons else 24)
-        edits = by_age(with_old_answers(history), checkpoint, n, "edit")
-        return [Planned(q, "age_mixed", edit, p) for edit, p in edits for q in assessments(edit)]
-
-
-def with_old_answers(history: EditHistory) -> EditHistory:
-    """The history with those live edits alone whose old answer is known and differs from the new one."""
-    return replace(history, live=tuple(a for a in history.live if (a.event.previous or a.event.target) != a.event.target))
+        return ask_where_replaced(history, checkpoint, assessments)
 
 
 def assessments(edit: Applied) -> list[Question]:

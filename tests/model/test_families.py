@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from streams.base import StreamConfig
 from testbed.core.events import Ask
+from testbed.core.registry import EDITORS, STREAMS
 from testbed.editors.adapters.lowrank import AdaptedSuffix, find_target_modules
 from testbed.editors.locate.core import refuse_routed
 from testbed.model import families
@@ -50,6 +52,17 @@ def test_a_score_and_an_answer_do_not_depend_on_the_rest_of_the_batch(kind: str)
         assert alone.score is not None and beside.score is not None
         np.testing.assert_allclose(alone.score.logprobs, beside.score.logprobs, atol=2e-3)
         assert alone.generated == beside.generated
+
+
+@pytest.mark.parametrize(("kind", "path"), [("mixtral", "self_attn.o_proj"), ("qwen2_moe", "mlp.shared_expert.down_proj"), ("gemma2", "")])
+def test_what_is_changed_in_the_place_of_a_down_projection_is_said(kind: str, path: str) -> None:
+    assert [path in n for n in build(kind).notes if "mixture of experts" in n] == [True] * bool(path)
+
+
+def test_a_method_that_writes_fewer_layers_than_it_was_given_says_so() -> None:
+    editor = EDITORS.get("memit")(EDITORS.get("memit").Config(layers=(0, 1)))
+    editor.prepare(build("gemma2"), STREAMS.get("world-yearly")(StreamConfig()).train_pool())
+    assert any(n.startswith("of layers 0, 1 only 1 is written") for n in editor.notes)
 
 
 @pytest.mark.parametrize("kind", [k for k in PICTURED if k in NEW])

@@ -143,6 +143,10 @@ class LocateEditor(WeightEditor):
     def _prepare(self, pool: TrainPool) -> None:
         self.pool = pool
         self.deltas = WeightDeltas(self.handle, self._check_layers())
+        for stage, written in zip(self._stages(), self._written_stages()):
+            if written != stage:
+                asked, why = ", ".join(map(str, stage)), "their MLP's output passes a norm, a factor or a gate before it is added"
+                self.notes.append(f"of layers {asked} only {written[0]} is written: {why}, so that layers below cannot take a share")
         self.second_moments: dict[int, Tensor] = {}
         self.priors: dict[int, Prior] = {}
         self.ridges: dict[int, Ridge] = {}
