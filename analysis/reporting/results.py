@@ -52,7 +52,7 @@ def table(folder: Path, metrics: Sequence[str]) -> str:
     """A Markdown table of the kept summaries: editors down, metrics across, each with its interval.
 
     Editors with the most orders come first; a row of fewer than three orders says that it is no claim.
-    Raises `BadRun` for a folder without summaries and for a metric that does not exist.
+    Raises `BadRun` for a folder without summaries, or with two of one editor and one order, and for a metric that does not exist.
     """
     if unknown := [m for m in metrics if m not in METRICS]:
         raise BadRun(f"unknown metrics: {', '.join(unknown)}")
@@ -62,12 +62,22 @@ def table(folder: Path, metrics: Sequence[str]) -> str:
     names = [m + main_mode(summaries[0]).suffix if METRICS[m].modes else m for m in metrics]
     lines = [_about(summaries, folder.name), ""]
     lines += [f"| | orders | {' | '.join(map(header, names))} |", "|---|---|" + "---|" * len(names)]
-    orders_of = {e: [s["editors"][e] for s in summaries if e in s["editors"]] for e in sorted({e for s in summaries for e in s["editors"]})}
-    for editor, orders in sorted(orders_of.items(), key=lambda item: -len(item[1])):
+    for editor, orders in sorted(_orders(folder, summaries).items(), key=lambda item: -len(item[1])):
         claim = "" if len(orders) >= LEAST_ORDERS else ", no claim"
         pooled = {name: _pooled([o[name] for o in orders], name) for name in names if all(name in o for o in orders)}
         lines.append(f"| `{editor}` | {len(orders)}{claim} | {' | '.join(cell(pooled, name, brief=True) for name in names)} |")
     return "\n".join(lines) + "\n"
+
+
+def _orders(folder: Path, summaries: Sequence[Summary]) -> dict[str, list[dict[str, Interval]]]:
+    """The metrics of each order of each editor, by its name. Raises `BadRun` where an order of an editor was kept twice."""
+    found: dict[tuple[str, int], dict[str, Interval]] = {}
+    for summary in summaries:
+        for editor, seed in ((e, s) for e in sorted(summary["editors"]) for s in summary["run"]["seeds"]):
+            if (editor, seed) in found:
+                raise BadRun(f"{folder} holds two summaries of {editor} in order {seed}: remove the one of older settings")
+            found[editor, seed] = summary["editors"][editor]
+    return {name: [m for (e, _), m in sorted(found.items()) if e == name] for name, _ in sorted(found)}
 
 
 def _pooled(entries: Sequence[Interval], name: str) -> Interval:
@@ -85,6 +95,8 @@ def _about(summaries: Sequence[Summary], name: str) -> str:
     made = f"`{run['stream']['name']}`, {run['model']['name']}, {run['edits']:,} edits in batches of {config['batch']}, orders {orders}"
     signs = f"shares in % by {main_mode(summaries[0]).title}, 95 % intervals in brackets"
     asked = f"edits asked: {min(counts):,} to {max(counts):,}"
+    budgets = sorted({s["run"]["config"]["probe_budget"] for s in summaries})
+    asked += f", questions an editor and 500 edits: {' or '.join(f'{b:,}' for b in budgets)}"
     return f"{made}; {signs}; {asked}: `python -m testbed.sweep docs/results/{name}.yaml`"
 
 

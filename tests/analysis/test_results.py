@@ -26,7 +26,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
             done = (editor, seed) != ("balancedit", 2)
             cells[f"{editor}{seed}"] = {"folder": f"cells/{editor}-{seed}", "state": "done" if done else "waiting"}
             if done:
-                about = {"stream": "fake-yearly", "edits": 40, "batch": 1, "data_root": "/a/place"}
+                about = {"stream": "fake-yearly", "edits": 40, "batch": 1, "probe_budget": 800, "data_root": "/a/place"}
                 fake_run(folder, Plan(edits=40, years=2, editors=(editor,), seed=seed), seed=seed, schedule_hash=str(seed), config=about)
                 write_all(folder, formats=(), tables=(), replicates=50)
     write_all([out / "cells" / f"finetune-{s}" for s in range(3)], formats=(), tables=(), to=out / "comparison", replicates=50)
@@ -54,6 +54,11 @@ def test_finished_cells_are_kept_and_the_page_has_their_numbers(sweep: Path, tmp
     assert [low, high] == pytest.approx([100 * pooled["low"], 100 * pooled["high"]], abs=4), "as the answers themselves give"
     assert rows["`balancedit`"].split("|")[2].strip() == "2, no claim"
     assert "orders 0, 1, 2" in text
+    twice = json.loads((tmp_path / "results" / "a" / "finetune-0.json").read_text())
+    (tmp_path / "results" / "a" / "finetune-old.json").write_text(json.dumps(twice))
+    with pytest.raises(BadRun, match="holds two summaries of finetune in order 0"):
+        results.write_page(page)
+    (tmp_path / "results" / "a" / "finetune-old.json").unlink()
     again = page.read_text()
     assert results.write_page(page) == again
 
