@@ -163,7 +163,7 @@ def is_routed(layer: nn.Module) -> bool:
     return experts and not any(_has(layer, path) for path in DOWN_PROJECTIONS)
 
 
-def expert_notes(layers: Sequence[nn.Module]) -> list[str]:
+def expert_notes(layers: nn.ModuleList) -> list[str]:
     """A line for each matrix that editors change because a layer's MLP is a mixture of experts."""
     paths: Counter[str] = Counter()
     for layer in layers:
