@@ -31,8 +31,8 @@ class InspectConfig:
     """Name of a stream."""
     data_root: Path | None = None
     """Folder of its files."""
-    missing_images: MissingImages = "skip"
-    """Records without their picture: skip them, ask without, or put their caption."""
+    missing_images: MissingImages = "skip-absent"
+    """Records without their picture: skip them (skip: those with a broken one too), ask without, or put their caption."""
     fields: tuple[str, ...] = ()
     """For `jsonl:`, `csv:` and `hub:`: OURS=THEIRS, as many as needed."""
     edits: int = 1000
@@ -53,6 +53,7 @@ def inspect_stream(config: InspectConfig) -> list[str]:
     lines += [f"edits: {len(events):,} ({kinds})"] + [f"year {e.year}: {e.prompt} -> {e.target}" for e in events[:3]]
     lines += stream.notes(events)
     lines += [f"skipped: {n:,} x {reason}" for reason, n in sorted(manifest["skipped_by_reason"].items(), key=lambda r: -r[1])[:10]]
+    lines += [f"broken picture: {problem}" for problem in list(manifest.get("broken_images", {}).values())[:10]]
     lines += [f"no picture for {field}: {n:,}" for field, n in manifest.get("missing_images", {}).items()]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     return [*lines, f"read in {loaded - began:.1f} s of CPU, edits made in {made - loaded:.1f} s, {peak:.2f} GB at most"]

@@ -19,7 +19,7 @@ from testbed.core.events import Ask, EditEvent, Question, content_id
 from testbed.core.ranges import Fraction, NonNegativeInt, PositiveInt, out_of_range
 
 TimeAxis = Literal["dated", "scheduled", "simulated"]
-MissingImages = Literal["skip", "text", "caption"]
+MissingImages = Literal["skip-absent", "skip", "text", "caption"]
 Keep = Literal["all", "believed", "wrong"]
 Order = Literal["drawn", "hardest", "easiest", "subjects"]
 BURSTS_RANGE = (0.01, 3.0)
@@ -64,14 +64,20 @@ class StreamConfig:
     development: bool = False
     """Edit facts that the stream never edits otherwise, under any seed, and never asks about, for the choice of settings
     (`python -m testbed.tune`); streams without such facts refuse it."""
-    missing_images: MissingImages = "skip"
-    """What to do with a record whose picture is absent: skip it, ask without a picture, or put its caption in the prompt."""
+    missing_images: MissingImages = "skip-absent"
+    """What to do with a record whose picture is absent: skip it, ask without a picture, or put its caption in the prompt. A broken
+    picture ends the run; with `skip` its record is skipped too, for which every picture of the source is decoded once."""
     fields: tuple[str, ...] = ()
     """For `jsonl:`, `csv:` and `hub:`: the source's name of a field of ours, as OURS=THEIRS, separated by commas."""
     world_seed: int = 0
     """Which simulated world; the committed tiny model knows world 0."""
     world_size: int = 0
     """Number of entities of the simulated world; 0 is the size that the tiny model was trained on."""
+
+    @property
+    def absent_images(self) -> Literal["skip", "text", "caption"]:
+        """What to do with a record whose picture is absent."""
+        return "skip" if self.missing_images == "skip-absent" else self.missing_images
 
     def problems(self) -> list[str]:
         """Every mistake in the values, as sentences; empty when there is none."""

@@ -73,7 +73,7 @@ class PretrainConfig:
     """Seed of the simulated world."""
     world_size: int = 0
     """Number of its entities; 0 is the default."""
-    missing_images: MissingImages = "skip"
+    missing_images: MissingImages = "skip-absent"
     """Treatment of records without their picture. Give the run's, so that the beliefs are those of the questions that it asks."""
     reading: Annotated[float, Range(least=0, most=0.9)] = 0.0
     """Share of the belief rows without a picture that state facts before the question, for editors that work through the

@@ -62,7 +62,7 @@ class TuneConfig:
     """Seed of the stream's order."""
     device: str = "auto"
     dtype: str = "auto"
-    missing_images: MissingImages = "skip"
+    missing_images: MissingImages = "skip-absent"
 
     def problems(self) -> list[str]:
         """Every mistake in the values, as sentences."""

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 from streams import transforms
 from streams.base import Stream, StreamConfig, TrainEdit, TrainPool
+from streams.files.broken import BrokenPictures
 from streams.files.entry import (
     DatedChange,
     EntryData,
@@ -57,6 +58,9 @@ class EntryStream(Stream):
     def __init__(self, config: StreamConfig) -> None:
         super().__init__(config)
         self._data = sample(self.read(config), config.records)
+        self._broken = BrokenPictures() if config.missing_images == "skip" else None
+        if self._broken:
+            self._data = self._broken.without(self._data)
         if config.development:
             self._data = for_development(self._data)
         self.time_axis = "dated" if self._data.changes else "scheduled"
@@ -88,6 +92,8 @@ class EntryStream(Stream):
         found: dict[str, Any] = {"read": self._read_counts(), "passed_over": dict(self._data.notes)}
         if self._data.missing:
             found["missing_images"] = dict(self._data.missing)
+        if self._broken:
+            found["broken_images"] = dict(sorted(self._broken.problems.items()))
         if self._data.changes:
             found["edits_by_year"] = dict(Counter(str(event.year) for event, _ in self._dated.values()))
         return found
@@ -103,6 +109,7 @@ class EntryStream(Stream):
     def notes(self, events: Sequence[EditEvent]) -> list[str]:
         found = ", ".join(f"{n:,} {name}" for name, n in self._read_counts().items())
         out = [f"read: {found}", *(f"{n:,} x {note}" for note, n in sorted(self._data.notes.items()))]
+        out += self._broken.notes() if self._broken else []
         if invented := sum(e.kind == "revise" for e in events) if self.time_axis == "scheduled" else 0:
             share = f"{invented:,} of {len(events):,} edits ({invented / len(events):.0%})"
             out.append(f"{share} are invented revisions, with values of other facts of the same relation (stream.revise)")
@@ -154,6 +161,10 @@ class EntryStream(Stream):
                 collector.add_choice("choice_locality", question, question.answer, value)
 
     def own_questions(self, entry: FactEntry) -> Iterable[EntryQuestion]:
+        """The questions that the record brings with it and that can be asked."""
+        return self.brought(entry) if self._broken is None else self._broken.whole(self.brought(entry))
+
+    def brought(self, entry: FactEntry) -> Iterable[EntryQuestion]:
         """The questions that the record brings with it."""
         return entry.questions
 

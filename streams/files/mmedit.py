@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
-from streams.base import MissingImages, StreamConfig
+from streams.base import StreamConfig
 from streams.files.entry import EntryData, EntryQuestion, FactEntry
 from streams.files.entry_stream import EntryStream
 from streams.files.fields import SOURCES, RecordReader, as_object, must_differ, questions_at
@@ -52,7 +52,7 @@ class MMEditForm(EntryStream):
         files = find_parts(config.data_root, SOURCES[self.source]["parts"], self.source)
         above = [files[0].parent, *files[0].parent.parents[:2]]
         index = _PictureIndex([base / folder for base in above for folder in ("", "mmkb_images", "images")])
-        reader = _MMEditReader(form=type(self), policy=config.missing_images, index=index)
+        reader = _MMEditReader(form=type(self), policy=config.absent_images, index=index)
         entries: list[FactEntry] = []
         for path in files:
             rows = reader.rows(path)
@@ -62,8 +62,8 @@ class MMEditForm(EntryStream):
         pictures = (p for e in entries for p in (e.image, *(q.image for q in e.questions)))
         used = sorted({(p.name, p.size) for p in pictures if isinstance(p, FilePicture)})
         title = f"{self.source} files {' and '.join(p.name for p in files)}"
-        digest = content_id(reader.digests, used, config.missing_images)
-        note = f"; pictures missing: {config.missing_images}"
+        digest = content_id(reader.digests, used, config.absent_images)
+        note = f"; pictures missing: {config.absent_images}"
         data = reader.entry_data(entries, title, str(files[0].parent), digest, note)
         return replace(data, missing={f: reader.missing[f] for f in PICTURES})
 
@@ -91,7 +91,7 @@ class _MMEditReader(RecordReader):
     """Turns rows into entries; what lacks a picture is counted."""
 
     form: type[MMEditForm]
-    policy: MissingImages
+    policy: Literal["skip", "text", "caption"]
     index: _PictureIndex
     missing: Counter[str] = field(default_factory=Counter)
     more_train: Mapping[tuple[str, str], tuple[str, ...]] = field(default_factory=dict)

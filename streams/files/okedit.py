@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from streams.base import BadStream, MissingImages, StreamConfig, TrainPool
+from streams.base import BadStream, StreamConfig, TrainPool
 from streams.files.entry import EntryData, EntryQuestion, FactEntry, QuestionCollector, rotated, with_roles
 from streams.files.entry_stream import EntryStream
 from streams.files.fields import RecordReader
@@ -64,7 +64,7 @@ class OkeditFiles(EntryStream):
         _, question_rows, questions_digest = read_table(questions, "questions")
         photos, self._total = coco_photos(root, split), len(rows)
         reader = _OkeditReader(
-            root=root, split=split, missing=config.missing_images, photos=photos, categories=_categories(top), total=len(rows)
+            root=root, split=split, missing=config.absent_images, photos=photos, categories=_categories(top), total=len(rows)
         )
         reader.index(question_rows, questions.name)
         entries = list(reader.usable(rows, reader.entry, lambda i, row: f"{annotations.name} annotations[{i}]{_named(row)}"))
@@ -83,7 +83,7 @@ class OkeditFiles(EntryStream):
         usable, controls = len(self._data.entries), len(self._data.entries) - len(self._edited)
         return f"{self._data.origin} ({usable:,} usable of {self._total:,} records, {controls:,} of them never edited)"
 
-    def own_questions(self, entry: FactEntry) -> Iterator[EntryQuestion]:
+    def brought(self, entry: FactEntry) -> Iterator[EntryQuestion]:
         """The question with each rephrased picture, and with picture 0 of the locality folder.
 
         The latter is left out where that very question about that very picture is edited or trained on.
@@ -151,7 +151,7 @@ class _OkeditReader(RecordReader):
 
     root: Path
     split: str
-    missing: MissingImages
+    missing: Literal["skip", "text", "caption"]
     photos: Mapping[int, str]
     categories: Mapping[str, str]
     questions: dict[int, Mapping[str, Any]] = field(default_factory=dict)

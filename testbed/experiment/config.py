@@ -72,8 +72,9 @@ class RunConfig:
     """Go on with a run folder; its configuration is taken from its manifest."""
     set: tuple[str, ...] = ()
     """editor.field=value or stream.field=value; may be given many times."""
-    missing_images: MissingImages = "skip"
-    """Records without their picture: skip them, ask without a picture, or put the caption in its place."""
+    missing_images: MissingImages = "skip-absent"
+    """Records without their picture: skip them, ask without a picture, or put the caption in its place. skip skips those with a
+    broken picture too, at which the run ends otherwise."""
     probe_budget: PositiveInt = 8000
     """Questions per editor and 500 edits; panels shrink to fit."""
     benchmarks: tuple[Path, ...] = ()

@@ -14,6 +14,7 @@ from testbed.model.handle import BadModel, ModelHandle
 from testbed.model.image_loading import Decoded, decoded
 
 _SHOWN = 10
+_HOW_TO_SKIP = "--missing-images skip leaves out the records of a stream whose pictures are broken, and counts them"
 _CHOICES = ("sum", "norm", "mean", "text")
 """Scorings of questions that are answered without a generation."""
 
@@ -25,7 +26,7 @@ def check(schedule: Schedule, handle: ModelHandle) -> None:
     pictures = {x.image.key: x.image for x in (*events, *questions) if x.image is not None}
     if pictures and not handle.reads_pictures:
         raise BadModel(f"{handle.name} reads no pictures and {len(pictures)} are asked about: use an image-text model, or a text stream")
-    _raise(BadPicture, (_picture_problem(handle, found) for found in decoded(pictures.values())))
+    _raise(BadPicture, (_picture_problem(handle, found) for found in decoded(pictures.values())), _HOW_TO_SKIP)
     answers = [(e.prompt, e.target) for e in events if e.target]
     answers += [(q.prompt, a) for q in questions for a in q.choices or filter(None, [q.answer])]
     _raise(BadModel, (_answer_problem(handle, prompt, answer) for prompt, answer in answers))
@@ -62,10 +63,10 @@ def _out_of_reach(handle: ModelHandle, question: Question, answer: str, max_new_
     return f"is longer than {max_new_tokens} tokens (--max-new-tokens)" if n > max_new_tokens else None
 
 
-def _raise(error: type[Exception], problems: Iterable[str | None]) -> None:
+def _raise(error: type[Exception], problems: Iterable[str | None], hint: str = "") -> None:
     if listed := [p for p in problems if p is not None]:
         more = [f"... and {len(listed) - _SHOWN} more"] if len(listed) > _SHOWN else []
-        raise error("\n".join([*listed[:_SHOWN], *more]))
+        raise error("\n".join([*listed[:_SHOWN], *more, *filter(None, [hint])]))
 
 
 def _picture_problem(handle: ModelHandle, picture: Decoded | BadPicture) -> str | None:

@@ -161,9 +161,9 @@ def test_any_value_may_have_any_type(tmp_path: Path, field: str, value: Any, pol
 @pytest.mark.parametrize(
     ("name", "folder_name", "policy"),
     [
-        ("mmedit-yearly", "mmedit", "skip"),
+        ("mmedit-yearly", "mmedit", "skip-absent"),
         ("mmedit-yearly", "mmedit", "text"),
-        ("mmedit-caption-yearly", "mmedit", "skip"),
+        ("mmedit-caption-yearly", "mmedit", "skip-absent"),
         ("mmedit-caption-yearly", "mmedit", "caption"),
         ("vlkeb-yearly", "vlkeb", "text"),
     ],
