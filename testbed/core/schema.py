@@ -8,6 +8,7 @@ Files of a run folder OUT (see docs/layout.md): `manifest.json`, `schedule.parqu
 
 from __future__ import annotations
 
+import hashlib
 import re
 import types
 import typing
@@ -15,6 +16,8 @@ from dataclasses import dataclass, field
 
 SCHEMA_VERSION = 2
 """Incremented when a field or a file is added, removed or changes its meaning."""
+_LONGEST_NAME = 200
+"""Bytes of a folder's name; file systems allow 255, seed and hash of a run included."""
 READABLE_VERSIONS = (1, 2)
 """Versions that analysis reads. A run resumes under its own version only. Version 1 has no monitors and no choices."""
 
@@ -187,9 +190,14 @@ class EditReport:
     notes: dict[str, float] = field(default_factory=dict[str, float])
 
 
-def folder_name(editor: str) -> str:
-    """The folder of an editor in a run folder: its name with "-" for characters that paths or shells interpret."""
-    return re.sub(r"[^\w.,=+-]+", "-", editor).rstrip("-")
+def folder_name(name: str) -> str:
+    """The folder of an editor in a run folder, and of a stream's runs: the name with "-" for characters that paths or shells
+    interpret, no dot in front, and the end of one over 200 bytes replaced by its hash."""
+    slug = re.sub(r"[^\w.,=+-]+", "-", name).strip("-").lstrip(".-") or "-"
+    if len(slug.encode()) <= _LONGEST_NAME:
+        return slug
+    kept = slug.encode()[: _LONGEST_NAME - 9].decode(errors="ignore")
+    return f"{kept}-{hashlib.sha256(slug.encode()).hexdigest()[:8]}"
 
 
 def columns(row: type) -> dict[str, tuple[type, bool]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from testbed.core import variants
 from testbed.core.schema import folder_name
 from testbed.experiment.config import RunConfig
+from testbed.experiment.runner import PreparedRun
 from testbed.run import parse
 from tests.helpers.models import folder
 from tests.helpers.warm_process import command
@@ -29,6 +31,35 @@ def test_what_is_written_is_read(base: str, settings: dict[str, str]) -> None:
     assert variants.names(f"{base},{name}, {base}2") == [base, name, f"{base}2"]
     assert folder_name(folder_name(name)) == folder_name(name)
     assert not set(folder_name(name)) & set("[]/:* '\"")
+
+
+ODD_NAMES = {
+    "jsonl:../../x y.jsonl": "jsonl-..-..-x-y.jsonl",
+    "jsonl:/etc/passwd": "jsonl-etc-passwd",
+    "hub:org/data:config:train": "hub-org-data-config-train",
+    "csv:C:\\a\\b.csv": "csv-C-a-b.csv",
+    "jsonl:städte 東京.jsonl": "jsonl-städte-東京.jsonl",
+    "jsonl:a\n\0\x1b[2J\u202e.jsonl": "jsonl-a-2J-.jsonl",
+    "merged:okedit-yearly+jsonl:~/$(rm x);`y`": "merged-okedit-yearly+jsonl-rm-x-y",
+    "..": "-",
+    "../..": "-",
+    "": "-",
+}
+
+
+@pytest.mark.parametrize("name", [*ODD_NAMES, "jsonl:" + "x" * 5000, "jsonl:" + "東" * 300 + ".jsonl"])
+def test_a_run_of_any_stream_lies_right_under_runs(name: str, tmp_path: Path) -> None:
+    run = SimpleNamespace(config=RunConfig(stream=name, seed=2**31 - 1), manifest={"run": "0123456789abcdef"})
+    out = PreparedRun.out.fget(run)  # type: ignore[misc]
+    slug = folder_name(name)
+    assert slug == ODD_NAMES.get(name, slug) == folder_name(slug)
+    assert out == Path("runs", f"{slug}-2147483647-01234567") and len(out.parts) == 2
+    (tmp_path / out).mkdir(parents=True)
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == [out.name]
+
+
+def test_long_names_with_one_beginning_have_folders_of_their_own() -> None:
+    assert folder_name("jsonl:" + "x" * 300) != folder_name("jsonl:" + "x" * 301)
 
 
 def test_a_name_without_brackets_has_no_settings() -> None:
