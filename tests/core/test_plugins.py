@@ -1,48 +1,73 @@
-"""Plug-ins from outside the package: run, resumed, asked, and refused where they changed."""
+"""Plug-ins from outside the package: killed, resumed, asked, measured, and refused where they changed."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+import signal
 from pathlib import Path
+from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
+from testbed.__main__ import main
 from testbed.core.plugins import BadPlugin, load_plugins
 from testbed.core.registry import EDITORS
+from tests.helpers.models import folder
+from tests.helpers.warm_process import command
 
 ROOT = Path(__file__).parents[2]
 TEMPLATE = (ROOT / "docs" / "templates" / "editor.py").read_text("utf-8")
-SMALL = ["--stream", "world-yearly", "--edits", "4", "--batch", "2", "--probe-budget", "100"]
+SMALL = ["--stream", "world-yearly", "--edits", 6, "--batch", 2, "--probe-budget", 60, "--save-every", 2, "--device", "cpu"]
 
 
-def command(where: Path, module: str, *args: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-m", module, *args], cwd=where, env=environment, capture_output=True, text=True, timeout=300)
+def rows(out: Path) -> list[dict[str, Any]]:
+    """The answers of the plug-in's editor, without their times."""
+    found = [r for p in sorted((out / "my-edit" / "records").glob("*.parquet")) for r in pq.read_table(p).to_pylist()]
+    return [{k: v for k, v in r.items() if k != "seconds"} for r in found]
 
 
-def test_an_editor_of_ones_own_file_runs_resumes_and_answers(tmp_path: Path) -> None:
-    mine = tmp_path / "mine.py"
+def test_an_editor_of_ones_own_file_is_killed_resumed_and_asked(tmp_path: Path) -> None:
+    mine, out = tmp_path / "mine.py", tmp_path / "out"
     mine.write_text(TEMPLATE.replace('"sgd-edit"', '"my-edit"'))
-    done = command(tmp_path, "testbed.run", *SMALL, "--plugin", "mine.py", "--editor", "noop,my-edit", "--out", "out")
-    assert done.returncode == 0, done.stderr
-    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    words = ["--model", folder("llava"), "--plugin", "mine.py", "--editor", "noop,my-edit", *SMALL]
+    killed = command(*words, "--out", "out", kill="apply 3 again", figures=False, cwd=tmp_path)  # of the second editor
+    assert killed.code == -signal.SIGKILL and rows(out), killed.err
+    manifest = json.loads((out / "manifest.json").read_text())
     assert f"plugin mine.py: SHA-256 {manifest['plugins'][0][:12]}..." in manifest["notes"]
     assert manifest["config"]["plugin"] == ["mine.py"] and len(manifest["plugins"][0]) == 64
-    assert "my-edit" in json.loads((tmp_path / "out" / "summary.json").read_text())["editors"]
-    again = command(tmp_path, "testbed.run", "--resume", "out")
-    assert again.returncode == 0, again.stderr
-    asked = command(tmp_path, "testbed.ask", "out", "What is 2 plus 3?", "--editor", "my-edit")
-    assert asked.returncode == 0 and "my-edit" in asked.stdout, asked.stderr
+    again = command("--resume", "out", figures=False, cwd=tmp_path)
+    assert again.code == 0, again.err
+    whole = command(*words, "--out", "whole", figures=False, cwd=tmp_path)
+    assert whole.code == 0, whole.err
+    assert rows(out) == rows(tmp_path / "whole")
+    assert "my-edit" in json.loads((out / "summary.json").read_text())["editors"]
+    asked = command("out", "What is 2 plus 3?", "--editor", "my-edit", name="ask", cwd=tmp_path)
+    assert asked.code == 0 and "my-edit" in asked.out, asked.err
     mine.write_text(mine.read_text() + "\nfrom pathlib import Path\nPath('ran').touch()\n")
-    refused = command(tmp_path, "testbed.run", "--resume", "out")
-    assert refused.returncode == 2 and "changed since the run began" in refused.stderr and "Traceback" not in refused.stderr
+    refused = command("--resume", "out", cwd=tmp_path)
+    assert refused.code == 2 and "changed since the run began" in refused.err and "Traceback" not in refused.err
     assert not (tmp_path / "ran").exists()  # nothing of a changed file is run
     mine.rename(tmp_path / "moved.py")
-    gone = command(tmp_path, "testbed.run", "--resume", "out")
-    assert gone.returncode == 2 and "there is no such file" in gone.stderr
+    gone = command("--resume", "out", cwd=tmp_path)
+    assert gone.code == 2 and "there is no such file" in gone.err
+
+
+def test_the_bench_measures_an_editor_of_ones_own_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mine, found = tmp_path / "mine.py", tmp_path / "found.json"
+    mine.write_text(TEMPLATE.replace('"sgd-edit"', '"edit-of-the-bench"'))
+    sizes = ["--stream", "world-yearly", "--edits", "1", "--plain", "0", "--questions", "2", "--device", "cpu", "--out", str(found)]
+    words = ["bench", "--plugin", str(mine), "--editor", "edit-of-the-bench[steps=2]", "--model", str(folder("llava")), *sizes]
+    try:
+        assert main(words) == 0
+        (row,) = json.loads(found.read_text())["editors"]
+        assert (row["editor"], row["edits"], row["failed"]) == ("edit-of-the-bench[steps=2]", 1, 0)
+    finally:
+        EDITORS._entries.pop("edit-of-the-bench", None)
+    mine.unlink()
+    capsys.readouterr()
+    assert main(words) == 2
+    assert "there is no such file" in capsys.readouterr().err
 
 
 def test_what_cannot_be_loaded_is_named(tmp_path: Path) -> None:

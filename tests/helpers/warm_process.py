@@ -48,8 +48,8 @@ def _end(process: subprocess.Popen[str]) -> None:
     process.wait()
 
 
-def command(*argv: Any, kill: str = "", figures: bool = True, cwd: Path | None = None) -> Done:
-    """`python -m testbed.run ARGV` in a process of its own.
+def command(*argv: Any, name: str = "run", kill: str = "", figures: bool = True, cwd: Path | None = None) -> Done:
+    """`testbed NAME ARGV` in a process of its own.
 
     kill: "apply 4 adam 3" ends it without warning at the third optimiser step of the fourth `apply`;
         "probe 6 generate 1" in the first generation after step 6; "rename 10" between the writing and the
@@ -61,7 +61,7 @@ def command(*argv: Any, kill: str = "", figures: bool = True, cwd: Path | None =
     with tempfile.TemporaryDirectory() as tmp:
         out, err = Path(tmp) / "out", Path(tmp) / "err"
         job = {
-            "argv": [str(a) for a in argv],
+            "argv": [name, *map(str, argv)],
             "kill": kill.split(),
             "out": str(out),
             "err": str(err),
@@ -116,7 +116,7 @@ def _work(job: dict[str, Any]) -> None:
             analysis.reporting.report.catalogue.draw_all = lambda context: {}
         if job["kill"]:
             _arm(job["kill"])
-        from testbed.run import main
+        from testbed.__main__ import main
 
         code = main(job["argv"])
     except SystemExit as e:
