@@ -350,14 +350,13 @@ def minimise(
     losses: Callable[[], Tensor],
     lr: float,
     steps: int,
-    fused: bool | None = None,
     after_step: Callable[[], object] | None = None,
 ) -> Tensor:
     """Take steps of a new Adam on the sum of losses, and return the losses before the last step.
 
     The leaf tensors are changed in place. Raises `EditFailed` where a loss is not finite.
     """
-    adam, last = torch.optim.Adam(tensors, lr=lr, fused=fused), torch.full((), torch.nan)
+    adam, last = torch.optim.Adam(tensors, lr=lr, fused=True), torch.full((), torch.nan)
     for _ in range(steps):
         adam.zero_grad()
         last = losses()

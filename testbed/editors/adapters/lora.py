@@ -220,7 +220,7 @@ class YearlyLora(Lora):
         suffixes = [lowrank.AdaptedSuffix(self.handle, self.targets, [a for a, _ in part], [x for _, x in part]) for part in parts]
         pairs = [(u.clone().requires_grad_(True), v.clone().requires_grad_(True)) for u, v in self.pairs]
         adds = [lowrank.Adapter(u, v, self.hyper.scale) for u, v in pairs]
-        adam = torch.optim.Adam([t for pair in pairs for t in pair], lr=self.hyper.lr)
+        adam = torch.optim.Adam([t for pair in pairs for t in pair], lr=self.hyper.lr, fused=True)
         steps, losses = self.config.epochs * len(parts), []
         schedule = get_cosine_schedule_with_warmup(adam, steps // _WARM_UP, steps)
         with packed_layers(self.handle, self.targets[0].layer):

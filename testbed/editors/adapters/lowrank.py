@@ -23,9 +23,9 @@ from testbed.core.timing import timed
 from testbed.editors.base import BadEditor
 from testbed.editors.work import Work
 from testbed.model.encoding import Batch, answer_ids, collate
-from testbed.model.handle import ModelHandle, as_matrix, as_stored, stores_transposed
+from testbed.model.handle import ModelHandle, as_matrix, as_stored, project, stores_transposed
 from testbed.model.layout import verify_layout
-from testbed.model.suffix import suffix_from_layer
+from testbed.model.suffix import DownProjectionSuffix, suffix_from_down_projection, suffix_from_layer
 
 Add = Callable[[Tensor], Tensor]
 """What a target adds to its output: (B, T, f) activations to (B, T, d)."""
@@ -103,7 +103,10 @@ def adapter_work(targets: Sequence[TargetModule], rank: int, steps: int, n_layer
 
 
 class AdaptedSuffix:
-    """A batch of edits and the part of the model from the first target module's layer up, for training what is added there.
+    """A batch of edits and the part of the model from the first target module up, for training what is added there.
+
+    Where that module is a layer's down-projection, what enters and leaves it is kept, and training runs from there;
+    else from the beginning of its layer.
 
     act: (B, T, f) what enters the first target module, which no addition changes. Raises `UnknownLayout` for a model
     whose logits are not those of its last norm and head.
@@ -111,11 +114,18 @@ class AdaptedSuffix:
 
     @timed("capture")
     def __init__(self, handle: ModelHandle, targets: Sequence[TargetModule], asks: Sequence[Ask], answers: Sequence[str]) -> None:
-        self.handle, self.targets = handle, targets
+        self.handle, self.targets, first = handle, targets, targets[0]
+        self.lower: DownProjectionSuffix | None = None
+        if first.module is handle.down(first.layer) and first.layer + 1 < handle.n_layers:
+            self.lower = suffix_from_down_projection(handle, list(asks), list(answers), first.layer)
+            self.suffix, self.batch, self.act = self.lower.upper, self.lower.batch, self.lower.act
+            with torch.no_grad():
+                self.out = project(first.module, self.act, handle.parameter(first.weight))
+            return
         self.batch: Batch = collate(handle, asks, [answer_ids(handle, a, x) for a, x in zip(asks, answers)], end=True)
-        self.suffix = suffix_from_layer(handle, self.batch, targets[0].layer)
+        self.suffix = suffix_from_layer(handle, self.batch, first.layer)
         self.act = self._entering()
-        verify_layout(handle, targets[0].layer, self.batch, self._logits, "adapter")
+        verify_layout(handle, first.layer, self.batch, self._logits, "adapter")
 
     @torch.no_grad()
     def _entering(self) -> Tensor:
@@ -133,8 +143,10 @@ class AdaptedSuffix:
     def final_hidden(self, adds: Sequence[Add]) -> Tensor:
         """(n, d) final hidden states where answer tokens are predicted, with an addition at each target module, in order."""
         with ExitStack() as stack:
-            for target, add in zip(self.targets, adds):
+            for target, add in list(zip(self.targets, adds))[self.lower is not None :]:
                 stack.enter_context(self.handle.hooked(target.module, lambda m, args, out, add=add: self._put(add, args[0], out)))
+            if self.lower is not None:
+                return self.lower.final_hidden(lambda act: self._put(adds[0], act, self.out) if adds else self.out)
             return self.suffix.final_hidden(self.suffix.run(self.suffix.hidden))
 
     def _put(self, add: Add, act: Tensor, out: Tensor) -> Tensor:

@@ -132,7 +132,7 @@ class LocFT(WeightEditor):
     def _train(self, suffixes: Sequence[DownProjectionSuffix]) -> tuple[torch.Tensor, float, int]:
         """(the new weight, the last epoch's mean loss, the epochs). Raises `EditFailed` where a loss is not finite."""
         module, weight = self.handle.down(self.hyper.layer), self.weight.clone().requires_grad_(True)
-        adam = torch.optim.Adam([weight], lr=self.hyper.lr)
+        adam = torch.optim.Adam([weight], lr=self.hyper.lr, fused=True)
 
         def learn(loss: torch.Tensor) -> None:
             adam.zero_grad()

@@ -113,7 +113,7 @@ def train(form: EntryWeights, suffix: DownProjectionSuffix, starts: Sequence[Ten
     """
     weights = torch.stack(list(starts)).to(suffix.act.device, torch.float32).clone().requires_grad_(True)
     layer = form.outputs(suffix, weights)
-    losses = minimise([weights], lambda: suffix.losses(layer), lr, steps, fused=True)
+    losses = minimise([weights], lambda: suffix.losses(layer), lr, steps)
     return weights.detach(), losses.tolist()
 
 
