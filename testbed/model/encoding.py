@@ -27,6 +27,8 @@ class UntokenizableAnswer(BadModel):
 
 _CACHED = 20_000
 """Prompts and answers whose tokens are cached, at most."""
+_NOT_INPUTS = ("attention_mask", "labels")
+"""What processors make beside the inputs: the mask is made here, and labels would let a forward compute a loss."""
 _PICTURE_BYTES = 512 * 2**20
 """Bytes of pictures cached as tensors, at most."""
 _BLANK = Decoded("blank", np.full((32, 32, 3), 128, dtype=np.uint8))
@@ -163,11 +165,11 @@ def _process(handle: ModelHandle, text: str, picture: Picture) -> dict[str, torc
     processor: Any = handle.processor
     pixels = picture.load()
     try:
-        out = processor(images=[Image.fromarray(pixels)], text=[text], return_tensors="pt")
+        out = processor(images=[Image.fromarray(pixels)], text=[text.removesuffix(handle.family.closing)], return_tensors="pt")
     except Exception as e:  # a processor may raise anything, for instance for a picture of one line
         size = f"{pixels.shape[1]} x {pixels.shape[0]} pixels"
         raise BadPicture(f"picture {place_of(picture)} ({size}) is refused by the processor of {handle.name}: {e}") from e
-    kept = {k: v for k, v in out.items() if k != "attention_mask" and isinstance(v, torch.Tensor)}
+    kept = {k: v for k, v in out.items() if k not in _NOT_INPUTS and isinstance(v, torch.Tensor)}
     n = len(without_end(handle, kept["input_ids"][0].tolist()))
     return {k: v[:, :n] if v.shape == kept["input_ids"].shape else v for k, v in kept.items()}
 
@@ -237,8 +239,11 @@ def collate(
 
 
 def text_batch(handle: ModelHandle, ids: Sequence[Sequence[int]]) -> Batch:
-    """Running text as a right-padded batch: all of it counts as prompt."""
-    return _pad(handle, [{"input_ids": torch.tensor([list(x)])} for x in ids], [[] for _ in ids], [0 for _ in ids], ())
+    """Running text as a right-padded batch: all of it counts as prompt, but no position sees a later one."""
+    batch = _pad(handle, [{"input_ids": torch.tensor([list(x)])} for x in ids], [[] for _ in ids], [0 for _ in ids], ())
+    if handle.family.prefix:
+        batch.inputs["token_type_ids"] = torch.ones_like(batch.inputs["input_ids"])
+    return batch
 
 
 def _pad(
@@ -261,6 +266,8 @@ def _pad(
         blank = prompt_inputs(handle, Ask("", _BLANK))
         inputs.update({k: v for k, v in blank.items() if v.shape != blank["input_ids"].shape})
     inputs.update(_pictures(handle, rows, inputs))
+    if handle.family.prefix:
+        inputs["token_type_ids"] = answer.long()
     inputs = {k: v.to(handle.device, handle.dtype if v.is_floating_point() else None) for k, v in inputs.items()}
     picture = (inputs["input_ids"] == image_token(handle)) & prompt.to(handle.device)
     return Batch(inputs, prompt.to(handle.device), picture, answer.to(handle.device), asks)

@@ -31,6 +31,10 @@ class Family:
     """The forward needs pixels even if no row has a picture: it is given a blank one that no position reads."""
     prompt_tensors: tuple[str, ...] = ()
     """What the processor makes of the prompt for the picture's encoder: a picture's features then belong to one prompt alone."""
+    closing: str = ""
+    """What the processor itself puts behind a prompt with a picture; it stands at the end of `image` and is not given to the processor."""
+    prefix: bool = False
+    """The positions of a prompt see each other, those behind it what came before: `token_type_ids` of 0 and 1 tell the forward."""
 
 
 _CHAT_IMAGE = "USER: <image>\n{prompt} ASSISTANT:"
@@ -46,6 +50,11 @@ FAMILIES: dict[str, Family] = {
     "blip-2": Family("blip-2", text=_QUESTION, image=_QUESTION, needs_picture=True),
     "qwen2_vl": Family("qwen2_vl", text=_QWEN.format(body=""), image=_QWEN_IMAGE, answer="{answer}"),
     "qwen2_5_vl": Family("qwen2_5_vl", text=_QWEN.format(body=""), image=_QWEN_IMAGE, answer="{answer}"),
+    "idefics2": Family(
+        "idefics2",
+        text="User: {prompt}<end_of_utterance>\nAssistant:",
+        image="User:<image> {prompt}<end_of_utterance>\nAssistant:",
+    ),
     "idefics3": Family("idefics3", text="User:{prompt}\nAssistant:", image="User:<image>{prompt}\nAssistant:"),
     "llava_next": Family("llava_next", text=_CHAT_TEXT, image=_CHAT_IMAGE),
     "llava_onevision": Family("llava_onevision", text=_QWEN.format(body=""), image=_QWEN.format(body="<image>\n"), answer="{answer}"),
@@ -58,6 +67,14 @@ FAMILIES: dict[str, Family] = {
         image=_QUESTION,
         needs_picture=True,
         prompt_tensors=("qformer_input_ids", "qformer_attention_mask"),
+    ),
+    "paligemma": Family(
+        "paligemma",
+        text="<bos>answer en {prompt}\n",
+        image="<image>answer en {prompt}\n",
+        answer="{answer}",
+        closing="\n",
+        prefix=True,
     ),
     "smolvlm": Family("smolvlm", text="User:{prompt}\nAssistant:", image="User:<image>{prompt}\nAssistant:"),
     **{name: Family(name) for name in ("gpt2", "gpt_neo", "gptj", "gpt_neox", "opt", "llama", "mistral", "qwen2", "qwen3")},

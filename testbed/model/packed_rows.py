@@ -179,11 +179,13 @@ def logits_of(handle: ModelHandle, hidden: Float[Tensor, "n d"]) -> Float[Tensor
 def takes_packed_rows(handle: ModelHandle, rows: Sequence[Row], steps: int) -> bool:
     """Whether rows may be packed, and continued by so many tokens: compared with plain forwards once a model.
 
-    A decoder that takes neither positions nor a mask for each token, that changes its logits behind the head, or whose layers see
-    a window shorter than the rows may not. Nothing is concluded where the model's logits are not finite.
+    A decoder that takes neither positions nor a mask for each token, that changes its logits behind the head, whose prompts are
+    read in both directions, or whose layers see a window shorter than the rows may not. Nothing is concluded where the model's
+    logits are not finite.
     """
     window = getattr(handle.model.config.get_text_config(), "sliding_window", None) or handle.window
-    if not handle.takes_position_ids or _has_local_attention(handle) or handle.family.needs_picture or max(map(len, rows)) + steps > window:
+    other = handle.family.needs_picture or handle.family.prefix or _has_local_attention(handle)
+    if not handle.takes_position_ids or other or max(map(len, rows)) + steps > window:
         return False
     longest = max(rows, key=len)
     if _FLAG not in handle.cache:

@@ -54,7 +54,7 @@ TEXT: dict[str, dict[str, Any]] = {
     "qwen2_moe": {**_EXPERTS, "shared_expert_intermediate_size": 96},
     "qwen3_moe": {**_EXPERTS, "head_dim": 16},
     "deepseek_v2": {**_DEEPSEEK, "q_lora_rank": None},
-    "deepseek_v3": {**_DEEPSEEK, "q_lora_rank": 16, "n_shared_experts": 3, "routed_scaling_factor": 1.0},
+    "deepseek_v3": {**_DEEPSEEK, "first_k_dense_replace": 0, "q_lora_rank": 16, "n_shared_experts": 3, "routed_scaling_factor": 1.0},
     "mamba": {"state_size": 8},
     "mamba2": {"state_size": 8, "head_dim": 16, "num_heads": 8, "n_groups": 1},
 }
@@ -77,7 +77,7 @@ def _renamed(own: Any, renamed: dict[str, str], **names: str) -> Any:
     text = own.backend_tokenizer.to_str()
     for old, new in renamed.items():
         text = text.replace(f'"{old}"', f'"{new}"')
-    ends: Any = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    ends: Any = {"bos_token": renamed.get("<s>", "<s>"), "eos_token": "</s>", "pad_token": "<pad>"}
     return hf.PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(text), **ends, extra_special_tokens=names)
 
 
@@ -152,6 +152,7 @@ def gemma3() -> tuple[Any, Any]:
     config = hf.Gemma3Config(vision_config={**VISION, "image_size": SIDE}, text_config=text, tie_word_embeddings=False, **places)
     model = hf.Gemma3ForConditionalGeneration(config)
     torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight)  # zero before training: pictures count for nothing
+    torch.nn.init.normal_(model.lm_head.weight, std=0.2)  # ten times narrower before training: all tokens nearly equally likely
     return model, hf.Gemma3Processor(Gemma3ImageProcessorPil(size=_SIZE), words, image_seq_length=4)
 
 
@@ -170,6 +171,31 @@ def instructblip() -> tuple[Any, Any]:
     return model, hf.InstructBlipProcessor(BlipImageProcessorPil(size=_SIZE), tokenizer(), tokenizer(), num_query_tokens=4)
 
 
+def idefics2() -> tuple[Any, Any]:
+    from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2ImageProcessorPil
+
+    names = {"image_token": "<image>", "image_boundary_token": "<fake_token_around_image>", "end_of_utterance_token": "<end_of_utterance>"}
+    resampler = {"hidden_size": 64, "resampler_n_latents": 4, "resampler_depth": 1, "resampler_n_heads": 4, "resampler_head_dim": 16,
+                 "num_key_value_heads": 2, **WIDE}  # fmt: skip
+    shape: Any = {"image_token_id": 4, "pad_token_id": 0, "tie_word_embeddings": False}
+    vision = {**VISION, "image_size": 2 * SIDE}
+    config = hf.Idefics2Config(vision_config=vision, perceiver_config=resampler, text_config={"model_type": "mistral", **LLAMA}, **shape)
+    images: Any = Idefics2ImageProcessorPil(size={"longest_edge": 2 * SIDE, "shortest_edge": SIDE}, do_image_splitting=False)
+    return hf.Idefics2ForConditionalGeneration(config), hf.Idefics2Processor(images, _renamed(tokenizer(), {}, **names), image_seq_len=4)
+
+
+def paligemma() -> tuple[Any, Any]:
+    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+    words = _renamed(tokenizer(bos=False), {"<s>": "<bos>"}, image_token="<image>")
+    vision = {"model_type": "siglip_vision_model", **VISION, "image_size": SIDE}
+    text = {"model_type": "gemma", **LLAMA, "head_dim": 16}
+    config = hf.PaliGemmaConfig(vision_config=vision, text_config=text, image_token_index=4, projection_dim=64, tie_word_embeddings=False)
+    images: Any = SiglipImageProcessorPil(size=_SIZE)
+    images.image_seq_length = 16
+    return hf.PaliGemmaForConditionalGeneration(config), hf.PaliGemmaProcessor(images, words)
+
+
 BUILDERS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "llava_next": llava_next,
     "llava_onevision": llava_onevision,
@@ -177,6 +203,8 @@ BUILDERS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "internvl": internvl,
     "gemma3": gemma3,
     "instructblip": instructblip,
+    "paligemma": paligemma,
+    "idefics2": idefics2,
 }
 PICTURED = (*IMAGE, *BUILDERS)
 """Families that read pictures."""

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from streams.base import StreamConfig
 from testbed.core.events import Ask
@@ -17,7 +18,9 @@ from testbed.core.registry import EDITORS, STREAMS
 from testbed.editors.adapters.lowrank import AdaptedSuffix, find_target_modules
 from testbed.editors.locate.core import refuse_routed
 from testbed.model import families
+from testbed.model.encoding import Batch, answer_ids, collate, text_batch
 from testbed.model.families import FAMILIES, UnknownLayout
+from testbed.model.generation import greedy_decoding
 from testbed.model.handle import ModelHandle, project
 from testbed.model.layout import adds_as_it_is
 from testbed.model.loading import load
@@ -33,7 +36,8 @@ STATE_SPACE = ("mamba", "mamba2")
 ROUTED = ("mixtral", "phimoe", "gpt_oss", "olmoe", "qwen3_moe")
 BEHIND = ("gemma2", "gemma3_text", "olmo2", "olmo3", "glm4", "exaone4", "granite", "qwen2_moe", *ROUTED)
 """Text families in which something lies behind the edited matrix: a norm, a factor, a gate or experts."""
-WEAK = ("gemma3", "olmo2", "olmo3")
+PREFIX = tuple(name for name, family in FAMILIES.items() if family.prefix)
+"""Families whose prompts are read in both directions."""
 ANSWERS = ["green", "Mara Venn", "two red towers"]
 
 
@@ -73,6 +77,55 @@ def test_a_picture_counts_and_so_do_the_words_about_it(kind: str) -> None:
     assert len(set(scores)) == 4
     again = predictor.score(questions, ["green"] * 4)
     np.testing.assert_allclose([float(s.logprobs[0]) for s in again], scores, atol=1e-3)
+
+
+def both_ways(kind: str, ask: Ask, answer: str) -> dict[str, torch.Tensor]:
+    """What the family's own processor makes of a prompt with its answer, behind which it sets the end token."""
+    handle = build(kind)
+    text, image = handle.family.image if ask.image else handle.family.text, ask.image and Image.fromarray(ask.image.load())
+    assert text is not None and handle.processor is not None
+    prompt = text.format(prompt=ask.prompt).removesuffix(handle.family.closing)
+    made = handle.processor(images=[image], text=[prompt], suffix=[answer], return_tensors="pt")
+    return {k: v for k, v in made.items() if k not in ("attention_mask", "labels")}
+
+
+@pytest.mark.parametrize("kind", PREFIX)
+def test_a_prompt_with_its_answer_is_what_the_processor_makes_of_both(kind: str) -> None:
+    handle, ask = build(kind), Ask("who leads?", Noise(1))
+    batch = collate(handle, [ask], [answer_ids(handle, ask, "two red towers")], end=True)
+    own = both_ways(kind, ask, "two red towers")
+    for name in ("input_ids", "token_type_ids", "pixel_values"):
+        assert torch.equal(batch.inputs[name], own[name]), name
+
+
+@pytest.mark.parametrize("kind", PREFIX)
+@pytest.mark.parametrize("picture", [None, Noise(1)])
+def test_a_prompt_is_read_both_ways_and_an_answer_and_running_text_one_way(kind: str, picture: Noise | None) -> None:
+    handle = build(kind)
+
+    def states(batch: Batch) -> torch.Tensor:
+        with torch.no_grad():
+            return handle.model(**batch.inputs, use_cache=False, output_hidden_states=True).hidden_states[-1][0]
+
+    asks = [Ask("who leads the bridge?", picture), Ask("who leads the bridge!", picture)]
+    one, other = (states(collate(handle, [a], [[11, 12]])) for a in asks)
+    assert (one[0] - other[0]).abs().max() > 1e-3
+    later = states(collate(handle, asks[:1], [[11, 13]]))
+    torch.testing.assert_close(one[:-1], later[:-1], atol=1e-5, rtol=1e-5)
+    running = [states(text_batch(handle, [[20, 21, 22, last]])) for last in (30, 31)]
+    torch.testing.assert_close(running[0][:-1], running[1][:-1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", PREFIX)
+def test_an_answer_is_scored_as_it_would_be_generated(kind: str) -> None:
+    handle = build(kind)
+    batch = collate(handle, [Ask("who leads?", Noise(1)), Ask("who leads the bridge?", Noise(2))], side="left")
+    with torch.no_grad(), greedy_decoding(handle):
+        made = handle.model.generate(**batch.inputs, max_new_tokens=4, output_logits=True, return_dict_in_generate=True)
+        answers = made.sequences[:, batch.prompt.shape[1] :].tolist()
+        forced = collate(handle, list(batch.asks), answers, side="left")
+        logits = handle.model(**forced.inputs, use_cache=False).logits[:, -5:-1]
+    torch.testing.assert_close(logits, torch.stack(made.logits, 1), atol=1e-4, rtol=1e-4)
 
 
 def through(handle: ModelHandle, layer: int, weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -117,11 +170,11 @@ def test_layers_of_routed_experts_are_told_from_those_with_a_shared_one() -> Non
     for kind in (k for k in TEXT if k not in STATE_SPACE):
         assert build(kind).is_routed(1) == (kind in ROUTED), kind
     assert build("mixtral").down_weight(1).endswith("self_attn.o_proj.weight")
-    assert build("deepseek_v3").down_weight(0).endswith("mlp.down_proj.weight")
-    assert build("deepseek_v3").down_weight(1).endswith("mlp.shared_experts.down_proj.weight")
+    assert build("deepseek_v2").down_weight(0).endswith("mlp.down_proj.weight")
+    assert build("deepseek_v2").down_weight(1).endswith("mlp.shared_experts.down_proj.weight")
     with pytest.raises(ValueError, match=r"rome cannot edit layer 1 of .*a mixture of routed experts without a shared one"):
         refuse_routed("rome", build("mixtral"), [1])
-    assert refuse_routed("rome", build("deepseek_v3"), [0, 1, 2]) is None
+    assert refuse_routed("rome", build("deepseek_v2"), [0, 1, 2]) is None
 
 
 @pytest.mark.parametrize("kind", list(ODD))
@@ -140,8 +193,6 @@ def test_an_edit_acts(kind: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_editor_of_each_kind_works_or_says_why_not(kind: str) -> None:
-    if kind in WEAK:
-        pytest.xfail("an edit of one layer does not turn the answer of these random weights; the weights are checked against a reference")
     found = {name: outcome(kind, name) for name in COLUMNS}
     refused = set(COLUMNS) - {"ike"} if kind in STATE_SPACE else {"rome"} & set(COLUMNS) if kind in ROUTED else set()
     assert {name for name, result in found.items() if result != WORKS} == refused, found

@@ -31,9 +31,10 @@ def test_an_image_text_type_that_is_not_in_the_table_is_named(tmp_path: Path) ->
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "pixtral_none", "auto_map": {"AutoConfig": "x.Y"}}))
     with pytest.raises(BadModel, match="needs code that comes with it, and the testbed runs no such code"):
         load(str(tmp_path), device="cpu")
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "fuyu"}))
-    with pytest.raises(BadModel, match=r"reads pictures, and its type 'fuyu' is not in the table of families.*there are blip-2"):
-        load(str(tmp_path), device="cpu")
+    for kind in ("fuyu", "mllama"):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+        with pytest.raises(BadModel, match=rf"reads pictures, and its type '{kind}' is not in the table of families.*there are blip-2"):
+            load(str(tmp_path), device="cpu")
 
 
 def test_weights_that_are_not_finite_name_the_parameter(tmp_path: Path) -> None:
