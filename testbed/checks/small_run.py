@@ -61,9 +61,9 @@ def run_case(config: RunConfig, steps: int = 2) -> Iterator[RunCase]:
         whole, resumed = Path(root) / "whole", Path(root) / "resumed"
         study(replace(config, out=whole))
         try:
-            study(replace(config, out=resumed), stop=_StopAfter(steps))
+            study(replace(config, out=resumed), stop=_StopAfter(steps), report=False)
         except Stopped:
-            study(stored_config(resumed))
+            study(stored_config(resumed), report=False)
         yield RunCase(whole, resumed, config.editor)
 
 

@@ -141,13 +141,16 @@ def _development(stream: Stream, taken: int) -> list[tuple[Ask, str]]:
     return [(e.ask(), e.previous or "") for e in later]
 
 
-def study(config: RunConfig, say: Callable[[str], None] = lambda line: None, stop: StopRequest | None = None) -> dict[str, Any]:
+def study(
+    config: RunConfig, say: Callable[[str], None] = lambda line: None, stop: StopRequest | None = None, report: bool = True
+) -> dict[str, Any]:
     """Run every editor of the configuration over its stream and write the run folder.
 
     Args:
         config: the run; with `resume`, the stored configuration (see `stored_config`).
         say: callback for messages to the user, one line each.
         stop: checked after each step; once it is requested, the run saves its state and raises `Stopped`.
+        report: without it the answers alone are written, and the summary is empty.
 
     Returns the summary, as in summary.json. Raises `BadConfig`, `BadStream`, `BadModel`, `StoreError`, `OutOfMemory`.
     """
@@ -171,7 +174,7 @@ def study(config: RunConfig, say: Callable[[str], None] = lambda line: None, sto
         write_rows(folder.path / "questions.parquet", QuestionRow, run.schedule.question_rows())
         with bars() as shown:
             _run_editors(run, folder, shown, say, stop)
-        summary = finish(run.out)
+        summary = finish(run.out) if report else {}
         save_models(run, folder, say)
         return summary
 
