@@ -15,7 +15,10 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.metrics.comparison import main_columns, main_mode
+from analysis.figures import catalogue
+from analysis.figures.batches import SHOWN, batches
+from analysis.metrics.catalogue import METRICS, show
+from analysis.metrics.comparison import Summary, main_columns, main_mode
 from analysis.reading.records import BadRun
 from analysis.reporting.page import render
 from analysis.reporting.report import COMPARISON, write, write_all
@@ -26,10 +29,11 @@ _AXES = ("stream", "model", "batch", "edits", "set")
 
 @dataclass(frozen=True)
 class Comparison:
-    """One set of comparable cells: its report's folder relative to the sweep, its summary, and the omitted cells with reasons."""
+    """One set of comparable cells: its report's folder in the sweep, its batch size and summary, the omitted cells with reasons."""
 
     label: str
     folder: str
+    batch: int
     summary: dict[str, Any] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
 
@@ -37,6 +41,7 @@ class Comparison:
 def write_sweep(out: Path, formats: Sequence[str] = ("png", "pdf")) -> dict[str, dict[str, Any]]:
     """Writes a report for every comparison, cells.csv and report.html; returns the summaries by label of the comparison.
 
+    Comparisons that differ in their batch size alone have a figure together, batch.png (batch-2.png, ...).
     Cells that failed or are missing are named on the page and left out of the numbers. Raises `BadRun` for a folder
     without a readable sweep.json.
     """
@@ -48,7 +53,8 @@ def write_sweep(out: Path, formats: Sequence[str] = ("png", "pdf")) -> dict[str,
     write(out / "cells.csv", _csv(cells))
     shown = [{"about": c, "columns": main_columns(c.summary, main_mode(c.summary)) if c.summary else ()} for c in compared]
     axes = [a for a in _AXES if len({c["axes"][a] for c in cells}) > 1]
-    write(out / "report.html", render("sweep.html.j2", title=out.name, cells=cells, comparisons=shown, axes=axes))
+    sizes = _by_batch(out, compared, formats)
+    write(out / "report.html", render("sweep.html.j2", title=out.name, cells=cells, comparisons=shown, axes=axes, sizes=sizes))
     return {c.label: c.summary for c in compared if c.summary}
 
 
@@ -71,12 +77,41 @@ def _compare(out: Path, label: str, name: str, cells: Sequence[Mapping[str, Any]
     kept = [c for c in done if c["editor"] in whole]
     left = [f"{c['editor']}, seed {c['seed']}: {c['state']}" for c in cells if c["state"] != "done"]
     left += [f"{c['editor']}, seed {c['seed']}: done, but this editor is not done in every seed" for c in done if c not in kept]
+    batch = cells[0]["config"].get("batch", 1)
     if not kept:
-        return Comparison(label, name, left_out=[*left, "no editor is done in every seed, so nothing can be compared"])
+        return Comparison(label, name, batch, left_out=[*left, "no editor is done in every seed, so nothing can be compared"])
     try:
-        return Comparison(label, name, write_all([out / c["folder"] for c in kept], formats, to=out / name), left)
+        return Comparison(label, name, batch, write_all([out / c["folder"] for c in kept], formats, to=out / name), left)
     except BadRun as error:
-        return Comparison(label, name, left_out=[*left, str(error)])
+        return Comparison(label, name, batch, left_out=[*left, str(error)])
+
+
+def _by_batch(out: Path, compared: Sequence[Comparison], formats: Sequence[str]) -> list[dict[str, str]]:
+    """Writes the figures of the comparisons that differ in their batch size alone: title, file and text of each."""
+    groups: dict[str, dict[int, Summary]] = {}
+    for c in compared:
+        label = ", ".join(part for part in c.label.split(", ") if not part.startswith("batch="))
+        groups.setdefault(label, {}).update({c.batch: c.summary} if c.summary else {})
+    written: list[dict[str, str]] = []
+    for label, summaries in groups.items():
+        figure = batches(summaries)
+        if figure is not None:
+            name = f"batch-{len(written) + 1}" if written else "batch"
+            for kind in formats:
+                catalogue.save(figure, out / f"{name}.{kind}")
+            written.append({"title": label or "Batch size", "file": f"{name}.{formats[0]}", "text": _in_words(summaries)})
+    return written
+
+
+def _in_words(summaries: Mapping[int, Summary]) -> str:
+    """The numbers of the figure, for readers who do not see it."""
+    lines: list[str] = []
+    for size, summary in sorted(summaries.items()):
+        names = [m + main_mode(summary).suffix for m in SHOWN]
+        for editor, found in summary["editors"].items():
+            values = [f"{METRICS[m].short} {show(n, found[n]['value'])}" for m, n in zip(SHOWN, names) if n in found]
+            lines.append(f"{editor}, {size} edits in a step: {', '.join(values)}")
+    return "; ".join(lines)
 
 
 def _row(out: Path, cell: Mapping[str, Any]) -> dict[str, Any]:

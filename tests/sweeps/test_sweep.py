@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from analysis.figures.batches import batches, by_batch
 from analysis.reporting.sweep import main as show
 from analysis.reporting.sweep import write_sweep
 from testbed import sweep as sweeps
@@ -236,9 +237,9 @@ def test_a_cluster_that_is_not_there_or_too_small_is_reported(tmp_path: Path, mo
     assert small.ended
 
 
-def done_sweep(root: Path, fail: tuple[str, int] | None = None) -> tuple[SweepConfig, dict[str, Any], Board]:
+def done_sweep(root: Path, fail: tuple[str, int] | None = None, **more: Any) -> tuple[SweepConfig, dict[str, Any], Board]:
     """A sweep of two editors and two seeds whose cells hold made-up runs; one of them failed."""
-    values = {"editor": ["noop", "finetune"], "seed": [0, 1], "edits": 40}
+    values = {"editor": ["noop", "finetune"], "seed": [0, 1], "edits": 40, **more}
     config = SweepConfig(root / "s.yaml", out=root / "out")
     grid = expand(values, config.folder, "cpu")
     for cell in grid.cells.values():
@@ -298,6 +299,29 @@ def test_a_failed_cell_is_named_and_its_editor_left_out(tmp_path: Path) -> None:
     table = Console(width=200, record=True)
     table.print(board.table())
     assert "3 done, 1 failed" in table.export_text()
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_batch_sizes_have_a_figure_together(tmp_path: Path) -> None:
+    config, _, _ = done_sweep(tmp_path, batch=[1, 10])
+    found = write_sweep(config.folder)
+    assert set(found) == {"batch=1", "batch=10"}
+    assert (config.folder / "batch.png").is_file()
+    assert not (config.folder / "batch-2.png").exists()
+    page = (config.folder / "report.html").read_text()
+    assert page.count("<figure>") == 1
+    value = found["batch=10"]["editors"]["finetune"]["edit_success_gen"]["value"]
+    assert f"finetune, 10 edits in a step: Success, end {100 * value:.1f}" in page
+
+
+def test_points_by_batch_size_are_those_of_the_summaries() -> None:
+    def summary(editor: str, value: float) -> dict[str, Any]:
+        return {"editors": {editor: {"edit_success_gen": {"value": value, "low": value - 0.1, "high": value + 0.1, "n": 20}}}}
+
+    points = by_batch({100: summary("a", 0.25), 1: summary("a", 0.75)})
+    assert set(points["metric"]) == {"edit_success"}
+    assert points[["editor", "x", "value"]].to_numpy().tolist() == [["a", 1, 0.75], ["a", 100, 0.25]]
+    assert batches({1: summary("a", 0.5)}) is None
 
 
 @pytest.mark.usefixtures("no_figures")
