@@ -31,8 +31,8 @@ from testbed.editors.reports import joined, of_events
 from testbed.editors.traits import Traits
 from testbed.editors.work import Work, derived_work
 from testbed.model import out_of_memory as memory
-from testbed.model.encoding import UntokenizableAnswer
-from testbed.model.handle import ModelHandle
+from testbed.model.encoding import PromptTooLong, UntokenizableAnswer
+from testbed.model.handle import BadModel, ModelHandle
 from testbed.model.predictor import ModelPredictor, Predictor
 
 _FIRST = 4
@@ -43,7 +43,7 @@ class EditFailed(RuntimeError):
     """An edit or a batch could not be made (its loss is not finite, ...). It is recorded and changes nothing; the stream goes on."""
 
 
-FAILURES: tuple[type[BaseException], ...] = (EditFailed, UntokenizableAnswer, torch.linalg.LinAlgError)  # pyright: ignore
+FAILURES: tuple[type[BaseException], ...] = (EditFailed, UntokenizableAnswer, PromptTooLong, torch.linalg.LinAlgError)  # pyright: ignore
 """Errors that fail an edit and let the stream go on, beside those that say that memory ran out."""
 
 
@@ -156,7 +156,7 @@ class Editor(ABC):
         try:
             with collect_seconds() as seconds:
                 notes = self._close_year(self.step)
-        except (RuntimeError, MemoryError) as e:
+        except (RuntimeError, MemoryError, BadModel) as e:
             if not (isinstance(e, FAILURES) or memory.is_out_of_memory(e)):
                 raise
             self.notes.append(f"the edits that waited until step {self.step} could not be learned and wait on: {e}")
@@ -196,7 +196,7 @@ class Editor(ABC):
             with collect_seconds() as seconds:
                 notes = self._edit(edits) if edits.events else {}
             skipped = self._retire(retire)
-        except (RuntimeError, MemoryError, UntokenizableAnswer) as e:
+        except (RuntimeError, MemoryError, BadModel) as e:
             if not (isinstance(e, FAILURES) or memory.is_out_of_memory(e)):
                 raise
             reason = self._out_of_memory(len(batch)) if memory.is_out_of_memory(e) else str(e)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from testbed.core.events import Ask, BadPicture, Question
+from testbed.core.events import Ask, BadPicture, EditEvent, Question
 from testbed.core.grading import exact, natural_stop
 from testbed.experiment.schedule import Schedule
 from testbed.model.encoding import answer_ids, prompt_inputs
@@ -31,6 +31,7 @@ def check(schedule: Schedule, handle: ModelHandle) -> None:
     answers += [(q.prompt, a) for q in questions for a in q.choices or filter(None, [q.answer])]
     _raise(BadModel, (_answer_problem(handle, prompt, answer) for prompt, answer in answers))
     _raise(BadModel, (_length_problem(handle, q) for q in questions))
+    _raise(BadModel, (_edit_problem(handle, e) for e in events if e.target))
 
 
 def new_tokens(schedule: Schedule, handle: ModelHandle, wanted: int) -> int:
@@ -87,6 +88,14 @@ def _answer_problem(handle: ModelHandle, prompt: str, answer: str) -> str | None
     except BadModel as e:
         return str(e)
     return None
+
+
+def _edit_problem(handle: ModelHandle, event: EditEvent) -> str | None:
+    """Why an edit's prompt with its target and the end token does not fit into the window."""
+    n = prompt_inputs(handle, event.ask())["input_ids"].shape[1] + len(answer_ids(handle, event.ask(), event.target)) + 1
+    if n <= handle.window:
+        return None
+    return f"an edit takes {n} tokens with its answer, {handle.name} reads {handle.window}: {event.prompt[:60]!r}; leave it out"
 
 
 def _length_problem(handle: ModelHandle, question: Question) -> str | None:

@@ -25,6 +25,10 @@ class UntokenizableAnswer(BadModel):
     """An answer that tokenises to nothing, or to unknown tokens alone."""
 
 
+class PromptTooLong(BadModel):
+    """A prompt that does not fit into the model's window with its answer."""
+
+
 _CACHED = 20_000
 """Prompts and answers whose tokens are cached, at most."""
 _NOT_INPUTS = ("attention_mask", "labels")
@@ -228,12 +232,16 @@ def collate(
     """Pad prompts (followed by answers, and by the end token with `end`) into one batch on the handle's device.
 
     at: a position of each row; padding goes to both sides so that these stand in one column, the largest of them.
+    Raises `PromptTooLong`.
     """
     rows = [prompt_inputs(handle, a) for a in asks]
     targets = [list(x) for x in answers] if answers is not None else [[] for _ in rows]
     if end:
         targets = [[*t, handle.tokenizer.eos_token_id] for t in targets]
     lengths = [r["input_ids"].shape[1] + len(t) for r, t in zip(rows, targets)]
+    for ask, n in zip(asks, lengths):
+        if n > handle.window:
+            raise PromptTooLong(f"a prompt takes {n} tokens with its answer, {handle.name} reads {handle.window}: {ask.prompt[:60]!r}")
     starts = [max(lengths) - n if side == "left" else 0 for n in lengths] if at is None else [max(at) - n for n in at]
     return _pad(handle, rows, targets, starts, tuple(asks))
 

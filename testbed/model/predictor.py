@@ -138,7 +138,7 @@ class ModelPredictor(Predictor):
         self.fingerprint = "base" if around is None and weights is None else None
 
     def respond(self, asks: Sequence[Ask], answers: Sequence[str | None], max_new_tokens: int = 16) -> list[Response]:
-        ids = [answer_ids(self.handle, a, x) if x is not None else [] for a, x in zip(asks, answers)]
+        ids = [self._answer(a, x) if x is not None else [] for a, x in zip(asks, answers)]
         return self._respond(asks, ids, max_new_tokens, None)
 
     def generate(self, asks: Sequence[Ask], max_new_tokens: int = 16, decided: Sequence[Decided] | None = None) -> list[str]:
@@ -161,7 +161,12 @@ class ModelPredictor(Predictor):
 
     @torch.no_grad()
     def score(self, asks: Sequence[Ask], answers: Sequence[str]) -> list[Score]:
-        return self._score(asks, [answer_ids(self.handle, a, x) for a, x in zip(asks, answers)])
+        return self._score(asks, [self._answer(a, x) for a, x in zip(asks, answers)])
+
+    def _answer(self, ask: Ask, answer: str) -> Row:
+        """The tokens of an answer as far as the window reaches: a reply of the model's own may take more than it was generated with."""
+        room = self.handle.window - prompt_inputs(self.handle, ask)["input_ids"].shape[1]
+        return answer_ids(self.handle, ask, answer)[: max(1, room)]
 
     def _packed_or_padded(
         self,
@@ -287,7 +292,7 @@ class ModelPredictor(Predictor):
             scorer = AnswerScorer(ids, then=lambda: turn("decode"))
             start = batch.inputs["input_ids"].shape[1]
             stop = [FirstLine(self.handle, ids, start), *([DecidedReplies(self.handle, decided, start)] if decided else [])]
-            limits: Any = {"max_new_tokens": max_new_tokens, "stopping_criteria": stop}
+            limits: Any = {"max_new_tokens": max(1, min(max_new_tokens, self.handle.window - start)), "stopping_criteria": stop}
             tokens = self.handle.model.generate(**batch.inputs, **limits, logits_processor=[scorer])
             extras = self.explain(batch) if self.explain else [{} for _ in asks]
         new = tokens[:, start:]

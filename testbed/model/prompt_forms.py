@@ -7,7 +7,7 @@ prompts (contexts, facts before a question) have it too.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -76,10 +76,14 @@ def _chat(handle: ModelHandle) -> PromptForm:
 def choose(handle: ModelHandle, known: Sequence[tuple[Ask, str]]) -> ChosenForm:
     """The form in which the model begins with the most answers of `known`, of which 40 are asked; the simplest of equal ones.
 
-    The handle keeps its own templates.
+    The handle keeps its own templates. Prompts that fit into the model's window in every form are asked; without any the simplest
+    form is taken.
     """
-    own, asked, shares = handle.family, known[:QUESTIONS], dict[str, float]()
+    own, shares = handle.family, dict[str, float]()
     found = forms(handle)
+    asked = [(ask, answer) for ask, answer in known if _fits(handle, ask, found.values())][:QUESTIONS]
+    if not asked:
+        return ChosenForm(next(iter(found.values())))
     try:
         for name, form in found.items():
             use(handle, form)
@@ -89,6 +93,12 @@ def choose(handle: ModelHandle, known: Sequence[tuple[Ask, str]]) -> ChosenForm:
         handle.family = own
         handle.cache.pop("answers", None)
     return ChosenForm(found[max(shares, key=lambda name: shares[name])], shares)
+
+
+def _fits(handle: ModelHandle, ask: Ask, tried: Iterable[PromptForm]) -> bool:
+    """Whether the window holds this prompt in each form and a generation behind it."""
+    texts = (f.text.format(prompt=ask.prompt, examples=handle.examples.get(ask.relation, "")) for f in tried)
+    return all(len(handle.tokenizer(text)["input_ids"]) + NEW_TOKENS <= handle.window for text in texts)
 
 
 def show_examples(handle: ModelHandle, examples: Mapping[str, Sequence[tuple[str, str]]]) -> None:

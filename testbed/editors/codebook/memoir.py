@@ -32,7 +32,7 @@ from testbed.editors.base import Editor, EditorConfig, appended, need, require_f
 from testbed.editors.codebook.gate import Gate, Hits
 from testbed.editors.codebook.keys import read_keys
 from testbed.editors.hyperparameters import GPT_J, LLAMA_2_7B, LLAMA_3_8B, MISTRAL_7B, SHALLOW, PublishedRow, Table, Values
-from testbed.editors.locate.keys import ask_of, draw_contexts
+from testbed.editors.locate.keys import ask_of, contexts_that_fit, draw_contexts
 from testbed.editors.traits import Traits
 from testbed.editors.work import Work, down_shape
 from testbed.model.encoding import Batch
@@ -162,7 +162,7 @@ class Memoir(Editor):
     @timed("train")
     def _train(self, event: EditEvent, own: Tensor) -> tuple[float, int]:
         """Train the columns `own` (k,) of the memory on one edit: (the last loss, the steps). Raises `EditFailed`."""
-        asks = [ask_of(event, c) for c in self.contexts]
+        asks = [ask_of(event, c) for c in contexts_that_fit(self.handle, [event], self.contexts)]
         suffix = suffix_from_down_projection(self.handle, asks, [event.target] * len(asks), self.layer)
         base, active = project(self.module, suffix.act, self.weight), suffix.act[..., own].float()
         columns, loss, step = self.memory[:, own], torch.nan, 0

@@ -27,7 +27,7 @@ from testbed.core.timing import timed
 from testbed.editors.base import BadEditor, EditFailed, EditorConfig, Traits, WeightEditor, require_same
 from testbed.editors.hyperparameters import SHALLOW, Values
 from testbed.editors.locate.general_text import corpus_of, corpus_problem
-from testbed.editors.locate.keys import KeyComputation, ask_of, draw_contexts, subject_of
+from testbed.editors.locate.keys import KeyComputation, ask_of, contexts_that_fit, draw_contexts, subject_of
 from testbed.editors.locate.second_moments import second_moments
 from testbed.editors.locate.solver import Prior, Ridge, Solution
 from testbed.editors.locate.targets import Targets, TargetTask, search, unchanged_outputs
@@ -255,7 +255,9 @@ class LocateEditor(WeightEditor):
         self.priors = {n: self._prior(n, self.second_moments.get(n, torch.zeros(0))) for n in self.deltas.layers}
 
     def _run_stage(self, layers: tuple[int, ...], events: Sequence[EditEvent], step: int, log: BatchLog) -> None:
-        task = TargetTask(self.handle, events, layers[-1], self.contexts, self.config.end)
+        contexts = contexts_that_fit(self.handle, events, self.contexts, self.config.end)
+        log.left_out(len(self.contexts) - len(contexts))
+        task = TargetTask(self.handle, events, layers[-1], contexts, self.config.end)
         facts = [content_id(*e.fact) for e in events]
         with timed("targets"):
             before = unchanged_outputs(self.handle, events, layers[-1])
@@ -263,7 +265,7 @@ class LocateEditor(WeightEditor):
             target = self._start(task, before) + found.delta
             log.targets(found)
         with timed("keys"):
-            computation = KeyComputation(self.handle, events, self.contexts, layers, self.bare_share)
+            computation = KeyComputation(self.handle, events, contexts, layers, self.bare_share)
         for i, layer in enumerate(layers):
             with timed("keys"), torch.no_grad():
                 keys = computation.keys(layer)
@@ -328,6 +330,11 @@ class BatchLog:
     def __init__(self, **counts: float) -> None:
         self.values: dict[str, list[float]] = {}
         self.counts = {k: float(v) for k, v in counts.items()}
+
+    def left_out(self, contexts: int) -> None:
+        """Count contexts that the window does not hold before the prompts."""
+        if contexts:
+            self._note(contexts_left_out=contexts)
 
     def targets(self, found: Targets) -> None:
         """Raises `EditFailed` for a target that is not finite."""

@@ -55,6 +55,13 @@ def ask_of(event: EditEvent, context: str = "") -> Ask:
     return replace(event.ask(), prompt=f"{context}. {event.prompt}") if context else event.ask()
 
 
+def contexts_that_fit(handle: ModelHandle, events: Sequence[EditEvent], contexts: Sequence[str], end: bool = True) -> Sequence[str]:
+    """The contexts where the window holds every prompt with its answer behind each of them, else the first, empty one alone."""
+    asked = [(ask_of(e, c), e.target) for e in events for c in contexts[1:]]
+    lengths = (prompt_inputs(handle, a)["input_ids"].shape[1] + len(answer_ids(handle, a, x)) + end for a, x in asked)
+    return contexts if all(n <= handle.window for n in lengths) else contexts[:1]
+
+
 def subject_of(event: EditEvent) -> str | None:
     """The subject where the prompt names it; None where there is none or a picture stands for it."""
     subject = (event.subject or "").strip()

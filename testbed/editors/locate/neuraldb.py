@@ -31,7 +31,7 @@ from testbed.editors.codebook.nearest import Keys, Nearest
 from testbed.editors.hyperparameters import SHALLOW, Values, model_key
 from testbed.editors.locate import memit
 from testbed.editors.locate.core import DEFAULTS, LocateEditor, TargetConfig, derived_layers, refuse_routed
-from testbed.editors.locate.keys import KeyComputation, ask_of, draw_contexts
+from testbed.editors.locate.keys import KeyComputation, ask_of, contexts_that_fit, draw_contexts
 from testbed.editors.locate.targets import TargetTask, search, unchanged_outputs
 from testbed.editors.traits import Traits
 from testbed.editors.work import Work, down_shape
@@ -157,11 +157,12 @@ class NeuralDB(Editor):
         if not self.contexts:
             suffix_from_down_projection(self.handle, [ask_of(events[0])], [events[0].target], self.layer)
             self.contexts = ["", *draw_contexts(self.handle, self.hyper.contexts, self.hyper.context_tokens, self.generator(0))]
-        task = TargetTask(self.handle, events, self.layer, self.contexts, self.config.end)
+        contexts = contexts_that_fit(self.handle, events, self.contexts, self.config.end)
+        task = TargetTask(self.handle, events, self.layer, contexts, self.config.end)
         with timed("targets"):
             found = search(task, self.hyper, unchanged_outputs(self.handle, events, self.layer).norm(dim=1))
         with timed("keys"), torch.no_grad():
-            keys = KeyComputation(self.handle, events, self.contexts, (self.layer,), self.bare_share).keys(self.layer)
+            keys = KeyComputation(self.handle, events, contexts, (self.layer,), self.bare_share).keys(self.layer)
         if not (torch.isfinite(found.delta).all() and torch.isfinite(keys).all()):
             raise EditFailed("the key or the residual of an edit is not finite")
         self.keys, self.residuals = self._longer("keys", keys), self._longer("residuals", found.delta)
