@@ -15,6 +15,7 @@ COMMANDS = {
     "tune": ("testbed.tune", "choose an editor's settings for a model on development edits"),
     "sweep": ("testbed.sweep", "run a grid of editors, streams, models, seeds and settings"),
     "analyze": ("analysis.__main__", "make the report, figures and tables of run folders again"),
+    "report": ("analysis.__main__", "another name of analyze"),
     "streams": ("streams.__main__", "show what a stream reads from files, and what it leaves out"),
     "bisect": ("testbed.bisect", "find the edit that broke a model"),
     "check": ("testbed.check", "run the shared contract suite on a plug-in of your own"),
@@ -23,6 +24,12 @@ COMMANDS = {
     "lm-eval": ("testbed.integrations.lm_eval", "ask tasks of lm-evaluation-harness of the edited models of a run"),
 }
 """By name the module whose `main` takes the arguments, and what the command does."""
+GROUPS = {
+    "edit models": ("run", "ask", "tune", "sweep", "bisect"),
+    "read data and results": ("streams", "analyze", "report", "lm-eval"),
+    "extend and measure": ("check", "bench", "pretrain"),
+}
+"""The commands as the overview shows them."""
 _EXAMPLES = """examples:
   testbed run --stream okedit-yearly            the main job: editors, 500 edits, ten years, a report
   testbed run --list                            all editors, streams and probes
@@ -50,9 +57,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def overview() -> str:
-    """The commands with a line each, and examples."""
-    lines = [f"  {name:<10}{what}" for name, (_, what) in COMMANDS.items()]
-    return "\n".join(["usage: testbed COMMAND [options]; testbed COMMAND --help shows its options", "", *lines, "", _EXAMPLES])
+    """The commands by group with a line each, and examples."""
+    lines = ["usage: testbed COMMAND [options]; testbed COMMAND --help shows its options", ""]
+    for group, names in GROUPS.items():
+        lines += [f"{group}:", *(f"  {name:<10}{COMMANDS[name][1]}" for name in names), ""]
+    return "\n".join([*lines, _EXAMPLES])
 
 
 def installed_version() -> str:

@@ -78,13 +78,34 @@ def parse(argv: list[str]) -> RunConfig:
             rest += [f"--{option}", str(value)]
         elif value is not None:  # tyro takes each option once, and its values apart
             rest += [f"--{option}", *(value if option == "set" else filter(None, (n for v in value for n in variants.names(v))))]
-    config = tyro.cli(RunConfig, args=rest, default=default, prog="python -m testbed.run")
+    config = tyro.cli(RunConfig, args=rest, default=default, prog="testbed run", description=about())
     if given.resume and config.identity() != default.identity():
         changed = [k for k, v in config.identity().items() if v != default.identity()[k]]
         raise BadConfig(f"--resume goes on with the stored configuration; it cannot change {', '.join(changed)}")
     return config
 
 
+def about() -> str:
+    """What `--help` says above the options: their groups, and examples."""
+    groups = (f"  {group}: {' '.join('--' + name.replace('_', '-') for name in names.split())}" for group, names in GROUPS.items())
+    return "\n".join([RunConfig.__doc__ or "", "", "options by group:", *groups, "", _EXAMPLES])
+
+
+GROUPS = {
+    "edits and questions": "stream data_root missing_images edits batch seed probe_budget benchmarks",
+    "editors": "editor set plugin",
+    "model": "model prompt device device_map dtype max_new_tokens",
+    "files": "out resume save_every save_model cache track config log",
+    "look without a run": "list dry_run",
+}
+"""The fields of a run as `--help` lists them."""
+_EXAMPLES = """examples:
+  testbed run --stream okedit-yearly --edits 100
+  testbed run --editor noop,memit,memit[history=true] --batch 10 --set memit.layers=1
+  testbed run --model smollm2 --stream countries-yearly --editor noop,finetune --dry-run
+  testbed run --stream jsonl:facts.jsonl --data-root FOLDER --set stream.fields=prompt=question,target=new
+  testbed run --plugin my_editor.py --editor noop,my-edit
+  testbed run --resume runs/FOLDER"""
 _LISTS = ("--editor", "--benchmarks", "--plugin", "--set")
 """Options with several values: separated by commas, except --set, which may also be given several times."""
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from testbed import __main__ as command
+from testbed import run
+from testbed.experiment.config import RunConfig
 
 ROOT = Path(__file__).parents[2]
 
@@ -21,8 +25,21 @@ def test_every_command_is_listed_and_exists(capsys: pytest.CaptureFixture[str]) 
     for name, (module, about) in command.COMMANDS.items():
         assert f"  {name:<10}{about}" in shown
         assert callable(importlib.import_module(module).main)
+    assert sorted(n for names in command.GROUPS.values() for n in names) == sorted(command.COMMANDS)
+    assert "examples:\n  testbed run " in shown
     assert command.main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("lifelong-editing-testbed ")
+
+
+def test_the_help_of_a_run_has_every_option_in_one_group_and_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    assert sorted(" ".join(run.GROUPS.values()).split()) == sorted(f.name for f in fields(RunConfig))
+    with pytest.raises(SystemExit):
+        command.main(["run", "--help"])
+    shown = capsys.readouterr().out
+    assert "usage: testbed run" in shown and "options by group:" in shown and "  editors: --editor --set --plugin" in shown
+    for words in re.findall(r"^  testbed (run .*)$", run.about(), re.MULTILINE):
+        if "--resume" not in words:
+            assert run.parse(words.split()[1:])
 
 
 def test_arguments_are_handed_on(capsys: pytest.CaptureFixture[str]) -> None:
