@@ -9,10 +9,13 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent
+SHEET = ".md-typeset td:first-child code { white-space: nowrap }\n"
+"""A name in the first column of a table stays in one piece."""
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add the pages; a notebook's cells become paragraphs and blocks of code."""
+    """Add the pages and a style sheet; a notebook's cells become paragraphs and blocks of code."""
+    files.append(File.generated(config, "site.css", content=SHEET))
     for card in sorted((ROOT / "streams" / "cards").glob("*.md")):
         files.append(File.generated(config, f"cards/{card.name}", content=card.read_text("utf-8")))
     files.append(File.generated(config, "notebook.md", content=notebook(ROOT / "docs" / "notebook.ipynb")))
