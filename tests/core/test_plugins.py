@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from testbed.__main__ import main
 from testbed.core.plugins import BadPlugin, load_plugins
 from testbed.core.registry import EDITORS
+from testbed.sweeps.grid import expand
 from tests.helpers.models import folder
 from tests.helpers.warm_process import command
 
@@ -68,6 +70,36 @@ def test_the_bench_measures_an_editor_of_ones_own_file(tmp_path: Path, capsys: p
     capsys.readouterr()
     assert main(words) == 2
     assert "there is no such file" in capsys.readouterr().err
+
+
+def test_the_cells_of_a_sweep_carry_the_file(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.py"
+    mine.write_text(TEMPLATE.replace('"sgd-edit"', '"edit-of-a-sweep"'))
+    try:
+        cells = expand({"plugin": str(mine), "editor": ["noop", "edit-of-a-sweep"]}, tmp_path / "sweep").cells.values()
+        assert [c.config.plugin for c in cells] == [(str(mine),)] * 2
+        assert {name for c in cells for name in c.config.editor} == {"noop", "edit-of-a-sweep"}
+    finally:
+        EDITORS._entries.pop("edit-of-a-sweep", None)
+
+
+def test_an_installed_package_offers_its_editors_to_every_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "somebodys_editors.py").write_text(TEMPLATE.replace('"sgd-edit"', '"edit-of-somebody"'))
+    about = tmp_path / "somebodys_editors-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: somebodys-editors\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text("[testbed.plugins]\nmine = somebodys_editors\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    try:
+        assert load_plugins([]) == {}
+        assert "edit-of-somebody" in EDITORS.names()
+        assert len(load_plugins(["somebodys_editors"])["somebodys_editors"]) == 64  # the same module by its name
+        (about / "entry_points.txt").write_text("[testbed.plugins]\nmine = nowhere_at_all\n")
+        with pytest.raises(BadPlugin, match="the entry point mine of somebodys-editors cannot be loaded: ModuleNotFoundError"):
+            load_plugins([])
+    finally:
+        EDITORS._entries.pop("edit-of-somebody", None)
+        sys.modules.pop("somebodys_editors", None)
 
 
 def test_what_cannot_be_loaded_is_named(tmp_path: Path) -> None:
