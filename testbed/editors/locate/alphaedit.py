@@ -63,7 +63,7 @@ class AlphaEdit(LocateEditor):
     defaults = {**LocateEditor.defaults, "l2": 10.0, "threshold": 2e-2}
     published = PUBLISHED
     relative = {"l2": 0.1, "threshold": 1.0}
-    pictures: ClassVar[Values] = {"steps": 100, "lr": 0.2}
+    pictures: ClassVar[Values] = {"steps": 200, "lr": 0.2}
     """What differs on a shallow model that is asked about pictures: a search of smaller and more steps finds shorter targets."""
     shows_pictures: bool | None = None
     """Whether the stream's questions show pictures; None as long as no stream is known, and then a model that reads them counts."""
