@@ -87,7 +87,7 @@ def test_published_absolute_values_can_be_given_to_any_model() -> None:
 def test_a_shallow_model_is_edited_where_it_reads_what_the_stream_asks_about() -> None:
     """Names in the first layer, pictures halfway up; without a stream, as the model reads."""
     shown = replace(POOL.questions[0], image=Noise(0))
-    for questions, layer, steps in ((POOL.questions, 0, 30), ((*POOL.questions, shown), 1, 100)):
+    for questions, layer, steps in ((POOL.questions, 0, 30), ((*POOL.questions, shown), 1, 200)):
         editor = AlphaEdit()
         editor.prepare(build("llava"), TrainPool(questions, POOL.texts))
         assert (editor.hyper.layers, editor.hyper.steps) == ((layer,), steps)

@@ -22,5 +22,6 @@ def test_the_files_behind_the_results_can_be_read(path: Path, tmp_path: Path) ->
         return
     values["data_root"] = tmp_path if "data_root" in values else None
     grid = expand(values, tmp_path / "out")
-    assert len(grid.cells) == len(values["editor"]) * len(values["seed"])
+    seeds = values["seed"] if isinstance(values["seed"], list) else [values["seed"]]
+    assert len(grid.cells) == len(values["editor"]) * len(seeds)
     assert list(grid.comparisons) == [""]
