@@ -60,8 +60,9 @@
   function chart() {
     const shown = chosenEditors(), points = curves().filter((p) => shown.includes(p.editor));
     const years = unique(curves().map((p) => p.year)).sort((a, b) => a - b);
-    const width = Math.min(640, Math.max(300, find("chart").clientWidth)), height = 260, left = 58, step = (width - left - 20) / Math.max(1, years.length - 1);
-    const x = (year) => left + (years.length > 1 ? step * years.indexOf(year) : (width - left) / 2);
+    const width = Math.min(980, Math.max(300, find("chart").clientWidth)), height = 280, left = 52, step = (width - left - 48) / Math.max(1, years.length - 1);
+    const x = (year) => left + 24 + (years.length > 1 ? step * years.indexOf(year) : (width - left) / 2 - 24);
+    const beside = (e) => Math.min(6, 28 / shown.length) * (shown.indexOf(e) - (shown.length - 1) / 2); // so that equal points do not hide each other
     const y = (share) => 12 + (height - 46) * (1 - share);
     const svg = drawn("svg", { viewBox: `0 0 ${width} ${height}`, role: "group", "aria-label": "Share right by year; each point is a button" });
     const label = (at, top, content, anchor) => {
@@ -78,10 +79,10 @@
     years.forEach((year, i) => i % every_nth === 0 && label(x(year), height - 8, year, "middle"));
     for (const e of shown) {
       const own = points.filter((p) => p.editor === e), colour = data.colours[e];
-      svg.append(drawn("polyline", { points: own.map((p) => x(p.year) + "," + y(p.sum / p.weight)).join(" "), style: "stroke:" + colour }));
+      svg.append(drawn("polyline", { points: own.map((p) => x(p.year) + beside(e) + "," + y(p.sum / p.weight)).join(" "), style: "stroke:" + colour }));
       for (const p of own) {
         const name = `${data.editors[e]}, year ${p.year}: ${percent(p.sum / p.weight)} of ${p.n} answers`;
-        const dot = drawn("circle", { cx: x(p.year), cy: y(p.sum / p.weight), r: 7, tabindex: 0, role: "button", "aria-label": name, style: "fill:" + colour });
+        const dot = drawn("circle", { cx: x(p.year) + beside(e), cy: y(p.sum / p.weight), r: 7, tabindex: 0, role: "button", "aria-label": name, style: "fill:" + colour });
         const title = drawn("title", {});
         title.textContent = name;
         dot.append(title);
@@ -156,7 +157,7 @@
       cells: [prompt(i), text(rows.want[i]), text(rows.got[j]), verdict(j), data.editors[rows.e[i]], rows.s[i], rows.s[j]],
     }));
     table(find("losses"), ["Question", "Target", "Last answer", "Verdict", "Editor", "Edited", "Asked last"], lines,
-      `${lines.length} edits were right right after the edit and not right when last asked, the lowest scores first.`);
+      `${lines.length} ${lines.length === 1 ? "edit was" : "edits were"} right just after the step and not when last asked; the lowest scores come first.`);
   }
 
   function all() {
