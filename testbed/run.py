@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -56,6 +57,7 @@ def _main(argv: list[str], console: Console) -> None:
     with stop.on_signal():
         summary = runner.study(config, say, stop)
     out = Console()
+    out = out if out.is_terminal or "COLUMNS" in os.environ else Console(width=_FILE_WIDTH)
     out.print(terminal_table(summary))
     out.print(f"report: {Path(summary['run']['folder']) / 'report.html'}", markup=False, highlight=False, soft_wrap=True)
 
@@ -83,6 +85,10 @@ def parse(argv: list[str]) -> RunConfig:
         changed = [k for k, v in config.identity().items() if v != default.identity()[k]]
         raise BadConfig(f"--resume goes on with the stored configuration; it cannot change {', '.join(changed)}")
     return config
+
+
+_FILE_WIDTH = 120
+"""Characters in a line where the output is no terminal: the seven editors of the default run fit."""
 
 
 def about() -> str:
