@@ -20,6 +20,8 @@ from testbed.model.handle import ModelHandle
 
 _MOST = 2**31
 """Bytes of packed weights that a handle keeps at most; the other maps stay as they are."""
+_LEAST = 100_000
+"""Numbers of a weight that is packed: a product with fewer takes less time than calling it from Python."""
 _ROWS = 16
 """Rows for which the order is chosen; it serves other numbers as well."""
 _OPS = torch.ops.mkldnn
@@ -60,8 +62,8 @@ class _Product(torch.autograd.Function):
 def packed_layers(handle: ModelHandle, first: int) -> Iterator[None]:
     """Inside, linear maps of the decoder layers from `first` on run on packed weights, where those can be had.
 
-    A map whose weight is not the one that was packed stays as it is, and so does every map on a GPU, of another dtype, or
-    of another kind than `nn.Linear`. Inside the block the weights must not change.
+    A map whose weight is not the one that was packed stays as it is, and so does every map on a GPU, of another dtype, of
+    another kind than `nn.Linear`, or with a small weight. Inside the block the weights must not change.
     """
     modules = [m for layer in handle.layers[first:] for m in layer.modules() if type(m) is nn.Linear] if AVAILABLE else []
     with ExitStack() as stack:
@@ -81,7 +83,7 @@ def _packed(handle: ModelHandle, module: nn.Linear) -> PackedWeight | None:
         return kept[module] if kept[module].source.data_ptr() == weight.data_ptr() else None
     suits = weight.device.type == "cpu" and weight.dtype == torch.float32 and "forward" not in module.__dict__
     size = sum(p.forward.nbytes + p.backward.nbytes for p in kept.values()) + 2 * weight.nbytes
-    if not suits or weight.requires_grad or size > _MOST:
+    if not suits or weight.requires_grad or weight.numel() < _LEAST or size > _MOST:
         return None
     kept[module] = PackedWeight.of(weight)
     return kept[module]

@@ -21,6 +21,12 @@ from tests.helpers.models import folder
 needs_onednn = pytest.mark.skipif(not AVAILABLE, reason="this build of torch has no oneDNN")
 
 
+@pytest.fixture(autouse=True)
+def small_weights_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The models of the tests have small weights alone."""
+    monkeypatch.setattr(packed_linear, "_LEAST", 0)
+
+
 def linear_maps(handle: ModelHandle, first: int = 0) -> list[nn.Linear]:
     return [m for layer in handle.layers[first:] for m in layer.modules() if type(m) is nn.Linear]
 
@@ -46,6 +52,14 @@ def test_losses_and_gradients_are_those_of_the_plain_weights(kind: str) -> None:
     for a, b in zip(plain, packed):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     assert not any("forward" in m.__dict__ for m in linear_maps(handle))
+
+
+@needs_onednn
+def test_small_weights_stay_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    handle = load(str(folder("llama")))
+    monkeypatch.setattr(packed_linear, "_LEAST", 1 + max(m.weight.numel() for m in linear_maps(handle)))
+    with packed_layers(handle, 0):
+        assert not any("forward" in m.__dict__ for m in linear_maps(handle))
 
 
 @needs_onednn

@@ -134,6 +134,10 @@ class PromptActivations:
     row: Tensor
     n: int
 
+    def before(self, others: PromptActivations) -> PromptActivations:
+        """These prompts, then others."""
+        return PromptActivations(torch.cat([self.act, others.act]), torch.cat([self.row, others.row + self.n]), self.n + others.n)
+
 
 @EDITORS.register("wise")
 class Wise(Editor):
@@ -235,10 +239,10 @@ class Wise(Editor):
 
     def _margins(self, edits: PromptActivations, others: PromptActivations | None, change: Tensor) -> Tensor:
         """The three hinge losses on D, each a mean over the batch."""
-        h, near = self.hyper, self._signal(edits, change)
+        h, signals = self.hyper, self._signal(edits if others is None else edits.before(others), change)
+        near, far = signals[: edits.n], signals[edits.n :]
         loss = torch.relu(h.beta * self.unit - near).mean()
         if others is not None:
-            far = self._signal(others, change)
             loss = loss + torch.relu(far - h.alpha * self.unit).mean() + torch.relu(h.gamma * self.unit - (near - far)).mean()
         return loss
 
