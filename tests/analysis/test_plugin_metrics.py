@@ -36,6 +36,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
+def _no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("analysis.reporting.report.catalogue.draw_all", lambda context: {})
+
+
+@pytest.fixture(autouse=True)
 def _forget_what_a_test_registers() -> Iterator[None]:
     before = dict(METRICS._entries)
     yield

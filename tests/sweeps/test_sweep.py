@@ -373,5 +373,6 @@ def test_models_in_folders_are_named_absolutely(tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(folder("gpt2").parent)
     (cell,) = expand({"editor": "noop", "model": folder("gpt2").name}, tmp_path).cells.values()
     assert cell.config.model == str(folder("gpt2"))
+    monkeypatch.chdir(tmp_path)
     (cell,) = expand({"editor": "noop"}, Path("here")).cells.values()
     assert (cell.config.model, cell.folder.is_absolute()) == ("tiny", True)
