@@ -77,7 +77,7 @@ def _compare(out: Path, label: str, name: str, cells: Sequence[Mapping[str, Any]
     kept = [c for c in done if c["editor"] in whole]
     left = [f"{c['editor']}, seed {c['seed']}: {c['state']}" for c in cells if c["state"] != "done"]
     left += [f"{c['editor']}, seed {c['seed']}: done, but this editor is not done in every seed" for c in done if c not in kept]
-    batch = cells[0]["config"].get("batch", 1)
+    batch = cells[0]["config"]["batch"]
     if not kept:
         return Comparison(label, name, batch, left_out=[*left, "no editor is done in every seed, so nothing can be compared"])
     try:

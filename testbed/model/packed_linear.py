@@ -21,7 +21,7 @@ from testbed.model.handle import ModelHandle
 _MOST = 2**31
 """Bytes of packed weights that a handle keeps at most; the other maps stay as they are."""
 _LEAST = 100_000
-"""Numbers of a weight that is packed: a product with fewer takes less time than calling it from Python."""
+"""Fewest numbers of a weight that is packed: calling a smaller product from Python takes longer than the product."""
 _ROWS = 16
 """Rows for which the order is chosen; it serves other numbers as well."""
 _OPS = torch.ops.mkldnn

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from testbed.core.events import Ask, EditBatch, EditEvent
@@ -55,11 +57,17 @@ def test_a_prompt_form_is_chosen_by_prompts_that_fit_and_without_any_is_the_simp
 
 def test_contexts_are_left_out_where_the_window_does_not_hold_them_before_a_prompt() -> None:
     handle, contexts = build(HANDLE), ["", "So it goes"]
-    assert list(contexts_that_fit(handle, [event(20)], contexts)) == contexts
-    assert list(contexts_that_fit(handle, [event(20), event(handle.window - 4)], contexts)) == [""]
-    editor = make("rome", HANDLE, contexts=1, second_moment=False, layer=0)
-    report = editor.apply(EditBatch((event(handle.window - 4),), 1))
-    assert not report.failed and report.notes["contexts_left_out"] == 1
+    notes: list[str] = []
+    assert list(contexts_that_fit(handle, [event(20)], contexts, notes)) == contexts and notes == []
+    assert list(contexts_that_fit(handle, [event(20), event(handle.window - 4)], contexts, notes)) == [""] and len(notes) == 1
+
+
+@pytest.mark.parametrize(("name", "more"), [("rome", {"second_moment": False, "layer": 0}), ("neuraldb", {"layer": 0}), ("memoir", {})])
+def test_an_editor_says_once_that_contexts_are_left_out(name: str, more: dict[str, Any]) -> None:
+    editor = make(name, HANDLE, contexts=1, **more)
+    for step in (1, 2):
+        assert not editor.apply(EditBatch((event(build(HANDLE).window - 4 - step),), step)).failed
+    assert sum("sampled contexts are left out" in note for note in editor.notes) == 1
 
 
 @pytest.mark.parametrize("name", ["finetune", "rome", "balancedit", "lora"])

@@ -105,8 +105,8 @@ def adapter_work(targets: Sequence[TargetModule], rank: int, steps: int, n_layer
 class AdaptedSuffix:
     """A batch of edits and the part of the model from the first target module up, for training what is added there.
 
-    Where that module is a layer's down-projection, what enters and leaves it is kept, and training runs from there;
-    else from the beginning of its layer.
+    Where that module is a layer's down-projection and no other target stands in the layer, what enters and leaves it is kept,
+    and training runs from there; else from the beginning of its layer.
 
     act: (B, T, f) what enters the first target module, which no addition changes. Raises `UnknownLayout` for a model
     whose logits are not those of its last norm and head.
@@ -116,7 +116,8 @@ class AdaptedSuffix:
     def __init__(self, handle: ModelHandle, targets: Sequence[TargetModule], asks: Sequence[Ask], answers: Sequence[str]) -> None:
         self.handle, self.targets, first = handle, targets, targets[0]
         self.lower: DownProjectionSuffix | None = None
-        if first.module is handle.down(first.layer) and first.layer + 1 < handle.n_layers:
+        alone = all(t.layer > first.layer for t in targets[1:])
+        if alone and first.module is handle.down(first.layer) and first.layer + 1 < handle.n_layers:
             self.lower = suffix_from_down_projection(handle, list(asks), list(answers), first.layer)
             self.suffix, self.batch, self.act = self.lower.upper, self.lower.batch, self.lower.act
             with torch.no_grad():

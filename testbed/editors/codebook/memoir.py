@@ -162,7 +162,7 @@ class Memoir(Editor):
     @timed("train")
     def _train(self, event: EditEvent, own: Tensor) -> tuple[float, int]:
         """Train the columns `own` (k,) of the memory on one edit: (the last loss, the steps). Raises `EditFailed`."""
-        asks = [ask_of(event, c) for c in contexts_that_fit(self.handle, [event], self.contexts)]
+        asks = [ask_of(event, c) for c in contexts_that_fit(self.handle, [event], self.contexts, self.notes)]
         suffix = suffix_from_down_projection(self.handle, asks, [event.target] * len(asks), self.layer)
         base, active = project(self.module, suffix.act, self.weight), suffix.act[..., own].float()
         columns, loss, step = self.memory[:, own], torch.nan, 0

@@ -255,8 +255,7 @@ class LocateEditor(WeightEditor):
         self.priors = {n: self._prior(n, self.second_moments.get(n, torch.zeros(0))) for n in self.deltas.layers}
 
     def _run_stage(self, layers: tuple[int, ...], events: Sequence[EditEvent], step: int, log: BatchLog) -> None:
-        contexts = contexts_that_fit(self.handle, events, self.contexts, self.config.end)
-        log.left_out(len(self.contexts) - len(contexts))
+        contexts = contexts_that_fit(self.handle, events, self.contexts, self.notes, self.config.end)
         task = TargetTask(self.handle, events, layers[-1], contexts, self.config.end)
         facts = [content_id(*e.fact) for e in events]
         with timed("targets"):
@@ -330,11 +329,6 @@ class BatchLog:
     def __init__(self, **counts: float) -> None:
         self.values: dict[str, list[float]] = {}
         self.counts = {k: float(v) for k, v in counts.items()}
-
-    def left_out(self, contexts: int) -> None:
-        """Count contexts that the window does not hold before the prompts."""
-        if contexts:
-            self._note(contexts_left_out=contexts)
 
     def targets(self, found: Targets) -> None:
         """Raises `EditFailed` for a target that is not finite."""

@@ -55,11 +55,22 @@ def ask_of(event: EditEvent, context: str = "") -> Ask:
     return replace(event.ask(), prompt=f"{context}. {event.prompt}") if context else event.ask()
 
 
-def contexts_that_fit(handle: ModelHandle, events: Sequence[EditEvent], contexts: Sequence[str], end: bool = True) -> Sequence[str]:
-    """The contexts where the window holds every prompt with its answer behind each of them, else the first, empty one alone."""
+_LEFT_OUT = "sampled contexts are left out of a batch where the window does not hold them before a prompt with its answer"
+
+
+def contexts_that_fit(
+    handle: ModelHandle, events: Sequence[EditEvent], contexts: Sequence[str], notes: list[str], end: bool = True
+) -> Sequence[str]:
+    """The contexts where the window holds every prompt with its answer behind each of them, else the first, empty one alone.
+
+    The first time that contexts are left out, a line in `notes` says so.
+    """
     asked = [(ask_of(e, c), e.target) for e in events for c in contexts[1:]]
     lengths = (prompt_inputs(handle, a)["input_ids"].shape[1] + len(answer_ids(handle, a, x)) + end for a, x in asked)
-    return contexts if all(n <= handle.window for n in lengths) else contexts[:1]
+    if all(n <= handle.window for n in lengths):
+        return contexts
+    notes += [_LEFT_OUT] if _LEFT_OUT not in notes else []
+    return contexts[:1]
 
 
 def subject_of(event: EditEvent) -> str | None:

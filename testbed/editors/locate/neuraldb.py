@@ -157,7 +157,7 @@ class NeuralDB(Editor):
         if not self.contexts:
             suffix_from_down_projection(self.handle, [ask_of(events[0])], [events[0].target], self.layer)
             self.contexts = ["", *draw_contexts(self.handle, self.hyper.contexts, self.hyper.context_tokens, self.generator(0))]
-        contexts = contexts_that_fit(self.handle, events, self.contexts, self.config.end)
+        contexts = contexts_that_fit(self.handle, events, self.contexts, self.notes, self.config.end)
         task = TargetTask(self.handle, events, self.layer, contexts, self.config.end)
         with timed("targets"):
             found = search(task, self.hyper, unchanged_outputs(self.handle, events, self.layer).norm(dim=1))

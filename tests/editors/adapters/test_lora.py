@@ -109,6 +109,15 @@ def test_a_pattern_that_matches_nothing_lists_what_exists() -> None:
         lowrank.find_target_modules(build("gpt2"), "down_proj")
 
 
+def test_training_begins_behind_a_layer_only_where_no_other_target_stands_in_it() -> None:
+    handle = build("llama")
+    (down,) = lowrank.find_target_modules(handle, r"layers\.1\.mlp\.down_proj$")
+    others = lowrank.find_target_modules(handle, r"layers\.1\.mlp\.up_proj$")
+    above = lowrank.find_target_modules(handle, r"layers\.2\.mlp\.up_proj$")
+    for more, begins_behind in ((above, True), (others, False)):
+        assert (AdaptedSuffix(handle, [down, *more], [Ask("who?")], ["green"]).lower is not None) == begins_behind
+
+
 @pytest.mark.parametrize("kind", ["granite", "cohere"])
 def test_a_model_that_scales_its_logits_has_the_losses_of_the_whole_model(kind: str, tmp_path: Path) -> None:
     more: dict[str, Any] = {"logits_scaling": 4.0} if kind == "granite" else {}
