@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -131,6 +131,62 @@ class TrainPool:
     def edits(self) -> tuple[TrainEdit, ...]:
         """Edits of entities and pictures that no edit and no question of the stream is about (their answers may be the same)."""
         return self.find_edits()
+
+    def apart_from(
+        self, events: Sequence[EditEvent], questions: Iterable[Question], say: Callable[[str], None] = lambda line: None
+    ) -> TrainPool:
+        """The pool, whose edits are compared with those of a run, and with its questions, when a method first asks for them.
+
+        Then `say` gets a line with the number of answers that both share, and `BadStream` is raised where a train edit is about a
+        subject, a picture or a question of the run.
+        """
+
+        def find() -> tuple[TrainEdit, ...]:
+            edits = self.edits
+            if touching := touches(edits, events, questions):
+                raise BadStream(
+                    f"{len(touching)} of {len(edits)} train edits touch the stream, so that a method would learn what it is asked: "
+                    f"{'; '.join(touching[:3])}. Take these records out of the train part of the source"
+                )
+            if edits:
+                say(shared_answers(edits, events))
+            return edits
+
+        return replace(self, find_edits=find)
+
+
+def question_key(item: EditEvent | Question | Ask) -> tuple[str, str]:
+    """The key of the picture ("" for none), and the prompt."""
+    return "" if item.image is None else item.image.key, item.prompt
+
+
+def touches(edits: Sequence[TrainEdit], events: Sequence[EditEvent], questions: Iterable[Question]) -> list[str]:
+    """A sentence for each train edit that is about a subject, a picture or a question of these events and questions."""
+    used: list[EditEvent | Question] = [*events, *questions]
+    subjects = {e.subject for e in events if e.subject}
+    pictures = {x.image.key for x in used if x.image is not None}
+    asked = {question_key(x) for x in used}
+    out: list[str] = []
+    for edit in edits:
+        prompt, asks = edit.event.prompt, edit.asks()
+        shown = next((a.image.key for a in asks if a.image is not None and a.image.key in pictures), None)
+        again = next((a.prompt for a in asks if question_key(a) in asked), None)
+        if edit.event.subject in subjects:
+            out.append(f"{prompt!r} is of {edit.event.subject!r}, which the stream edits")
+        elif shown is not None:
+            out.append(f"{prompt!r} shows the picture {shown}, which is edited or asked about")
+        elif again is not None:
+            out.append(f"{prompt!r} has the question {again!r}, which is edited or asked")
+    return out
+
+
+def shared_answers(edits: Sequence[TrainEdit], events: Sequence[EditEvent]) -> str:
+    """A line on how many answers of the stream's edits are answers of train edits too."""
+    targets, known = {e.target for e in events if e.kind != "retire"}, {e.event.target for e in edits}
+    return (
+        f"{len(edits):,} train edits share no subject, picture or question with the stream; "
+        f"{len(targets & known):,} of its {len(targets):,} different answers are answers of theirs too"
+    )
 
 
 class BadStream(ValueError):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from streams.base import Stream
+from streams.base import Stream, TrainPool
 from testbed.core.events import EditBatch
 from testbed.core.schema import EditReport, Record
 from testbed.editors.base import Editor
@@ -35,6 +35,11 @@ class Context(AnswerContext):
     """Callback for notes of an editor (a stand-in, derived defaults) and of the model (out of memory), one line each."""
     stop: StopRequest = field(default_factory=StopRequest)
     """Checked after each step."""
+
+    def train_pool(self) -> TrainPool:
+        """What an editor may learn from; its edits are compared with the run's, and refused where they touch one."""
+        edits = [a.event for step in self.schedule.steps for a in step.edits]
+        return self.stream.train_pool().apart_from(edits, self.schedule.unique_questions.values(), self.say)
 
     @cached_property
     def watch(self) -> MonitorPanel:
@@ -66,7 +71,7 @@ def run_editor(
         return
     if not reset_peak(context.handle.device):
         context.say("this system cannot reset its record of peak memory: peak_bytes is that of the whole process, earlier editors included")
-    editor.prepare(context.handle, context.stream.train_pool())
+    editor.prepare(context.handle, context.train_pool())
     n_notes = _say_notes(context, editor, 0)
     if state is not None:
         editor.load_state_dict(state)

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from streams.base import BadStream, Stream, StreamConfig
+from streams.base import BadStream, Stream, StreamConfig, question_key
 from testbed.checks.contract import title
-from testbed.checks.streams import CHECKS, N, StreamCase, question_key
+from testbed.checks.streams import CHECKS, N, StreamCase
 from testbed.core.events import check_order
 from testbed.core.registry import STREAMS
 from tests.helpers.okedit_folder import make_folder
