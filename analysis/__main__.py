@@ -16,9 +16,10 @@ from analysis.reading.records import BadRun
 from analysis.reporting.report import COMPARISON, TABLES, write_all
 from analysis.reporting.tables import terminal_table
 from testbed.core.plugins import BadPlugin, load_plugins
-from testbed.core.terminal import replace_what_the_terminal_lacks
+from testbed.core.terminal import ended_by_its_reader, replace_what_the_terminal_lacks
 
 
+@ended_by_its_reader()
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0 when everything was written, 2 when a run cannot be analysed or the folder not be written."""
     replace_what_the_terminal_lacks()

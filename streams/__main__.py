@@ -20,7 +20,7 @@ import tyro
 from streams.base import BadStream, MissingImages, StreamConfig
 from testbed.core.events import BadPicture
 from testbed.core.registry import STREAMS, UnknownName
-from testbed.core.terminal import replace_what_the_terminal_lacks
+from testbed.core.terminal import ended_by_its_reader, replace_what_the_terminal_lacks
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ def inspect_stream(config: InspectConfig) -> list[str]:
     return [*lines, f"read in {loaded - began:.1f} s of CPU, edits made in {made - loaded:.1f} s, {peak:.2f} GB at most"]
 
 
+@ended_by_its_reader()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code is 2 where the stream cannot be used."""
     replace_what_the_terminal_lacks()

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 from testbed.core import threads
+from testbed.core.terminal import ended_by_its_reader
 
 COMMANDS = {
     "run": ("testbed.run", "take editors through a stream of edits and write a report"),
@@ -39,6 +40,7 @@ _EXAMPLES = """examples:
 """
 
 
+@ended_by_its_reader()
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code of the command; 0 for the list of commands and the version, 2 for an unknown command."""
     args = list(sys.argv[1:] if argv is None else argv)

@@ -22,6 +22,7 @@ from rich.console import Console
 
 from streams.files.pictures import FilePicture
 from testbed.core.events import Ask, EditEvent
+from testbed.core.terminal import ended_by_its_reader
 from testbed.editors.base import Editor
 from testbed.experiment.command import run_command
 from testbed.experiment.config import BadConfig
@@ -150,6 +151,7 @@ def lines(result: AskResult) -> list[tuple[str, str]]:
     return [("edited", result.answer), ("unedited", result.unedited), *(("fired", text) for text in fired)]
 
 
+@ended_by_its_reader()
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 answered, 2 for a mistake of the user, printed as a plain line."""
     config = tyro.cli(AskConfig, args=argv, prog="python -m testbed.ask")

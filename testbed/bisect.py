@@ -24,6 +24,7 @@ import tyro
 from rich.console import Console
 
 from testbed.core.schema import BaseAnswer, folder_name
+from testbed.core.terminal import ended_by_its_reader
 from testbed.editors.base import Editor
 from testbed.experiment.answering import Answer, answer_questions, text_answers
 from testbed.experiment.command import run_command
@@ -165,6 +166,7 @@ def _monitor(context: Context, editor: Editor, name: str) -> float:
 _SIGNALS = {"perplexity": _perplexity, "unrelated": _unrelated}
 
 
+@ended_by_its_reader()
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 2 for a mistake of the user, printed as a plain line."""
     config = tyro.cli(BisectConfig, args=argv, prog="python -m testbed.bisect")

@@ -29,6 +29,7 @@ from testbed.checks.contract import Outcome, outcome, title
 from testbed.core import variants
 from testbed.core.plugins import REGISTRIES, load_plugins
 from testbed.core.registry import EDITORS, METRICS, PROBES, STREAMS, WRAPPERS
+from testbed.core.terminal import ended_by_its_reader
 from testbed.experiment.command import run_command
 from testbed.experiment.config import BadConfig, RunConfig
 from testbed.model.handle import ModelHandle
@@ -156,6 +157,7 @@ def _settings(config: CheckConfig, name: str) -> dict[str, Any]:
     return {f.name: getattr(resolved, f.name) for f in fields(resolved)}
 
 
+@ended_by_its_reader()
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 where every check passed, 1 where one failed, 2 for a mistake of the user."""
     args = [part for a in (sys.argv[1:] if argv is None else argv) for part in variants.names(a)]

@@ -37,6 +37,7 @@ from streams.data import table
 from streams.world.facts import world
 from testbed.core.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, Range, out_of_range
 from testbed.core.registry import STREAMS, UnknownName
+from testbed.core.terminal import ended_by_its_reader
 from testbed.experiment.config import BadConfig, set_fields
 from testbed.pretraining import stages
 from testbed.pretraining.evaluation import AbilityScore
@@ -204,6 +205,7 @@ def _bars(console: Console) -> Iterator[stages.StageReport]:
         yield report
 
 
+@ended_by_its_reader()
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; 0 where every threshold is met, 1 where one is missed, 2 for a configuration that cannot be used."""
     config = tyro.cli(PretrainConfig, args=None if argv is None else list(argv), prog="python -m testbed.pretrain")

@@ -18,11 +18,13 @@ from rich.table import Table
 from testbed.core import threads, variants
 from testbed.core.plugins import load_plugins
 from testbed.core.registry import EDITORS, METRICS, MONITORS, PROBES, STREAMS, WRAPPERS
+from testbed.core.terminal import ended_by_its_reader
 from testbed.experiment.command import run_command
 from testbed.experiment.config import BadConfig, RunConfig, set_fields, stored_config, stored_threads
 from testbed.experiment.interrupt import StopRequest
 
 
+@ended_by_its_reader()
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 2 for a mistake of the user (printed as a plain line), 130 interrupted, 143 stopped by SIGTERM (after
     the step in hand, with everything saved)."""

@@ -24,6 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from testbed.core.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, out_of_range
+from testbed.core.terminal import ended_by_its_reader
 from testbed.experiment.command import run_command
 from testbed.experiment.config import BadConfig, set_fields
 from testbed.run import read_yaml
@@ -211,6 +212,7 @@ def parse(argv: Sequence[str] | None) -> tuple[SweepConfig, dict[str, Any]]:
     return tyro.cli(SweepConfig, args=argv, prog="python -m testbed.sweep", default=stored), values
 
 
+@ended_by_its_reader()
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 every cell is done, 1 some failed (the report names them), 2 a mistake of the user, 130 interrupted."""
     start, console = time.perf_counter(), Console(stderr=True)

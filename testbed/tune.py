@@ -26,6 +26,7 @@ from rich.console import Console
 from streams.base import MissingImages
 from testbed.core import variants
 from testbed.core.ranges import NonNegativeInt, PositiveFloat, PositiveInt, out_of_range
+from testbed.core.terminal import ended_by_its_reader
 from testbed.experiment.command import run_command
 from testbed.experiment.config import BadConfig, Resolved, RunConfig
 from testbed.experiment.runner import ask_in_form
@@ -148,6 +149,7 @@ def write(config: TuneConfig, editor: str, trials: Sequence[Trial]) -> Path:
     return path
 
 
+@ended_by_its_reader()
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 2 for a mistake of the user, printed as a plain line, 130 interrupted."""
     given = sys.argv[1:] if argv is None else argv

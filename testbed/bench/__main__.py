@@ -30,6 +30,7 @@ from testbed.bench.common import BenchConfig, Rows, as_json, each_editor, machin
 from testbed.bench.compare import compare
 from testbed.core import variants
 from testbed.core.plugins import load_plugins
+from testbed.core.terminal import ended_by_its_reader
 from testbed.experiment.command import run_command
 from testbed.storage.files import replacing
 
@@ -46,6 +47,7 @@ _FILE_WIDTH = 200
 """Characters in a line where the output is no terminal."""
 
 
+@ended_by_its_reader()
 def main(argv: list[str] | None = None) -> int:
     """Command line; 0, or 2 for a mistake of the user."""
     import tyro

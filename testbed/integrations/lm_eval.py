@@ -24,6 +24,7 @@ import tyro
 
 from testbed.core import variants
 from testbed.core.events import Ask
+from testbed.core.terminal import ended_by_its_reader
 from testbed.experiment.config import BadConfig
 from testbed.experiment.rebuild import rebuild
 from testbed.model.handle import ModelHandle
@@ -162,6 +163,7 @@ def _cut(text: str, until: Sequence[str]) -> str:
     return text
 
 
+@ended_by_its_reader()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit code is 0, or 2 after a message about a mistake of the user."""
     from rich.console import Console
