@@ -11,7 +11,7 @@ import hashlib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
@@ -33,13 +33,34 @@ def load_plugins(given: Iterable[str]) -> dict[str, str]:
     given: a path of a Python file, or a module's name. Raises `BadPlugin` for one that cannot be imported, that registers
     nothing, or whose file changed since this process loaded it.
     """
-    for point in entry_points(group=GROUP):
-        _import(point.value, f"the entry point {point.name} of {point.dist.name if point.dist else 'a distribution'}")
+    installed_plugins()
     return {name: _load(name) for name in given}
 
 
-def refuse_changed(given: Iterable[str], known: Iterable[str]) -> None:
-    """Before anything of them runs, raise `BadPlugin` for files whose SHA-256 is none of the known ones."""
+def installed_plugins() -> dict[str, str]:
+    """Import the plug-ins that installed distributions offer; returns the SHA-256 of each one's file by what it is called.
+
+    Raises `BadPlugin` for one that cannot be imported.
+    """
+    found: dict[str, str] = {}
+    for point in entry_points(group=GROUP):
+        what = f"the entry point {point.name} of {point.dist.name if point.dist else 'a distribution'}"
+        file = _import(point.value, what).__file__
+        found[what] = _hash(Path(file)) if file else ""
+    return found
+
+
+def refuse_changed(given: Iterable[str], known: Iterable[str], installed: Mapping[str, str]) -> None:
+    """Raise `BadPlugin` where a plug-in is not what it was when the run began.
+
+    given, known: files, of which nothing runs before this check, and the SHA-256 of those of the run.
+    installed: what `installed_plugins` gave then. A distribution that was installed since does no harm.
+    """
+    now = installed_plugins() if installed else {}
+    for what, digest in installed.items():
+        if now.get(what) != digest:
+            change = "changed since the run began" if what in now else "is not installed any more"
+            raise BadPlugin(f"{what} {change}: install the version that the run began with, or begin a new run")
     for name in given:
         path = Path(name).expanduser()
         if path.is_file() and _hash(path) not in known:

@@ -279,7 +279,7 @@ def stored_config(out: Path) -> RunConfig:
     stored = manifest.get("config")
     if not isinstance(stored, dict):
         raise StoreError(f"{out / 'manifest.json'} holds no configuration: it is not the manifest of a run")
-    refuse_changed(stored.get("plugin", ()), manifest.get("plugins", ()))
+    refuse_changed(stored.get("plugin", ()), manifest.get("plugins", ()), manifest.get("entry_points", {}))
     known = {f.name for f in dataclasses.fields(RunConfig)}
     return replace(set_fields(RunConfig(), {k: v for k, v in stored.items() if k in known}), resume=out)
 

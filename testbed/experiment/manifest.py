@@ -14,6 +14,7 @@ import torch
 from testbed.benchmarks import files as benchmarks
 from testbed.core import grading
 from testbed.core.events import content_id
+from testbed.core.plugins import installed_plugins
 from testbed.core.schema import SCHEMA_VERSION
 from testbed.experiment import preflight
 from testbed.experiment.config import RunConfig, plain
@@ -54,6 +55,7 @@ def manifest_of(run: PreparedRun) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "dtype": str(handle.dtype).removeprefix("torch."),
         **({"plugins": sorted(run.resolved.plugins.values())} if run.resolved.plugins else {}),
+        **({"entry_points": installed} if (installed := installed_plugins()) else {}),
         "versions": _versions(),
         "command": command_of(config),
         **source(),
@@ -64,7 +66,8 @@ def manifest_of(run: PreparedRun) -> dict[str, Any]:
 
 def notes_of(run: PreparedRun) -> list[str]:
     """What the user is told about a run before its first edit, a line each."""
-    plugins = [f"plugin {name}: SHA-256 {digest[:12]}..." for name, digest in run.resolved.plugins.items()]
+    loaded = {f"plugin {name}": digest for name, digest in run.resolved.plugins.items()} | installed_plugins()
+    plugins = [f"{name}: SHA-256 {digest[:12]}..." for name, digest in loaded.items()]
     names = [e.note for e in run.resolved.editors.values() if e.note]
     return [*plugins, *names, *_stream_notes(run), *_question_notes(run), *_model_notes(run)]
 

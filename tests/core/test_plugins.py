@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from testbed.__main__ import main
-from testbed.core.plugins import BadPlugin, load_plugins
+from testbed.core.plugins import BadPlugin, installed_plugins, load_plugins, refuse_changed
 from testbed.core.registry import EDITORS
 from testbed.sweeps.grid import expand
 from tests.helpers.models import folder
@@ -46,6 +46,8 @@ def test_an_editor_of_ones_own_file_is_killed_resumed_and_asked(tmp_path: Path) 
     assert "my-edit" in json.loads((out / "summary.json").read_text())["editors"]
     asked = command("out", "What is 2 plus 3?", "--editor", "my-edit", name="ask", cwd=tmp_path)
     assert asked.code == 0 and "my-edit" in asked.out, asked.err
+    alone = command("out", "--editor", "my-edit", "--alone", "1", name="bisect", cwd=tmp_path)
+    assert alone.code == 0 and len(json.loads((out / "my-edit" / "alone-perplexity.json").read_text())["values"]) == 1, alone.err
     mine.write_text(mine.read_text() + "\nfrom pathlib import Path\nPath('ran').touch()\n")
     refused = command("--resume", "out", cwd=tmp_path)
     assert refused.code == 2 and "changed since the run began" in refused.err and "Traceback" not in refused.err
@@ -94,6 +96,15 @@ def test_an_installed_package_offers_its_editors_to_every_run(tmp_path: Path, mo
         assert load_plugins([]) == {}
         assert "edit-of-somebody" in EDITORS.names()
         assert len(load_plugins(["somebodys_editors"])["somebodys_editors"]) == 64  # the same module by its name
+        began = installed_plugins()
+        assert began == {"the entry point mine of somebodys-editors": load_plugins(["somebodys_editors"])["somebodys_editors"]}
+        refuse_changed([], [], began)
+        (tmp_path / "somebodys_editors.py").write_text(TEMPLATE + "\n")
+        with pytest.raises(BadPlugin, match="the entry point mine of somebodys-editors changed since the run began: install the version"):
+            refuse_changed([], [], began)
+        (about / "entry_points.txt").write_text("")
+        with pytest.raises(BadPlugin, match="of somebodys-editors is not installed any more"):
+            refuse_changed([], [], began)
         (about / "entry_points.txt").write_text("[testbed.plugins]\nmine = nowhere_at_all\n")
         with pytest.raises(BadPlugin, match="the entry point mine of somebodys-editors cannot be loaded: ModuleNotFoundError"):
             load_plugins([])

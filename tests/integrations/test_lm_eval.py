@@ -12,15 +12,18 @@ from typing import Any
 import pytest
 import yaml
 
+from testbed.core.registry import EDITORS
 from testbed.experiment.config import BadConfig
 from testbed.integrations import lm_eval as bridge
 from testbed.integrations.lm_eval import HarnessConfig, harness, main, model
 from testbed.model.predictor import ModelPredictor
-from tests.helpers.models import build
+from testbed.run import main as run
+from tests.helpers.models import build, folder
 from tests.helpers.small_run import EDITS, small_run
 
 pytest.importorskip("lm_eval", reason="the extra [lm-eval] is not installed")
 
+ROOT = Path(__file__).parents[2]
 DOCS = [{"question": f"who stands beside the river {i}?", "answers": ["red", "the old bridge", "green"], "gold": i % 3} for i in range(12)]
 
 
@@ -115,6 +118,20 @@ def test_tasks_that_the_predictor_cannot_answer_exactly_are_refused() -> None:
         lm.generate_until([request("who?", {"until": ["\n"], "do_sample": True, "temperature": 0.7})])
     with pytest.raises(BadConfig, match=r"a rolling text has \d+ tokens, .* reads 256"):
         lm.loglikelihood_rolling([request("a red circle " * 200)])
+
+
+def test_an_editor_of_ones_own_file_is_measured(tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("analysis.reporting.report.catalogue.draw_all", lambda context: {})
+    mine, out = tmp_path / "mine.py", tmp_path / "out"
+    mine.write_text((ROOT / "docs" / "templates" / "editor.py").read_text("utf-8").replace('"sgd-edit"', '"edit-of-the-harness"'))
+    words = ["--stream", "world-yearly", "--edits", "2", "--batch", "2", "--probe-budget", "20", "--model", str(folder("llava"))]
+    try:
+        assert run([*words, "--plugin", str(mine), "--editor", "noop,edit-of-the-harness", "--device", "cpu", "--out", str(out)]) == 0
+        chosen = ["--tasks", "bridge_next", "--include", str(tasks), "--editor", "edit-of-the-harness", "--items", "2"]
+        assert main([str(out), *chosen, "--device", "cpu"]) == 0
+        assert "edit-of-the-harness" in json.loads((out / "lm_eval.json").read_text())["results"]
+    finally:
+        EDITORS._entries.pop("edit-of-the-harness", None)
 
 
 def test_mistakes_of_the_user_are_named(tasks: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
