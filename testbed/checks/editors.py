@@ -5,13 +5,14 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from streams.base import Stream
+from streams.base import Stream, TrainPool
 from testbed.checks.contract import refused, require
 from testbed.core.events import Ask, EditBatch, EditEvent, Kind
 from testbed.core.registry import EDITORS
@@ -38,10 +39,14 @@ class EditorCase:
     settings: Mapping[str, Any] = field(default_factory=dict)
     learning: Mapping[str, Any] = field(default_factory=dict)
 
+    @cached_property
+    def pool(self) -> TrainPool:
+        return self.stream.train_pool()
+
     def make(self, seed: int = 0, **more: Any) -> Editor:
         cls = EDITORS.get(self.name)
         editor = cls(cls.Config(**{**self.settings, **more}), seed=seed)
-        editor.prepare(self.handle, self.stream.train_pool())
+        editor.prepare(self.handle, self.pool)
         return editor
 
     def edits(self) -> list[EditEvent]:

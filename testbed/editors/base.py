@@ -95,7 +95,7 @@ class Editor(ABC):
         self._plain = pool.texts[:8] or PLAIN
         self.bind(handle)
         seen = pool if "train_pool" in self.traits.uses else TrainPool()
-        self._prepare(replace(seen, find_edits=pool.find_edits if "train_edits" in self.traits.uses else tuple))
+        self._prepare(replace(seen, find_edits=(lambda: pool.edits) if "train_edits" in self.traits.uses else tuple))
 
     def bind(self, handle: ModelHandle) -> None:
         """Take a model and the hyper-parameters for it, which is all that `work` needs."""

@@ -38,14 +38,25 @@ LEARNING: dict[str, dict[str, Any]] = {
 IN_CONTEXT: dict[str, dict[str, Any]] = {
     "ike": {"encoder": "bm25"},
     "postedit": {"encoder": "bm25", "model": "tiny"},
+    "serac": {},
     "scr": {"encoder": "bm25"},
 }
 """Settings with which an editor that puts facts into the prompt learns on the committed model, which can rewrite answers too."""
 
 
+BRIEF: dict[str, Any] = {"train_steps": 4, "judge_every": 4, "held_out": 0.01, "normalise_over": 40}
+"""Settings with which a training on train edits, before the first edit, ends soon."""
+
+
+def brief(cls: Any) -> dict[str, Any]:
+    """Those of `BRIEF` that an editor's configuration has."""
+    own = {f.name for f in fields(cls.Config)}
+    return {k: v for k, v in BRIEF.items() if k in own}
+
+
 def case_of(name: str, handle: ModelHandle, stream: Any) -> EditorCase:
     """The editor with the settings that it needs on tiny random models."""
-    needed = NEEDS[name]() if name in NEEDS else {}
+    needed = {**brief(EDITORS.get(name)), **(NEEDS[name]() if name in NEEDS else {})}
     return EditorCase(name, handle, stream, needed, LEARNING.get(name, {}))
 
 
@@ -58,7 +69,7 @@ def learners(how: str) -> list[str]:
     return [name for name in NAMES if EDITORS.get(name).traits.learns == how]
 
 
-FEW = {"steps": 2, "encoder": "bm25"}
+FEW = {"steps": 2, "encoder": "bm25", **BRIEF}
 
 
 def quick(name: str, handle: ModelHandle, stream: Any) -> Editor:

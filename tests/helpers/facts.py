@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from streams.base import TrainPool
-from testbed.core.events import EditEvent, Question
+from streams.base import TrainEdit, TrainPool
+from testbed.core.events import Ask, EditEvent, Question
 from testbed.core.registry import EDITORS
 from testbed.editors.base import Editor
 from testbed.editors.hyperparameters import filled
@@ -25,6 +25,17 @@ def fact(subject: str, target: str, picture: int | None = None, **more: Any) -> 
 
 
 FACTS = [fact("the northern harbour", "Mara Venn"), fact("Zor", "two red towers"), fact("the old bridge", "green")]
+
+
+def train_edit(n: int) -> TrainEdit:
+    """An edit of one of many entities, with a rephrasing and a question whose answer stays."""
+    event = fact(f"harbour {n}", ("green", "Mara Venn", "two red towers")[n % 3])
+    beside = Question("locality_hard", f"what colour is lamp {n}?", "blue", topic="x")
+    return TrainEdit(event, (Ask(f"Name the head of harbour {n}."),), (beside,))
+
+
+META_POOL = TrainPool(POOL.questions, TEXTS, lambda: tuple(map(train_edit, range(12))))
+"""The pool with edits for methods that learn to edit."""
 
 
 def make(name: str, kind: str = "llama", pool: TrainPool = POOL, **config: Any) -> Editor:

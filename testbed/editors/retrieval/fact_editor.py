@@ -30,7 +30,7 @@ from testbed.editors.retrieval.retriever import (
     load_encoder,
 )
 from testbed.model.encoding import answer_ids, prompt_inputs
-from testbed.model.predictor import Inspection, ModelPredictor, OverModel, Response, Score, Tokens
+from testbed.model.predictor import Inspection, ModelPredictor, OverModel, Predictor, Response, Score, Tokens
 
 R = TypeVar("R")
 _MIN_POOL_PICTURES = 8
@@ -161,6 +161,8 @@ class ContextPredictor(OverModel):
     def __init__(self, retriever: Retriever, config: FactEditorConfig) -> None:
         self.handle, self.retriever, self.config = retriever.handle, retriever, config
         self.base, self.template = ModelPredictor(self.handle), TEMPLATES[config.wording]
+        self.reader = self.base
+        """What answers the questions that have a fact before them."""
 
     @abstractmethod
     def add_facts(self, asks: Sequence[Ask], answer_tokens: int) -> list[PromptedAsk]:
@@ -168,24 +170,28 @@ class ContextPredictor(OverModel):
 
     def respond(self, asks: Sequence[Ask], answers: Sequence[str | None], max_new_tokens: int = 16) -> list[Response]:
         prompted = self.add_facts(asks, max(max_new_tokens, self._longest(asks, [a or "" for a in answers])))
-        responses = self._in_two_calls(asks, prompted, lambda part, at: self.base.respond(part, [answers[i] for i in at], max_new_tokens))
+        responses = self._in_two_calls(
+            asks, prompted, lambda model, part, at: model.respond(part, [answers[i] for i in at], max_new_tokens)
+        )
         return [replace(r, extras={**r.extras, **p.notes}) for r, p in zip(responses, prompted)]
 
     def score(self, asks: Sequence[Ask], answers: Sequence[str]) -> list[Score]:
         prompted = self.add_facts(asks, self._longest(asks, answers))
-        return self._in_two_calls(asks, prompted, lambda part, at: self.base.score(part, [answers[i] for i in at]))
+        return self._in_two_calls(asks, prompted, lambda model, part, at: model.score(part, [answers[i] for i in at]))
 
     def inspect(self, asks: Sequence[Ask], layers: Sequence[int] = (), top_k: int = 10, ids: Tokens = None) -> list[Inspection]:
-        def inspect(part: list[Ask], at: list[int]) -> list[Inspection]:
-            return self.base.inspect(part, layers, top_k, None if ids is None else [ids[i] for i in at])
+        def inspect(model: Predictor, part: list[Ask], at: list[int]) -> list[Inspection]:
+            return model.inspect(part, layers, top_k, None if ids is None else [ids[i] for i in at])
 
         return self._in_two_calls(asks, self.add_facts(asks, 1), inspect)
 
     def _longest(self, asks: Sequence[Ask], answers: Sequence[str]) -> int:
         return max((len(answer_ids(self.handle, a, x)) for a, x in zip(asks, answers) if x), default=0)
 
-    def _in_two_calls(self, asks: Sequence[Ask], prompted: list[PromptedAsk], call: Callable[[list[Ask], list[int]], list[R]]) -> list[R]:
-        """Answers in the order of `asks`, which `call` gives for a part of the questions and their indices.
+    def _in_two_calls(
+        self, asks: Sequence[Ask], prompted: list[PromptedAsk], call: Callable[[Predictor, list[Ask], list[int]], list[R]]
+    ) -> list[R]:
+        """Answers in the order of `asks`, which `call` gets from a model for a part of the questions and their indices.
 
         Unchanged questions are one part, so that they share batches with each other alone, as without an editor.
         """
@@ -193,7 +199,7 @@ class ContextPredictor(OverModel):
         for changed in (False, True):
             indices = [i for i, (a, p) in enumerate(zip(asks, prompted)) if (p.ask is not a) == changed]
             if indices:
-                out |= zip(indices, call([prompted[i].ask for i in indices], indices))
+                out |= zip(indices, call(self.reader if changed else self.base, [prompted[i].ask for i in indices], indices))
         return [out[i] for i in range(len(asks))]
 
     def tokens(self, ask: Ask) -> int:
