@@ -61,6 +61,9 @@ class StreamConfig:
     keep: Keep = "all"
     """Which facts are edited: all, those whose old answer the model gives (believed), or those that it gets wrong (wrong). With
     `wrong` the edits install the true answers, and questions that hold for a counterfactual target alone are left out."""
+    hallucinations_of: str = ""
+    """Whose wrong answers are edited, of a source that holds those of several named models (HalluEditBench: a folder's name). Empty is
+    the only one there; other streams refuse a name."""
     development: bool = False
     """Edit facts that the stream never edits otherwise, under any seed, and never asks about, for the choice of settings
     (`python -m testbed.tune`); streams without such facts refuse it."""
@@ -209,13 +212,13 @@ class Stream(ABC):
     """How much the published source holds, for --list; `origin` says how much of it a run could use."""
 
     supports: frozenset[str] = frozenset()
-    """Which of the settings `records`, `since` and `development`, and whether keep=`wrong`, this stream understands; it refuses
-    the others."""
+    """Which of the settings `records`, `since`, `development` and `hallucinations_of`, and whether keep=`wrong`, this stream
+    understands; it refuses the others."""
 
     def __init__(self, config: StreamConfig) -> None:
         self.config = config
         self.skipped: list[Skipped] = []
-        for name in sorted({"records", "since", "development"} - self.supports):
+        for name in sorted({"records", "since", "development", "hallucinations_of"} - self.supports):
             if getattr(config, name):
                 raise BadStream(f"this stream does not support stream.{name}: leave it out, or choose another stream (docs/schedules.md)")
         if config.keep == "wrong" and "wrong" not in self.supports:

@@ -35,6 +35,8 @@ FIRST_IDS = "first_ids"
 """Key in `extras` of the likeliest first tokens, in order."""
 COUNTERFACT = {"efficacy_score": "choice_edit", "paraphrase_score": "choice_generality", "neighbourhood_score": "choice_locality"}
 """Metric to split of the scores of CounterFact."""
+FACES = ("generality_yes_no", "generality_choice", "robustness")
+"""Splits of HalluEditBench whose answer is one of several choices, which are metrics of the same name."""
 RANKS = {"locality_text": 1, "locality_far": 10}
 """Splits with a first-token metric, and how many ranks are compared."""
 BEARING = ("edit", *GENERALITY)
@@ -76,6 +78,15 @@ def counterfact_scores(editor: EditorRun, resampler: Resampler) -> Metrics:
     if len(metrics) == len(COUNTERFACT):
         metrics["counterfact_score"] = combine(harmonic, *metrics.values())
     return metrics
+
+
+def face_scores(editor: EditorRun, resampler: Resampler) -> Metrics:
+    """The share of questions at the end of which the right choice is the likeliest, for each split of `FACES` that was asked.
+
+    In [0, 1]. Yes and no are right equally often, so that a model that always says one of them has 1/2; of four options guessing has 1/4.
+    """
+    rows = {split: at_end(editor.records, split) for split in FACES}
+    return {k: v for split, own in rows.items() if not own.empty for k, v in means(split, own, own[["gen"]].to_numpy(), resampler).items()}
 
 
 def self_assessment(run: Run, editor: EditorRun, resampler: Resampler) -> Metrics:

@@ -24,7 +24,7 @@ from analysis.metrics.catalogue import GENERALITY, KINDS, LOCALITY, split_name
 from analysis.metrics.collapse import collapse, hard_edits
 from analysis.metrics.comparison import competing, main_mode
 from analysis.metrics.forgetting import edit_metrics
-from analysis.metrics.from_extras import counterfact_scores, deferral, first_token_agreement, self_assessment, truthfulness
+from analysis.metrics.from_extras import counterfact_scores, deferral, face_scores, first_token_agreement, self_assessment, truthfulness
 from analysis.metrics.plugin import plugin_metrics
 from analysis.reading.load import EditorRun, Run
 from analysis.reading.records import SCORES
@@ -35,6 +35,8 @@ _OWN_NAMES = (*KINDS, "portability")
 _OTHERS = {"stale_rate": "stale", "relapse_rate": "persistence", "general_score": "general"}
 AT_END = {"edit_success": "edit"} | dict(zip(_OWN_NAMES, _OWN_NAMES)) | _OTHERS
 """Name to split of the metrics that are mean scores at the end."""
+OTHER_SIDES = ("generality_reversed", *(f"portability_{hops}hop" for hops in range(3, 7)))
+"""Metrics, each the mean score at the end of the split of its name, that only streams with such questions have."""
 EXPECTED = (*AT_END, "edit_success_now", "perplexity_ratio")
 """Metrics whose absence gets a note in the summary."""
 PRECISION = ("edit_success", "text_generality", "locality_hard", "portability", "general_score")
@@ -81,12 +83,12 @@ def measure(run: Run, editor: EditorRun, resampler: Resampler) -> Metrics:
     """All metrics that are functions of answers, with their replicates."""
     rows = editor.records
     metrics: Metrics = {}
-    for name, split in AT_END.items():
+    for name, split in (AT_END | dict(zip(OTHER_SIDES, OTHER_SIDES))).items():
         metrics |= mean_scores(name, at_end(rows, split), resampler)
     metrics |= mean_scores("edit_success_now", right_after(rows), resampler) | gain(editor, resampler)
     metrics |= over_kinds(metrics) | edit_metrics(run, editor, resampler)
     metrics |= side_effect_metrics(run, editor, resampler)
-    metrics |= counterfact_scores(editor, resampler) | self_assessment(run, editor, resampler)
+    metrics |= counterfact_scores(editor, resampler) | face_scores(editor, resampler) | self_assessment(run, editor, resampler)
     metrics |= first_token_agreement(run, editor, resampler) | truthfulness(run, editor, resampler) | deferral(run, editor, resampler)
     metrics |= plugin_metrics(run, editor, resampler)
     return {name: d for name, d in metrics.items() if not np.isnan(d.value)}

@@ -11,7 +11,7 @@ from streams.base import Skipped
 from streams.files.pictures import AnyPicture
 from streams.files.records import normalize
 from streams.transforms import EditableFact, hash_fraction
-from testbed.core.events import Ask, EditEvent, Question, Split
+from testbed.core.events import Ask, EditEvent, Question, Scoring, Split
 
 T = TypeVar("T")
 CONTROL_SHARE = 0.15
@@ -48,6 +48,9 @@ class EntryQuestion:
     """The value of the fact under which a given `portability` answer holds; None is the record's own target."""
     needs: tuple[str, ...] = ()
     """Names (`source`) of other entries that must have their targets too, for a question that follows from several edits."""
+    choices: tuple[str, ...] = ()
+    """The choices of a scoring that picks one; such a question holds for the record's own target alone."""
+    scoring: Scoring = "generate"
 
     @property
     def is_locality(self) -> bool:
@@ -222,7 +225,7 @@ class QuestionCollector:
     def add(self, question: EntryQuestion, needs: tuple[str, ...] = ()) -> None:
         """Add the question; `needs` are the ids of other events that must be live when it is asked."""
         q = question
-        made = Question(q.split, q.prompt, q.answer, self.event.id, q.image, q.aliases, self.topic, needs=needs)
+        made = Question(q.split, q.prompt, q.answer, self.event.id, q.image, q.aliases, self.topic, q.choices, q.scoring, needs)
         self._questions.setdefault(made.id, made)
 
 

@@ -50,6 +50,8 @@ class EntryStream(Stream):
     """Prefix of the names of this source's random generators."""
     compares: ClassVar[bool] = False
     """Ask besides whether the new answer is likelier than the old one, as papers score CounterFact (probe `choices`)."""
+    true_targets: ClassVar[bool] = False
+    """Whether the targets are true, so that stream.keep=wrong leaves them as they are."""
     invents: bool = True
     """Whether a scheduled fact may be revised to the value of another fact of its relation."""
     topics: ClassVar[Mapping[str, str]] = {}
@@ -64,7 +66,7 @@ class EntryStream(Stream):
         if config.development:
             self._data = for_development(self._data)
         self.time_axis = "dated" if self._data.changes else "scheduled"
-        if config.keep == "wrong" and self.time_axis != "dated":
+        if config.keep == "wrong" and self.time_axis != "dated" and not self.true_targets:
             self._data = with_true_targets(self._data)
         self.skipped = list(self._data.skipped)
         self._edited = tuple(e for e in self._data.entries if e.role == "edit")
@@ -188,7 +190,7 @@ class EntryStream(Stream):
                 collector.add_unreserved(question, tuple(needs))
         elif question.answer is None:
             collector.add_unreserved(replace(question, answer=value, aliases=aliases))
-        elif normalize(question.answer) == normalize(target):
+        elif normalize(question.answer) == normalize(target) and not question.choices:
             collector.add_unreserved(replace(question, answer=value, aliases=question.aliases if value == target else ()))
         elif value == target:
             collector.add_unreserved(question)

@@ -34,6 +34,8 @@ _ALL_DATED = (
     *(f"yago11k/{name}" for name in _YAGO),
     f"reign/{_REIGN}",
 )
+_HALLU = "hallueditbench/data/questions/hallucination_final/meta_llama_3_8b_instruct"
+_TOPICS = ("human_writer", "places_city", "places_country", "places_landmark")
 _NO_TRAIN = frozenset({"paraphrases"})
 
 CASES: dict[str, Case] = {
@@ -50,6 +52,7 @@ CASES: dict[str, Case] = {
     "dated-facts": Case("dated-facts", ".", _ALL_DATED),
     "leaders-flags": Case("leaders-flags", ".", (f"reign/{_REIGN}",), linked=("flags",)),
     "vlkeb-yearly": Case("vlkeb-yearly", "vlkeb", ("train.json",), {"missing_images": "text"}, _NO_TRAIN),
+    "hallueditbench-yearly": Case("hallueditbench-yearly", _HALLU, tuple(f"{topic}.csv" for topic in _TOPICS), lacks=_NO_TRAIN),
     "knowedit-yearly": Case("knowedit-yearly", "knowedit_portability", _KNOWEDIT, lacks=_NO_TRAIN),
 }
 

@@ -97,6 +97,15 @@ def athlete(i: int) -> dict[str, Any]:
     return {"questions": {"generic": f"Who trains {i}?", "other": f"Trainer of {i}?"}, "answers": spans}
 
 
+def corrected(i: int) -> str:
+    asked = f"Ann {i},coach,Bob {i},Who coaches Ann {i}?,Cy {i},0.0,Whose coach is Ann {i}?,A. Cy {i}  B. Bob {i},B"
+    return asked + f",Is Bob {i} the coach?,Is Cy {i} the coach?,Age of Ann {i}?,Whom does Bob {i} coach?,Land of Ann {i}'s coach?,Peru\n"
+
+
+FACES = (
+    "subject,relation,object,question,output_m,eval_m,paraphrased_question,multiple_choice_with_letters,multiple_choice_labels,"
+    "yes_question,no_question,locality_question,reversed_relation_question,question_2hop,answer_2hop\n"
+)
 LEADERS = "ccode,leader,sdate,smonth,syear,emonth,eyear\n" + "".join(
     f"{code},L{code}{k},1,1,{1950 + 3 * k},1,{1953 + 3 * k}\n" for code in (2, 20, 40, 41, 42, 70, 90, 91, 92, 93, 94, 95) for k in range(3)
 )
@@ -122,6 +131,7 @@ FORMS = {
     "E-IC": LoaderCase("mmedit-caption-yearly", {"caption_eval_edit.json": each(mmedit)}, {"missing_images": "caption"}),
     "VLKEB": LoaderCase("vlkeb-yearly", {"train.json": each(mmedit)}, {"missing_images": "text"}),
     "CounterFact": LoaderCase("counterfact-yearly", {"counterfact.json": each(rome)}),
+    "HalluEditBench": LoaderCase("hallueditbench-yearly", {"m/sport.csv": FACES + "".join(map(corrected, range(N)))}),
     "KnowEdit": LoaderCase("knowedit-yearly", {"test_cf.json": each(flat)}),
     "zsRE, MEND": LoaderCase("zsre-yearly", {"zsre_mend_eval.json": each(mend)}),
     "zsRE, postEdit": LoaderCase(
