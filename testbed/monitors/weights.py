@@ -35,7 +35,8 @@ class Weights(Monitor):
 
 
 def _norm(matrices: list[Tensor]) -> float:
-    return float(torch.stack([m.square().sum() for m in matrices]).sum().sqrt())
+    home = matrices[0].device  # a model may be split over several
+    return float(torch.stack([m.square().sum().to(home) for m in matrices]).sum().sqrt())
 
 
 def largest(matrix: Tensor) -> float:

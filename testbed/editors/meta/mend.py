@@ -121,7 +121,7 @@ class Mend(WeightEditor):
     summary = "a network trained on other edits turns an edit's gradient into a change of weights (MEND)"
     traits = Traits(weights=True, uses=frozenset({"train_edits"}))
     Config = MendConfig
-    published, defaults = PUBLISHED, {**_TRAINED, "alpha": 5e-4, "lr": 3e-4, "train_steps": 3_000, "judge_every": 50}
+    published, defaults = PUBLISHED, {**_TRAINED, "alpha": 5e-4, "lr": 1e-3, "train_steps": 3_000, "judge_every": 50}
 
     def _derived(self) -> Values:
         return derived(self.handle)

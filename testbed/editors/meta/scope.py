@@ -66,11 +66,11 @@ class ScopeClassifier:
             ids = self.handle.tokenizer(prompt, add_special_tokens=False)["input_ids"]
             known[prompt] = torch.tensor(ids or [0], device=self.tensors["E"].device)
         ids = known[prompt]
-        return self.tensors["a"][ids].softmax(0) @ self.tensors["E"][ids]
+        return (self.tensors["a"][ids].softmax(0)[:, None] * self.tensors["E"][ids]).sum(0)
 
     def _picture(self, embedding: Tensor | None) -> Tensor:
         mapped = self.tensors["P"]
-        return mapped.new_zeros(mapped.shape[1]) if embedding is None else embedding.to(mapped) @ mapped
+        return mapped.new_zeros(mapped.shape[1]) if embedding is None else (embedding.to(mapped)[:, None] * mapped).sum(0)
 
     def similarity(self, edits: Tensor, questions: Tensor) -> Tensor:
         """(m, n) equation 1 for features (m, e) of edits and (n, e) of questions; 1 exactly for equal features."""
