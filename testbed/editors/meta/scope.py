@@ -78,7 +78,8 @@ class ScopeClassifier:
         return (-self.tensors["c"].exp() * distance).exp()
 
     def loss(self, edits: Sequence[Ask], inside: Sequence[Ask], outside: Sequence[Ask]) -> tuple[Tensor, Tensor]:
-        """(the binary cross-entropy, the share of pairs that are told right) of B edits with a question in scope and one out of it each.
+        """(the binary cross-entropy, the mean share of pairs of a kind that are told right) of B edits with a question in scope and one
+        out of it each.
 
         The questions in the scope of other edits of the batch are out of scope too. Pairs that the classifier cannot tell apart
         count in neither, because their features are equal: another edit of the same question, or without pictures the same text.
@@ -90,10 +91,11 @@ class ScopeClassifier:
             [a.prompt != b.prompt or (self.pictures and a.image != b.image) for a, b in zip(edits, outside)], device=z.device
         )
         crossed, own = self.similarity(z, x), self.similarity(z, y).diagonal()
-        right, wrong = crossed.diagonal().clamp(min=_LEAST), torch.cat([own[beside], crossed[other]]).clamp(max=1 - _LEAST)
-        parts = [-right.log().mean()] + ([-(1 - wrong).log().mean()] if len(wrong) else [])
-        told = torch.cat([right > 0.5, wrong <= 0.5]).float().mean()
-        return torch.stack(parts).sum(), told
+        right, wrong = crossed.diagonal().clamp(min=_LEAST), [w.clamp(max=1 - _LEAST) for w in (own[beside], crossed[other]) if len(w)]
+        parts = [-(1 - w).log().mean() for w in wrong]  # half of the weight lies on the edits' own neighbours
+        loss = -right.log().mean() + (torch.stack(parts).mean() if parts else 0.0)
+        told = [(right > 0.5).float().mean(), *((w <= 0.5).float().mean() for w in wrong)]
+        return loss, torch.stack(told).mean()
 
     @torch.no_grad()
     def nearest(self, edits: Tensor, question: Ask) -> tuple[int, float]:
