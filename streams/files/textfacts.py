@@ -36,7 +36,7 @@ class TextReader(RecordReader):
 
     def read(self, file: str, form: FieldMap, rows: Sequence[Any]) -> None:
         """Append the entries of one file. Where the form has no subject, the subject is found by comparing all questions."""
-        guesses = [None] * len(rows) if "subject" in form else _guess_subjects(rows, form)
+        guesses = [None] * len(rows) if "subject" in form else guess_subjects(rows, form)
 
         def entry(item: tuple[Any, tuple[str, str] | None], where: str) -> FactEntry:
             made = read_entry(as_object(item[0]), form, where, self.notes, item[1])
@@ -97,7 +97,8 @@ def _with_queries(
     return replace(e, held_out=distinct((*e.held_out, *held_out.get(at, [])), [e.prompt]), questions=questions)
 
 
-def _guess_subjects(rows: Sequence[Any], form: FieldMap) -> list[tuple[str, str] | None]:
+def guess_subjects(rows: Sequence[Any], form: FieldMap) -> list[tuple[str, str] | None]:
+    """For each row the subject and the frame of its prompt, found by comparing all prompts; None where no name is found."""
     prompts = []
     for row in rows:
         try:

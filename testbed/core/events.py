@@ -41,6 +41,7 @@ Split = Literal[
     "portability_5hop",
     "portability_6hop",
     "robustness",
+    "sub_question",
     "self_assessment",
     "persistence",
     "general",

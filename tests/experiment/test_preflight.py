@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
+
 from testbed.core.events import Ask, Question
 from testbed.experiment.preflight import check, never_right, new_tokens
 from testbed.experiment.schedule import ScheduleConfig, build
 from testbed.model.encoding import prompt_inputs
+from testbed.model.handle import BadModel
 from testbed.model.predictor import ModelPredictor
 from tests.helpers.models import build as build_model
 from tests.helpers.plain_stream import Line, PlainStream
@@ -55,3 +58,10 @@ def test_generations_end_at_the_window_behind_the_longest_prompt() -> None:
     assert (new_tokens(planned, handle, 4), new_tokens(planned, handle, 500)) == (4, room)
     (response,) = ModelPredictor(handle).respond([Ask(words)], ["a"], room)
     assert response.score is not None
+
+
+def test_a_document_longer_than_the_window_is_refused_before_the_first_edit() -> None:
+    handle = build_model("llama")
+    asked = Asked(Question("edit", "Who is Ann?", "word " * (2 * handle.window)))
+    with pytest.raises(BadModel, match=rf"takes \d+ tokens, .* reads {handle.window}: 'Who is Ann\?'"):
+        check(build(asked, asked.all, ScheduleConfig()), handle)

@@ -11,7 +11,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Case:
-    """A stream on real files. `lacks` says what its source does not have: "paraphrases" for training, "rephrased" to ask."""
+    """A stream on real files. `lacks` says what its source does not have: "paraphrases" for training, "rephrased" to ask,
+    "old answers" from which an edit starts."""
 
     stream: str
     folder: str
@@ -35,7 +36,7 @@ _ALL_DATED = (
     f"reign/{_REIGN}",
 )
 _HALLU = "hallueditbench/data/questions/hallucination_final/meta_llama_3_8b_instruct"
-_TOPICS = ("human_writer", "places_city", "places_country", "places_landmark")
+_TOPICS = ("human_writer", "places_city", "places_country")
 _NO_TRAIN = frozenset({"paraphrases"})
 
 CASES: dict[str, Case] = {
@@ -53,6 +54,8 @@ CASES: dict[str, Case] = {
     "leaders-flags": Case("leaders-flags", ".", (f"reign/{_REIGN}",), linked=("flags",)),
     "vlkeb-yearly": Case("vlkeb-yearly", "vlkeb", ("train.json",), {"missing_images": "text"}, _NO_TRAIN),
     "hallueditbench-yearly": Case("hallueditbench-yearly", _HALLU, tuple(f"{topic}.csv" for topic in _TOPICS), lacks=_NO_TRAIN),
+    "unke-yearly": Case("unke-yearly", "unke", ("final_data_v2.json",), lacks=_NO_TRAIN | {"old answers"}),
+    "editevery-yearly": Case("editevery-yearly", "editevery", ("editevery.json",), lacks=_NO_TRAIN | {"rephrased", "old answers"}),
     "knowedit-yearly": Case("knowedit-yearly", "knowedit_portability", _KNOWEDIT, lacks=_NO_TRAIN),
 }
 

@@ -105,10 +105,10 @@ def test_a_stream_keeps_its_contract(check: Callable[[StreamCase], None], stream
     check(stream_case)
 
 
-def test_the_first_events_add_and_revise_facts(stream: Stream) -> None:
+def test_the_first_events_add_and_revise_facts(stream: Stream, lacks: frozenset[str]) -> None:
     events = stream.events(N)
     assert len(events) > 100
-    assert {"add", "revise"} <= {e.kind for e in events}
+    assert {"add", *(() if "old answers" in lacks else ("revise",))} <= {e.kind for e in events}
 
 
 def test_a_stream_has_what_its_source_has(stream: Stream, stream_case: StreamCase, lacks: frozenset[str]) -> None:
@@ -119,7 +119,10 @@ def test_a_stream_has_what_its_source_has(stream: Stream, stream_case: StreamCas
     assert asked[0][0].image is None or any(q.image is not None for _, questions in asked[:3] for q in questions)
 
 
-def test_a_stream_gives_questions_beliefs_and_something_to_learn_from(stream: Stream) -> None:
+def test_a_stream_gives_questions_beliefs_and_something_to_learn_from(stream: Stream, lacks: frozenset[str]) -> None:
+    if "old answers" in lacks:
+        assert stream.general() and stream.train_pool().texts and not list(stream.beliefs())
+        return
     pool, beliefs = stream.train_pool(), {question_key(q): q.answer for q in stream.beliefs()}
     assert stream.general() and pool.questions and len(beliefs) > 50
     assert any(beliefs.get(question_key(e)) == e.previous for e in stream.events(N) if e.kind == "add")
