@@ -172,7 +172,7 @@ class Editor(ABC):
         newest = {e.fact: e for e in (*self._first, *events) if e.kind != "retire" and e.id in self._revises}
         self._first = [*newest.values()]
         if len(self._first) >= _FIRST and not self.waits:
-            found = doubts(self.handle, self.predictor(), self._first, self._plain)
+            found = doubts(self.handle, self.predictor(), self._first, self._plain, self.traits.told_truth)
             self.notes += [f"{doubt}; choose other values with {self._tune}" for doubt in found]
             self._first = None
 

@@ -120,6 +120,18 @@ def test_edits_that_change_nothing_and_a_model_that_broke_are_noticed() -> None:
     assert not any("change nothing" in d for d in doubts(handle, editor.predictor(), FACTS, hp.PLAIN))
 
 
+def test_an_editor_that_is_told_the_truth_is_looked_at_with_it() -> None:
+    handle = build("llama")
+
+    class Told(ModelPredictor):
+        def score(self, asks: Any, answers: Any) -> Any:
+            assert all((a.event_id is None) == (a.truth is None) for a in asks)
+            return [replace(s, logprobs=s.logprobs + bool(a.event_id)) for s, a in zip(super().score(asks, answers), asks)]
+
+    assert not doubts(handle, Told(handle), FACTS, hp.PLAIN, told=True)
+    assert "change nothing" in doubts(handle, Told(handle), FACTS, hp.PLAIN)[0]
+
+
 def test_an_editor_is_looked_at_once_and_only_where_enough_edits_are_made() -> None:
     four = [*FACTS, fact("the lamp", "green")]
     editor: Any = make("memit", lr=1e-9)
