@@ -14,7 +14,7 @@ from analysis.figures.catalogue import FORMATS
 from analysis.metrics.bootstrap import REPLICATES
 from analysis.reading.records import BadRun
 from analysis.reporting.report import COMPARISON, TABLES, write_all
-from analysis.reporting.tables import terminal_table
+from analysis.reporting.tables import protocol_tables, terminal_table
 from testbed.core.plugins import BadPlugin, load_plugins
 from testbed.core.terminal import ended_by_its_reader, replace_what_the_terminal_lacks
 
@@ -35,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{to} cannot be written: {error}. The stored answers are as they were; name another folder with --out", file=sys.stderr)
         return 2
     console = Console()
-    console.print(terminal_table(summary))
+    for table in (terminal_table(summary), *protocol_tables(summary)):
+        console.print(table)
     for note in summary["run"]["notes"]:
         console.print(f"note: {note}", markup=False, highlight=False)
     if unused := sorted({p for r in given.runs for p in named_plugins(r)} - set(_list(given.plugin))):

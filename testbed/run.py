@@ -22,6 +22,7 @@ from testbed.core.terminal import ended_by_its_reader
 from testbed.experiment.command import run_command
 from testbed.experiment.config import BadConfig, RunConfig, set_fields, stored_config, stored_threads
 from testbed.experiment.interrupt import StopRequest
+from testbed.experiment.protocols import defaults_of
 
 
 @ended_by_its_reader()
@@ -48,7 +49,7 @@ def _main(argv: list[str], console: Console) -> None:
     # torch, transformers and pandas are imported from here on, so that --help is fast and OpenMP reads its settings late enough
     from transformers.utils import logging
 
-    from analysis.reporting.tables import terminal_table
+    from analysis.reporting.tables import protocol_tables, terminal_table
     from testbed.experiment import estimate, runner
 
     logging.disable_progress_bar()  # the loading bars of transformers
@@ -60,12 +61,14 @@ def _main(argv: list[str], console: Console) -> None:
         summary = runner.study(config, say, stop)
     out = Console()
     out = out if out.is_terminal or "COLUMNS" in os.environ else Console(width=_FILE_WIDTH)
-    out.print(terminal_table(summary))
+    for table in (terminal_table(summary), *protocol_tables(summary)):
+        out.print(table)
     out.print(f"report: {Path(summary['run']['folder']) / 'report.html'}", markup=False, highlight=False, soft_wrap=True)
 
 
 def parse(argv: list[str]) -> RunConfig:
-    """The command line overrides --config FILE or the stored configuration of --resume, and these override the defaults.
+    """The command line overrides --config FILE or the stored configuration of --resume, these override what a --protocol gives, and
+    that overrides the defaults.
 
     Raises `BadConfig`, also for a --resume with another configuration.
     """
@@ -75,7 +78,10 @@ def parse(argv: list[str]) -> RunConfig:
     for option in _LISTS:
         first.add_argument(option, nargs="*", action="extend")
     given, rest = first.parse_known_args(argv)
-    default = set_fields(RunConfig(), read_yaml(given.config)) if given.config else RunConfig()
+    values = read_yaml(given.config) if given.config else {}
+    named = given.protocol if given.protocol is not None else values.get("protocol") or []
+    named = [n for v in ([named] if isinstance(named, str) else named) for n in variants.names(str(v))]
+    default = set_fields(RunConfig(), defaults_of(named) | values)
     default = stored_config(given.resume) if given.resume else default
     for option, value in vars(given).items():
         if isinstance(value, Path):
@@ -100,7 +106,7 @@ def about() -> str:
 
 
 GROUPS = {
-    "edits and questions": "stream data_root missing_images edits batch seed probe_budget benchmarks",
+    "edits and questions": "stream data_root missing_images edits protocol batch seed probe_budget benchmarks",
     "editors": "editor set plugin",
     "model": "model prompt device device_map dtype max_new_tokens",
     "files": "out resume save_every save_model cache track config log",
@@ -114,7 +120,7 @@ _EXAMPLES = """examples:
   testbed run --stream jsonl:facts.jsonl --data-root FOLDER --set stream.fields=prompt=question,target=new
   testbed run --plugin my_editor.py --editor noop,my-edit
   testbed run --resume runs/FOLDER"""
-_LISTS = ("--editor", "--benchmarks", "--plugin", "--set")
+_LISTS = ("--editor", "--benchmarks", "--plugin", "--protocol", "--set")
 """Options with several values: separated by commas, except --set, which may also be given several times."""
 
 

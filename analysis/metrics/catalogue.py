@@ -13,7 +13,7 @@ import yaml
 from analysis.reading.records import SCORING_MODES, TOKEN_ACCURACY, ScoringMode
 from testbed.core import registry
 
-Unit = Literal["share", "difference", "ratio", "count", "edits", "seconds", "bytes"]
+Unit = Literal["share", "difference", "ratio", "bits", "count", "edits", "seconds", "bytes"]
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def show_briefly(name: str, value: float) -> str:
     unit = metric_of(name).unit
     if unit in ("share", "difference"):
         return f"{100 * value:.0f}".replace("-", "−").replace("−0", "0")
-    return f"{value:.2g}" if unit == "ratio" else show(name, value)
+    return f"{value:.2g}" if unit in ("ratio", "bits") else show(name, value)
 
 
 def _plain(value: float, unit: Unit) -> str:
@@ -103,7 +103,7 @@ def _plain(value: float, unit: Unit) -> str:
         return human_bytes(value)
     if unit == "seconds":
         return f"{value:.3g} s" if value >= 0.1 or value == 0 else f"{1000 * value:.3g} ms"
-    return f"{value:.3f}" if unit == "ratio" and value < 1000 else f"{value:,.0f}" if value < 1e7 else f"{value:.2g}"
+    return f"{value:.3f}" if unit in ("ratio", "bits") and value < 1000 else f"{value:,.0f}" if value < 1e7 else f"{value:.2g}"
 
 
 def human_bytes(value: float) -> str:
@@ -117,7 +117,7 @@ def human_bytes(value: float) -> str:
 
 def unit_of(name: str) -> str:
     """The unit for a metric's title; empty where the values carry their unit or have none."""
-    return {"share": "%", "difference": "points", "ratio": "×", "edits": "edits"}.get(metric_of(name).unit, "")
+    return {"share": "%", "difference": "points", "ratio": "×", "bits": "bits", "edits": "edits"}.get(metric_of(name).unit, "")
 
 
 def header(name: str) -> str:

@@ -53,6 +53,22 @@ def terminal_table(summary: Summary) -> Table:
     return table
 
 
+def protocol_tables(summary: Summary) -> list[Table]:
+    """For each protocol that the manifest names, its metrics down and the editors across; a metric that no editor has is left out."""
+    tables, editors = [], summary["editors"]
+    for name, protocol in summary["run"].get("protocols", {}).items():
+        table = Table(title=f"{name}: {protocol['summary']}", title_justify="left", box=SIMPLE, caption=protocol["source"])
+        for title in ("", *("\n".join(wrapped(e, HEADER)) for e in editors), "n"):
+            table.add_column(Text(title), justify="right" if title else "left")
+        for metric in (m for m in protocol["metrics"] if any(m in e for e in editors.values())):
+            mode = f", {mode_title(metric)}" if metric_of(metric).modes else ""
+            table.add_row(
+                metric_of(metric).short + mode, *(cell(e, metric, brief=True) for e in editors.values()), counts(summary, metric, "/")
+            )
+        tables.append(table)
+    return tables
+
+
 def cell(metrics: dict[str, Any], name: str, brief: bool = False) -> str:
     """Value with its interval, e.g. "41.8 [36.9, 46.5]" (brief: "41.8 [37, 47]"); a dash where not measured."""
     entry = metrics.get(name)

@@ -189,7 +189,8 @@ class EntryStream(Stream):
             if value == target and len(needs) == len(question.needs):
                 collector.add_unreserved(question, tuple(needs))
         elif question.answer is None:
-            collector.add_unreserved(replace(question, answer=value, aliases=aliases))
+            own = question.aliases if value == target else ()
+            collector.add_unreserved(replace(question, answer=value, aliases=(*aliases, *own)))
         elif normalize(question.answer) == normalize(target) and not question.choices:
             collector.add_unreserved(replace(question, answer=value, aliases=question.aliases if value == target else ()))
         elif value == target:

@@ -103,6 +103,14 @@ def _paired(prompts: object, answers: object, path: str, split: Split, notes: No
             notes[f"{path}: a question without an answer is not asked"] += 1
 
 
+def generation_prompts(row: object, form: FieldMap, target: str) -> tuple[EntryQuestion, ...]:
+    """The prompts from which a model is to go on. The id of the target, where the source has one, is an alias of the value: it
+    names the texts with which the model's are compared (`analysis.metrics.reference_score`)."""
+    known = texts_at(row, form.get("target_id"))[:1]
+    prompts = distinct(texts_at(row, form.get("generation")))
+    return tuple(EntryQuestion("generation", prompt, aliases=tuple(known), of_value=target) for prompt in prompts)
+
+
 def must_differ(target: str, previous: str | None, names: tuple[str, str] = ("target", "previous")) -> None:
     """Raise `BadField` where an edit would change nothing."""
     if previous is not None and normalize(previous) == normalize(target):
@@ -140,7 +148,10 @@ def read_entry(row: Mapping[str, Any], form: FieldMap, name: str, notes: Notes, 
         aliases=tuple(a for a in old[1:] if normalize(a) != normalize(target)),
         held_out=held_out,
         train=distinct(texts_at(row, form.get("train")), [prompt, *held_out]),
-        questions=tuple(q for field in QUESTIONS for q in questions_at(row, form, field, notes)),
+        questions=(
+            *(q for field in QUESTIONS for q in questions_at(row, form, field, notes)),
+            *generation_prompts(row, form, target),
+        ),
     )
 
 

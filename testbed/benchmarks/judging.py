@@ -1,4 +1,4 @@
-"""Judging of questions whose verdict is no comparison of a generation with an answer: choices, and refusals.
+"""Judging of questions whose verdict is no comparison of a generation with an answer: choices, refusals, and texts that are kept.
 
 For a question with choices the log-probability of each choice is stored, from which the chosen one follows.
 A model's reply to a harmful request is judged and thrown away; the verdict and a hash of the reply are kept.
@@ -21,10 +21,10 @@ from testbed.model.predictor import Predictor, Score
 
 @dataclass(frozen=True)
 class Verdict:
-    """right: the verdict. score: teacher-forced score of the gold choice, where there is one. generated: the text that may
-    be kept. extras: further fields of the record."""
+    """right: the verdict, None where a text is kept and not judged. score: teacher-forced score of the gold choice, where there is
+    one. generated: the text that may be kept. extras: further fields of the record."""
 
-    right: bool
+    right: bool | None
     score: Score | None = None
     generated: str | None = None
     extras: dict[str, Any] = field(default_factory=dict)
@@ -82,5 +82,15 @@ def _by_refusal(predictor: Predictor, questions: Sequence[Question], max_new_tok
     return out
 
 
+def _by_sample(predictor: Predictor, questions: Sequence[Question], max_new_tokens: int) -> list[Verdict]:
+    """The text that the model goes on with, drawn as the question says (`testbed.core.events.Sampling`)."""
+    return [Verdict(None, generated=text) for text in predictor.generate([q.ask() for q in questions])]
+
+
 _Judge = Callable[[Predictor, Sequence[Question], int], list[Verdict]]
-_BY_SCORING: dict[_Judge, tuple[str, ...]] = {_by_prompt: ("sum", "norm", "mean"), _by_refusal: ("refuse", "comply"), _by_text: ("text",)}
+_BY_SCORING: dict[_Judge, tuple[str, ...]] = {
+    _by_prompt: ("sum", "norm", "mean"),
+    _by_refusal: ("refuse", "comply"),
+    _by_text: ("text",),
+    _by_sample: ("sample",),
+}

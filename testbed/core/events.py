@@ -44,13 +44,16 @@ Split = Literal[
     "sub_question",
     "self_assessment",
     "persistence",
+    "generation",
+    "qa_edit",
+    "qa_generality",
     "general",
     "text",
 ]
-Scoring = Literal["generate", "sum", "norm", "mean", "text", "refuse", "comply"]
+Scoring = Literal["generate", "sum", "norm", "mean", "text", "refuse", "comply", "sample"]
 """How an answer is judged: `generate` by free generation; `sum`, `norm`, `mean` and `text` by the likeliest choice (summed
 log-probability, log-probability per character or per token, log-probability as running text); `refuse` and `comply` by
-whether the model refuses."""
+whether the model refuses. `sample` is not judged: a text is drawn and kept, for metrics of texts."""
 KINDS: tuple[str, ...] = get_args(Kind)
 SCORINGS: tuple[str, ...] = get_args(Scoring)
 SPLITS: tuple[str, ...] = get_args(Split)
@@ -80,11 +83,28 @@ class BadPicture(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
+class Sampling:
+    """How a text is drawn: each of `tokens` tokens among the `top_k` likeliest, by numbers that follow from `seed` alone.
+
+    Source: the released code of ROME (`generate_fast`), which draws among five. It does not seed its draws, and it ends at 100 tokens
+    with the prompt counted; here as many follow the prompt, however many facts an editor puts before it.
+    """
+
+    seed: str
+    tokens: int = 100
+    top_k: int = 5
+
+    def draws(self) -> npt.NDArray[np.float64]:
+        """(tokens,) numbers in [0, 1), the same on any machine and in any batch."""
+        return np.random.default_rng(int(content_id("sampling", self.seed), 16)).random(self.tokens)
+
+
+@dataclass(frozen=True, slots=True)
 class Ask:
     """A prompt for a model, with its picture, and the relation that it asks for, of which a prompt template may show examples.
 
-    `truth` (the right answer) and `event_id` (the edit that gave it) are set only for an editor whose `Traits` declare
-    `told_truth`.
+    With `sampled` a text is drawn in place of a greedy answer. `truth` (the right answer) and `event_id` (the edit that gave it) are
+    set only for an editor whose `Traits` declare `told_truth`.
     """
 
     prompt: str
@@ -92,6 +112,7 @@ class Ask:
     truth: str | None = None
     event_id: str | None = None
     relation: str = ""
+    sampled: Sampling | None = None
 
 
 def content_id(*parts: object) -> str:
@@ -201,8 +222,9 @@ class Question:
             raise BadEvent(f"choices need a scoring that picks one (sum, norm, mean, text), got {self.scoring!r} ({self.prompt!r})")
 
     def ask(self) -> Ask:
-        """The prompt of the question with its picture; its topic is the relation."""
-        return Ask(self.prompt, self.image, relation=self.topic)
+        """The prompt of the question with its picture; its topic is the relation. Where its scoring is `sample`, its id is the seed."""
+        sampled = Sampling(self.id) if self.scoring == "sample" else None
+        return Ask(self.prompt, self.image, relation=self.topic, sampled=sampled)
 
     @property
     def golds(self) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from testbed.core.plugins import BadPlugin, load_plugins, refuse_changed
 from testbed.core.ranges import PositiveInt, Seed, out_of_range
 from testbed.core.registry import EDITORS, STREAMS, WRAPPERS, UnknownName
 from testbed.core.schema import folder_name
+from testbed.experiment.protocols import ProtocolName, probes_of, prompt_of
 from testbed.experiment.schedule import ScheduleConfig
 from testbed.experiment.track import missing
 from testbed.probes.base import ProbeConfig
@@ -53,6 +54,8 @@ class RunConfig:
     """Folder of the stream's official files; without it the simulated world stands in, where it can."""
     edits: PositiveInt = 500
     """Number of edits."""
+    protocol: tuple[ProtocolName, ...] = ()
+    """Protocols of papers, whose tables are printed besides: published, wild (docs/protocols.md)."""
     batch: PositiveInt = 1
     """Edits per step."""
     seed: Seed = 0
@@ -127,7 +130,8 @@ class RunConfig:
         problems += self._set_problems()
         if problems or stream is None or loaded is None:
             raise BadConfig("\n".join(problems))
-        return ResolvedRun(self, stream, editors, loaded, plugins or {})
+        prompt = (prompt_of(self.protocol) if self.prompt == "auto" else None) or self.prompt
+        return ResolvedRun(replace(self, prompt=prompt), stream, editors, loaded, plugins or {})
 
     def problems(self) -> list[str]:
         """Every mistake as a sentence; empty when the run can start."""
@@ -179,7 +183,7 @@ class RunConfig:
         config = set_fields(ProbeConfig(), self._settings("probes"))
         if problems := config.problems():
             raise BadConfig("\n".join(f"probes: {p}" for p in problems))
-        return config
+        return replace(config, also=tuple(dict.fromkeys((*config.also, *probes_of(self.protocol)))))
 
     def _load_benchmarks(self) -> benchmarks.LoadedBenchmarks:
         config = set_fields(BenchmarkConfig(), self._settings("benchmarks"))
@@ -222,6 +226,7 @@ class RunConfig:
     def stored(self) -> dict[str, Any]:
         """The fields that a manifest keeps: all but output folders, logs and switches of the command line."""
         skip = {"out", "resume", "config", "log", "dry_run", "list", "save_model", "save_every", "cache", "track"}
+        skip |= set() if self.protocol else {"protocol"}
         return {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name not in skip}
 
     def identity(self) -> dict[str, Any]:

@@ -15,11 +15,14 @@ from testbed.benchmarks import files as benchmarks
 from testbed.core import grading
 from testbed.core.events import content_id
 from testbed.core.plugins import installed_plugins
+from testbed.core.registry import PROBES
 from testbed.core.schema import SCHEMA_VERSION
 from testbed.experiment import preflight
 from testbed.experiment.config import RunConfig, plain
+from testbed.experiment.protocols import PROTOCOLS, departures
 from testbed.experiment.schedule import GRID, Schedule
 from testbed.model.prompt_forms import OWN_FORM
+from testbed.probes.base import Planned
 from testbed.storage.shared_cache import package_version
 
 if TYPE_CHECKING:
@@ -54,6 +57,7 @@ def manifest_of(run: PreparedRun) -> dict[str, Any]:
         "device": str(handle.device),
         "threads": torch.get_num_threads(),
         "dtype": str(handle.dtype).removeprefix("torch."),
+        **({"protocols": {name: PROTOCOLS[name].stored() for name in config.protocol}} if config.protocol else {}),
         **({"plugins": sorted(run.resolved.plugins.values())} if run.resolved.plugins else {}),
         **({"entry_points": installed} if (installed := installed_plugins()) else {}),
         "versions": _versions(),
@@ -69,6 +73,7 @@ def notes_of(run: PreparedRun) -> list[str]:
     loaded = {f"plugin {name}": digest for name, digest in run.resolved.plugins.items()} | installed_plugins()
     plugins = [f"{name}: SHA-256 {digest[:12]}..." for name, digest in loaded.items()]
     names = [e.note for e in run.resolved.editors.values() if e.note]
+    names += departures(run.config.protocol, vars(run.config))
     return [*plugins, *names, *_stream_notes(run), *_question_notes(run), *_model_notes(run)]
 
 
@@ -99,9 +104,17 @@ def _paraphrases_asked(planned: Schedule) -> list[str]:
     return [f"text generality asks {mean:.2g} paraphrase{'' if mean == 1 else 's'} an edit; --set probes.paraphrases=N asks more"]
 
 
+def _notes_of_probes(planned: Schedule) -> list[str]:
+    """What each probe says about the questions that it asks."""
+    asked: dict[str, list[Planned]] = defaultdict(list)
+    for q in (q for step in planned.steps for q in step.questions):
+        asked[q.probe].append(q.plan)
+    return [line for name, cls in PROBES.items() for line in cls().notes(asked[name]) if name in asked]
+
+
 def _question_notes(run: PreparedRun) -> list[str]:
     """How the questions were cut to their budget and to the model, and what can never be right."""
-    config, schedule, out = run.config, run.schedule, _paraphrases_asked(run.schedule)
+    config, schedule, out = run.config, run.schedule, [*_paraphrases_asked(run.schedule), *_notes_of_probes(run.schedule)]
     if schedule.scale < 1:
         last = min(1.0, schedule.scale * config.resolve_probes().end)
         end = f" ({100 * last:.2g} % at the end)" if last != schedule.scale else ""
@@ -135,7 +148,7 @@ def command_of(config: RunConfig) -> list[str]:
     words = ["python", "-m", "testbed.run"]
     usual = RunConfig().stored()
     for name, value in config.stored().items():
-        if name != "stream" and value == usual[name]:
+        if name != "stream" and value == usual.get(name):
             continue
         values = value if isinstance(value, list) else [value]
         for text in map(str, values) if name == "set" else [",".join(map(str, values))]:

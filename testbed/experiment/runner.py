@@ -116,6 +116,8 @@ def ask_in_form(resolved: ResolvedRun, stream: Stream, taken: int, handle: Model
     stored = RunFolder(config.resume).manifest().get("prompt") if config.resume else None
     if (config.resume and stored is None) or (config.prompt == "auto" and own.text != PromptForm.text):
         return ChosenForm(own)
+    if handle.reads_pictures and config.protocol:  # whose forms are of text models
+        return ChosenForm(own)
     if handle.reads_pictures:
         raise BadConfig(f"--prompt {config.prompt}: {handle.name} reads pictures and is asked in its family's own form")
     show_examples(handle, stream.examples())

@@ -1,4 +1,4 @@
-"""Greedy generation: what ends a row, and how answers are scored while generation follows them."""
+"""Generation: what ends a row, how answers are scored while generation follows them, and how texts are drawn."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from testbed.core.events import Sampling
 from testbed.model.handle import ModelHandle
 
 FIRST_IDS = 10
@@ -74,6 +75,32 @@ class AnswerScorer:
             known = 0 < n <= hits.shape[1] and bool(hits[i, : n - 1].all())
             out.append(Score(hits[i, :n].copy(), logp[i, :n].copy()) if known else None)
         return out
+
+
+class TopKSampler:
+    """A logits processor that leaves one token of each row, drawn among the likeliest by their probabilities.
+
+    A row's tokens depend on its own numbers alone, whatever stands beside it in the batch.
+
+    Args:
+        sampled: how each row is drawn; a row whose numbers are used up repeats its last one.
+    """
+
+    def __init__(self, sampled: Sequence[Sampling]) -> None:
+        self._most, self._step = max(s.top_k for s in sampled), 0
+        self._top_k = torch.tensor([s.top_k for s in sampled])
+        draws, longest = [s.draws() for s in sampled], max(s.tokens for s in sampled)
+        self._draws = torch.from_numpy(np.stack([np.pad(d, (0, longest - len(d)), mode="edge") for d in draws]))
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        top = scores.double().topk(min(self._most, scores.shape[-1]), -1)
+        beyond = torch.arange(top.values.shape[1], device=scores.device) >= self._top_k.to(scores.device)[:, None]
+        reached = top.values.masked_fill(beyond, -torch.inf).softmax(-1).cumsum(-1)
+        drawn = self._draws[:, min(self._step, self._draws.shape[1] - 1)].to(scores.device)
+        at = (reached <= drawn[:, None]).sum(-1, keepdim=True)
+        chosen = top.indices.gather(1, torch.minimum(at, self._top_k.to(at.device)[:, None] - 1).clamp(max=top.indices.shape[1] - 1))
+        self._step += 1
+        return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)
 
 
 class LineEnds:
@@ -150,13 +177,15 @@ def end_tokens(handle: ModelHandle) -> list[int]:
 
 
 @contextmanager
-def greedy_decoding(handle: ModelHandle) -> Iterator[None]:
-    """Greedy decoding in the place of a checkpoint's own settings (sampling, penalties, beams); its end tokens are kept."""
+def greedy_decoding(handle: ModelHandle, ends: bool = True) -> Iterator[None]:
+    """Greedy decoding in the place of a checkpoint's own settings (sampling, penalties, beams); its end tokens are kept unless
+    `ends` is false: then every row has the greatest length."""
     from transformers import GenerationConfig
 
     owners = [m for m in handle.model.modules() if isinstance(getattr(m, "generation_config", None), GenerationConfig)]
     kept = [m.generation_config for m in owners]
-    plain = GenerationConfig(do_sample=False, num_beams=1, eos_token_id=end_tokens(handle), pad_token_id=handle.tokenizer.pad_token_id)
+    end = end_tokens(handle) if ends else None
+    plain = GenerationConfig(do_sample=False, num_beams=1, eos_token_id=end, pad_token_id=handle.tokenizer.pad_token_id)
     try:
         for m in owners:
             m.generation_config = plain

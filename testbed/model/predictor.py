@@ -24,7 +24,7 @@ from testbed.core.events import Ask
 from testbed.core.grading import natural_stop
 from testbed.core.timing import timed
 from testbed.model.encoding import Batch, answer_ids, collate, prompt_inputs, text_batch, text_tokens
-from testbed.model.generation import AnswerScorer, Decided, DecidedReplies, FirstLine, Score, greedy_decoding
+from testbed.model.generation import AnswerScorer, Decided, DecidedReplies, FirstLine, Score, TopKSampler, greedy_decoding
 from testbed.model.handle import ModelHandle
 from testbed.model.packed_answers import packed_answers, packed_scores
 from testbed.model.packed_rows import Row, takes_packed_rows
@@ -154,10 +154,38 @@ class ModelPredictor(Predictor):
             own = decided and [decided[i] for i in at]
             return self._generate([asks[i] for i in at], [ids[i] for i in at], max_new_tokens, own)
 
-        made = self._packed_or_padded(asks, max(max_new_tokens, *map(len, ids)) if ids else 0, packed, padded)
+        if any(a.sampled for a in asks):
+            made = self._some_drawn(asks, ids, max_new_tokens, decided)
+        else:
+            made = self._packed_or_padded(asks, max(max_new_tokens, *map(len, ids)) if ids else 0, packed, padded)
         again = [i for i, r in enumerate(made) if ids[i] and r.score is None]
         scores = dict(zip(again, self._score([asks[i] for i in again], [ids[i] for i in again])))
         return [replace(r, score=scores[i]) if i in scores else r for i, r in enumerate(made)]
+
+    def _some_drawn(
+        self, asks: Sequence[Ask], ids: Sequence[Row], max_new_tokens: int, decided: Sequence[Decided] | None
+    ) -> list[Response]:
+        """Responses to asks of which some are sampled; to the others the greedy ones."""
+        drawn, rest = ([i for i, a in enumerate(asks) if (a.sampled is not None) is want] for want in (True, False))
+        own = decided and [decided[i] for i in rest]
+        found = dict(zip(rest, self._respond([asks[i] for i in rest], [ids[i] for i in rest], max_new_tokens, own) if rest else []))
+        texts = self._in_parts(self._chunks([asks[i] for i in drawn]), lambda at: self._draw([asks[drawn[k]] for k in at]))
+        found |= zip(drawn, texts)
+        return [found[i] for i in range(len(asks))]
+
+    def _draw(self, asks: list[Ask]) -> list[Response]:
+        """Texts of the full length that each ask names, as far as the window reaches; end tokens are drawn like others and left out."""
+        sampled = [a.sampled for a in asks if a.sampled is not None]
+        with timed("encode"):
+            batch = collate(self.handle, asks, side="left")
+        start, longest = batch.inputs["input_ids"].shape[1], max(s.tokens for s in sampled)
+        with self.around(batch), greedy_decoding(self.handle, ends=False), timed("decode"):
+            limits: Any = {"max_new_tokens": max(1, min(longest, self.handle.window - start))}
+            tokens = self.handle.model.generate(**batch.inputs, **limits, logits_processor=[TopKSampler(sampled)])
+            extras = self.explain(batch) if self.explain else [{} for _ in asks]
+        new = [row[start : start + s.tokens] for row, s in zip(tokens, sampled)]
+        texts = self.handle.tokenizer.batch_decode(new, skip_special_tokens=True)
+        return [Response(text, None, extra) for text, extra in zip(texts, extras)]
 
     @torch.no_grad()
     def score(self, asks: Sequence[Ask], answers: Sequence[str]) -> list[Score]:

@@ -36,7 +36,7 @@ class ProbeConfig:
     end: PositiveInt = 1
     """How many times larger the panels of the last checkpoint are, which tables read, where the budget shrinks panels."""
     also: tuple[str, ...] = ()
-    """Probes that are asked beside the usual ones, with which they share the budget (self-assessment, persistence)."""
+    """Probes that are asked beside the usual ones, with which they share the budget (self-assessment, persistence, generation)."""
 
     def problems(self) -> list[str]:
         """A sentence for each name that is no probe, or a probe that is asked anyway."""
@@ -142,6 +142,10 @@ class Probe(ABC):
     @abstractmethod
     def ask(self, history: EditHistory, checkpoint: Checkpoint) -> list[Planned]:
         """The questions of this checkpoint; an empty list where the probe asks nothing."""
+
+    def notes(self, asked: Sequence[Planned]) -> list[str]:
+        """What a reader must know about the questions that this probe asks in a run, a line each."""
+        return []
 
 
 @lru_cache(1 << 17)  # each panel of each checkpoint draws the same edits again

@@ -1,4 +1,4 @@
-"""Probes that are asked on demand: self-assessment and persistence, question by question."""
+"""Probes that are asked on demand: self-assessment, persistence and the instruction of WILD, question by question."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from testbed.experiment.config import RunConfig
 from testbed.experiment.schedule import Schedule, ScheduleConfig, build
 from testbed.probes.base import ProbeConfig
 from testbed.probes.persistence import PREFIXES
+from testbed.probes.qa_prompt import SPLITS
 from tests.helpers.plain_stream import Line, PlainStream
 
-MORE = ("persistence", "self-assessment")
+MORE = ("generation", "persistence", "qa-prompt", "self-assessment")
 STREAM = PlainStream([Line(1 + i / 40, None if i < 10 else i - 10) for i in range(20)])
 
 
@@ -46,6 +47,16 @@ def test_each_edit_is_assessed_in_both_orders_with_and_without_uncertain() -> No
     assert all(q.scoring == "sum" and q.split == "self_assessment" and q.event_id == edit.id for q in own)
 
 
+def test_edits_and_paraphrases_are_asked_behind_the_instruction_with_the_same_answer() -> None:
+    planned = schedule(MORE)
+    usual = {(s, q.plan.question.prompt): q.plan.question for s, q in questions(planned, "retention") + questions(planned, "generality")}
+    asked = [(s, q.plan.question) for s, q in questions(planned, "qa-prompt")]
+    assert {q.split for _, q in asked} <= set(SPLITS.values()) and asked
+    for step, q in asked:
+        prompt = q.prompt.removeprefix("Please answer the question:\n\nQ: ").removesuffix("\nA:")
+        assert usual[step, prompt].answer == q.answer and SPLITS[usual[step, prompt].split] == q.split
+
+
 def test_each_edit_is_asked_behind_five_sentences_and_judged_by_the_old_answer() -> None:
     asked = [q.plan for _, q in questions(schedule(MORE), "persistence")]
     counts = Counter(p.edit.event.id for p in asked)
@@ -61,11 +72,11 @@ def test_each_edit_is_asked_behind_five_sentences_and_judged_by_the_old_answer()
 def test_edits_without_an_old_answer_are_left_out() -> None:
     new = PlainStream([Line(1 + i / 40) for i in range(6)])
     planned = build(new, new.all, ScheduleConfig(1, 0, 10**6, asked=ProbeConfig(also=MORE)))
-    assert not any(questions(planned, name) for name in MORE)
+    assert not any(questions(planned, name) for name in ("persistence", "self-assessment"))
 
 
 def test_a_name_that_is_no_such_probe_is_refused() -> None:
     for name in ("retention", "nonsense"):
-        with pytest.raises(Exception, match="persistence, self-assessment"):
+        with pytest.raises(Exception, match=", ".join(MORE)):
             RunConfig(set=(f"probes.also={name}",)).resolve_probes()
-    assert RunConfig(set=("probes.also=persistence,self-assessment",)).resolve_probes().also == MORE
+    assert RunConfig(set=(f"probes.also={','.join(MORE)}",)).resolve_probes().also == MORE
