@@ -57,7 +57,8 @@ class ReferenceScore(AnswerMetric):
 
     def values(self, run: Run, editor: EditorRun, rows: pd.DataFrame) -> np.ndarray:
         found, texts = _references_of(run), texts_by_edit(run, editor)
-        assert found is not None  # `answers` gave rows
+        if found is None:  # then `answers` gave no rows
+            return np.empty(0)
         own = _own_texts(run, rows, found)
         return np.array([likeness(" ".join(texts[e]), " ".join(r), found.vectorizer) for e, r in zip(rows["edit"], own)])
 

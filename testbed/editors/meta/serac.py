@@ -15,7 +15,7 @@ one before it. `scope=text` (MMEdit's) looks at texts alone, `scope=image` at th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -123,7 +123,7 @@ class SeracTask:
 
 def _stated(ask: Ask, statement: str, template: prompts.PromptTemplate) -> Ask:
     """The question with one stated edit before it."""
-    return Ask(prompts.in_context([statement], ask.prompt, template), ask.image, relation=ask.relation)
+    return replace(ask, prompt=prompts.in_context([statement], ask.prompt, template))
 
 
 @EDITORS.register("serac")
