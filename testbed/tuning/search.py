@@ -1,9 +1,10 @@
 """Search of an editor's settings: one field after the other, by what an editor does to a few development edits.
 
-A setting's score is the harmonic mean of three token accuracies (the edits, their paraphrases, and answers to unrelated
-questions held against those of the unedited model), times the ratio of perplexities of text, unedited over edited, where
-that is below 1. An editor that breaks the model therefore scores about 0. An accuracy counts as at least 0.05, so that settings of
-a method that never generalises still differ.
+A setting's score is the harmonic mean of three accuracies (the edits, their paraphrases, and answers to unrelated questions held
+against those of the unedited model), times the ratio of perplexities of text, unedited over edited, where that is below 1. An
+editor that breaks the model therefore scores about 0. An accuracy counts as at least 0.05, so that settings of a method that never
+generalises still differ. The answers to edits and paraphrases count half by their tokens, given the tokens before them, and half by
+free generation: a prompt that lets the model go on, or begin with other words, is right by the first and never by the second.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import yaml
 
 from streams.base import Stream
 from testbed.core.events import LOCALITY_SPLITS, EditBatch, EditEvent, Question
+from testbed.core.grading import exact
 from testbed.editors.base import BadEditor, Editor
 from testbed.model.handle import ModelHandle
 from testbed.model.predictor import ModelPredictor, Predictor
@@ -36,7 +38,7 @@ GRIDS: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("grid
 
 @dataclass(frozen=True)
 class Trial:
-    """What one setting does to the development edits; token accuracies in [0, 1], nan where there is no such question.
+    """What one setting does to the development edits; accuracies in [0, 1], nan where there is no such question.
 
     perplexity: ratio, edited over unedited. seconds: CPU time of one edit, preparation included. failed: edits that failed.
     """
@@ -116,7 +118,7 @@ def try_settings(data: DevelopmentSet, create: Callable[[], Editor], settings: S
         failed += len(editor.apply(EditBatch(part, step, {e.id: data.stream.paraphrases(e) for e in part})).failed)
     seconds = (time.process_time() - start) / len(data.events)
     predictor = editor.predictor()
-    success, generality = (_accuracy(predictor, [(q, q.answer or "") for q in x]) for x in (data.edits, data.paraphrases))
+    success, generality = (answer_accuracy(predictor, questions) for questions in (data.edits, data.paraphrases))
     ratio = 1.0 if math.isnan(loss) else math.exp(min(50.0, data.text_loss(predictor) - loss))
     return Trial(settings, success, generality, _accuracy(predictor, unrelated), ratio, seconds, failed)
 
@@ -125,6 +127,15 @@ def _accuracy(predictor: Predictor, answered: Sequence[tuple[Question, str]]) ->
     """Mean over questions of the share of answer tokens that are the likeliest; nan without questions."""
     scores = predictor.score([q.ask() for q, _ in answered], [a for _, a in answered])
     return float(np.mean([s.hits.mean() for s in scores])) if scores else math.nan
+
+
+def answer_accuracy(predictor: Predictor, questions: Sequence[Question]) -> float:
+    """Mean over questions of the token accuracy and of whether the free answer is right; nan without questions."""
+    if not questions:
+        return math.nan
+    said = predictor.generate([q.ask() for q in questions])
+    right = float(np.mean([exact(text, q.golds) for text, q in zip(said, questions)]))
+    return (_accuracy(predictor, [(q, q.answer or "") for q in questions]) + right) / 2
 
 
 def search(fields: Mapping[str, Sequence[Any]], measure: Callable[[Settings], Trial], seconds: float) -> Iterator[Trial]:

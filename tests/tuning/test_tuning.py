@@ -8,17 +8,21 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from testbed import tune
+from testbed.core.events import Question
 from testbed.core.registry import EDITORS
 from testbed.editors.base import BadEditor
+from testbed.model.generation import Score
+from testbed.model.predictor import ModelPredictor
 from testbed.run import parse
-from testbed.tuning.search import GRIDS, MOST_SETTINGS, Settings, Trial, grid, search
-from tests.helpers.models import folder
+from testbed.tuning.search import GRIDS, MOST_SETTINGS, Settings, Trial, answer_accuracy, grid, search
+from tests.helpers.models import build, folder
 
 
 def trial(settings: Settings, success: float = 1.0, perplexity: float = 1.0, **more: float) -> Trial:
@@ -64,6 +68,20 @@ def test_the_grid_of_every_editor_holds_its_own_fields_and_valid_values(editor: 
         for name, values in fields.items():
             for value in values:
                 assert not cls.Config(**{name: value}).problems()
+
+
+def test_an_answer_that_goes_on_counts_half() -> None:
+    questions = [Question("edit", f"Who leads {name}?", "Ana", topic="leaders") for name in ("Rome", "Oslo")]
+
+    class Talks(ModelPredictor):
+        def generate(self, asks: Any, max_new_tokens: int = 16, decided: Any = None) -> list[str]:
+            return ["Ana, I think", "Ana."]
+
+        def score(self, asks: Any, answers: Any) -> list[Score]:
+            return [Score(np.ones(1, bool), np.zeros(1)) for _ in asks]
+
+    assert answer_accuracy(Talks(build("gpt2")), questions) == pytest.approx((1 + 0.5) / 2)
+    assert math.isnan(answer_accuracy(Talks(build("gpt2")), []))
 
 
 def test_layers_lie_at_their_shares_of_the_depth() -> None:
