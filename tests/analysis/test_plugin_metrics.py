@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,11 +19,11 @@ from analysis.metrics.summary import summarise
 from analysis.reading.load import EditorRun, Run, load_run
 from analysis.reading.records import SCORES
 from analysis.reporting.report import write_all
+from testbed.__main__ import main
 from testbed.core.registry import METRICS
 from tests.helpers.fake_run import Plan, fake_run
 
-ROOT = Path(__file__).parents[2]
-TEMPLATE = ROOT / "docs" / "templates" / "metric.py"
+TEMPLATE = Path(__file__).parents[2] / "docs" / "templates" / "metric.py"
 PLAN = Plan(edits=24, years=2, panel=8, editors=("noop", "finetune"))
 
 
@@ -70,16 +67,19 @@ def test_a_metric_gets_the_intervals_and_pairs_of_the_testbeds_own(folder: Path)
     assert metric_of("again_gen").short == "Again"
 
 
-def test_the_template_is_in_summary_tables_and_report_of_a_run_that_is_analysed_again(tmp_path: Path) -> None:
+def test_the_template_is_in_summary_tables_and_report_of_a_run_that_is_analysed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
     out = fake_run(tmp_path / "run", PLAN)
     manifest = json.loads((out / "manifest.json").read_text())
     (out / "manifest.json").write_text(json.dumps(manifest | {"config": {"plugin": ["words.py", "other.py"]}}))
     (tmp_path / "words.py").write_text(TEMPLATE.read_text())
-    command = [sys.executable, "-m", "testbed", "analyze", "run", "--replicates", "50", "--format", "png"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*command, "--plugin", "words.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "the run had the plug-ins other.py: for metrics that they register, give them with --plugin" in done.stderr
+    command = ["analyze", "run", "--replicates", "50", "--format", "png"]
+    assert main(command) == 0 and "words.py" in capsys.readouterr().err  # nothing is loaded unasked
+    assert "answer_words" not in json.loads((out / "summary.json").read_text())["editors"]["finetune"]
+    assert main([*command, "--plugin", "words.py"]) == 0
+    assert "the run had the plug-ins other.py: for metrics that they register, give them with --plugin" in capsys.readouterr().err
     words = json.loads((out / "summary.json").read_text())["editors"]["finetune"]["answer_words"]
     run = load_run(out)
     rows = at_end(run.editors["finetune"].records, "edit")
@@ -87,9 +87,6 @@ def test_the_template_is_in_summary_tables_and_report_of_a_run_that_is_analysed_
     assert words["value"] == pytest.approx(np.average(counts, weights=rows["weight"])) and words["n"] == len(rows)
     assert "answer_words" in set(pd.read_csv(out / "tables" / "metrics.csv")["metric"])
     assert "Words of a free answer to an edited question" in (out / "report.html").read_text()
-    plain = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert plain.returncode == 0 and "words.py" in plain.stderr  # nothing is loaded unasked
-    assert "answer_words" not in json.loads((out / "summary.json").read_text())["editors"]["finetune"]
 
 
 def test_texts_belong_to_their_rows_in_any_order(folder: Path) -> None:

@@ -39,7 +39,7 @@ def test_the_templates_pass_in_an_empty_folder(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(catalogue, "draw_all", lambda context: {})
     Path("mine.py").write_text(EDITOR.replace('"sgd-edit"', '"my-edit"'))
     Path("words.py").write_text(METRIC)
-    code, lines = main(["check", "mine.py,words.py"]), capsys.readouterr().out.splitlines()
+    code, lines = main(["check", "mine.py,words.py", "--set", "my-edit.steps=12"]), capsys.readouterr().out.splitlines()
     assert code == 0, lines
     assert lines[-1] == "every check passed"
     assert sum(line.startswith("my-edit on ") for line in lines) == 2 * len(editors.CHECKS)
