@@ -42,6 +42,8 @@ Split = Literal[
     "portability_6hop",
     "robustness",
     "sub_question",
+    "instance_follow",
+    "instance_stay",
     "self_assessment",
     "persistence",
     "generation",
