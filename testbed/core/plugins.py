@@ -12,7 +12,8 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Iterable, Mapping
-from importlib.metadata import entry_points
+from functools import lru_cache
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
 
@@ -43,11 +44,26 @@ def installed_plugins() -> dict[str, str]:
     Raises `BadPlugin` for one that cannot be imported.
     """
     found: dict[str, str] = {}
-    for point in entry_points(group=GROUP):
+    for point in _points(tuple(map(_changed, sys.path))):
         what = f"the entry point {point.name} of {point.dist.name if point.dist else 'a distribution'}"
         file = _import(point.value, what).__file__
         found[what] = _hash(Path(file)) if file else ""
     return found
+
+
+@lru_cache(maxsize=4)
+def _points(folders: tuple[tuple[str, int], ...]) -> tuple[EntryPoint, ...]:
+    """The entry points of the distributions in folders, read again when a folder changes.
+
+    Reading them takes longer than all else that a configuration needs, and a sweep has many.
+    """
+    return tuple(entry_points(group=GROUP))
+
+
+def _changed(folder: str) -> tuple[str, int]:
+    """A folder of `sys.path`, and when something was put into it or taken out of it."""
+    path = Path(folder)
+    return str(path.absolute()), path.stat().st_mtime_ns if path.exists() else 0
 
 
 def refuse_changed(given: Iterable[str], known: Iterable[str], installed: Mapping[str, str]) -> None:

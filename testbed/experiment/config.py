@@ -9,7 +9,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, get_type_hints
 
@@ -107,7 +107,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         """Take values as the command line takes them: text for a path or a number, one name for a list. Raises `BadConfig`."""
         given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        hints = get_type_hints(type(self))
+        hints = type_hints(type(self))
         odd = {name: value for name, value in given.items() if not _fits(value, hints[name])}
         wrong = []
         for name, value in odd.items():
@@ -176,7 +176,7 @@ class RunConfig:
             return base
         host, *wrappers = base.split("+")
         classes = {w: WRAPPERS.get(w) for w in wrappers}
-        return "+".join([host, *(w if set(get_type_hints(c.Config)) <= stored.keys() else c.former or w for w, c in classes.items())])
+        return "+".join([host, *(w if set(type_hints(c.Config)) <= stored.keys() else c.former or w for w, c in classes.items())])
 
     def resolve_probes(self) -> ProbeConfig:
         """What is asked, with `--set probes.*`. Raises `BadConfig`."""
@@ -312,9 +312,15 @@ def plain(value: Any) -> Any:
     return json.loads(json.dumps(value, default=convert))
 
 
+@cache
+def type_hints(cls: type) -> Mapping[str, Any]:
+    """The types of a dataclass's fields, evaluated once: that takes longer than all else that a configuration needs."""
+    return get_type_hints(cls)
+
+
 def set_fields(config: D, values: Mapping[str, Any]) -> D:
     """A dataclass with fields set from text. Raises `BadConfig` that names every unknown field and every wrong value."""
-    hints = get_type_hints(type(config))
+    hints = type_hints(type(config))
     out, wrong = {}, []
     for name, text in values.items():
         if name not in hints:

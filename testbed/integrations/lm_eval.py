@@ -63,7 +63,7 @@ def harness(config: HarnessConfig) -> dict[str, Any]:
     lm_eval, tasks = _library(), variants.names(config.tasks)
     if tasks == [""]:
         raise BadConfig("--tasks names no task of lm-evaluation-harness")
-    manager = lm_eval.tasks.TaskManager(include_path=str(config.include) if config.include else None)
+    manager = _manager(lm_eval, tasks, config.include)
     absent = [t for t in tasks if t not in manager.all_tasks]
     if absent:
         raise BadConfig(f"lm-evaluation-harness has no task {', '.join(absent)}; see `lm-eval ls tasks`, or --include a folder of your own")
@@ -87,6 +87,17 @@ def _library() -> Any:
     except ImportError as e:
         raise BadConfig(f"lm-evaluation-harness is not installed ({e}): pip install 'lifelong-editing-testbed[lm-eval]'") from e
     return lm_eval
+
+
+def _manager(lm_eval: Any, tasks: Sequence[str], include: Path | None) -> Any:
+    """The index of the harness's tasks and of those in a folder; of the folder alone where it holds all that are asked for.
+
+    The harness reads thousands of files of its own for its index. A group is looked up among all, because it may name any task.
+    """
+    if include is None:
+        return lm_eval.tasks.TaskManager()
+    own = lm_eval.tasks.TaskManager(include_path=str(include), include_defaults=False)
+    return own if set(tasks) <= set(own.all_subtasks) else lm_eval.tasks.TaskManager(include_path=str(include))
 
 
 def _samples(tasks: dict[Any, Any], items: int) -> dict[str, list[int]] | None:

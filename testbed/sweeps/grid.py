@@ -21,7 +21,7 @@ from testbed.core import threads, variants
 from testbed.core.events import content_id
 from testbed.core.schema import folder_name
 from testbed.experiment.command import user_errors
-from testbed.experiment.config import COMMON, BadConfig, RunConfig, plain, set_fields, setting_owner
+from testbed.experiment.config import COMMON, BadConfig, RunConfig, plain, set_fields, setting_owner, type_hints
 from testbed.storage.files import step_of
 
 RESERVED = frozenset({"out", "resume", "config", "log", "dry_run", "list", "save_model", "cache"})
@@ -136,7 +136,7 @@ def _choices(name: str, value: Any) -> list[Any]:
         if not isinstance(names, (list, tuple)) or not all(isinstance(e, str) for e in names):
             raise BadConfig(f"editor must be a name or a list of names, got {value!r}")
         found: list[Any] = [[e] for e in names if e]
-    elif typing.get_origin(typing.get_type_hints(RunConfig)[name]) is tuple:
+    elif typing.get_origin(type_hints(RunConfig)[name]) is tuple:
         several = isinstance(value, list) and any(isinstance(v, list) for v in value)
         found = [v if isinstance(v, list) else [v] for v in value] if several else [value]
     else:

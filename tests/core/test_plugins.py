@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -85,12 +86,18 @@ def test_the_cells_of_a_sweep_carry_the_file(tmp_path: Path) -> None:
         EDITORS._entries.pop("edit-of-a-sweep", None)
 
 
-def test_an_installed_package_offers_its_editors_to_every_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "somebodys_editors.py").write_text(TEMPLATE.replace('"sgd-edit"', '"edit-of-somebody"'))
-    about = tmp_path / "somebodys_editors-1.0.dist-info"
+def install(folder: Path, points: str) -> None:
+    """A distribution with these entry points, in place of the one before it."""
+    about = folder / "somebodys_editors-1.0.dist-info"
+    shutil.rmtree(about, ignore_errors=True)
     about.mkdir()
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: somebodys-editors\nVersion: 1.0\n")
-    (about / "entry_points.txt").write_text("[testbed.plugins]\nmine = somebodys_editors\n")
+    (about / "entry_points.txt").write_text(points)
+
+
+def test_an_installed_package_offers_its_editors_to_every_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "somebodys_editors.py").write_text(TEMPLATE.replace('"sgd-edit"', '"edit-of-somebody"'))
+    install(tmp_path, "[testbed.plugins]\nmine = somebodys_editors\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     try:
         assert load_plugins([]) == {}
@@ -102,10 +109,10 @@ def test_an_installed_package_offers_its_editors_to_every_run(tmp_path: Path, mo
         (tmp_path / "somebodys_editors.py").write_text(TEMPLATE + "\n")
         with pytest.raises(BadPlugin, match="the entry point mine of somebodys-editors changed since the run began: install the version"):
             refuse_changed([], [], began)
-        (about / "entry_points.txt").write_text("")
+        install(tmp_path, "")
         with pytest.raises(BadPlugin, match="of somebodys-editors is not installed any more"):
             refuse_changed([], [], began)
-        (about / "entry_points.txt").write_text("[testbed.plugins]\nmine = nowhere_at_all\n")
+        install(tmp_path, "[testbed.plugins]\nmine = nowhere_at_all\n")
         with pytest.raises(BadPlugin, match="the entry point mine of somebodys-editors cannot be loaded: ModuleNotFoundError"):
             load_plugins([])
     finally:
