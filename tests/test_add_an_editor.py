@@ -45,7 +45,8 @@ def test_the_page_has_the_three_commands_of_the_walk() -> None:
 def test_the_walk_makes_runs_plots_and_tests_an_editor(project: Path) -> None:
     copy, study, suite = COMMANDS
     run(copy, project)
-    shown = run(study, project)
+    assert "--edits 20 " in study
+    shown = run(study.replace("--edits 20 ", "--edits 6 "), project)
     assert "sgd-edit" in shown
     out = project / "runs" / "sgd"
     summary = json.loads((out / "summary.json").read_text("utf-8"))["editors"]
