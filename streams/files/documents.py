@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 from streams.base import StreamConfig, TrainPool
@@ -87,6 +88,7 @@ class Documents(EntryStream):
 
     supports = frozenset({"records", "development"})
     invents = False
+    reader: ClassVar[type[DocumentReader]] = DocumentReader
     paths: ClassVar[tuple[str, ...]]
     """Where the file of the source may lie under the data root."""
     form: ClassVar[FieldMap]
@@ -97,13 +99,15 @@ class Documents(EntryStream):
         self._kept = tuple(e for e in self._data.entries if e.role == "probe" and e.key not in self._reserved)
 
     def read(self, config: StreamConfig) -> EntryData:
-        (path, *_) = find_parts(config.data_root, [self.paths], self.name)
-        reader = DocumentReader()
+        path, reader = self._file(config.data_root), self.reader()
         rows = reader.rows(path)
         if rows:
             choose_form(next((r for r in rows if isinstance(r, Mapping)), rows[0]), {self.title: self.form}, str(path))
         entries = tuple(reader.entries(path.name, self.form, rows))
         return reader.entry_data(entries, f"{self.title} file {path.name}", str(path), content_id(reader.digests))
+
+    def _file(self, root: Path | None) -> Path:
+        return find_parts(root, [self.paths], self.name)[0]
 
     def _add_locality(self, collector: QuestionCollector, entry: FactEntry, own: list[EntryQuestion]) -> None:
         """Ask for a document that is never edited; the unedited model's own answer is the reference."""
@@ -111,12 +115,12 @@ class Documents(EntryStream):
             collector.add_unreserved(EntryQuestion("locality_far", other.prompt, image=other.image))
 
     def general(self) -> tuple[Question, ...]:
-        """The documents that are never edited, as running text."""
-        return tuple(Question("text", e.target, topic="documents") for e in self._kept)
+        """The documents that are never edited, as running text; where the source has it, as it is before any edit."""
+        return tuple(Question("text", e.previous or e.target, topic="documents") for e in self._kept)
 
     def train_pool(self) -> TrainPool:
         """The documents of the train part, as running text; the source has no old answers, of which train edits are made."""
-        return TrainPool(texts=tuple(e.target for e in self._data.entries if e.role == "train"))
+        return TrainPool(texts=tuple(e.previous or e.target for e in self._data.entries if e.role == "train"))
 
     def notes(self, events: Sequence[EditEvent]) -> list[str]:
         words = sorted(len(e.target.split()) for e in events) or [0]
