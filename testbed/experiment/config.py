@@ -312,10 +312,8 @@ def plain(value: Any) -> Any:
     return json.loads(json.dumps(value, default=convert))
 
 
-@cache
-def type_hints(cls: type) -> Mapping[str, Any]:
-    """The types of a dataclass's fields, evaluated once: that takes longer than all else that a configuration needs."""
-    return get_type_hints(cls)
+type_hints = cache(get_type_hints)
+"""The types of a dataclass's fields, evaluated once: that takes longer than all else that a configuration needs."""
 
 
 def set_fields(config: D, values: Mapping[str, Any]) -> D:
