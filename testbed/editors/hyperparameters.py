@@ -104,14 +104,14 @@ PLAIN = (
 """Running text by which a jump of perplexity is noticed where the stream has none."""
 
 
-def doubts(handle: ModelHandle, edited: Predictor, events: Sequence[EditEvent], texts: Sequence[str], told: bool = False) -> list[str]:
+def doubts(handle: ModelHandle, edited: Predictor, events: Sequence[EditEvent], texts: Sequence[str], informed: bool = False) -> list[str]:
     """Sentences for edits that made no target likelier and for a model whose perplexity on plain text rose tenfold; none where all is well.
 
     Four sentences or the stream's own texts are read, so a rise is noticed and not measured.
-    told: whether the editor's `Traits` declare `told_truth`, so that it is told what each question is about.
+    informed: whether the editor's `Traits` declare `told_truth`, so that it is told what each question is about.
     """
     base, targets = ModelPredictor(handle), [e.target for e in events]
-    asks = [replace(e.ask(), truth=e.target, event_id=e.id) if told else e.ask() for e in events]
+    asks = [replace(e.ask(), truth=e.target, event_id=e.id) if informed else e.ask() for e in events]
     gains = [float(new.logprobs.mean() - old.logprobs.mean()) for new, old in zip(edited.score(asks, targets), base.score(asks, targets))]
     found = []
     if not max(gains) >= _UNMOVED:

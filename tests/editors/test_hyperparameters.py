@@ -128,7 +128,7 @@ def test_an_editor_that_is_told_the_truth_is_looked_at_with_it() -> None:
             assert all((a.event_id is None) == (a.truth is None) for a in asks)
             return [replace(s, logprobs=s.logprobs + bool(a.event_id)) for s, a in zip(super().score(asks, answers), asks)]
 
-    assert not doubts(handle, Told(handle), FACTS, hp.PLAIN, told=True)
+    assert not doubts(handle, Told(handle), FACTS, hp.PLAIN, informed=True)
     assert "change nothing" in doubts(handle, Told(handle), FACTS, hp.PLAIN)[0]
 
 
