@@ -103,7 +103,7 @@ class InstanceChange(_Instances):
         return rows[self.belongs(run, rows) == 0]
 
     def values(self, run: Run, editor: EditorRun, rows: pd.DataFrame) -> np.ndarray:
-        stored = read_table(run.folders[0] / "base" / "answers.parquet", ("question_id", "generated")).to_pydict()
+        stored = read_table(editor.folder.parent / "base" / "answers.parquet", ("question_id", "generated")).to_pydict()
         before = dict(zip(stored["question_id"], stored["generated"]))
         ids = run.questions["question_id"].iloc[rows["question"]]
         pairs = zip((before.get(i) for i in ids), generated_texts(editor, rows))

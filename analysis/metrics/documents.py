@@ -15,9 +15,8 @@ import numpy as np
 import pandas as pd
 
 from analysis.metrics.answers import at_end
-from analysis.metrics.plugin import AnswerMetric, generated_texts
+from analysis.metrics.plugin import AnswerMetric, SplitSuccess, generated_texts
 from analysis.reading.load import EditorRun, Run
-from analysis.reading.records import SCORES
 from testbed.core.registry import METRICS
 
 LONG = 20
@@ -83,8 +82,7 @@ class _EntityShare(AnswerMetric):
     absent: ClassVar[bool] = False
 
     def answers(self, run: Run, editor: EditorRun) -> pd.DataFrame:
-        rows = at_end(editor.records, "edit")
-        return rows[(_words(run, rows) >= LONG).to_numpy()]
+        return _long_answers(run, editor, "edit", LONG)
 
     def values(self, run: Run, editor: EditorRun, rows: pd.DataFrame) -> np.ndarray:
         events = run.events.iloc[rows["edit"]]
@@ -122,9 +120,11 @@ class EntitiesUntouched(_EntityShare):
     kind = 2
 
 
-def _words(run: Run, rows: pd.DataFrame) -> pd.Series:
-    """The number of words of the right answer to each row."""
-    return run.questions["answer"].iloc[rows["question"]].map(lambda a: len(str(a).split()))
+def _long_answers(run: Run, editor: EditorRun, split: str, least: int) -> pd.DataFrame:
+    """The rows of a split at the end whose right answer has so many words."""
+    rows = at_end(editor.records, split)
+    words = run.questions["answer"].iloc[rows["question"]].map(lambda a: len(str(a).split()))
+    return rows[(words >= least).to_numpy()]
 
 
 class _Rouge(AnswerMetric):
@@ -136,8 +136,7 @@ class _Rouge(AnswerMetric):
     """Fewest words of an answer that counts."""
 
     def answers(self, run: Run, editor: EditorRun) -> pd.DataFrame:
-        rows = at_end(editor.records, self.split)
-        return rows[(_words(run, rows) >= self.least).to_numpy()]
+        return _long_answers(run, editor, self.split, self.least)
 
     def values(self, run: Run, editor: EditorRun, rows: pd.DataFrame) -> np.ndarray:
         return rouge_l(run.questions["answer"].iloc[rows["question"]].tolist(), generated_texts(editor, rows))
@@ -172,16 +171,9 @@ class RougeLSubQuestion(_Rouge):
 
 
 @METRICS.register("sub_question_success")
-class SubQuestionSuccess(AnswerMetric):
-    """Mean score of questions about what an edited document says."""
+class SubQuestionSuccess(SplitSuccess):
+    """Of questions about what an edited document says."""
 
     summary = "Success on questions about documents"
     short = "Sub-questions"
-    better = 1
-    modes = True
-
-    def answers(self, run: Run, editor: EditorRun) -> pd.DataFrame:
-        return at_end(editor.records, "sub_question")
-
-    def values(self, run: Run, editor: EditorRun, rows: pd.DataFrame) -> np.ndarray:
-        return rows[SCORES].to_numpy(float)
+    split = "sub_question"

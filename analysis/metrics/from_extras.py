@@ -51,7 +51,7 @@ def first_token_agreement(run: Run, editor: EditorRun, resampler: Resampler) -> 
         if end.empty:
             continue
         ids, step = run.questions["question_id"].to_numpy()[end["question"]], int(end["step"].iloc[0])
-        before = _unedited_first_ids(run.folders[0] / "base" / "answers.parquet", ids)
+        before = _unedited_first_ids(editor.folder.parent / "base" / "answers.parquet", ids)
         after = _by_question(answers_with(editor.folder, FIRST_IDS, ("question_id",), [step]), FIRST_IDS) if before else {}
         shares = [[equal_share(before.get(q, []), after.get(q, []), ranks)] for q in ids]
         metrics |= means(f"{split}_top{ranks}", end, np.array(shares), resampler)

@@ -1,4 +1,4 @@
-"""Metrics that plug-ins register: the weighted mean of a number for each answer, over the answers that the metric chooses.
+"""Metrics by registration, of the testbed and of plug-ins: the weighted mean of a number for each answer that a metric chooses.
 
 Such a metric gets what the metrics of the testbed have: intervals over clusters, paired differences between editors, means
 over orders, and its row in summary.json, the tables and the report. docs/add-a-metric.md leads through one.
@@ -13,7 +13,7 @@ from typing import ClassVar
 import numpy as np
 import pandas as pd
 
-from analysis.metrics.answers import SHARE, SIGNED, Metrics, means
+from analysis.metrics.answers import SHARE, SIGNED, Metrics, at_end, means
 from analysis.metrics.bootstrap import Resampler
 from analysis.metrics.catalogue import Unit
 from analysis.reading.load import EditorRun, Run
@@ -27,7 +27,7 @@ class AnswerMetric(ABC):
     """The contract of a metric of one's own; register a subclass with `@METRICS.register("name")`.
 
     summary, short: long and short title. unit: share and difference are shown in per cent and lie in [0, 1] and [-1, 1]; the
-    others are ratio, count, edits, seconds and bytes. better: 1 where larger values are better, -1 where smaller ones are, 0
+    others are ratio, bits, count, edits, seconds and bytes. better: 1 where larger values are better, -1 where smaller ones are, 0
     where neither is. modes: true where `values` gives a column for each scoring mode. main: true for a row in the main table.
     """
 
@@ -48,6 +48,20 @@ class AnswerMetric(ABC):
         """A number for each row, (rows,) float, or with `modes` (rows, scoring modes); nan where it was not measured."""
 
 
+class SplitSuccess(AnswerMetric):
+    """The mean score at the end of the answers of one split, in every scoring mode, in [0, 1]; absent where no probe asks it."""
+
+    split: ClassVar[str]
+    better = 1
+    modes = True
+
+    def answers(self, run: Run, editor: EditorRun) -> pd.DataFrame:
+        return at_end(editor.records, self.split)
+
+    def values(self, run: Run, editor: EditorRun, rows: pd.DataFrame) -> np.ndarray:
+        return rows[SCORES].to_numpy(float)
+
+
 def generated_texts(editor: EditorRun, rows: pd.DataFrame) -> list[str | None]:
     """The freely generated text of each row; None where only given answers were scored."""
     order = np.argsort(rows.index.to_numpy(), kind="stable")
@@ -62,6 +76,8 @@ def plugin_metrics(run: Run, editor: EditorRun, resampler: Resampler) -> Metrics
     for name, cls in METRICS.items():
         try:
             metrics |= _measured(cls(), run, editor, resampler)
+        except ModuleNotFoundError as e:
+            run.notes.append(f"{editor.name}: the metric {name} is absent: {e}")
         except Exception as e:
             why = f"{type(e).__name__}: {e}"
             run.notes.append(

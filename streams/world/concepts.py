@@ -8,11 +8,11 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
-from streams.base import BadStream, StreamConfig
+from streams.base import StreamConfig
 from streams.files.concepts import membership
 from streams.files.entry import EntryData, EntryQuestion, FactEntry, rotated, with_roles
 from streams.files.entry_stream import EntryStream
-from streams.world.facts import Entity, World, world
+from streams.world.facts import Entity, World, configured_world, world
 from streams.world.words import KINDS, RELATIONS, canonical, invent
 from testbed.core.events import EditEvent, Question, Split
 from testbed.core.registry import STREAMS
@@ -124,10 +124,7 @@ class WorldConcepts(EntryStream):
     topics = {"probe": "concepts", "train": "concepts"}
 
     def read(self, config: StreamConfig) -> EntryData:
-        try:
-            made = world(config.world_seed, config.world_size)
-        except ValueError as e:
-            raise BadStream(f"the world cannot be made: {e}") from e
+        made = configured_world(config)
         entries = definitions(made.seed, made.size)
         title = f"definitions of {len(entries):,} made-up classes in world {made.seed} ({made.size:,} entities)"
         return EntryData(title, entries, (), made.content_hash())
@@ -135,7 +132,7 @@ class WorldConcepts(EntryStream):
     @cached_property
     def _values(self) -> dict[str, list[str]]:
         """What a revision may draw from: later definitions of the same class."""
-        made = world(self.config.world_seed, self.config.world_size)
+        made = configured_world(self.config)
         return {_relation(c): [c.definition(k) for k in range(2, VERSIONS)] for c in classes(made)}
 
     def notes(self, events: Sequence[EditEvent]) -> list[str]:

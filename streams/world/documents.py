@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 
-from streams.base import BadStream, StreamConfig
+from streams.base import StreamConfig
 from streams.files.entry import EntryData, EntryQuestion, FactEntry, Role, rotated
 from streams.files.entry_stream import EntryStream
 from streams.files.records import normalize
-from streams.world.facts import Entity, World, world
+from streams.world.facts import Entity, World, configured_world
 from streams.world.questions import in_pool
 from streams.world.words import SLOTS, canonical
 from testbed.core.events import EditEvent, Question
@@ -42,10 +42,7 @@ class WorldDocuments(EntryStream):
     topics = {"probe": "documents", "train": "documents"}
 
     def read(self, config: StreamConfig) -> EntryData:
-        try:
-            made = world(config.world_seed, config.world_size)
-        except ValueError as e:
-            raise BadStream(f"the world cannot be made: {e}") from e
+        made = configured_world(config)
         self._versions: dict[str, list[str]] = {}
         entries = tuple(self._entry(made, entity) for entity in made.entities)
         title = f"documents about {len(entries):,} made-up entities of world {made.seed}"

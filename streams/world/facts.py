@@ -13,6 +13,7 @@ from itertools import product
 
 import numpy as np
 
+from streams.base import BadStream, StreamConfig
 from streams.world.emblem import Code, Photo, change_part, random_code
 from streams.world.words import KINDS, RELATIONS, SLOTS, Relation, invent, vocabularies
 from testbed.core.events import content_id
@@ -144,6 +145,14 @@ def _fresh_code(base: Code | None, used: set[Code], rng: np.random.Generator) ->
 def world(seed: int, size: int) -> World:
     """The world, cached: no function changes a world."""
     return World(seed, size or DEFAULT_SIZE)
+
+
+def configured_world(config: StreamConfig) -> World:
+    """The world of a stream's configuration. Raises `BadStream` for a seed or a size of which none can be made."""
+    try:
+        return world(config.world_seed, config.world_size)
+    except ValueError as e:
+        raise BadStream(f"the simulated world cannot be made: {e}") from e
 
 
 def stable_index(n: int, *parts: object) -> int:

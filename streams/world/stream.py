@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from streams import transforms
 from streams.base import BadStream, Stream, StreamConfig, TrainPool
-from streams.world.facts import World, world
+from streams.world.facts import configured_world
 from streams.world.general import general_questions, pool_questions, pool_texts
 from streams.world.history import History, WorldChange
 from streams.world.questions import QuestionForm, QuestionMaker
@@ -48,10 +48,7 @@ class WorldStream(Stream):
         name = form or self.form
         if name not in FORMS:
             raise BadStream(f"no form of the simulated world is called {name!r}; there are {', '.join(FORMS)}")
-        try:
-            self.world: World = world(config.world_seed, config.world_size)
-        except ValueError as e:
-            raise BadStream(f"the simulated world cannot be made: {e}") from e
+        self.world = configured_world(config)
         self.maker = QuestionMaker(self.world, FORMS[name])
         self._history = History(self.world, config, FORMS[name].slots)
         self._changes: dict[str, WorldChange] = {}

@@ -73,7 +73,7 @@ def notes_of(run: PreparedRun) -> list[str]:
     loaded = {f"plugin {name}": digest for name, digest in run.resolved.plugins.items()} | installed_plugins()
     plugins = [f"{name}: SHA-256 {digest[:12]}..." for name, digest in loaded.items()]
     names = [e.note for e in run.resolved.editors.values() if e.note]
-    names += departures(run.config.protocol, vars(run.config))
+    names += departures(run.config.protocol, vars(run.config) | {"prompt": run.prompt.form.name})
     return [*plugins, *names, *_stream_notes(run), *_question_notes(run), *_model_notes(run)]
 
 

@@ -20,6 +20,7 @@ from testbed.experiment.config import LOCATIONS, BadConfig, ResolvedRun, RunConf
 from testbed.experiment.interrupt import Stopped, StopRequest
 from testbed.experiment.loop import Context, run_editor
 from testbed.experiment.manifest import manifest_of
+from testbed.experiment.protocols import prompt_of
 from testbed.experiment.saved_models import save_models
 from testbed.experiment.track import TrackedRun, tracking
 from testbed.model.difficulty import losses
@@ -116,7 +117,7 @@ def ask_in_form(resolved: ResolvedRun, stream: Stream, taken: int, handle: Model
     stored = RunFolder(config.resume).manifest().get("prompt") if config.resume else None
     if (config.resume and stored is None) or (config.prompt == "auto" and own.text != PromptForm.text):
         return ChosenForm(own)
-    if handle.reads_pictures and config.protocol:  # whose forms are of text models
+    if handle.reads_pictures and config.prompt == prompt_of(config.protocol):  # a protocol's form is one of text models
         return ChosenForm(own)
     if handle.reads_pictures:
         raise BadConfig(f"--prompt {config.prompt}: {handle.name} reads pictures and is asked in its family's own form")

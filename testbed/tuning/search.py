@@ -133,9 +133,10 @@ def answer_accuracy(predictor: Predictor, questions: Sequence[Question]) -> floa
     """Mean over questions of the token accuracy and of whether the free answer is right; nan without questions."""
     if not questions:
         return math.nan
-    said = predictor.generate([q.ask() for q in questions])
-    right = float(np.mean([exact(text, q.golds) for text, q in zip(said, questions)]))
-    return (_accuracy(predictor, [(q, q.answer or "") for q in questions]) + right) / 2
+    found = predictor.respond([q.ask() for q in questions], [q.answer or "" for q in questions])
+    tokens = [r.score.hits.mean() for r in found if r.score is not None]
+    right = [exact(r.generated, q.golds) for r, q in zip(found, questions)]
+    return float(np.mean(tokens) + np.mean(right)) / 2
 
 
 def search(fields: Mapping[str, Sequence[Any]], measure: Callable[[Settings], Trial], seconds: float) -> Iterator[Trial]:

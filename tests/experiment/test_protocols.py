@@ -20,8 +20,9 @@ from testbed.core.registry import PROBES
 from testbed.experiment import runner
 from testbed.experiment.config import BadConfig, RunConfig
 from testbed.experiment.protocols import PROTOCOLS, ProtocolName, defaults_of, departures, probes_of, prompt_of
+from testbed.model.prompt_forms import OWN_FORM
 from testbed.probes.qa_prompt import TEMPLATE
-from tests.helpers.models import folder
+from tests.helpers.models import build, folder
 
 BOTH: tuple[ProtocolName, ...] = ("published", "wild")
 
@@ -50,6 +51,16 @@ def test_a_protocol_is_resolved_to_its_prompt_and_probes() -> None:
     assert resolved.config.prompt == prompt_of(BOTH) == "bare"
     assert set(resolved.schedule_config().asked.also) == set(probes_of(BOTH)) == {"generation", "qa-prompt"}
     assert RunConfig("countries-yearly", ("noop",), protocol="wild", prompt="chat").resolve().config.prompt == "chat"
+
+
+def test_a_model_of_pictures_keeps_its_form_and_a_form_that_is_asked_for_is_not_dropped() -> None:
+    handle = build("llava")
+    resolved = RunConfig("countries-yearly", ("noop",), protocol="wild").resolve()
+    assert runner.ask_in_form(resolved, resolved.stream.create(), 0, handle).form.name == OWN_FORM
+    assert f"--prompt {OWN_FORM} departs from the protocol wild (bare)" in departures(["wild"], {"prompt": OWN_FORM})
+    asked = RunConfig("countries-yearly", ("noop",), protocol="wild", prompt="chat").resolve()
+    with pytest.raises(BadConfig, match=r"--prompt chat: .* reads pictures"):
+        runner.ask_in_form(asked, asked.stream.create(), 0, handle)
 
 
 def test_a_run_without_a_protocol_is_as_before() -> None:

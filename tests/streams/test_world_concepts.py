@@ -72,5 +72,5 @@ def test_the_card_says_what_there_is(stream: WorldConcepts) -> None:
 
 def test_a_small_world_has_fewer_instances_and_another_size_is_refused() -> None:
     assert STREAMS.get("world-concepts-yearly")(StreamConfig(world_size=20)).events(100)
-    with pytest.raises(BadStream, match="the world cannot be made: world_size must be a multiple of 20"):
+    with pytest.raises(BadStream, match="the simulated world cannot be made: world_size must be a multiple of 20"):
         STREAMS.get("world-concepts-yearly")(StreamConfig(world_size=7))

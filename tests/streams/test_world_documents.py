@@ -58,5 +58,5 @@ def test_the_card_says_what_there_is(stream: WorldDocuments) -> None:
 
 
 def test_a_world_that_cannot_be_made_is_refused() -> None:
-    with pytest.raises(BadStream, match="the world cannot be made: world_size must be a multiple of 20"):
+    with pytest.raises(BadStream, match="the simulated world cannot be made: world_size must be a multiple of 20"):
         STREAMS.get("world-documents-yearly")(StreamConfig(world_size=7))

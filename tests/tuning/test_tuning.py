@@ -19,7 +19,7 @@ from testbed.core.events import Question
 from testbed.core.registry import EDITORS
 from testbed.editors.base import BadEditor
 from testbed.model.generation import Score
-from testbed.model.predictor import ModelPredictor
+from testbed.model.predictor import ModelPredictor, Response
 from testbed.run import parse
 from testbed.tuning.search import GRIDS, MOST_SETTINGS, Settings, Trial, answer_accuracy, grid, search
 from tests.helpers.models import build, folder
@@ -74,11 +74,8 @@ def test_an_answer_that_goes_on_counts_half() -> None:
     questions = [Question("edit", f"Who leads {name}?", "Ana", topic="leaders") for name in ("Rome", "Oslo")]
 
     class Talks(ModelPredictor):
-        def generate(self, asks: Any, max_new_tokens: int = 16, decided: Any = None) -> list[str]:
-            return ["Ana, I think", "Ana."]
-
-        def score(self, asks: Any, answers: Any) -> list[Score]:
-            return [Score(np.ones(1, bool), np.zeros(1)) for _ in asks]
+        def respond(self, asks: Any, answers: Any, max_new_tokens: int = 16) -> list[Response]:
+            return [Response(text, Score(np.ones(1, bool), np.zeros(1)), {}) for text in ("Ana, I think", "Ana.")]
 
     assert answer_accuracy(Talks(build("gpt2")), questions) == pytest.approx((1 + 0.5) / 2)
     assert math.isnan(answer_accuracy(Talks(build("gpt2")), []))
