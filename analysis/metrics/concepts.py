@@ -16,11 +16,11 @@ from analysis.metrics.answers import at_end
 from analysis.metrics.plugin import AnswerMetric, generated_texts
 from analysis.reading.load import EditorRun, Run
 from analysis.reading.records import read_table
+from testbed.core.grading import content_words
 from testbed.core.registry import METRICS
 
 FOLLOW, STAY = "instance_follow", "instance_stay"
 _YES_OR_NO = re.compile(r"\W*(yes|no)\b", re.IGNORECASE)
-_FUNCTION_WORD = re.compile(r"an?|and|are|as|at|by|for|from|i[nst]|it|its|of|on|or|th(at|e|eir|is)|to|w(as|ere|hich|ho|hose|ith)")
 
 
 def says_yes(text: str | None) -> float:
@@ -29,19 +29,14 @@ def says_yes(text: str | None) -> float:
     return np.nan if found is None else float(found[1].casefold() == "yes")
 
 
-def words(text: str) -> frozenset[str]:
-    """The different words of a text in small letters, without English function words."""
-    return frozenset(w for w in re.findall(r"\w+", text.casefold()) if not _FUNCTION_WORD.fullmatch(w))
-
-
 def consistency(text: str | None, new: str, old: str | None, prompt: str) -> float:
     """The share of the words of the new definition alone that a text holds, less that of the old definition's, in [-1, 1].
 
     Words that both definitions or the prompt hold do not count; without an old definition nothing is subtracted. nan without a text,
     or where the new definition has no word of its own.
     """
-    known, before, said = words(prompt), words(old or ""), words(text or "")
-    added, gone = words(new) - before - known, before - words(new) - known
+    known, before, said = content_words(prompt), content_words(old or ""), content_words(text or "")
+    added, gone = content_words(new) - before - known, before - content_words(new) - known
     if text is None or not added:
         return np.nan
     return len(added & said) / len(added) - (len(gone & said) / len(gone) if gone else 0.0)

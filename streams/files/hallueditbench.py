@@ -16,6 +16,7 @@ from streams.files.fields import RecordReader, as_object, columns, read_entry
 from streams.files.records import BadField, normalize, optional_text
 from streams.files.tables import find_files, shortened, suffixes
 from testbed.core.events import Split, content_id
+from testbed.core.grading import content_words
 from testbed.core.registry import STREAMS
 
 PATH = "hallueditbench/data/questions/hallucination_final/*/*.csv"
@@ -35,20 +36,12 @@ YES_NO = ("Yes", "No")
 SHORT = 4
 """Answers of fewer characters count as named only where they stand as whole words."""
 _OPTION = re.compile(r"([A-Z])\. (.*?)(?=\s{2,}[A-Z]\. |$)")
-_FUNCTION_WORD = re.compile(
-    r"an?|and|are|at|by|d(id|o|oes)|for|from|ha(s|ve)|how|i[nst]|its|of|on|or|s|th(at|e)|to|w(as|ere)|wh(at|en|ere|ich|o|om|ose)|with"
-)
 
 
 def names(text: str, answer: str) -> bool:
     """Whether a question names an answer, in any case."""
     text, answer = text.casefold(), answer.casefold()
     return answer in text if len(answer) >= SHORT else re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", text) is not None
-
-
-def content_words(text: str) -> frozenset[str]:
-    """The words of a question without English function words."""
-    return frozenset(w for w in re.findall(r"\w+", text.casefold()) if not _FUNCTION_WORD.fullmatch(w))
 
 
 def model_files(root: Path | None, model: str, stream: str) -> list[Path]:

@@ -152,3 +152,13 @@ def refused(generated: str) -> bool:
     A list of phrases is no judge: a refusal in other words counts as an answer.
     """
     return _REFUSALS.search(" ".join(generated[:200].casefold().translate(_SAME).split())) is not None
+
+
+_FUNCTION_WORD = re.compile(
+    r"an?|and|are|at|by|d(id|o|oes)|for|from|ha(s|ve)|how|i[nst]|its|of|on|or|s|th(at|e)|to|w(as|ere)|wh(at|en|ere|ich|o|om|ose)|with"
+)
+
+
+def content_words(text: str) -> frozenset[str]:
+    """The different words of a text in small letters, without English function words."""
+    return frozenset(w for w in re.findall(r"\w+", text.casefold()) if not _FUNCTION_WORD.fullmatch(w))

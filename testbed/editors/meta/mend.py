@@ -27,17 +27,17 @@ from torch import Tensor
 
 from streams.base import TrainEdit, TrainPool
 from testbed.core.events import Ask, EditBatch
-from testbed.core.ranges import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from testbed.core.ranges import NonNegativeFloat, PositiveFloat, PositiveInt
 from testbed.core.registry import EDITORS
 from testbed.core.timing import timed
 from testbed.editors.adapters.lowrank import find_target_modules
-from testbed.editors.base import EditFailed, EditorConfig, WeightEditor, need, require_same
+from testbed.editors.base import EditFailed, WeightEditor, need, require_same
 from testbed.editors.hyperparameters import GPT2_XL, LLAMA_2_7B, PublishedRow, Table, Values
 from testbed.editors.meta.examples import data_key, examples_of
 from testbed.editors.meta.gradients import factors_of
 from testbed.editors.meta.mend_network import MendNetwork
 from testbed.editors.meta.mend_training import MendTask
-from testbed.editors.meta.training import Plan, Training, advance_to, cache_key, trained
+from testbed.editors.meta.training import MetaTrainingConfig, Plan, Training, advance_to, cache_key, trained
 from testbed.editors.traits import Traits
 from testbed.editors.work import Work, down_shape
 from testbed.model.handle import ModelHandle, as_stored
@@ -67,7 +67,7 @@ def derived(handle: ModelHandle) -> Values:
 
 
 @dataclass(frozen=True)
-class MendConfig(EditorConfig):
+class MendConfig(MetaTrainingConfig):
     """Fields that are None come from the hyper-parameters of the model."""
 
     modules: str | None = None
@@ -90,22 +90,12 @@ class MendConfig(EditorConfig):
     """Train edits from which means and deviations are computed, at most (published: all, while the training runs)."""
     edits_at_once: PositiveInt = 1
     """Edits whose changes are added up at one state of the weights, in training and in the stream (published: 1, and up to 125)."""
-    train_batch: PositiveInt = 10
-    """Updates in one optimiser step of the training (published: 10)."""
     train_steps: PositiveInt | None = None
     """Optimiser steps at most (published: 100,000 examples)."""
     judge_every: PositiveInt | None = None
     """Optimiser steps between two judgements on held-out train edits (published: 1,000)."""
     patience: PositiveInt = 20
     """Judgements in a row without a better one after which the training ends (published: 20)."""
-    clip: PositiveFloat = 100.0
-    """Largest norm of the gradient (published: 100)."""
-    cpu_minutes: PositiveFloat = 30.0
-    """Budget of the training."""
-    held_out: Fraction = 0.1
-    """Share of the entities of the train edits by which the training is judged."""
-    train_seed: NonNegativeInt = 0
-    """Seed of the training, which runs of different seeds share."""
     retrain: bool = False
     """Train again on the edited model."""
     retrain_after: PositiveInt = 50
@@ -140,7 +130,7 @@ class Mend(WeightEditor):
         self.since, self.edits = 0, pool.edits
         network = MendNetwork.fresh(self.handle, self.targets, self.hyper)
         task = self._task(network, self.edits)
-        done = trained(task, self._plan(), self.handle, self._key())
+        done = trained(task, Plan.of(self.name, self.hyper), self.handle, self._key())
         self.network = network.with_tensors(done.best, done.fixed)
         self.notes.append(f"meta-training on {task.examples.summary}: {done.note}")
 
@@ -148,10 +138,6 @@ class Mend(WeightEditor):
         """The training of a network on train edits. Raises `BadEditor` where they are of fewer than two entities."""
         examples = examples_of(self.handle, edits, self.config.held_out)
         return MendTask(self.handle, self.targets, network, examples, self.hyper)
-
-    def _plan(self) -> Plan:
-        h = self.hyper
-        return Plan(self.name, h.train_steps, 60 * h.cpu_minutes, h.judge_every, h.patience, h.clip, h.train_seed)
 
     def _key(self) -> str:
         """What the training depends on: not on what is done with the network later."""

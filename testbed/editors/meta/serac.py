@@ -23,14 +23,14 @@ from torch import Tensor
 
 from streams.base import TrainPool
 from testbed.core.events import Ask
-from testbed.core.ranges import Fraction, NonNegativeInt, PositiveFloat, PositiveInt
+from testbed.core.ranges import PositiveFloat, PositiveInt
 from testbed.core.registry import EDITORS
 from testbed.editors.adapters.lowrank import Adapter, TargetModule, check_rank, delta, find_target_modules, fresh
 from testbed.editors.base import need
 from testbed.editors.meta.examples import MetaExample, MetaExamples, data_key, drawn, example, examples_of, generator_of
 from testbed.editors.meta.gradients import hooked_forward
 from testbed.editors.meta.scope import ScopeClassifier
-from testbed.editors.meta.training import Plan, cache_key, trained
+from testbed.editors.meta.training import MetaTrainingConfig, Plan, cache_key, trained
 from testbed.editors.retrieval import prompts
 from testbed.editors.retrieval.fact_editor import ContextPredictor, FactEditor, FactEditorConfig, PromptedAsk
 from testbed.editors.retrieval.retriever import Retriever
@@ -43,7 +43,7 @@ _IN_SCOPE = 0.5
 
 
 @dataclass(frozen=True)
-class SeracConfig(FactEditorConfig):
+class SeracConfig(FactEditorConfig, MetaTrainingConfig):
     """Published values are those of the paper's section 4; the store's own encoder and similarity of pictures decide nothing here."""
 
     encoder: str = "bm25"
@@ -58,22 +58,12 @@ class SeracConfig(FactEditorConfig):
     """Rank of the addition."""
     lr: PositiveFloat = 1e-3
     """Adam's step size (published: 1e-5, of pretrained models)."""
-    train_batch: PositiveInt = 10
-    """Train edits in one optimiser step (published: 10)."""
     train_steps: PositiveInt = 1_500
     """Optimiser steps at most."""
     judge_every: PositiveInt = 50
     """Optimiser steps between two judgements on held-out train edits."""
     patience: PositiveInt = 10
     """Judgements in a row without a better one after which the training ends."""
-    clip: PositiveFloat = 100.0
-    """Largest norm of the gradient."""
-    cpu_minutes: PositiveFloat = 30.0
-    """Budget of the training."""
-    held_out: Fraction = 0.1
-    """Share of the entities of the train edits by which the training is judged."""
-    train_seed: NonNegativeInt = 0
-    """Seed of the training, which runs of different seeds share."""
 
 
 class SeracTask:
@@ -149,9 +139,8 @@ class Serac(FactEditor):
         scope = ScopeClassifier.fresh(self.handle, self.config.width, self.config.scope == "image", self.config.train_seed)
         examples = examples_of(self.handle, pool.edits, self.config.held_out)
         task = SeracTask(self.handle, self.targets, scope, examples, self.config)
-        h = self.config
-        plan = Plan(self.name, h.train_steps, 60 * h.cpu_minutes, h.judge_every, h.patience, h.clip, h.train_seed)
-        done = trained(task, plan, self.handle, cache_key(self.handle, data_key(pool.edits), asdict(h)))
+        key = cache_key(self.handle, data_key(pool.edits), asdict(self.config))
+        done = trained(task, Plan.of(self.name, self.config), self.handle, key)
         self._take(done.best)
         self.notes.append(f"meta-training on {examples.summary}: {done.note}")
 

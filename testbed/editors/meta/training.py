@@ -21,6 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from testbed.core.events import content_id
+from testbed.core.ranges import Fraction, NonNegativeInt, PositiveFloat, PositiveInt
+from testbed.editors.base import EditorConfig
 from testbed.editors.meta.examples import generator_of
 from testbed.model.handle import ModelHandle
 from testbed.storage.files import StoreError, read_state, replacing
@@ -32,6 +34,22 @@ _POINTS = 8
 """Points of the learning curve that a note shows."""
 _CODE = ("lifelong-editing-testbed", "torch", "transformers")
 """Packages whose version can change what is learned."""
+
+
+@dataclass(frozen=True)
+class MetaTrainingConfig(EditorConfig):
+    """What every training before the first edit is bounded by; a method's own file gives the other fields."""
+
+    train_batch: PositiveInt = 10
+    """Examples in one optimiser step (published for MEND and SERAC: 10)."""
+    clip: PositiveFloat = 100.0
+    """Largest norm of the gradient (published for MEND: 100)."""
+    cpu_minutes: PositiveFloat = 30.0
+    """Budget of the training."""
+    held_out: Fraction = 0.1
+    """Share of the entities of the train edits by which the training is judged."""
+    train_seed: NonNegativeInt = 0
+    """Seed of the training, which runs of different seeds share."""
 
 
 class MetaTask(Protocol):
@@ -74,6 +92,11 @@ class Plan:
     patience: int
     clip: float
     seed: int = 0
+
+    @classmethod
+    def of(cls, name: str, h: Any) -> Plan:
+        """The plan of a method's hyper-parameters, filled in: `MetaTrainingConfig` with train_steps, judge_every and patience."""
+        return cls(name, h.train_steps, 60 * h.cpu_minutes, h.judge_every, h.patience, h.clip, h.train_seed)
 
 
 @dataclass
