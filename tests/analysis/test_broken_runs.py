@@ -178,9 +178,9 @@ def test_where_the_unedited_model_knew_nothing_agreement_decides(tmp_path: Path,
 def test_sibling_locality_is_in_verdict_and_headline(tmp_path: Path) -> None:
     entries = {"edit_success": entry(0.9), "locality_hard": entry(0.95), "locality_sibling": entry(0.47), "locality_far": entry(1.0)}
     cell = cells_of(entries, run_of(tmp_path))["Spares"]
-    assert (cell.tone, cell.word) == ("bad", "47 % of other questions about the picture")
-    assert cell.detail == "95 % look-alikes, 100 % unrelated pictures"
-    assert "47 % of other questions about the picture left as they were" in headline(entries, TOKEN_ACCURACY)
+    assert (cell.tone, cell.word) == ("bad", "47 % of other questions about what was edited")
+    assert cell.detail == "95 % look-alikes, 100 % unrelated questions"
+    assert "47 % of other questions about what was edited left as they were" in headline(entries, TOKEN_ACCURACY)
     assert "Not measured: general ability, running text." in headline(entries, TOKEN_ACCURACY)
 
 

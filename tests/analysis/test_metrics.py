@@ -99,7 +99,7 @@ def test_harmonic_means_need_generality_and_locality_and_the_papers_all_three(tm
 def test_the_weakest_kind_is_named(tmp_path: Path) -> None:
     rows = [ask(0, 4, 2, "text_generality"), ask(0, 4, 2, "locality_hard"), ask(0, 4, 1, "locality_sibling")]
     entry = summarise(small(tmp_path, rows), replicates=FEW)["editors"]["e"]["weakest"]
-    assert (entry["value"], entry["kind"]) == (0.5, "other questions about the picture")
+    assert (entry["value"], entry["kind"]) == (0.5, "other questions about what was edited")
 
 
 def test_general_drop_and_perplexity_are_paired_with_the_unedited_model(tmp_path: Path) -> None:
