@@ -2,8 +2,8 @@
 
 A file is one benchmark, named by its stem. A folder holds one benchmark for each file, but all its csv files without a
 header are pooled, because they are MMLU's subjects. A zip of JSON lines is one benchmark. A .txt file is running text
-with a paragraph in each line (WikiText); it is read only when it is named itself. `suites.yaml` names sets of files under
-the data root that are asked for together.
+with a paragraph in each line (WikiText); it is read only when it is named itself. `suites.yaml` names sets of benchmarks that
+are asked for together: files under the data root or, in their absence, datasets of the hub.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from streams.data import table
+from testbed.benchmarks import hub
 from testbed.benchmarks.formats import LETTERS, BadItem, BenchmarkItem, RecordSource, SkippedItem, item_of
 from testbed.core.events import BadPicture, Question
 from testbed.core.ranges import NonNegativeInt, PositiveInt, out_of_range
@@ -63,14 +64,16 @@ def describe(benchmark: Benchmark) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class LoadedBenchmarks:
-    """A run's benchmarks, and for each skipped record a line with its position and the reason."""
+    """A run's benchmarks; for each skipped record a line with its position and the reason; and a line for each from the hub."""
 
     every: tuple[Benchmark, ...] = ()
     skipped: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
-SUITES: dict[str, dict[str, str]] = table(__file__, "suites.yaml")
-"""By the name of a suite, the names of its benchmarks and the patterns of their files under the folder `benchmarks` of a data root."""
+SUITES: dict[str, dict[str, dict[str, Any]]] = table(__file__, "suites.yaml")
+"""By the name of a suite and of a benchmark: `file`, a pattern under the folder `benchmarks` of a data root, and what of the hub stands
+in for it (`dataset`, `config`, `split`)."""
 
 
 def load(paths: Sequence[Path], config: BenchmarkConfig, data_root: Path | None = None) -> LoadedBenchmarks:
@@ -78,13 +81,14 @@ def load(paths: Sequence[Path], config: BenchmarkConfig, data_root: Path | None 
     found: dict[str, Benchmark] = {}
     origin: dict[str, Path] = {}
     skipped: list[str] = []
+    notes: list[str] = []
     for path in paths:
         suite = str(path) in SUITES and not path.exists()
-        for name, items in _read_suite(str(path), data_root, skipped) if suite else _read(path, skipped):
+        for name, items in _read_suite(str(path), data_root, skipped, notes) if suite else _read(path, skipped):
             if name in found:
                 raise BadBenchmark(f"{path}: a benchmark {name!r} was read from {origin[name]} already; rename one of the files")
             found[name], origin[name] = _benchmark(name, items, config, path), path
-    return LoadedBenchmarks(tuple(found.values()), tuple(skipped))
+    return LoadedBenchmarks(tuple(found.values()), tuple(skipped), tuple(notes))
 
 
 def _benchmark(name: str, items: Sequence[BenchmarkItem], config: BenchmarkConfig, path: Path) -> Benchmark:
@@ -113,17 +117,23 @@ def _question(name: str, item: BenchmarkItem, examples: Sequence[BenchmarkItem],
     return Question("general", solved + item.prompt, item.answer, None, item.image, item.aliases, topic, choices, scoring)
 
 
-def _read_suite(suite: str, data_root: Path | None, skipped: list[str]) -> Iterator[tuple[str, list[BenchmarkItem]]]:
-    if data_root is None:
-        raise BadBenchmark(f"--benchmarks {suite} is a suite of files under --data-root: give the folder that holds benchmarks/")
-    found = {name: next(iter(sorted((data_root / "benchmarks").glob(pattern))), None) for name, pattern in SUITES[suite].items()}
-    for name, path in found.items():
-        if path is None:
-            skipped.append(f"suite {suite}: {name} is left out, because {data_root / 'benchmarks'} holds no {SUITES[suite][name]}")
-        else:
-            yield name, [item for _, items in _read(path, skipped) for item in items]
-    if not any(found.values()):
-        raise BadBenchmark(f"--benchmarks {suite}: {data_root / 'benchmarks'} holds none of {', '.join(SUITES[suite].values())}")
+def _read_suite(suite: str, data_root: Path | None, skipped: list[str], notes: list[str]) -> Iterator[tuple[str, list[BenchmarkItem]]]:
+    """The items of each benchmark of a suite, from its file, else from the hub; one that neither has is left out with a line."""
+    folder, missing = data_root / "benchmarks" if data_root else None, []
+    for name, source in SUITES[suite].items():
+        path = next(iter(sorted(folder.glob(source["file"]))), None) if folder else None
+        try:
+            if path is not None:
+                yield name, [item for _, items in _read(path, skipped) for item in items]
+            else:
+                yield name, list(_parse(hub.records(source), RecordSource(Path(), name), skipped, f"the dataset of {name}"))
+                notes.append(f"suite {suite}: {name} is read from the hub's {hub.named(source)}")
+        except hub.NotOnHub as e:
+            nowhere = f"{folder} holds no {source['file']}" if folder else "no --data-root is given"
+            missing.append(f"suite {suite}: {name} is left out, because {nowhere}, and the hub gives none: {e}")
+    if len(missing) == len(SUITES[suite]):
+        raise BadBenchmark("\n".join([f"--benchmarks {suite}: give with --data-root the folder that holds benchmarks/", *missing]))
+    skipped += missing
 
 
 def _read(path: Path, skipped: list[str]) -> Iterator[tuple[str, list[BenchmarkItem]]]:
@@ -153,20 +163,25 @@ def _items(path: Path, skipped: list[str]) -> Iterator[BenchmarkItem]:
     """Items of one file. Raises `BadBenchmark` with the file and the record's number."""
     if path.suffix not in _READERS:
         raise BadBenchmark(f"{path}: expected a file that ends in {', '.join(_READERS)}")
-    source, n = RecordSource(path.parent, _name(path)), 0
     try:
-        for where, record in _READERS[path.suffix](path):
-            n += 1
-            try:
-                yield item_of(record, source)
-            except SkippedItem as e:
-                skipped.append(f"{where}: {e}")
-            except BadItem as e:
-                raise BadBenchmark(f"{where}: {e}") from e
+        yield from _parse(_READERS[path.suffix](path), RecordSource(path.parent, _name(path)), skipped, str(path))
     except (OSError, UnicodeDecodeError, zipfile.BadZipFile, zlib.error, csv.Error) as e:
         raise BadBenchmark(f"{path} cannot be read: {e}") from e
-    if not n:
-        raise BadBenchmark(f"{path} holds no records")
+
+
+def _parse(records: Iterable[tuple[str, Any]], source: RecordSource, skipped: list[str], title: str) -> Iterator[BenchmarkItem]:
+    """Items of records with their positions. Raises `BadBenchmark`."""
+    empty = True
+    for where, record in records:
+        empty = False
+        try:
+            yield item_of(record, source)
+        except SkippedItem as e:
+            skipped.append(f"{where}: {e}")
+        except BadItem as e:
+            raise BadBenchmark(f"{where}: {e}") from e
+    if empty:
+        raise BadBenchmark(f"{title} holds no records")
 
 
 def _json_lines(name: str, lines: Iterable[str]) -> Iterator[tuple[str, Any]]:

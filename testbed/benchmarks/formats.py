@@ -1,9 +1,9 @@
 """The formats of published benchmark files, and a function for each that makes an item of a record.
 
 A record's fields decide its format. Sources: `query, choices, gold`, `context, continuation` and `context_options` are
-LLM Foundry's local data; further MMLU's csv (question, four choices, letter) and its JSON; MuTual; GLUE's validation sets
-as lists of objects; BLiMP's minimal pairs; the csv files of AdvBench and XSTest; TruthfulQA's mc1 and mc2; VQA questions
-with a picture each; ME-PPL's sentences.
+LLM Foundry's local data; ARC, PIQA, BoolQ (SuperGLUE) and WinoGrande as the Hugging Face hub has them; further MMLU's csv
+(question, four choices, letter) and its JSON; MuTual; GLUE's validation sets as lists of objects; BLiMP's minimal pairs; the
+csv files of AdvBench and XSTest; TruthfulQA's mc1 and mc2; VQA questions with a picture each; ME-PPL's sentences.
 """
 
 from __future__ import annotations
@@ -130,6 +130,36 @@ def _lettered(stem: str, choices: Sequence[str], gold: Any, name: str) -> Benchm
     return _choose("\n".join(lines), letters, _pick(letters, gold, name))
 
 
+def _science(r: Record, source: RecordSource) -> BenchmarkItem:
+    """ARC's form on the hub: the choices and their labels (letters, in some records numbers) as two lists."""
+    listed = r["choices"]
+    if not isinstance(listed, dict) or not {"text", "label"} <= listed.keys() or r["answerKey"] not in listed["label"]:
+        raise BadItem(f"choices must hold the lists text and label, and answerKey one of the labels, found {listed!r}, {r['answerKey']!r}")
+    choices = _texts(listed, "text")
+    return _choose(f"Question: {_text(r, 'question').strip()}", choices, choices[list(listed["label"]).index(r["answerKey"])])
+
+
+def _goal(r: Record, source: RecordSource) -> BenchmarkItem:
+    """PIQA's form on the hub: a goal and two ways to it."""
+    ways = [_text(r, "sol1").strip(), _text(r, "sol2").strip()]
+    return _choose(f"Question: {_text(r, 'goal').strip()}", ways, _pick(ways, r["label"], "label"))
+
+
+def _yes_no(r: Record, source: RecordSource) -> BenchmarkItem:
+    """BoolQ's form in SuperGLUE: label 1 is yes."""
+    prompt = f"Passage: {_text(r, 'passage').strip()}\nQuestion: {_text(r, 'question').strip().rstrip('?')}?"
+    return _choose(prompt, ("no", "yes"), _pick(("no", "yes"), r["label"], "label"))
+
+
+def _blank(r: Record, source: RecordSource) -> BenchmarkItem:
+    """WinoGrande's form on the hub: either option in the place of the blank, compared by the likelihood of the whole sentence."""
+    sentence, options = _text(r, "sentence"), [_text(r, "option1"), _text(r, "option2")]
+    if sentence.count("_") != 1 or str(r["answer"]) not in ("1", "2"):
+        raise BadItem(f"sentence must have one blank (_) and answer be 1 or 2, found {sentence!r}, {r['answer']!r}")
+    whole = [sentence.replace("_", option) for option in options]
+    return _choose(whole[0], whole, whole[int(r["answer"]) - 1], scoring="text")
+
+
 def _dialogue(r: Record, source: RecordSource) -> BenchmarkItem:
     stem = f"{_text(r, 'article').strip()}\nWhich of these is said next?"
     return _lettered(stem, _texts(r, "options"), r["answers"], "answers")
@@ -210,6 +240,10 @@ FORMATS: dict[tuple[str, ...], Callable[[Record, RecordSource], BenchmarkItem]] 
     ("question", "mc1_targets"): _truthful,
     ("image", "question", "answer"): _vqa,
     ("image", "question", "answers"): _vqa,
+    ("question", "choices", "answerKey"): _science,
+    ("goal", "sol1", "sol2", "label"): _goal,
+    ("passage", "question", "label"): _yes_no,
+    ("sentence", "option1", "option2", "answer"): _blank,
     ("question", "choices", "answer"): lambda r, _: _lettered(_text(r, "question").strip(), _texts(r, "choices"), r["answer"], "answer"),
     ("article", "options", "answers"): _dialogue,
     ("sentence_good", "sentence_bad"): _pair,

@@ -81,8 +81,8 @@ class RunConfig:
     probe_budget: PositiveInt = 8000
     """Questions per editor and 500 edits; panels shrink to fit."""
     benchmarks: tuple[Path, ...] = ()
-    """Files or folders of benchmarks to ask besides, or the suites default and editing of --data-root, separated by commas
-    (docs/benchmarks.md; settings: --set benchmarks.field=value)."""
+    """Files or folders of benchmarks to ask besides, or the suites default (of --data-root or the hub) and editing (of --data-root),
+    separated by commas (docs/benchmarks.md; settings: --set benchmarks.field=value)."""
     plugin: tuple[str, ...] = ()
     """Python files or modules with editors, streams, probes or monitors of your own, separated by commas."""
     max_new_tokens: PositiveInt = 16

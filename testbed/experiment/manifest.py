@@ -135,7 +135,7 @@ def _model_notes(run: PreparedRun) -> list[str]:
     """How the model was loaded and is asked, and what it believes."""
     form = [run.prompt.line] if run.prompt.form.name != OWN_FORM else []
     left_out = [f"benchmarks, left out: {line}" for line in run.resolved.benchmarks.skipped]
-    return [*run.handle.notes, *form, *(run.belief.lines() if run.belief else []), *left_out]
+    return [*run.handle.notes, *form, *(run.belief.lines() if run.belief else []), *run.resolved.benchmarks.notes, *left_out]
 
 
 def _versions() -> dict[str, str]:
