@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import get_cosine_schedule_with_warmup
 
 from streams.base import TrainPool
 from testbed.core.events import Ask, EditBatch
@@ -216,6 +215,8 @@ class YearlyLora(Lora):
     def _train_year(self, edits: Sequence[tuple[Ask, str]], generator: torch.Generator) -> tuple[Pairs, float]:
         """(the adapter, the mean loss of the last epoch) after all epochs; the step size rises over a tenth of the steps and falls as a
         cosine. Each epoch takes the mini-batches in another order. Raises `EditFailed` where a loss is not finite."""
+        from transformers import get_cosine_schedule_with_warmup  # loads peft and model files, seconds that other editors need not wait
+
         parts = [edits[at : at + self.config.rows] for at in range(0, len(edits), self.config.rows)]
         suffixes = [lowrank.AdaptedSuffix(self.handle, self.targets, [a for a, _ in part], [x for _, x in part]) for part in parts]
         pairs = [(u.clone().requires_grad_(True), v.clone().requires_grad_(True)) for u, v in self.pairs]
