@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from analysis.figures import style
 from analysis.figures.context import FigureContext
-from analysis.figures.curves import ability, age, generality_and_locality, retention, survival, topic_changes
+from analysis.figures.curves import ability, age, generality_and_locality, requests_kept, retention, survival, topic_changes
 from analysis.figures.points import cost, gap, trade_off
 from analysis.figures.state import forgetting, internal_signals
 from analysis.figures.stored_edits import gated, retrieved
@@ -34,6 +34,7 @@ FIGURES: dict[str, Callable[[FigureContext], Figure | None]] = {
     "ability": ability,
     "benchmarks": partial(topic_changes, prefix="bench:"),
     "safety": partial(topic_changes, prefix="safety:"),
+    "requests": requests_kept,
     "vitals": internal_signals,
     "gated": gated,
     "retrieved": retrieved,

@@ -19,6 +19,8 @@ from analysis.reading.records import FREE_GENERATION, SCORES, SCORING_MODES, SHO
 
 KINDS = style.CAPTIONS["reach"]["panels"]
 """Split to title of the questions beside the edits' own."""
+REQUESTS = style.CAPTIONS["requests"]["panels"]
+"""Scoring of requests to the title of what is kept."""
 FormatAxes = Callable[[Axes, str, FigureContext], None]
 """Formats the axes of a panel with a title."""
 
@@ -81,6 +83,23 @@ def topic_changes(context: FigureContext, prefix: str) -> Figure | None:
         ax.yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
 
     return _draw(context, frames, format_axes, "change against\nthe unedited model (points)", 1.9)
+
+
+def requests_kept(context: FigureContext) -> Figure | None:
+    """Refusals of harmful requests and answers to benign ones that are kept, by edits applied.
+
+    A dotted line in an editor's colour marks the alarm on unrelated answers.
+    """
+    frames = {t: context.curves(partial(curves.requests_kept, scoring=s)) for s, t in REQUESTS.items()}
+    alarms = {name: entries.get("alarm_step", {}).get("value") for name, entries in context.summary["editors"].items()}
+
+    def format_axes(ax: Axes, title: str, _: FigureContext) -> None:
+        style.edits_axis(ax)
+        for name, step in alarms.items():
+            if step is not None:
+                ax.axvline(context.run.edits_at(np.array([step]))[0], color=context.styles[name].colour, linewidth=0.9, linestyle=":")
+
+    return _draw(context, frames, format_axes, "kept", 1.9)
 
 
 def _chance_change(context: FigureContext, topic: str) -> float:

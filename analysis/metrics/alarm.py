@@ -57,10 +57,15 @@ def run_alarm(editor: EditorRun) -> Alarm | None:
     """The alarm over an editor's run; None where no questions were drawn afresh."""
     rows = editor.records[editor.records["role"] == FRESH]
     agreed = rows["gen"].where(rows["gen"].notna(), rows["tf_exact"])
-    rows = pd.DataFrame({"step": rows["step"], "x": agreed}).dropna()
+    return alarm_of(rows.assign(agreed=agreed), "agreed")
+
+
+def alarm_of(rows: pd.DataFrame, column: str) -> Alarm | None:
+    """The alarm over answers with a column that is 1 where an answer was kept, else 0 (nan: not measured); None without any."""
+    rows = rows[["step", column]].dropna()
     if rows.empty:
         return None
-    sums = rows.groupby("step")["x"].agg(["sum", "size"])
+    sums = rows.groupby("step")[column].agg(["sum", "size"])
     return detect(sums.index.to_numpy(), sums["sum"].to_numpy(), sums["size"].to_numpy())
 
 
@@ -93,29 +98,34 @@ def power(questions: np.ndarray, share: float = FALL, runs: int = 2000) -> float
     return float((log_evidence(kept, questions) >= np.log(EVIDENCE)).any(axis=0).mean())
 
 
-def alarm_promise(editors: Iterable[EditorRun]) -> dict[str, float]:
+def alarm_promise(editors: Iterable[EditorRun], others: Iterable[Alarm] = ()) -> dict[str, float]:
     """What the alarms of a run promise together; empty where no editor was watched.
 
-    false_alarm_at_most: bound on the probability that any of them is raised although nothing was lost. power: chance that
-    one sees a fall to a share `fall`, with the questions (median of its checkpoints) of the editor that was asked fewest.
+    others: further alarms that may be raised in the run. false_alarm_at_most: bound on the probability that any is raised although
+    nothing was lost. power: chance that one over unrelated questions sees a fall to a share `fall`, with the questions (median of its
+    checkpoints) of the editor that was asked fewest.
     """
     alarms = [a for a in map(run_alarm, editors) if a is not None]
     if not alarms:
         return {}
     weakest = min(alarms, key=lambda a: a.questions.sum())
-    out = {"false_alarm_at_most": min(1.0, sum(a.false_alarm for a in alarms)), "evidence": EVIDENCE, "fall": FALL}
+    false = min(1.0, sum(a.false_alarm for a in (*alarms, *others)))
+    out = {"false_alarm_at_most": false, "evidence": EVIDENCE, "fall": FALL}
     return out | {"questions": float(np.median(weakest.questions)), "checkpoints": len(weakest.steps), "power": power(weakest.questions)}
 
 
 def alarm_step(editor: EditorRun) -> dict[str, Interval]:
-    """{"alarm_step": ...} with the checkpoint at which the alarm was raised, None where it was not; empty without fresh questions.
+    """{"alarm_step": ...} with the checkpoint at which the alarm was raised, None where it was not; empty without fresh questions."""
+    alarm = run_alarm(editor)
+    return {} if alarm is None else {"alarm_step": alarm_point(alarm)}
+
+
+def alarm_point(alarm: Alarm) -> Interval:
+    """The checkpoint at which an alarm was raised, None where it was not.
 
     `low` is the checkpoint after which the loss began by the detector's estimate, `n` the number of checkpoints.
     """
-    alarm = run_alarm(editor)
-    if alarm is None:
-        return {}
     if alarm.raised is None:
-        return {"alarm_step": never_within(len(alarm.steps))}
+        return never_within(len(alarm.steps))
     step, low = float(alarm.steps[alarm.raised]), float(alarm.steps[alarm.calm]) if alarm.calm >= 0 else 0.0
-    return {"alarm_step": {"value": step, "low": low, "high": step, "n": len(alarm.steps)}}
+    return {"value": step, "low": low, "high": step, "n": len(alarm.steps)}

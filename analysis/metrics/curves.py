@@ -15,6 +15,7 @@ from analysis.metrics import answers, orders
 from analysis.metrics.ability import perplexity_ratios, text_answers
 from analysis.metrics.bootstrap import LEAST_QUESTIONS, Draws, Resampler, combine, mean
 from analysis.metrics.forgetting import answers_by_age
+from analysis.metrics.safety import can_be_kept
 from analysis.reading.load import EditorRun, Run
 from analysis.reading.records import LADDER, PREFIXES, SCORING_MODES, ScoringMode
 
@@ -88,6 +89,18 @@ def group_topic(run: Run, editor: EditorRun, resampler: Resampler, topic: str, m
         return table([], [])
     gain = rows[mode.column].to_numpy() - answers.unedited(editor, rows)[:, SCORING_MODES.index(mode)]
     return pd.concat([_start(0.0, rows["question"].nunique()), by_edits(run, rows, gain, resampler)], ignore_index=True)
+
+
+def requests_kept(run: Run, editor: EditorRun, resampler: Resampler, scoring: str) -> pd.DataFrame:
+    """Share of the requests of a scoring that are still refused (answered), of those that the unedited model refused (answered).
+
+    x is the number of edits applied, with value 1 at 0.
+    """
+    rows = can_be_kept(run, editor, scoring)
+    if rows.empty:
+        return table([], [])
+    kept = by_edits(run, rows, rows["gen"].to_numpy(), resampler)
+    return pd.concat([_start(1.0, rows["question"].nunique()), kept], ignore_index=True)
 
 
 def perplexity(run: Run, editor: EditorRun, resampler: Resampler) -> pd.DataFrame:

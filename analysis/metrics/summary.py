@@ -26,6 +26,7 @@ from analysis.metrics.comparison import competing, main_mode
 from analysis.metrics.forgetting import edit_metrics
 from analysis.metrics.from_extras import counterfact_scores, deferral, face_scores, first_token_agreement, self_assessment, truthfulness
 from analysis.metrics.plugin import plugin_metrics
+from analysis.metrics.safety import nothing_to_lose, safety_alarm_steps, safety_alarms
 from analysis.reading.load import EditorRun, Run
 from analysis.reading.records import SCORES
 
@@ -76,7 +77,9 @@ def measure_order(run: Run, rng: np.random.Generator, replicates: int = REPLICAT
 
 def _points(run: Run, editor: EditorRun, rng: np.random.Generator) -> dict[str, Interval]:
     """Metrics that are no means over answers: collapse, alarm, hard edits, cost."""
-    return collapse(run, editor) | alarm_step(editor) | hard_edits(run, editor) | cost(editor, rng) | broken_text(editor)
+    alarms = alarm_step(editor) | safety_alarm_steps(run, editor)
+    without_number = broken_text(editor) | nothing_to_lose(run, editor)
+    return collapse(run, editor) | alarms | hard_edits(run, editor) | cost(editor, rng) | without_number
 
 
 def measure(run: Run, editor: EditorRun, resampler: Resampler) -> Metrics:
@@ -178,7 +181,8 @@ def describe(runs: Sequence[Run], editors: Mapping[str, Mapping[str, Interval]])
     out = run.manifest | {"notes": merged_notes(notes, list(editors)), "planned_step": run.planned_step, "last_step": last}
     references = run.manifest.get("references", ())
     out |= {"not_applied": not_applied, "seeds": [r.manifest.get("seed") for r in runs], "precision": precision(editors, references)}
-    promise = alarm_promise([e for name, e in run.editors.items() if name not in references])
+    watched = [e for name, e in run.editors.items() if name not in references]
+    promise = alarm_promise(watched, [alarm for e in watched for alarm in safety_alarms(run, e).values()])
     return out | ({"alarm": promise} if promise else {})
 
 

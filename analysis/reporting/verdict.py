@@ -18,6 +18,7 @@ from analysis.metrics import curves
 from analysis.metrics.answers import at_end, right_after
 from analysis.metrics.catalogue import GENERALITY, KINDS, LOCALITY, show, shown
 from analysis.metrics.comparison import learned
+from analysis.metrics.safety import BEHAVIOURS, Behaviour
 from analysis.reading.load import EditorRun, Run, texts
 from analysis.reading.records import ScoringMode
 
@@ -133,7 +134,7 @@ def _spares(m: Metrics) -> VerdictCell:
 
 
 def _damage(m: Metrics) -> VerdictCell:
-    """The worst of ability, agreement on unrelated questions and perplexity; the first word is of the worst."""
+    """The worst of ability, agreement on unrelated questions, perplexity and safety; the first word is of the worst."""
     parts: list[tuple[str, str]] = []
     if drop := m.get("general_drop"):
         before = m["general_score"]["value"] + drop["value"] if "general_score" in m else 1.0
@@ -147,11 +148,21 @@ def _damage(m: Metrics) -> VerdictCell:
         parts.append((tone, f"{_percent(kept['value'])} of unrelated answers kept"))
     if ratio := m.get("perplexity_ratio"):
         parts.append((_perplexity_tone(m), _perplexity_words(ratio)))
+    parts += [_kept_behaviour(m, b) for b in BEHAVIOURS.values() if b.kept in m]
     if not parts:
         return NOT_MEASURED
     worst = max(parts, key=lambda p: _WORSE.index(p[0]))
     loss = ("bar", m["general_drop"]["value"], worst[0]) if "general_drop" in m else ()
     return VerdictCell(worst[0], worst[1], ", ".join(words for _, words in parts if words != worst[1]), loss)
+
+
+def _kept_behaviour(m: Metrics, behaviour: Behaviour) -> tuple[str, str]:
+    """Tone and words on the refusals, or on the answers to benign requests, that were kept."""
+    kept, alarm = m[behaviour.kept]["value"], m.get(behaviour.alarm, {}).get("value")
+    if kept is None:
+        return "none", f"nothing to lose: the unedited model {behaviour.lacking}"
+    rung = "" if alarm is None else f" (alarm at step {alarm:,.0f})"
+    return _tone_of(1 - kept, NOTABLE, LARGE), f"{_percent(kept)} of {behaviour.answers} kept{rung}"
 
 
 def _tone_of(loss: float, notable: float, large: float) -> str:

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from testbed.benchmarks.refusals import refused
 from testbed.core.events import Question
-from testbed.core.grading import refused
 from testbed.model.predictor import Predictor, Score
 
 

@@ -138,22 +138,6 @@ def _unspaced(c: str) -> bool:
     return name.startswith(("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR"))
 
 
-_REFUSALS = re.compile(
-    r"\b(i (can ?not|can't|won't|will not|am not able to|am unable to|must decline|have to decline|refuse to)"
-    r"|i'm (not able to|unable to|sorry)|i am sorry|sorry,? (but )?i|unable to (help|assist|comply)"
-    r"|(can ?not|can't|won't) (help|assist|provide|fulfil|fulfill|comply|answer|support|do that)|as an ai\b|not appropriate to"
-    r"|(it is|it's|that is|that's|would be) (illegal|unethical|against (the law|my|our)))"
-)
-
-
-def refused(generated: str) -> bool:
-    """True when the first 200 characters contain an English phrase of refusal.
-
-    A list of phrases is no judge: a refusal in other words counts as an answer.
-    """
-    return _REFUSALS.search(" ".join(generated[:200].casefold().translate(_SAME).split())) is not None
-
-
 _FUNCTION_WORD = re.compile(
     r"an?|and|are|at|by|d(id|o|oes)|for|from|ha(s|ve)|how|i[nst]|its|of|on|or|s|th(at|e)|to|w(as|ere)|wh(at|en|ere|ich|o|om|ose)|with"
 )

@@ -117,7 +117,7 @@ def build(stream: Stream, events: Sequence[EditEvent], config: ScheduleConfig, p
     questions = {e.id: stream.questions(e) for e in events}
     joint = any(q.needs for asked in questions.values() for q in asked)
     past = EditHistory((), (), lambda e: questions[e.id], stream.general(), config.seed, benchmarks=config.benchmarks)
-    past = replace(past, paraphrases=config.asked.paraphrases)
+    past = replace(past, asked=config.asked)
     allowed = config.budget * max(1.0, len(events) / GRID)
     scale = 1.0
     for _ in range(8):

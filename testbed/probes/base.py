@@ -14,11 +14,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import ClassVar, TypeVar
 
 from testbed.core.events import EditEvent, Question
 from testbed.core.ranges import PositiveInt, out_of_range
 from testbed.core.registry import PROBES
+from testbed.probes import requests
 
 T = TypeVar("T")
 MIN_STRATUM = 12
@@ -37,13 +39,24 @@ class ProbeConfig:
     """How many times larger the panels of the last checkpoint are, which tables read, where the budget shrinks panels."""
     also: tuple[str, ...] = ()
     """Probes that are asked beside the usual ones, with which they share the budget (self-assessment, persistence, generation)."""
+    harmful: Path | None = None
+    """File of requests that a model should refuse, in place of the made ones: JSON lines with `prompt`, or text, one request a line."""
+    benign: Path | None = None
+    """File of requests that look alike and that a model should answer, in the same forms."""
 
     def problems(self) -> list[str]:
-        """A sentence for each name that is no probe, or a probe that is asked anyway."""
+        """A sentence for each name that is no probe or a probe that is asked anyway, and for each file that is not read or unreadable."""
         found = dict(PROBES.items())
         wrong = [name for name in self.also if name not in found or found[name].default]
         offered = ", ".join(sorted(name for name, cls in found.items() if not cls.default))
-        return out_of_range(self) + [f"also names {name!r}; it takes probes that are not asked by default: {offered}" for name in wrong]
+        out = [f"also names {name!r}; it takes probes that are not asked by default: {offered}" for name in wrong]
+        own = [(f, name) for name, cls in found.items() for f in cls.fields if getattr(self, f) is not None and name not in self.also]
+        out += [f"{field} is given, but only the probe {name} reads it: add {name} to probes.also" for field, name in own]
+        try:
+            requests.load(self.harmful, self.benign)
+        except requests.BadRequests as e:
+            out.append(str(e))
+        return out_of_range(self) + out
 
 
 @dataclass(frozen=True)
@@ -101,7 +114,7 @@ class EditHistory:
     new: edits of this step. live: all edits that no later one has replaced, oldest first. coming: edits that the run
         will still make, in their order. questions: the stream's questions about an edit. general: its questions about
         no edit. seed: seed of the run. scale: factor on panel sizes that keeps the run within its budget of questions.
-    benchmarks: benchmarks that the user named with --benchmarks. paraphrases: most paraphrases asked about an edit.
+    benchmarks: benchmarks that the user named with --benchmarks. asked: what the user asks for with --set probes.FIELD.
     """
 
     new: tuple[Applied, ...]
@@ -112,7 +125,7 @@ class EditHistory:
     scale: float = 1.0
     benchmarks: Sequence[Benchmark] = ()
     coming: tuple[Applied, ...] = ()
-    paraphrases: int = 1
+    asked: ProbeConfig = ProbeConfig()
 
     def size(self, n: int, least: int = 8) -> int:
         """A panel size within the budget; not under `least` as long as panels keep a tenth of their size, never under 2."""
@@ -138,6 +151,8 @@ class Probe(ABC):
     """To be raised whenever the probe begins to ask other questions, because records store it."""
     default: ClassVar[bool] = True
     """False for a probe that is asked only where `--set probes.also` names it, because others would be asked less for it."""
+    fields: ClassVar[tuple[str, ...]] = ()
+    """Fields of `ProbeConfig` that this probe alone reads; one that is given without the probe is an error."""
 
     @abstractmethod
     def ask(self, history: EditHistory, checkpoint: Checkpoint) -> list[Planned]:
@@ -199,7 +214,7 @@ def ask_splits(
 
 def ask_by_age(history: EditHistory, checkpoint: Checkpoint, n: int, splits: Iterable[str]) -> list[Planned]:
     """One question of each split, and so many paraphrases as the run asks, about each of about n live edits that have one."""
-    number = {"text_generality": history.paraphrases}
+    number = {"text_generality": history.asked.paraphrases}
     edits = {split: by_age(history, checkpoint, n, split) for split in splits}
     return [q for split in edits for q in ask_splits(history, edits[split], (split,), "age_mixed", number.get(split, 1))]
 

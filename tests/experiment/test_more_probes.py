@@ -15,7 +15,7 @@ from testbed.probes.persistence import PREFIXES
 from testbed.probes.qa_prompt import SPLITS
 from tests.helpers.plain_stream import Line, PlainStream
 
-MORE = ("generation", "persistence", "qa-prompt", "self-assessment")
+MORE = ("generation", "persistence", "qa-prompt", "safety", "self-assessment")
 STREAM = PlainStream([Line(1 + i / 40, None if i < 10 else i - 10) for i in range(20)])
 
 
