@@ -142,12 +142,21 @@ def check_keeps(editor: Editor, stream: Stream, first: EditEvent, second: EditEv
     require(kept >= gain / 2, f"of a gain of {gain:.2f}, {kept:.2f} are left after the second edit")
 
 
+def check_made(editor: Editor, stream: Stream, event: EditEvent) -> None:
+    """An edit is made and leaves a model that answers, whether its target becomes likelier or not."""
+    report = editor.apply(batch(stream, [event]))
+    require(not report.failed, f"the edit failed: {report.failed}")
+    require(np.isfinite(target_logprob(editor, event)), "after an edit the target's log-probability is not finite")
+
+
 def it_learns_as_it_says(case: EditorCase) -> None:
-    """`Traits.learns`: by training, not at all, or from its prompt, which a random model does not read."""
+    """`Traits.learns`: by training, not at all, by a rule that may miss, or from its prompt, which a random model does not read."""
     first, second = two_subjects(case.stream)
     learns = EDITORS.get(case.name).traits.learns
     if learns == "training":
         check_keeps(case.make(**case.learning), case.stream, first, second)
+    elif learns == "rule":
+        check_made(case.make(**case.learning), case.stream, first)
     elif learns == "no":
         editor = case.make()
         before = respond(editor, [first.ask()])

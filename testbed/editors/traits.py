@@ -21,9 +21,10 @@ class Traits:
     """`revert(event_ids)` restores the state before these edits."""
     told_truth: bool = False
     """Its predictor is told the right answer (the oracle alone)."""
-    learns: Literal["training", "context", "no"] = "training"
+    learns: Literal["training", "context", "rule", "no"] = "training"
     """How an edit makes its target likelier: tensors are trained on it or solved for it; the fact is put into the prompt, which
-    takes a model that reads its prompt; or not at all."""
+    takes a model that reads its prompt; a rule changes weights without looking at the target's probability, so that an edit may miss;
+    or not at all."""
     max_batch: int | None = None
     """Largest batch of edits that it takes at once."""
     uses: frozenset[Sample] = frozenset()
