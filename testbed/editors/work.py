@@ -7,9 +7,11 @@ The counts follow from the fields that hyper-parameters share (`steps`, `layer` 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from streams.base import TrainPool
 from testbed.editors.traits import Traits
 from testbed.model.handle import ModelHandle, as_matrix
 
@@ -22,6 +24,24 @@ _DOWN = 0.5
 
 
 @dataclass(frozen=True)
+class TrainingBefore:
+    """Counts of a training before the first edit, which may end sooner. A row is the prompt of an edit with its answer."""
+
+    steps: float
+    """Optimiser steps at most."""
+    rows: float
+    """Rows in each step, those of its judgements included, that the whole model reads once."""
+    layers: float
+    """Decoder layers that each row runs forward and back, below the head."""
+    trained: float
+    """Numbers that the optimiser moves in each step."""
+    seconds: float
+    """Budget of CPU seconds at which it ends."""
+    is_cached: Callable[[TrainPool], bool]
+    """Whether this training on the train edits of a pool is finished and cached, so that a run skips it."""
+
+
+@dataclass(frozen=True)
 class Work:
     """Counts of an editor on one model. A row is the prompt of an edit with its answer."""
 
@@ -29,6 +49,8 @@ class Work:
     """Tokens of general text that the model reads before the first edit."""
     eigen: tuple[int, ...] = ()
     """Orders of the symmetric matrices that are decomposed before the first edit."""
+    before: TrainingBefore | None = None
+    """A training before the first edit; None for a method without one."""
     forwards: float = 1.0
     """Rows an edit that the whole model reads once."""
     steps: float = 0.0

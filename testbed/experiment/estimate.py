@@ -17,7 +17,7 @@ from rich.table import Table
 
 from testbed.core.events import Question
 from testbed.editors.base import Editor
-from testbed.editors.work import Work
+from testbed.editors.work import TrainingBefore, Work
 from testbed.experiment.config import ResolvedRun
 from testbed.experiment.manifest import notes_of
 from testbed.experiment.memory import peak_bytes
@@ -39,13 +39,17 @@ COLUMNS: tuple[str, ...] = ("right after", "panels", "benchmarks")
 
 @dataclass(frozen=True)
 class EditorCost:
-    """Estimated seconds of one editor over the whole schedule, and bytes of its state at the end. questions: by column."""
+    """Estimated seconds of one editor over the whole schedule, and bytes of its state at the end. questions: by column.
+
+    note: what a reader must know of its training before the first edit; "" for a method without one.
+    """
 
     name: str
     prepare: float
     edits: float
     questions: Mapping[str, float]
     state: float
+    note: str = ""
 
     @property
     def seconds(self) -> float:
@@ -60,6 +64,8 @@ def print_estimate(resolved: ResolvedRun, console: Console) -> None:
     for note in [*plan.notes, *notes_of(plan.run)]:
         console.print(f"note: {note}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     base, costs = measure(plan)
+    for note in filter(None, (c.note for c in costs)):
+        console.print(f"note: {note}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     console.print(_costs(plan, base, costs), markup=False, highlight=False)
 
 
@@ -128,14 +134,27 @@ def _editor_cost(plan: Outline, units: UnitTimes, each: Mapping[Kind, float], na
         longer = work.facts * units.fact_tokens * units.token
         questions[kind[0]] += plan.times * n * (work.asked * each[kind] + longer)
     questions["panels"] += plan.times * monitors if work.asked else 0.0
+    training, note = _training_before(plan, units, editor, work.before) if work.before else (0.0, "")
     layers = run.handle.n_layers
     return EditorCost(
         name,
-        work.text_tokens * units.token + sum(map(units.eigen, work.eigen)) + units.forward(1) / layers,
+        work.text_tokens * units.token + sum(map(units.eigen, work.eigen)) + units.forward(1) / layers + training,
         plan.times * steps * seconds_of_batch(work, units, batch),
         questions,
         4 * (work.state + work.state_per_edit * plan.edits),
+        note,
     )
+
+
+def _training_before(plan: Outline, units: UnitTimes, editor: Editor, before: TrainingBefore) -> tuple[float, str]:
+    """Seconds of a training before the first edit, at most, and a note on it; no seconds where a finished one is cached."""
+    if before.is_cached(plan.run.stream.train_pool()):
+        return 0.0, f"{editor.name}: its training before the first edit is cached and costs nothing"
+    each = units.forward(before.rows) + units.step(before.rows, before.layers) + before.trained * units.number
+    seconds, budget = before.steps * each, f"its budget of {_time(before.seconds)} of CPU time"
+    ends = f"{before.steps:,.0f} steps" if seconds < before.seconds else f"{budget}, in which {before.steps:,.0f} steps do not fit"
+    kept = "; --cache FOLDER keeps it for later runs" if plan.run.handle.cache_folder is None else "; later runs take it from the cache"
+    return min(seconds, before.seconds), f"{editor.name}: counted with a training before the first edit of {ends}; it may end sooner{kept}"
 
 
 def _asked(plan: Outline, editor: Editor) -> dict[Kind, int]:

@@ -74,6 +74,7 @@ def notes_of(run: PreparedRun) -> list[str]:
     plugins = [f"{name}: SHA-256 {digest[:12]}..." for name, digest in loaded.items()]
     names = [e.note for e in run.resolved.editors.values() if e.note]
     names += departures(run.config.protocol, vars(run.config) | {"prompt": run.prompt.form.name})
+    names += preflight.long_targets(run.events, run.handle, {n: e.cls for n, e in run.resolved.editors.items()})
     return [*plugins, *names, *_stream_notes(run), *_question_notes(run), *_model_notes(run)]
 
 

@@ -4,10 +4,11 @@ decoded once, every target and answer is tokenized once, and every prompt must f
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 from testbed.core.events import Ask, BadPicture, EditEvent, Question
 from testbed.core.grading import exact, natural_stop
+from testbed.editors.base import Editor
 from testbed.experiment.schedule import Schedule
 from testbed.model.encoding import answer_ids, prompt_inputs
 from testbed.model.handle import BadModel, ModelHandle
@@ -15,6 +16,8 @@ from testbed.model.image_loading import Decoded, decoded
 
 _SHOWN = 10
 _HOW_TO_SKIP = "--missing-images skip leaves out the records of a stream whose pictures are broken, and counts them"
+LONG_TARGET = 50
+"""Tokens above which a target is long; the answers of zsRE, CounterFact and OKEDIT have fewer than 20."""
 _CHOICES = ("sum", "norm", "mean", "text")
 """Scorings of questions that are answered without a generation."""
 
@@ -51,6 +54,18 @@ def never_right(schedule: Schedule, handle: ModelHandle, max_new_tokens: int) ->
             if all(found):
                 reasons[str(found[0])] += 1
     return [f"{n:,} questions can never be right by free generation: the answer {reason}" for reason, n in sorted(reasons.items())]
+
+
+def long_targets(events: Sequence[EditEvent], handle: ModelHandle, editors: Mapping[str, type[Editor]]) -> list[str]:
+    """A note on targets of more than `LONG_TARGET` tokens where an edit of some editors is one hidden state. Call it after `check`."""
+    names = [name for name, cls in editors.items() if cls.traits.one_state]
+    long = [e for e in events if names and len(e.target) > LONG_TARGET]  # a token has a character or more
+    sizes = [n for e in long if (n := len(answer_ids(handle, e.ask(), e.target))) > LONG_TARGET]
+    if not sizes:
+        return []
+    those = f"{len(sizes):,} of {len(events):,} targets have more than {LONG_TARGET} tokens, the longest {max(sizes):,}"
+    why = "an edit is one hidden state, and the method has no published form for long targets"
+    return [f"{', '.join(names)}: {why}: {those}; expect little of them to be learned (docs/footguns.md)"]
 
 
 def _out_of_reach(handle: ModelHandle, question: Question, answer: str, max_new_tokens: int) -> str | None:

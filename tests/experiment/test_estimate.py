@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from io import StringIO
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from testbed.core.registry import EDITORS, STREAMS
 from testbed.editors.work import Work
 from testbed.experiment import estimate, schedule
 from testbed.experiment.config import RunConfig
-from testbed.experiment.outline import outline
+from testbed.experiment.outline import Outline, outline
 from testbed.experiment.unit_times import UnitTimes
 from testbed.model.encoding import answer_ids, collate
 from testbed.model.handle import ModelHandle
@@ -134,3 +135,28 @@ def test_seconds_grow_with_every_count() -> None:
     assert units.step(8, 2) >= units.step(1, 2) > 0
     assert units.eigen(100) > units.solve(100) > 0
     assert torch.isfinite(torch.tensor([units.token, units.number, units.forward(3), units.fact_tokens])).all()
+
+
+def outline_of_trained(out: Path, *settings: str) -> Outline:
+    """The outline of a short run of both methods that are trained before the first edit, with the same settings."""
+    both = ("mend.normalise_over=40", *(f"{name}.{setting}" for name in ("mend", "serac") for setting in settings))
+    return outline(RunConfig(stream="world-yearly", edits=4, editor=("mend", "serac"), cache=out, probe_budget=50, set=both).resolve())
+
+
+def test_a_training_before_the_first_edit_is_counted_until_it_is_cached(tmp_path: Path) -> None:
+    plan = outline_of_trained(tmp_path, "train_steps=4", "judge_every=4", "held_out=0.01")
+    _, counted = estimate.measure(plan)
+    assert all(c.note.startswith(f"{c.name}: counted with a training before the first edit of 4 steps; it may end sooner") for c in counted)
+    for resolved in plan.run.resolved.editors.values():
+        resolved.create().prepare(plan.run.handle, plan.run.stream.train_pool())
+    plan.run.handle.cache.pop("meta-training")  # so that the files alone tell
+    _, cached = estimate.measure(plan)
+    assert [c.note for c in cached] == [f"{c.name}: its training before the first edit is cached and costs nothing" for c in cached]
+    assert all(later.prepare < before.prepare for before, later in zip(counted, cached))
+
+
+def test_a_training_before_the_first_edit_costs_no_more_than_its_budget(tmp_path: Path) -> None:
+    _, costs = estimate.measure(outline_of_trained(tmp_path, "train_steps=1000000", "cpu_minutes=0.5"))
+    for c in costs:
+        assert 30 <= c.prepare < 32
+        assert "of its budget of 30 s of CPU time, in which 1,000,000 steps do not fit; it may end sooner" in c.note

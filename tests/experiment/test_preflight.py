@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
+
 import pytest
 
 from testbed.core.events import Ask, Question
-from testbed.experiment.preflight import check, never_right, new_tokens
+from testbed.core.registry import EDITORS
+from testbed.editors.locate.core import LocateEditor
+from testbed.experiment.preflight import check, long_targets, never_right, new_tokens
 from testbed.experiment.schedule import ScheduleConfig, build
 from testbed.model.encoding import prompt_inputs
 from testbed.model.handle import BadModel
 from testbed.model.predictor import ModelPredictor
+from tests.helpers.editor_suite import NAMES
 from tests.helpers.models import build as build_model
 from tests.helpers.plain_stream import Line, PlainStream
 
@@ -65,3 +71,26 @@ def test_a_document_longer_than_the_window_is_refused_before_the_first_edit() ->
     asked = Asked(Question("edit", "Who is Ann?", "word " * (2 * handle.window)))
     with pytest.raises(BadModel, match=rf"takes \d+ tokens, .* reads {handle.window}: 'Who is Ann\?'"):
         check(build(asked, asked.all, ScheduleConfig()), handle)
+
+
+def long_note(words: int, names: Iterable[str]) -> list[str]:
+    """The notes on long targets for a stream of one short target and one of so many words."""
+    short, other = PlainStream([Line(1.0), Line(1.5)]).all
+    events = [short, replace(other, target=" ".join(["and"] * words), id="")]
+    return long_targets(events, build_model("llama"), {name: EDITORS.get(name) for name in names})
+
+
+def test_a_long_target_is_warned_of_where_an_edit_is_one_hidden_state_and_nowhere_else() -> None:
+    named = {n for n in NAMES if EDITORS.get(n).traits.one_state}
+    assert named >= {n for n in NAMES if issubclass(EDITORS.get(n), LocateEditor)}
+    assert not named & {"scr", "lora", "locft", "finetune", "balancedit", "ultraedit", "mend", "noop"}
+    assert {"alphaedit", "rome", "neuraldb", "grace"} <= named
+    (note,) = long_note(200, NAMES)
+    told, _, rest = note.partition(": ")
+    assert set(told.split(", ")) == named
+    assert "no published form for long targets: 1 of 2 targets have more than 50 tokens, the longest " in rest
+
+
+def test_short_targets_and_editors_that_take_long_ones_get_no_warning() -> None:
+    assert long_note(2, NAMES) == []
+    assert long_note(200, ("scr", "lora", "locft", "balancedit")) == []

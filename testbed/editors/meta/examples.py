@@ -18,6 +18,8 @@ from testbed.model.handle import ModelHandle
 T = TypeVar("T")
 _LEAST = 2
 """Entities without which nothing can be trained on and held out."""
+MOST_HELD_OUT = 50
+"""Held-out edits by which a training is judged at most, so that judging stays cheap."""
 
 
 @dataclass(frozen=True)
@@ -67,12 +69,12 @@ def entities(edits: Sequence[TrainEdit]) -> int:
     return len({entity(e) for e in edits})
 
 
-def examples_of(handle: ModelHandle, edits: Sequence[TrainEdit], share: float, most: int = 50) -> MetaExamples:
+def examples_of(handle: ModelHandle, edits: Sequence[TrainEdit], share: float, most: int = MOST_HELD_OUT) -> MetaExamples:
     """Divide the usable train edits by entity, in an order of hashes.
 
     Args:
         share: share of the entities that is held out, one at least.
-        most: held-out edits that are kept, so that judging stays cheap.
+        most: held-out edits that are kept.
 
     Raises `BadEditor` where fewer than two entities are usable.
     """

@@ -37,7 +37,7 @@ from testbed.editors.meta.examples import data_key, examples_of
 from testbed.editors.meta.gradients import factors_of
 from testbed.editors.meta.mend_network import MendNetwork
 from testbed.editors.meta.mend_training import MendTask
-from testbed.editors.meta.training import MetaTrainingConfig, Plan, Training, advance_to, cache_key, trained
+from testbed.editors.meta.training import MetaTrainingConfig, Plan, Training, advance_to, before_first_edit, cache_key, finished, trained
 from testbed.editors.traits import Traits
 from testbed.editors.work import Work, down_shape
 from testbed.model.handle import ModelHandle, as_stored
@@ -117,12 +117,16 @@ class Mend(WeightEditor):
         return derived(self.handle)
 
     def work(self, batch: int) -> Work:
-        """One forward and backward from the first edited layer up for each `edits_at_once` edits, and the network at each position."""
+        """One forward and backward from the first edited layer up for each `edits_at_once` edits, behind the training of the network."""
         targets = find_target_modules(self.handle, self.hyper.modules)
         parts = -(-batch // self.config.edits_at_once)
         numbers = float(sum(t.d * t.f for t in targets))
         layers = float(self.handle.n_layers - targets[0].layer)
-        return Work(forwards=1.0, steps=float(parts), rows=1.0 / parts, layers=layers, state=numbers)
+        networks = 4.0 * self.hyper.rank * sum(d + f for d, f in {(t.d, t.f) for t in targets})
+        # of each example the edit, its rephrasing and the other question
+        rows = 3.0 * self.config.edits_at_once
+        before = before_first_edit(self.hyper, rows, layers, networks, lambda pool: finished(self.name, self.handle, self._key(pool.edits)))
+        return Work(before=before, forwards=1.0, steps=float(parts), rows=1.0 / parts, layers=layers, state=numbers)
 
     def _prepare(self, pool: TrainPool) -> None:
         self.targets = find_target_modules(self.handle, self.hyper.modules)
@@ -130,7 +134,7 @@ class Mend(WeightEditor):
         self.since, self.edits = 0, pool.edits
         network = MendNetwork.fresh(self.handle, self.targets, self.hyper)
         task = self._task(network, self.edits)
-        done = trained(task, Plan.of(self.name, self.hyper), self.handle, self._key())
+        done = trained(task, Plan.of(self.name, self.hyper), self.handle, self._key(self.edits))
         self.network = network.with_tensors(done.best, done.fixed)
         self.notes.append(f"meta-training on {task.examples.summary}: {done.note}")
 
@@ -139,10 +143,10 @@ class Mend(WeightEditor):
         examples = examples_of(self.handle, edits, self.config.held_out)
         return MendTask(self.handle, self.targets, network, examples, self.hyper)
 
-    def _key(self) -> str:
+    def _key(self, edits: Sequence[TrainEdit]) -> str:
         """What the training depends on: not on what is done with the network later."""
         later = ("retrain", "retrain_after", "retrain_steps")
-        return cache_key(self.handle, data_key(self.edits), {k: v for k, v in asdict(self.hyper).items() if k not in later})
+        return cache_key(self.handle, data_key(edits), {k: v for k, v in asdict(self.hyper).items() if k not in later})
 
     def _edit(self, batch: EditBatch) -> dict[str, float]:
         notes: dict[str, float] = {}

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from streams.base import TrainPool
+from streams.base import TrainEdit, TrainPool
 from testbed.core.events import Ask
 from testbed.core.ranges import PositiveFloat, PositiveInt
 from testbed.core.registry import EDITORS
@@ -30,7 +30,7 @@ from testbed.editors.base import need
 from testbed.editors.meta.examples import MetaExample, MetaExamples, data_key, drawn, example, examples_of, generator_of
 from testbed.editors.meta.gradients import hooked_forward
 from testbed.editors.meta.scope import ScopeClassifier
-from testbed.editors.meta.training import MetaTrainingConfig, Plan, cache_key, trained
+from testbed.editors.meta.training import MetaTrainingConfig, Plan, before_first_edit, cache_key, finished, trained
 from testbed.editors.retrieval import prompts
 from testbed.editors.retrieval.fact_editor import ContextPredictor, FactEditor, FactEditorConfig, PromptedAsk
 from testbed.editors.retrieval.retriever import Retriever
@@ -129,8 +129,17 @@ class Serac(FactEditor):
     config: SeracConfig
 
     def work(self, batch: int) -> Work:
-        """One edit before a question, which the model reads twice at most."""
-        return Work(forwards=0.0, asked=2.0, facts=1.0)
+        """One edit before a question, which the model reads twice at most, behind the training of both parts."""
+        targets = find_target_modules(self.handle, self.config.modules or self._upper_half())
+        numbers = float(self.config.rank * sum(t.d + t.f for t in targets))
+        # an example is a question behind its edit, about as long as two rows
+        layers = float(self.handle.n_layers - targets[0].layer)
+        before = before_first_edit(self.config, 2.0, layers, numbers, lambda pool: finished(self.name, self.handle, self._key(pool.edits)))
+        return Work(before=before, forwards=0.0, asked=2.0, facts=1.0)
+
+    def _key(self, edits: Sequence[TrainEdit]) -> str:
+        """What the training depends on."""
+        return cache_key(self.handle, data_key(edits), asdict(self.config))
 
     def _prepare(self, pool: TrainPool) -> None:
         super()._prepare(pool)
@@ -139,8 +148,7 @@ class Serac(FactEditor):
         scope = ScopeClassifier.fresh(self.handle, self.config.width, self.config.scope == "image", self.config.train_seed)
         examples = examples_of(self.handle, pool.edits, self.config.held_out)
         task = SeracTask(self.handle, self.targets, scope, examples, self.config)
-        key = cache_key(self.handle, data_key(pool.edits), asdict(self.config))
-        done = trained(task, Plan.of(self.name, self.config), self.handle, key)
+        done = trained(task, Plan.of(self.name, self.config), self.handle, self._key(pool.edits))
         self._take(done.best)
         self.notes.append(f"meta-training on {examples.summary}: {done.note}")
 

@@ -20,10 +20,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from streams.base import TrainPool
 from testbed.core.events import content_id
 from testbed.core.ranges import Fraction, NonNegativeInt, PositiveFloat, PositiveInt
 from testbed.editors.base import EditorConfig
-from testbed.editors.meta.examples import generator_of
+from testbed.editors.meta.examples import MOST_HELD_OUT, generator_of
+from testbed.editors.work import TrainingBefore
 from testbed.model.handle import ModelHandle
 from testbed.storage.files import StoreError, read_state, replacing
 from testbed.storage.shared_cache import exclusive, package_version
@@ -150,12 +152,36 @@ def trained(task: MetaTask, plan: Plan, handle: ModelHandle, key: str) -> Traini
     gone on with. Of two processes that need the same training the second waits.
     """
     kept: dict[str, Training] = handle.cache.setdefault("meta-training", {})
-    folder = handle.cache_folder
-    path = folder / f"meta-{plan.name}-{key}.safetensors" if folder is not None else None
+    path = _path(plan.name, handle, key)
     if key not in kept:
         with exclusive(path) if path is not None else nullcontext():
             kept[key] = _run(task, plan, path)
     return kept[key]
+
+
+def finished(name: str, handle: ModelHandle, key: str) -> bool:
+    """Whether a training of this method under this key is finished and kept, on the handle or on disk."""
+    path = _path(name, handle, key)
+    if key in handle.cache.get("meta-training", {}):
+        return True
+    try:
+        return path is not None and path.is_file() and bool(read_state(path)["ended"])
+    except StoreError:  # a damaged file is made again
+        return False
+
+
+def before_first_edit(h: Any, rows: float, layers: float, numbers: float, is_cached: Callable[[TrainPool], bool]) -> TrainingBefore:
+    """What a training with these settings has the model do (`MetaTrainingConfig` with train_steps and judge_every, filled in).
+
+    rows: rows that are run for one example. layers: decoder layers that they run forward and back. numbers: trained numbers.
+    """
+    examples = h.train_batch + MOST_HELD_OUT / h.judge_every
+    return TrainingBefore(h.train_steps, rows * examples, layers, numbers, 60 * h.cpu_minutes, is_cached)
+
+
+def _path(name: str, handle: ModelHandle, key: str) -> Path | None:
+    """The file of a training in the folder for what runs share; None without such a folder."""
+    return None if handle.cache_folder is None else handle.cache_folder / f"meta-{name}-{key}.safetensors"
 
 
 def _run(task: MetaTask, plan: Plan, path: Path | None) -> Training:
