@@ -24,7 +24,7 @@ from testbed.model.encoding import UntokenizableAnswer
 from testbed.model.handle import ModelHandle
 from testbed.model.loading import load
 from testbed.model.predictor import ModelPredictor
-from tests.helpers.editor_suite import LEARNING, NAMES, STREAM, make, quick
+from tests.helpers.editor_suite import NAMES, STREAM, case_of, quick
 from tests.helpers.models import build, save
 
 POISON = "\u2620"
@@ -164,7 +164,8 @@ TAUGHT = ("finetune", "balancedit", "grace", "lora", "elder", "memit")
 
 
 def learning(name: str, handle: ModelHandle, stream: Any) -> Editor:
-    return make(name, handle, stream, **LEARNING.get(name, {}))
+    case = case_of(name, handle, stream)
+    return case.make(**case.learning)
 
 
 @pytest.mark.parametrize("name", TAUGHT)

@@ -17,7 +17,7 @@ from testbed.editors.base import Editor
 from testbed.editors.hyperparameters import ModelKey, PublishedRow, doubts, filled, resolve
 from testbed.editors.locate.alphaedit import AlphaEdit, AlphaEditConfig
 from testbed.model.predictor import ModelPredictor
-from tests.helpers.editor_suite import brief
+from tests.helpers.editor_suite import BRIEF, of_config
 from tests.helpers.facts import FACTS, META_POOL, POOL, fact, make
 from tests.helpers.models import Noise, build
 
@@ -63,7 +63,7 @@ def test_a_published_row_is_named_with_its_source() -> None:
 def test_every_editor_that_trains_says_where_its_values_come_from() -> None:
     for name, cls in EDITORS.items():
         if cls.traits.learns == "training":
-            editor = cls(cls.Config(**brief(cls)))
+            editor = cls(cls.Config(**of_config(cls, BRIEF)))
             editor.prepare(build("gpt2"), META_POOL)
             line = "no published values for a gpt2 of 3 layers, width 64, 400 tokens; "
             assert any(

@@ -48,16 +48,22 @@ BRIEF: dict[str, Any] = {"train_steps": 4, "judge_every": 4, "held_out": 0.01, "
 """Settings with which a training on train edits, before the first edit, ends soon, and few prompts of a fact are read."""
 
 
-def brief(cls: Any) -> dict[str, Any]:
-    """Those of `BRIEF` that an editor's configuration has."""
+STEPS: dict[str, Any] = {"steps": 3}
+"""Optimiser steps of an edit where a check does not ask whether it learns: what an edit leaves behind shows after few of them too."""
+
+
+def of_config(cls: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """Those of the settings that an editor's configuration has."""
     own = {f.name for f in fields(cls.Config)}
-    return {k: v for k, v in BRIEF.items() if k in own}
+    return {k: v for k, v in settings.items() if k in own}
 
 
 def case_of(name: str, handle: ModelHandle, stream: Any) -> EditorCase:
-    """The editor with the settings that it needs on tiny random models."""
-    needed = {**brief(EDITORS.get(name)), **(NEEDS[name]() if name in NEEDS else {})}
-    return EditorCase(name, handle, stream, needed, LEARNING.get(name, {}))
+    """The editor with the settings that it needs on tiny random models; where it has to learn, with its own number of steps."""
+    cls = EDITORS.get(name)
+    needed = {**of_config(cls, BRIEF), **of_config(cls, STEPS), **(NEEDS[name]() if name in NEEDS else {})}
+    own = {f.name: f.default for f in fields(cls.Config) if f.name in STEPS}
+    return EditorCase(name, handle, stream, needed, {**own, **LEARNING.get(name, {})})
 
 
 def make(name: str, handle: ModelHandle, stream: Any, seed: int = 0, **settings: Any) -> Editor:

@@ -170,9 +170,11 @@ class KnowledgeNeurons(WeightEditor):
         return Prediction(ask, read, token)
 
     def _found(self, predictions: Sequence[Prediction]) -> list[set[Neuron]]:
-        """The neurons that each prompt finds, under the weights as they are."""
+        """The neurons that each prompt finds, under the weights as they are. Raises `EditFailed` where an attribution is not finite."""
         by_layer = attributions(self.handle, predictions, self.layers, self.config.steps)
         largest = torch.stack([a.amax(1).to(self.handle.device) for a in by_layer.values()]).amax(0)
+        if not torch.isfinite(largest).all():
+            raise EditFailed("the attribution of a neuron is not finite, so that no neuron can be chosen")
         found: list[set[Neuron]] = [set() for _ in predictions]
         for layer, a in by_layer.items():
             least = largest.to(a.device)[:, None]
