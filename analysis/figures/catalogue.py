@@ -50,8 +50,8 @@ def draw_all(context: FigureContext) -> dict[str, Figure]:
     with style.paper():
         figures = {name: figure for name, draw in FIGURES.items() if (figure := draw(context)) is not None}
         for figure in figures.values():
-            figure.draw_without_rendering()
-            figure.set_layout_engine("none")
+            style.lay_out(figure)
+            figure.set_layout_engine(None)  # and not "none", whose placeholder makes every file be drawn twice
     return figures
 
 

@@ -103,13 +103,19 @@ def shares(ax: Axes, label: str = "") -> None:
     ax.set_ylabel(label)
 
 
+def lay_out(figure: Figure) -> Any:
+    """Move the panels to where a drawing would have them, without drawing; the figure's layout engine, None where it has none."""
+    engine = figure.get_layout_engine()
+    if engine is not None:
+        engine.execute(figure)
+    return engine
+
+
 def label_lines(figure: Figure, axes: Sequence[Axes], frames: Sequence[pd.DataFrame], styles: EditorStyles) -> None:
     """Labels each curve of the given panels at its end with the editor's name, or adds a legend where there are many curves."""
     if len(styles) > MOST_NAMES:
         return legend(figure, styles)
-    figure.draw_without_rendering()
-    engine: Any = figure.get_layout_engine()
-    if engine is not None:  # the layout measures names at the screen's resolution, at which they are a little narrower
+    if (engine := lay_out(figure)) is not None:  # the layout measures names at the screen's resolution, at which they are a little narrower
         engine.set(rect=(0, 0, 0.98, 1))
     for ax, frame in zip(axes, frames):
         ends = frame.dropna(subset="value").sort_values("x").groupby("editor", sort=False).tail(1)
