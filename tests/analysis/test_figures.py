@@ -88,6 +88,7 @@ def test_styles_differ_without_colour() -> None:
     assert len({x.colour for x in list(styles.values())[:8]}) == 8
 
 
+@pytest.mark.ci
 def test_drawing_changes_no_global_setting(run: Run, summary: dict) -> None:
     before = dict(matplotlib.rcParams)
     figure = catalogue.draw_all(figure_context(run, summary, replicates=20))["cost"]
@@ -156,6 +157,7 @@ def test_a_wrapped_name_is_whole_and_its_lines_fit(name: str, width: int) -> Non
     assert all(0 < len(line) <= width for line in lines)
 
 
+@pytest.mark.ci
 def test_many_editors_are_told_apart_by_a_legend(run: Run) -> None:
     editor = next(iter(run.editors.values()))
     many = replace(run, editors={f"editor{i}": replace(editor, name=f"editor{i}") for i in range(style.MOST_NAMES + 1)})

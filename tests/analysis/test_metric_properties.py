@@ -45,6 +45,7 @@ def test_properties_of_any_answers(
     assert min(last) / 2 - 1e-9 <= got["edit_success"] <= max(last) / 2 + 1e-9
 
 
+@pytest.mark.ci
 @quiet
 @given(constant=hits, chance=chances)
 def test_constant_answers_are_never_forgotten(tmp_path_factory: pytest.TempPathFactory, constant: list[int], chance: list[float]) -> None:

@@ -133,6 +133,7 @@ def test_curves_of_orders_are_averaged_where_all_are_known() -> None:
     assert curves.average([tables[0]]) is tables[0]
 
 
+@pytest.mark.ci
 def test_three_folders_make_one_report(tmp_path: Path) -> None:
     plan = {"edits": 24, "years": 3, "editors": ("noop", "finetune"), "panel": 8}
     paths = [fake_run(tmp_path / f"r{s}", Plan(seed=s, **plan), seed=s, schedule_hash=f"s{s}") for s in range(3)]

@@ -235,6 +235,7 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None
     assert "is not a run folder" in capsys.readouterr().err
 
 
+@pytest.mark.ci
 def test_several_runs_are_compared_in_a_folder_of_their_own(tmp_path: Path) -> None:
     a = fake_run(tmp_path / "a", Plan(edits=12, years=2, editors=("noop",)))
     b = fake_run(tmp_path / "b", Plan(edits=12, years=2, editors=("balancedit",)))

@@ -118,6 +118,7 @@ def test_the_table_names_the_order_and_the_editors_that_have_retrieval_logs(tmp_
 SPLITS = ("edit", "locality_far", "locality_hard", "locality_text")
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(("kinds", "precision", "accepted"), [(4, 0.125, [(1.0,)]), (2, 0.25, [])])
 def test_the_figure_shows_retrieved_facts_and_their_cost(tmp_path, kinds, precision, accepted):
     """Six questions that no fact bears on are shown, two are too few."""

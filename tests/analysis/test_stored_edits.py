@@ -77,6 +77,7 @@ def test_entries_and_bytes_are_those_of_the_reports(run: Run) -> None:
     assert stored_edits.state_bytes(run, run.editors["weights"], resampler(run)).empty
 
 
+@pytest.mark.ci
 def test_the_figure_is_drawn_only_where_an_editor_has_a_gate(run: Run, tmp_path: Path) -> None:
     drawn = catalogue.draw_all(figure_context(run, summarise(run)))
     titles = [ax.get_title(loc="left") or ax.get_title() for ax in drawn["gated"].axes]

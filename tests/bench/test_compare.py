@@ -34,6 +34,7 @@ def test_the_fewest_seconds_of_all_rounds_are_compared(tmp_path: Path, monkeypat
     assert [row.ratio for row in rows] == [2 / 3, 2 / 3]
 
 
+@pytest.mark.ci
 def test_both_versions_are_measured_and_the_other_one_imports_itself(tmp_path: Path) -> None:
     """The other version is this one with an editor that burns CPU time."""
     for package in ("testbed", "streams", "analysis"):

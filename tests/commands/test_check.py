@@ -33,6 +33,7 @@ def registered() -> Iterator[None]:
             r._entries.pop(name)
 
 
+@pytest.mark.ci
 @pytest.mark.usefixtures("registered")
 def test_the_templates_pass_in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)

@@ -195,6 +195,7 @@ def test_a_config_file_with_the_command_line_on_top(tmp_path: Path) -> None:
     assert (config["edits"], config["editor"], config["max_new_tokens"]) == (2, ["noop"], 1)
 
 
+@pytest.mark.ci
 def test_an_edited_model_can_be_saved_and_loaded(tmp_path: Path) -> None:
     from testbed.model.loading import load
 

@@ -64,6 +64,7 @@ def test_the_share_of_old_answers_is_counted(knows_even: None, config: RunConfig
     assert beliefs.belief(build("gpt2"), [replace(e, previous=None) for e in events]) is None
 
 
+@pytest.mark.ci
 def test_a_run_of_believed_facts_holds_no_others_and_goes_on_with_them(
     knows_even: None, config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -94,6 +94,7 @@ def test_every_editor_counts_its_work() -> None:
         assert (work.asked > 0) or cls.traits.learns == "no", name
 
 
+@pytest.mark.ci
 def test_a_long_schedule_is_counted_as_it_would_be_built() -> None:
     resolved = RunConfig(stream="world-yearly", edits=2000, editor=("noop",)).resolve()
     plan = outline(resolved)

@@ -78,6 +78,7 @@ def test_departures_are_named() -> None:
     ]
 
 
+@pytest.mark.ci
 def test_one_run_prints_both_tables_with_its_texts_behind_them(tmp_path: Path) -> None:
     facts = ({"prompt": f"Who owns the ship {i}?", "target": f"Ann {i}", "previous": f"Bob {i}", "relation": "owner"} for i in range(20))
     (tmp_path / "facts.jsonl").write_text("".join(json.dumps(f) + "\n" for f in facts))

@@ -77,6 +77,7 @@ def test_an_edited_model_is_loaded_by_plain_transformers(name: str) -> None:
         torch.testing.assert_close(tensors[changed[0]] - base[changed[0]], made, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.ci
 def test_it_needs_nothing_of_the_testbed_and_answers_differently() -> None:
     _, out = run()
     edited, base = in_a_fresh_process(out / "models" / "memit"), in_a_fresh_process(folder("gpt2"))
@@ -94,6 +95,7 @@ def picture_run() -> Path:
     return out
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("name", ["text", "picture"])
 def test_the_card_shows_how_to_ask_an_edited_question(name: str) -> None:
     """Its code runs as it stands in the folder, without the testbed, and prints the answer that the card names."""

@@ -136,6 +136,7 @@ def records(path: Path) -> list[Any]:
     raise AssertionError(f"{path} was never ended")
 
 
+@pytest.mark.ci
 def test_wandb_holds_every_number_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = run(tmp_path / "run", monkeypatch, "wandb")
     files = sorted((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"), key=lambda p: p.stat().st_mtime)
@@ -201,6 +202,7 @@ def test_an_unknown_tracker_is_refused() -> None:
         set_fields(RunConfig(), {"track": "visdom"})
 
 
+@pytest.mark.ci
 def test_a_tracker_that_is_not_asked_for_is_not_imported() -> None:
     import subprocess
 

@@ -210,6 +210,7 @@ def test_the_documentation_has_an_example_of_each_direction_under_forty_lines() 
     assert all(len(x.splitlines()) < 40 for x in EXAMPLES)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("example", EXAMPLES, ids=["editor as strategy", "strategy over answers"])
 def test_the_examples_of_the_documentation_run(
     example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

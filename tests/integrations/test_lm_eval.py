@@ -59,6 +59,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             os.environ[k] = v
 
 
+@pytest.mark.ci
 def test_the_unedited_model_has_the_numbers_that_the_harness_gives_it(tasks: Path) -> None:
     import lm_eval.tasks
     from lm_eval.models.huggingface import HFLM
@@ -120,6 +121,7 @@ def test_tasks_that_the_predictor_cannot_answer_exactly_are_refused() -> None:
         lm.loglikelihood_rolling([request("a red circle " * 200)])
 
 
+@pytest.mark.ci
 def test_an_editor_of_ones_own_file_is_measured(tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("analysis.reporting.report.catalogue.draw_all", lambda context: {})
     mine, out = tmp_path / "mine.py", tmp_path / "out"

@@ -159,6 +159,7 @@ print(json.dumps([[r.generated, r.score.logprobs.tolist(), r.extras] for r in ou
 """
 
 
+@pytest.mark.ci
 def test_a_saved_state_answers_bit_for_bit_alike_in_a_fresh_process(tmp_path: Path) -> None:
     editor, path = edited(), tmp_path / "step-000001.safetensors"
     write_state(path, editor.state_dict())

@@ -38,6 +38,7 @@ def grown(seed: int, metric: Any, n: int = 40) -> Codebook:
     return book
 
 
+@pytest.mark.ci
 @settings(max_examples=max(1, EXAMPLES // 4), deadline=None)  # one example tries forty insertions and what they do to one another
 @given(seed=st.integers(0, 2**32), metric=st.sampled_from(["euclidean", "cosine"]))
 def test_measuring_what_matters_gives_what_measuring_all_gives(seed: int, metric: Any) -> None:

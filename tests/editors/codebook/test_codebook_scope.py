@@ -241,6 +241,7 @@ def test_34_save_and_load(rows: list[Row], more: list[Row], xs: list, rule: Any)
     assert hits(a, xs) == hits(b, xs)
 
 
+@pytest.mark.ci
 @quick
 @given(rows=worlds(smallest=1), gone=st.sets(st.integers(0, 7)), xs=queries)
 def test_35_time_travel(rows: list[Row], gone: set[int], xs: list) -> None:

@@ -110,6 +110,7 @@ def test_what_the_model_writes_is_the_same_each_time_and_begins_as_its_tokenizer
     assert not any(handle.tokenizer.eos_token_id in ids for ids in first)
 
 
+@pytest.mark.ci
 def test_an_editor_without_any_text_learns_from_what_the_model_writes_and_says_so() -> None:
     editor = make("memit", pool=TrainPool())
     assert not editor.apply(EditBatch((FACTS[0],), 1)).failed
