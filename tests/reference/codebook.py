@@ -101,8 +101,9 @@ def nearest_by_brute_force(search: Nearest, query: torch.Tensor) -> tuple[int, f
     return row if d[row] <= radii[row] else -1, d[row]
 
 
-EXAMPLES = int(os.environ.get("TESTBED_EXAMPLES", "100"))
-"""Examples of each law; the ordinary run has some thousands over all laws, TESTBED_EXAMPLES=2000 has them for each."""
+EXAMPLES = int(os.environ.get("TESTBED_EXAMPLES", "50"))
+"""Examples of each law; the ordinary run has some thousands over all laws, `.ci/run` twice as many, and TESTBED_EXAMPLES=2000 has them
+for each."""
 DIM = 3
 SCALES = [0.25, 1.0, 8.0]
 grid = st.tuples(*[st.integers(-6, 6)] * DIM)
