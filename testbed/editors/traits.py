@@ -25,9 +25,9 @@ class Traits:
     """How an edit makes its target likelier: tensors are trained on it or solved for it; the fact is put into the prompt, which
     takes a model that reads its prompt; a rule changes weights without looking at the target's probability, so that an edit may miss;
     or not at all."""
-    one_state: bool = False
-    """An edit is one hidden state, a target or a codebook's value, that must bring about the whole answer. The papers show it for answers
-    of a few tokens and have no form for long ones, of which the user is warned before the first edit."""
+    short_targets: bool = False
+    """An edit has room for an answer of a few tokens: it is one hidden state (a target, a codebook's value), one token, or a neuron for
+    each of a few tokens. The papers have no form for long answers, of which the user is warned before the first edit."""
     max_batch: int | None = None
     """Largest batch of edits that it takes at once."""
     uses: frozenset[Sample] = frozenset()

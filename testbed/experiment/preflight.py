@@ -57,14 +57,14 @@ def never_right(schedule: Schedule, handle: ModelHandle, max_new_tokens: int) ->
 
 
 def long_targets(events: Sequence[EditEvent], handle: ModelHandle, editors: Mapping[str, type[Editor]]) -> list[str]:
-    """A note on targets of more than `LONG_TARGET` tokens where an edit of some editors is one hidden state. Call it after `check`."""
-    names = [name for name, cls in editors.items() if cls.traits.one_state]
+    """A note on targets of more than `LONG_TARGET` tokens where an edit of some editors has room for short ones. Call it after `check`."""
+    names = [name for name, cls in editors.items() if cls.traits.short_targets]
     long = [e for e in events if names and len(e.target) > LONG_TARGET]  # a token has a character or more
     sizes = [n for e in long if (n := len(answer_ids(handle, e.ask(), e.target))) > LONG_TARGET]
     if not sizes:
         return []
     those = f"{len(sizes):,} of {len(events):,} targets have more than {LONG_TARGET} tokens, the longest {max(sizes):,}"
-    why = "an edit is one hidden state, and the method has no published form for long targets"
+    why = "an edit has room for a few tokens, and the method has no published form for long targets"
     return [f"{', '.join(names)}: {why}: {those}; expect little of them to be learned (docs/footguns.md)"]
 
 

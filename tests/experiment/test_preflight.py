@@ -80,8 +80,8 @@ def long_note(words: int, names: Iterable[str]) -> list[str]:
     return long_targets(events, build_model("llama"), {name: EDITORS.get(name) for name in names})
 
 
-def test_a_long_target_is_warned_of_where_an_edit_is_one_hidden_state_and_nowhere_else() -> None:
-    named = {n for n in NAMES if EDITORS.get(n).traits.one_state}
+def test_a_long_target_is_warned_of_where_an_edit_has_room_for_a_few_tokens_and_nowhere_else() -> None:
+    named = {n for n in NAMES if EDITORS.get(n).traits.short_targets}
     assert named >= {n for n in NAMES if issubclass(EDITORS.get(n), LocateEditor)}
     assert not named & {"scr", "lora", "locft", "finetune", "balancedit", "ultraedit", "mend", "noop"}
     assert {"alphaedit", "rome", "neuraldb", "grace"} <= named

@@ -116,7 +116,7 @@ class TPatcher(Editor):
     """
 
     summary = "a trained neuron in the last MLP for each wrong token (T-Patcher)"
-    traits = Traits(undo=True, uses=frozenset({"train_pool"}))
+    traits = Traits(undo=True, short_targets=True, uses=frozenset({"train_pool"}))
     Config = TPatcherConfig
 
     def work(self, batch: int) -> Work:

@@ -172,7 +172,7 @@ class Grace(CodebookEditor):
     """Each entry has one value vector, which replaces the layer's output at prompt positions; decided once at prefill."""
 
     summary = "codebook of output vectors at the last prompt token, balls split and expand (GRACE)"
-    traits = Traits(gated=True, undo=True, one_state=True)
+    traits = Traits(gated=True, undo=True, short_targets=True)
     Config = GraceConfig
     published, defaults = PUBLISHED, {"layer": -2, "steps": 100}
     _key = staticmethod(last_position)

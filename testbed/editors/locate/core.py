@@ -126,7 +126,7 @@ def middle(layers: tuple[int, ...]) -> int:
 class LocateEditor(WeightEditor):
     """Targets, one sweep of keys and residuals, a ridge solve a layer. Subclasses choose the prior and what else differs."""
 
-    traits = Traits(weights=True, one_state=True, uses=frozenset({"train_pool"}))
+    traits = Traits(weights=True, short_targets=True, uses=frozenset({"train_pool"}))
     history = False
     """Past keys are constraints of every later solve."""
     bare_share = 0.5

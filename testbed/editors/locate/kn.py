@@ -91,7 +91,7 @@ class KnowledgeNeurons(WeightEditor):
     """
 
     summary = "rewrites the columns of the neurons that an old answer is attributed to (Knowledge Neurons)"
-    traits = Traits(weights=True, undo=True, learns="rule", uses=frozenset({"paraphrase", "previous", "train_pool"}))
+    traits = Traits(weights=True, undo=True, learns="rule", short_targets=True, uses=frozenset({"paraphrase", "previous", "train_pool"}))
     Config = KNConfig
 
     def work(self, batch: int) -> Work:

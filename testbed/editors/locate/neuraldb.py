@@ -111,7 +111,7 @@ class NeuralDB(Editor):
     """A row an edit: its key, its residual, its fact. The newest row of a fact answers."""
 
     summary = "keys and residuals of edits in a store, looked up at every token (NeuralDB)"
-    traits = Traits(gated=True, undo=True, one_state=True)
+    traits = Traits(gated=True, undo=True, short_targets=True)
     Config = NeuralDBConfig
     defaults = DEFAULTS
     bare_share = LocateEditor.bare_share
