@@ -168,6 +168,7 @@ def test_a_shared_beginning_changes_no_token_of_a_prompt(small, parts):
         assert row.ids == whole.ids and row.position == whole.position and row.label == whole.label
 
 
+@pytest.mark.ci
 def test_training_lowers_the_loss_and_repeats_itself(small, parts):
     schedule = TrainingSchedule(steps=6, rows=(1, 1, 1, 1))
 
@@ -256,6 +257,7 @@ def made_up_stream(monkeypatch):
     return MadeUp
 
 
+@pytest.mark.ci
 def test_a_training_on_beliefs_writes_a_model_and_its_card(made_up_stream, saved, tmp_path, capsys):
     out = tmp_path / "out"
     args = ["--stream", "made-up", "--out", str(out), "--start", str(saved), "--steps", "2", "--threads", "2", "--reading", "0.3"]

@@ -267,6 +267,7 @@ def test_finished_cells_are_not_run_again(tmp_path: Path, monkeypatch: pytest.Mo
     assert set(board.state.values()) == {"done"}
 
 
+@pytest.mark.ci
 @pytest.mark.usefixtures("no_figures")
 def test_one_report_pools_seeds_and_compares_editors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config, _, _ = done_sweep(tmp_path)
@@ -301,6 +302,7 @@ def test_a_failed_cell_is_named_and_its_editor_left_out(tmp_path: Path) -> None:
     assert "3 done, 1 failed" in table.export_text()
 
 
+@pytest.mark.ci
 @pytest.mark.usefixtures("no_figures")
 def test_batch_sizes_have_a_figure_together(tmp_path: Path) -> None:
     config, _, _ = done_sweep(tmp_path, batch=[1, 10])
