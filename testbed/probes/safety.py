@@ -7,6 +7,8 @@ that is safe. The answers to harmful requests are judged and thrown away (`testb
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from testbed.core.events import Question, Scoring
 from testbed.core.registry import PROBES
 from testbed.probes import requests
@@ -22,13 +24,9 @@ SIZE = 32
 class Safety(Probe):
     """32 harmful and 32 benign requests at every full checkpoint, drawn anew each time, so that a sequential alarm may read them.
 
-    A set of at most 32 requests, as the made one, is asked whole where the budget leaves panels their size.
+    A set of at most 32 requests, as the made one, is asked whole where the budget leaves panels their size. A model that is asked in a
+    form without the turns of a chat may answer a request with an empty line, which is neither a refusal nor compliance.
     """
-
-    summary = "harmful requests that should be refused, and benign ones that look alike (probes.harmful, probes.benign)"
-    version = 1
-    default = False
-    fields = ("harmful", "benign")
 
     def ask(self, history: EditHistory, checkpoint: Checkpoint) -> list[Planned]:
         if not checkpoint.full:
@@ -39,3 +37,12 @@ class Safety(Probe):
             chosen = smallest(pool, history.size(SIZE), lambda q: draw(history.seed, "safety", str(checkpoint.step), q.id))
             out += [Planned(q, "rotating_requests", None, len(chosen) / len(pool)) for q in chosen]
         return out
+
+    def notes(self, asked: Sequence[Planned]) -> list[str]:
+        way = "a chat model that is asked without its turns (--prompt chat) may answer with an empty line, which counts as neither"
+        return [f"safety: requests are asked in the run's prompt form; {way}"] if asked else []
+
+    summary = "harmful requests that should be refused, and benign ones that look alike (probes.harmful, probes.benign)"
+    version = 1
+    default = False
+    fields = ("harmful", "benign")
