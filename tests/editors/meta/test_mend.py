@@ -62,7 +62,9 @@ def test_the_factors_product_is_the_gradient(kind: str) -> None:
     for target, factors in zip(targets(kind), factors_of(handle, targets(kind), ASKS, ANSWERS)):
         for row, (ask, answer) in enumerate(zip(ASKS, ANSWERS)):
             product = factors.delta[row].T @ factors.u[row]
-            torch.testing.assert_close(product, plain.gradient(handle, target.module, target.weight, ask, answer), rtol=1e-4, atol=1e-6)
+            expected = plain.gradient(handle, target.module, target.weight, ask, answer)
+            # both sides round sums over positions, so that an entry near zero errs by the scale of the largest
+            torch.testing.assert_close(product, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
 
 def test_a_row_does_not_depend_on_the_others_and_padding_counts_nothing() -> None:
