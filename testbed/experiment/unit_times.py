@@ -21,6 +21,8 @@ ROWS, LAYERS = 4, 2
 """Rows and layers of the larger of two measurements between which, and beyond which, time is a straight line."""
 TOGETHER = (8, 32)
 """Fewest and most questions of the larger of two timed groups."""
+GENERATED = 16
+"""Tokens of the longest answer that is timed; longer ones go on by the line through one token and so many."""
 _QUICK = 0.3
 """Seconds under which a piece is timed a second time, because the first pass includes one-time costs."""
 _ORDER, _NUMBERS = 512, 500_000
@@ -82,14 +84,23 @@ class UnitTimes:
         return self._seconds(lambda: torch.linalg.solve(a, a))
 
     def questions(self, asked: Sequence[Question], max_new_tokens: int, seconds: float) -> Callable[[float], float]:
-        """Seconds of n questions that are asked together, from a group of two and one that takes about these seconds."""
+        """Seconds of n questions that are asked together, from a group of two and one that takes about these seconds.
 
-        def group(n: int, tokens: int = max_new_tokens) -> float:
+        Answers longer than `GENERATED` tokens are counted at their full length, at which a model that stops sooner takes less.
+        """
+
+        def timed(n: int, tokens: int) -> float:
             part = asked[:: max(1, len(asked) // n)][:n]
             return self._once(lambda: answer_base(self.handle, part, tokens))
 
+        def group(n: int) -> float:
+            seconds = timed(n, min(max_new_tokens, GENERATED))
+            if max_new_tokens <= GENERATED:
+                return seconds
+            return _line([1, GENERATED], [timed(n, 1), seconds])(max_new_tokens)
+
         few = min(2, len(asked))
-        group(few, 1)  # one-time costs
+        timed(few, 1)  # one-time costs
         small = group(few)
         many = min(len(asked), max(TOGETHER[0], min(TOGETHER[1], round(seconds / small * few))))
         return _line([few, many], [small, group(many)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from io import StringIO
 from pathlib import Path
@@ -17,7 +17,7 @@ from streams.base import StreamConfig
 from testbed.core.events import EditBatch
 from testbed.core.registry import EDITORS, STREAMS
 from testbed.editors.work import Work
-from testbed.experiment import estimate, schedule
+from testbed.experiment import estimate, schedule, unit_times
 from testbed.experiment.config import RunConfig
 from testbed.experiment.outline import Outline, outline
 from testbed.experiment.unit_times import UnitTimes
@@ -136,6 +136,25 @@ def test_seconds_grow_with_every_count() -> None:
     assert units.step(8, 2) >= units.step(1, 2) > 0
     assert units.eigen(100) > units.solve(100) > 0
     assert torch.isfinite(torch.tensor([units.token, units.number, units.forward(3), units.fact_tokens])).all()
+
+
+def test_long_answers_are_counted_at_their_length_and_timed_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a group of n questions takes n (1 + tokens) seconds, one of 200 tokens is counted with 201, though 16 are timed at most."""
+    handle = load("tiny")
+    stream = STREAMS.get("world-yearly")(StreamConfig())
+    units, timed = UnitTimes(handle, stream.events(8)), list[tuple[int, int]]()
+    monkeypatch.setattr(unit_times, "answer_base", lambda handle, part, tokens: timed.append((len(part), tokens)))
+
+    def seconds(work: Callable[[], object]) -> float:
+        work()
+        n, tokens = timed[-1]
+        return n * (1.0 + tokens)
+
+    monkeypatch.setattr(units, "_once", seconds)
+    asked = stream.questions(stream.events(1)[0])[:1] * 64
+    assert units.questions(asked, 200, 1e4)(30) == pytest.approx(30 * 201)
+    assert {tokens for _, tokens in timed} == {1, 16}
+    assert units.questions(asked, 8, 1e4)(30) == pytest.approx(30 * 9)
 
 
 def outline_of_trained(out: Path, *settings: str) -> Outline:
