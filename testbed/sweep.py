@@ -27,6 +27,7 @@ from testbed.core.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, o
 from testbed.core.terminal import ended_by_its_reader
 from testbed.experiment.command import run_command
 from testbed.experiment.config import BadConfig, set_fields
+from testbed.model.progress import LINE_SECONDS
 from testbed.run import read_yaml
 from testbed.storage.files import StoreError, write_json
 from testbed.sweeps.grid import Cell, Grid, expand, run_cell
@@ -94,6 +95,13 @@ class Board:
             about = {"editor": cell.editor, "seed": cell.config.seed, "folder": folder, "config": cell.config.stored()}
             cells[i] = {**about, "state": self.state[i], "error": self.error.get(i)}
         write_json(self.folder / "sweep.json", {"comparisons": self.grid.comparisons, "cells": cells})
+
+    def line(self) -> str:
+        """How many cells are in each state, and the newest saved step of those that run."""
+        counts = ", ".join(f"{n:,} {s}" for s, n in sorted(Counter(self.state.values()).items()))
+        running = (self.grid.cells[i] for i, state in self.state.items() if state == "running")
+        steps = [f"{c.editor} of order {c.config.seed} after step {c.step:,}" for c in running]
+        return "; ".join([f"cells: {counts}", *steps])
 
     def table(self) -> Table:
         """One row per cell: its editor, seed, state, newest saved step and comparison."""
@@ -190,9 +198,18 @@ def _outcomes(ray: Any, config: SweepConfig, cells: Sequence[Cell], show: Callab
 
 @contextmanager
 def _live(board: Board, console: Console) -> Generator[Callable[[], None]]:
-    """A function that updates the board and, on a terminal, its table."""
+    """A function that updates the board and, on a terminal, its table; elsewhere it prints a line a minute."""
     if not console.is_terminal:
-        yield board.update
+        printed = time.monotonic()
+
+        def line() -> None:
+            nonlocal printed
+            board.update()
+            if time.monotonic() - printed >= LINE_SECONDS:
+                printed = time.monotonic()
+                console.print(board.line(), markup=False, highlight=False, soft_wrap=True)
+
+        yield line
         return
     with Live(board.table(), console=console, transient=True) as live:
 

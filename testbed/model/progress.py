@@ -69,9 +69,12 @@ _SHOWN: ContextVar[Bars | None] = ContextVar("shown", default=None)
 
 
 @contextmanager
-def bars() -> Iterator[Bars]:
+def bars(lines: Callable[[str], None] | None = None) -> Iterator[Bars]:
     """Bars on standard error, gone when the work is done; inside other bars, one more line among them. Where standard error is no
-    terminal, a line is printed at most once a minute."""
+    terminal, a line is printed at most once a minute.
+
+    lines: takes these lines in the place of standard error, which shows nothing then.
+    """
     outer = _SHOWN.get()
     if outer is not None:
         yield outer
@@ -86,8 +89,10 @@ def bars() -> Iterator[Bars]:
         TextColumn("{task.fields[success]}"),
         TimeRemainingColumn(),
     )
-    lines = None if console.is_terminal else partial(console.print, markup=False, highlight=False, soft_wrap=True)
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    live = console.is_terminal and lines is None
+    if lines is None and not live:
+        lines = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    with Progress(*columns, console=console, disable=not live) as progress:
         shown = Bars(progress, lines)
         token = _SHOWN.set(shown)
         try:

@@ -55,7 +55,7 @@ class Cell:
 
     @property
     def log(self) -> Path:
-        """The log of its runs: start and resumption with the host, stand-ins, skipped records."""
+        """The log of its runs: start and resumption with the host, stand-ins, skipped records, and a line a minute on the progress."""
         return self.folder.with_name(f"{self.folder.name}.log")
 
     def say(self, line: str) -> None:
@@ -186,6 +186,7 @@ def run_cell(cell: Cell, cpus: int) -> str | None:
     import torch  # imported here, as the modules below that import it: --help of a sweep is faster without it
 
     from testbed.experiment import runner
+    from testbed.model.progress import bars
     from testbed.storage.shared_cache import exclusive
 
     torch.set_num_threads(cpus)
@@ -195,7 +196,8 @@ def run_cell(cell: Cell, cpus: int) -> str | None:
         config = replace(cell.config, out=None, resume=cell.folder) if cell.begun else cell.config
         cell.say(f"{'resumed' if cell.begun else 'started'} on {socket.gethostname()}, process {os.getpid()}")
         try:
-            runner.study(config, cell.say)
+            with bars(cell.say):
+                runner.study(config, cell.say)
         except user_errors() as e:
             return str(e)
         except Exception:

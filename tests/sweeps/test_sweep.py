@@ -178,16 +178,23 @@ def test_the_table_distinguishes_cells_and_shows_their_steps(tmp_path: Path) -> 
     assert lines[2] == ["balancedit[w_pos=0.25]", "0", "running", "50", "batch=1"]
     assert lines[3] == ["balancedit[w_pos=0.25]", "0", "waiting", "batch=10"]
     assert [line[0] for line in lines[4:6]] == ["noop", "noop"]
+    assert board.line() == "cells: 1 running, 3 waiting; balancedit[w_pos=0.25] of order 0 after step 50"
 
 
-def test_on_a_terminal_the_table_is_live_and_elsewhere_silent(tmp_path: Path) -> None:
+def test_on_a_terminal_the_table_is_live_and_elsewhere_a_line_a_minute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     board = Board(tmp_path / "out", expand({"editor": "noop"}, tmp_path / "out"))
-    for terminal in (True, False):
-        shown = io.StringIO()
-        with sweeps._live(board, Console(file=shown, force_terminal=terminal, width=80)) as live:
+
+    def shown(terminal: bool) -> str:
+        out = io.StringIO()
+        with sweeps._live(board, Console(file=out, force_terminal=terminal, width=80)) as live:
             live()
-        assert ("waiting" in shown.getvalue()) == terminal
-        assert terminal or shown.getvalue() == ""
+            live()
+        return out.getvalue()
+
+    assert "waiting" in shown(terminal=True)
+    assert shown(terminal=False) == ""  # no minute has passed
+    monkeypatch.setattr(sweeps, "LINE_SECONDS", 0.0)
+    assert shown(terminal=False) == "cells: 1 waiting\n" * 2
 
 
 def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -359,12 +366,14 @@ def test_a_cell_is_made_resumed_and_left_alone(tmp_path: Path, monkeypatch: pyte
 
     with monkeypatch.context() as patch:
         patch.setattr("testbed.experiment.runner.finish", lambda out: 1 / 0)
+        patch.setattr("testbed.model.progress.LINE_SECONDS", 0.0)
         assert (run_cell(cell, 1) or "").splitlines()[-1] == "ZeroDivisionError: division by zero"
     assert (cell.begun, cell.done, cell.step) == (True, False, 4)
     assert run_cell(cell, 1) is None
     assert cell.done
     assert [line.split(" on ")[0] for line in cell.log.read_text().splitlines() if "process" in line] == ["started", "resumed"]
     before = cell.log.read_text()
+    assert "finetune: 4 of 4, " in before
     assert run_cell(cell, 1) is None
     assert cell.log.read_text() == before
     assert "layer 99 does not exist" in (run_cell(wrong, 1) or "")

@@ -267,3 +267,12 @@ def test_bars_inside_bars_are_one_display() -> None:
         assert inner is outer
     with progress.bars() as fresh_one:
         assert fresh_one is not outer
+
+
+def test_lines_of_a_minute_go_where_they_are_asked_for(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    lines: list[str] = []
+    with progress.bars(lines.append), progress.bars() as shown:
+        shown.advance("grace", 3, 10)
+    assert [line.split(",")[0] for line in lines] == ["grace: 3 of 10"]
+    assert capsys.readouterr().err == ""
