@@ -123,19 +123,24 @@ def apply_steps(
 ) -> AppliedSteps:
     """Make the edits of each step in one batch, with the reference implementation or as the run does."""
     editor.prepare(handle, stream.train_pool())
-    handle.cache.clear()
+    forget(handle)
     seconds, losses, failed = [], [], 0
     for n, events in enumerate(steps, 1):
         if reference:
-            moments = {k: v for k, v in handle.cache.items() if k == "second moments"}
-            handle.cache.clear()
-            handle.cache.update(moments)
+            forget(handle)
         with whole_model(handle) if reference else nullcontext(), recorded_losses() as seen:
             spent, report = seconds_of(handle.device, partial(apply_edits, editor, stream, events, n))
         seconds.append(spent)
         losses.append(list(seen))
         failed += len(report.failed)
     return AppliedSteps([len(s) for s in steps], seconds, losses, failed)
+
+
+def forget(handle: ModelHandle) -> None:
+    """Drop what is kept on the model but the second moments of the corpus, which are computed once for all that is compared."""
+    moments = {k: v for k, v in handle.cache.items() if k == "second moments"}
+    handle.cache.clear()
+    handle.cache.update(moments)
 
 
 @dataclass(frozen=True)
