@@ -23,8 +23,8 @@ class Traits:
     """Its predictor is told the right answer (the oracle alone)."""
     learns: Literal["training", "context", "rule", "no"] = "training"
     """How an edit makes its target likelier: tensors are trained on it or solved for it; the fact is put into the prompt, which
-    takes a model that reads its prompt; a rule changes weights without looking at the target's probability, so that an edit may miss;
-    or not at all."""
+    takes a model that reads its prompt; a rule, or a module that was trained before, makes the change without looking at the target's
+    probability, so that an edit may miss; or not at all."""
     short_targets: bool = False
     """An edit has room for an answer of a few tokens: it is one hidden state (a target, a codebook's value), one token, or a neuron for
     each of a few tokens. The papers have no form for long answers, of which the user is warned before the first edit."""

@@ -23,6 +23,7 @@ import torch
 
 from testbed.core.events import Ask, Picture
 from testbed.editors.base import BadEditor
+from testbed.editors.retrieval.channels import ChannelFusion
 from testbed.editors.retrieval.fact_store import Version
 from testbed.model.encoding import collate
 from testbed.model.handle import ModelHandle
@@ -154,6 +155,8 @@ class Retriever:
     """(p, d) embeddings of these pictures."""
     min_image_similarity: float
     """Least cosine of two pictures that may show the same thing; -1 is no limit."""
+    fusion: ChannelFusion | None = None
+    """How channels are fused for a question with a picture; None takes the mean of both cosines."""
 
     def nearest(self, asks: Sequence[Ask], k: int) -> list[list[Retrieved]]:
         """The k facts most similar to each question, the most similar first; fewer where the store has fewer."""
@@ -170,11 +173,15 @@ class Retriever:
         return out
 
     def _nearest_by_picture(self, prompt: str, picture: Picture, k: int) -> list[Retrieved]:
-        """By the mean of both cosines, of texts and of pictures; facts whose picture shows something else are left out."""
+        """By the mean of both cosines, of texts and of pictures, or by fused channels; facts whose picture shows something else are left
+        out."""
         images = self.image_embeddings.first(len(self.image_rows)) @ image_embedding(self.handle, picture)
         texts = self.index.similarity([prompt], len(self.alive))[0][self.image_rows]
         alive = self.alive[self.image_rows] & (images >= self.min_image_similarity)
-        return [Retrieved(self.log[self.image_rows[i]], s) for i, s in most_similar((texts + images) / 2, alive, k)]
+        together = (texts + images) / 2
+        if self.fusion is not None:
+            together, alive = self.fusion.fused({"visual": images, "textual": texts, "joint": together}, alive)
+        return [Retrieved(self.log[self.image_rows[i]], s) for i, s in most_similar(together, alive, k)]
 
 
 class TextIndex(ABC):

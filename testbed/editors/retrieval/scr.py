@@ -9,6 +9,9 @@ The paper's three steps for a question x and a store F of facts, with the functi
 The setting `gate` replaces step 2, so that a run shows what each step contributes: `oracle-context` gives the right
 fact, `topk` passes every retrieved fact, `threshold` compares the similarity with a calibrated bound, `model` is the
 published confirmation by generation, and `index` compares the probabilities of the replies in one forward pass.
+
+Two options have the form of CARML (NeurIPS 2025, OpenReview hdJXzKZjY9) and are off by default: `channels` fuses several similarities
+for questions with a picture (`channels.py`), and `boost` raises the logits of the confirmed fact's answer (`boost.py`).
 """
 
 from __future__ import annotations
@@ -21,15 +24,17 @@ import numpy as np
 
 from streams.base import TrainPool
 from testbed.core.events import Ask, EditBatch
-from testbed.core.ranges import NonNegativeInt
+from testbed.core.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt
 from testbed.core.registry import EDITORS
 from testbed.editors.base import BadEditor, Traits
 from testbed.editors.retrieval import prompts
+from testbed.editors.retrieval.boost import AnswerBoost
+from testbed.editors.retrieval.channels import JOINT, fusion_of, named_channels
 from testbed.editors.retrieval.fact_editor import ContextPredictor, FactEditor, FactEditorConfig, PromptedAsk, retrieval_log
 from testbed.editors.retrieval.fact_store import FactStore, Version
 from testbed.editors.retrieval.retriever import Retrieved, Retriever
 from testbed.model.encoding import answer_ids
-from testbed.model.predictor import Predictor
+from testbed.model.predictor import ModelPredictor, Predictor
 
 _POOL = 256
 """Unedited questions of each kind, with and without a picture, that calibrate a threshold."""
@@ -47,6 +52,12 @@ class ScrConfig(FactEditorConfig):
     """Least similarity for gate=threshold; 0: calibrated on unedited questions of the train pool."""
     false_accept: float = 0.05
     """Share of the unedited questions that the calibrated threshold accepts a fact for."""
+    channels: str = JOINT
+    """Similarities for questions with a picture, of visual, textual and joint, joined by +; several are fused as CARML does."""
+    candidates: PositiveInt = 15
+    """Facts that each of several channels proposes (CARML: 15)."""
+    boost: NonNegativeFloat = 0.0
+    """What is added to the logits of the accepted fact's answer (CARML: 6); 0 leaves the answer to the model."""
 
     def problems(self) -> list[str]:
         out = super().problems()
@@ -54,6 +65,10 @@ class ScrConfig(FactEditorConfig):
             out.append(f"gate must be one of {', '.join(GATES)}, got {self.gate!r}")
         if not 0 < self.false_accept < 1:
             out.append(f"false_accept must be more than 0 and less than 1, got {self.false_accept}")
+        try:
+            named_channels(self.channels)
+        except ValueError as e:
+            out.append(str(e))
         return out
 
 
@@ -86,8 +101,13 @@ class Scr(FactEditor):
             self.notes.append("a similarity threshold stands in for the model's confirmation (gate=threshold)")
             if not self.config.threshold and not any(self._unedited):
                 raise BadEditor("the stream has no train pool to calibrate gate=threshold on: give --set scr.threshold=0.6 or the like")
+        if self.config.boost:
+            self.notes.append(
+                f"boost={self.config.boost:g} raises the logits of the stored answer: the answer is not the model's own"
+            )
         template = prompts.TEMPLATES[self.config.wording]
         k = self.config.k or template.max_facts
+        self.fusion = fusion_of(self.config.channels, self.config.candidates, k)
         self.notes.append(f"{k} facts retrieved; prompt template {self.config.wording!r}: {template.select!r}, {template.context!r}")
 
     def _edit(self, batch: EditBatch) -> dict[str, float]:
@@ -102,6 +122,10 @@ class Scr(FactEditor):
         """A similarity that the nearest facts of the share `false_accept` of these questions reach; 1 where there are no questions."""
         similarities = [retrieved[0].similarity if retrieved else 0.0 for retrieved in self.retriever().nearest(asks, 1)]
         return float(np.quantile(similarities, 1 - self.config.false_accept, method="higher")) + 1e-6 if similarities else 1.0
+
+    def retriever(self, step: int | None = None) -> Retriever:
+        """Retrieval with the channels that are set."""
+        return replace(super().retriever(step), fusion=self.fusion)
 
     def predictor(self) -> Predictor:
         return ScrPredictor(self.retriever(), self.config, self.store, self.threshold)
@@ -126,6 +150,9 @@ class ScrPredictor(ContextPredictor):
     def __init__(self, retriever: Retriever, config: ScrConfig, store: FactStore, threshold: Sequence[float]) -> None:
         super().__init__(retriever, config)
         self.store, self.threshold = store, threshold
+        self.boost = AnswerBoost(self.handle, config.boost) if config.boost else None
+        if self.boost is not None:
+            self.reader = ModelPredictor(self.handle, self.boost.around)
 
     def add_facts(self, asks: Sequence[Ask], answer_tokens: int) -> list[PromptedAsk]:
         retrieved = self.retriever.nearest(asks, self.config.k or self.template.max_facts)
@@ -136,6 +163,8 @@ class ScrPredictor(ContextPredictor):
     def _prompted(self, ask: Ask, answer_tokens: int, facts: list[Version], log: dict[str, Any]) -> PromptedAsk:
         prompted, used = self.fit_facts(ask, answer_tokens, facts, prompts.in_context)
         added = self.tokens(prompted) - self.tokens(ask) if used else 0
+        if self.boost is not None and used:
+            self.boost.remember(prompted, used[0].target)
         own = {"gate": self.config.gate, "used": [f.event_id for f in used], "added_tokens": added}
         return PromptedAsk(prompted, {"gate_tokens": 0, **log, **own, "dropped": log.get("dropped", 0) + len(facts) - len(used)})
 
