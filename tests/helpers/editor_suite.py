@@ -44,7 +44,7 @@ IN_CONTEXT: dict[str, dict[str, Any]] = {
 """Settings with which an editor that puts facts into the prompt learns on the committed model, which can rewrite answers too."""
 
 
-BRIEF: dict[str, Any] = {"train_steps": 4, "judge_every": 4, "held_out": 0.01, "normalise_over": 40, "prompts": 3}
+BRIEF: dict[str, Any] = {"train_steps": 4, "judge_every": 4, "held_out": 0.01, "normalise_over": 40, "prompts": 3, "trajectory": 2}
 """Settings with which a training on train edits, before the first edit, ends soon, and few prompts of a fact are read."""
 
 

@@ -14,24 +14,24 @@ StableEdit (MINE-USTC/StableEdit) is the same with a larger ridge (alpha 10) and
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from streams.base import TrainPool
-from testbed.core.events import Ask, EditBatch
+from testbed.core.events import Ask, EditEvent
 from testbed.core.ranges import NonNegativeInt, PositiveFloat
 from testbed.core.registry import EDITORS
 from testbed.core.timing import timed
 from testbed.editors.adapters.lowrank import AdaptedSuffix, find_target_modules
-from testbed.editors.base import BadEditor, EditFailed, EditorConfig, WeightEditor, appended, need, require_finite_loss, require_same
+from testbed.editors.base import EditFailed, EditorConfig, require_finite_loss
 from testbed.editors.hyperparameters import LLAMA_3_8B, MISTRAL_7B, SHALLOW, PublishedRow, Table, Values
+from testbed.editors.row_editor import RowEditor, Rows
 from testbed.editors.traits import Traits
 from testbed.editors.work import Work, down_shape
-from testbed.model.handle import ModelHandle, as_stored
+from testbed.model.handle import ModelHandle
 
 PUBLISHED: Table = {
     LLAMA_3_8B: PublishedRow(
@@ -75,19 +75,6 @@ class UltraEditConfig(EditorConfig):
     """Questions of the train pool whose rows enter the statistics before the first edit (StableEdit; paper: 0)."""
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Answer positions at every target: h (n, f) and g (n, d) by target, float32; owner: the event of each position."""
-
-    h: tuple[Tensor, ...]
-    g: tuple[Tensor, ...]
-    owner: tuple[str, ...]
-
-    def part(self, first: int, stop: int) -> Rows:
-        """The positions from `first` to `stop` - 1."""
-        return Rows(tuple(t[first:stop] for t in self.h), tuple(t[first:stop] for t in self.g), self.owner[first:stop])
-
-
 class RunningStatistics:
     """Mean and standard deviation (n - 1) of the rows seen so far, exact whatever their parts (Chan et al. 1979), float64."""
 
@@ -126,8 +113,8 @@ def change(h: Tensor, v: Tensor, ridge: float) -> Tensor:
 
 
 @EDITORS.register("ultraedit")
-class UltraEdit(WeightEditor):
-    """Rows of every batch at the target modules, and the weights that follow from them."""
+class UltraEdit(RowEditor):
+    """Rows (h, g) of every batch at the target modules, and the weights that follow from them."""
 
     summary = "one backward a batch, lifelong normalisation and a ridge solve (UltraEdit, StableEdit)"
     traits = Traits(weights=True, undo=True, uses=frozenset({"train_pool"}))
@@ -144,36 +131,15 @@ class UltraEdit(WeightEditor):
         return Work(forwards=2.0, steps=1.0, layers=layers, state_per_edit=_TOKENS * sum(t.f + t.d for t in targets))
 
     def _prepare(self, pool: TrainPool) -> None:
-        self.targets = find_target_modules(self.handle, self.hyper.modules)
-        self.bases = tuple(self.handle.parameter(t.weight).detach().float() for t in self.targets)
-        self.sizes: tuple[int, ...] = ()
-        self.rows = self.warm = self._none()
-        self._rebuild()
+        self.warm: Rows | None = None
+        self._start(find_target_modules(self.handle, self.hyper.modules))
         questions = [q for q in pool.questions if q.answer][: self.config.preheat]
         if questions:
             self.warm = self._gather([q.ask() for q in questions], [q.answer or "" for q in questions], ["pool"] * len(questions))
             self._rebuild()
 
-    def _none(self) -> Rows:
-        h, g = (tuple(torch.zeros(0, getattr(t, n), device=b.device) for t, b in zip(self.targets, self.bases)) for n in ("f", "d"))
-        return Rows(h, g, ())
-
-    def _edit(self, batch: EditBatch) -> dict[str, float]:
-        events = batch.events
-        new = self._gather([e.ask() for e in events], [e.target for e in events], [e.id for e in events])
-        self._take(new)
-        self.rows, self.sizes = self._grown(new), (*self.sizes, len(new.owner))
-        return {"tokens": float(len(new.owner))}
-
-    def _grown(self, new: Rows) -> Rows:
-        """All rows with the new ones; what was handed out before does not change."""
-        h = tuple(self._longer(f"h.{i}", old, rows) for i, (old, rows) in enumerate(zip(self.rows.h, new.h)))
-        g = tuple(self._longer(f"g.{i}", old, rows) for i, (old, rows) in enumerate(zip(self.rows.g, new.g)))
-        return Rows(h, g, (*self.rows.owner, *new.owner))
-
-    def _longer(self, name: str, old: Tensor, rows: Tensor) -> Tensor:
-        self._rooms[name] = appended(self._rooms.get(name, old), len(old), rows)
-        return self._rooms[name][: len(old) + len(rows)]
+    def _rows_of(self, events: Sequence[EditEvent]) -> Rows:
+        return self._gather([e.ask() for e in events], [e.target for e in events], [e.id for e in events])
 
     @timed("backward")
     def _gather(self, asks: Sequence[Ask], answers: Sequence[str], owners: Sequence[str]) -> Rows:
@@ -197,60 +163,20 @@ class UltraEdit(WeightEditor):
         g = tuple(x[read.to(x.device)].float() for x in gradients)
         return Rows(h, g, tuple(owners[int(i)] for i in read.nonzero()[:, 0]))
 
-    @timed("solve")
-    def _take(self, rows: Rows) -> None:
-        """Add a batch's rows to the statistics and its change to the weights."""
+    def _changes_of(self, rows: Rows) -> list[Tensor]:
+        """The ridge solve of a batch's rows, which the statistics count first."""
         self.statistics = self._counted(self.statistics if self.config.lifelong else self._unseen(), rows)
         changed = []
-        for done, (of_h, of_g), h, g in zip(self.changes, self.statistics, rows.h, rows.g):
+        for (of_h, of_g), h, g in zip(self.statistics, rows.h, rows.g):
             size = of_h.normalised(h).square().sum(1, keepdim=True)
-            changed.append(done + change(h, -self.hyper.lr * size * of_g.normalised(g), self.config.ridge))
-        self.changes = tuple(changed)
+            changed.append(change(h, -self.hyper.lr * size * of_g.normalised(g), self.config.ridge))
+        return changed
+
+    def _restart(self) -> None:
+        self.statistics = self._unseen() if self.warm is None else self._counted(self._unseen(), self.warm)
 
     def _unseen(self) -> Statistics:
         return tuple((RunningStatistics(), RunningStatistics()) for _ in self.targets)
 
     def _counted(self, statistics: Statistics, rows: Rows) -> Statistics:
         return tuple((of_h.with_rows(h), of_g.with_rows(g)) for (of_h, of_g), h, g in zip(statistics, rows.h, rows.g))
-
-    def _rebuild(self) -> None:
-        """Statistics and weights from the rows."""
-        self._rooms: dict[str, Tensor] = {}
-        self.statistics = self._counted(self._unseen(), self.warm)
-        self.changes = tuple(torch.zeros(t.d, t.f, dtype=torch.float64, device=b.device) for t, b in zip(self.targets, self.bases))
-        at = 0
-        for n in self.sizes:
-            self._take(self.rows.part(at, at + n))
-            at += n
-
-    def revert(self, event_ids: Iterable[str]) -> None:
-        """Remove the rows of these edits: what is left is what the other rows give. Raises `BadEditor` for an unknown id."""
-        gone, at, sizes = set(event_ids), 0, []
-        if unknown := gone - set(self.rows.owner):
-            raise BadEditor(f"{self.name} made no edit {', '.join(sorted(unknown))}")
-        for n in self.sizes:
-            sizes.append(sum(own not in gone for own in self.rows.owner[at : at + n]))
-            at += n
-        kept = torch.tensor([i for i, own in enumerate(self.rows.owner) if own not in gone], dtype=torch.long)
-        h, g = (tuple(t[kept.to(t.device)] for t in side) for side in (self.rows.h, self.rows.g))
-        self.rows = Rows(h, g, tuple(own for own in self.rows.owner if own not in gone))
-        self.sizes = tuple(n for n in sizes if n)
-        self._rebuild()
-
-    def edited_weights(self) -> dict[str, Tensor]:
-        return {t.weight: b + as_stored(t.module, c).to(b.dtype) for t, b, c in zip(self.targets, self.bases, self.changes)}
-
-    def _own(self) -> dict[str, Any]:
-        return {"model": self.handle.hash, "modules": [t.name for t in self.targets]}
-
-    def _state(self) -> dict[str, Any]:
-        rows = {f"{name}.{i}": t for name, side in (("h", self.rows.h), ("g", self.rows.g)) for i, t in enumerate(side)}
-        return {**rows, "owners": list(self.rows.owner), "sizes": list(self.sizes), **self._own()}
-
-    def _load(self, state: dict[str, Any]) -> None:
-        require_same(state, self._own())
-        owner = tuple(state["owners"])
-        h = (need(state, f"h.{i}", (len(owner), t.f)).to(b.device) for i, (t, b) in enumerate(zip(self.targets, self.bases)))
-        g = (need(state, f"g.{i}", (len(owner), t.d)).to(b.device) for i, (t, b) in enumerate(zip(self.targets, self.bases)))
-        self.rows, self.sizes = Rows(tuple(h), tuple(g), owner), tuple(state["sizes"])
-        self._rebuild()

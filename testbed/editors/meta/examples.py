@@ -9,7 +9,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from streams.base import TrainEdit
+from streams.base import TrainEdit, question_key
 from testbed.core.events import Ask, content_id
 from testbed.editors.base import BadEditor
 from testbed.model.encoding import PromptTooLong, UntokenizableAnswer, answer_ids, prompt_inputs
@@ -28,6 +28,7 @@ class MetaExample:
 
     edit: the prompt of the edit. answer: its new answer. rephrasing: another prompt, or picture, of the same question (the edit's
         own where there is none). locality: a question whose answer must stay. kept: that answer, "" where it is not known.
+    previous: the answer before the edit, "" where it is not known.
     """
 
     edit: Ask
@@ -35,6 +36,7 @@ class MetaExample:
     rephrasing: Ask
     locality: Ask
     kept: str
+    previous: str = ""
 
 
 @dataclass(frozen=True)
@@ -112,15 +114,30 @@ def drawn(edits: Sequence[TrainEdit], n: int, generator: torch.Generator) -> lis
     return [example(edits[i], edits, generator) for i in order]
 
 
+def drawn_apart(edits: Sequence[TrainEdit], n: int, generator: torch.Generator) -> list[MetaExample]:
+    """As `drawn`, of different questions, so that no edit gives one of them another answer."""
+    order = torch.randperm(len(edits), generator=generator).tolist()
+    return [example(e, edits, generator) for e in apart([edits[i] for i in order])[:n]]
+
+
+def apart(edits: Sequence[TrainEdit]) -> list[TrainEdit]:
+    """The first edit of each question, in their order."""
+    first: dict[tuple[str, str], TrainEdit] = {}
+    for edit in edits:
+        first.setdefault(question_key(edit.event), edit)
+    return list(first.values())
+
+
 def example(edit: TrainEdit, others: Sequence[TrainEdit], generator: torch.Generator) -> MetaExample:
     """One rephrasing and one locality question of an edit; an edit without one gets the old answer of another entity's edit."""
     rephrasing = _one(edit.rephrasings, generator) if edit.rephrasings else edit.event.ask()
+    event, previous = edit.event, edit.event.previous or ""
     if edit.locality:
         question = _one(edit.locality, generator)
-        return MetaExample(edit.event.ask(), edit.event.target, rephrasing, question.ask(), question.answer or "")
+        return MetaExample(event.ask(), event.target, rephrasing, question.ask(), question.answer or "", previous)
     apart = [o for o in others if entity(o) != entity(edit)] or [edit]
     other = _one(apart, generator).event
-    return MetaExample(edit.event.ask(), edit.event.target, rephrasing, other.ask(), other.previous or "")
+    return MetaExample(event.ask(), event.target, rephrasing, other.ask(), other.previous or "", previous)
 
 
 def _one(items: Sequence[T], generator: torch.Generator) -> T:

@@ -113,8 +113,27 @@ def factors_of(handle: ModelHandle, targets: Sequence[TargetModule], asks: Seque
     Raises `EditFailed` where a loss is not finite, and what `hooked_forward` raises.
     """
     forward = hooked_forward(handle, targets, asks, answers)
+    real = forward.batch.prompt | forward.batch.answer
+    return [_factors(u, delta, real.to(u.device)) for u, delta in _traced(forward)]
+
+
+def answer_rows(
+    handle: ModelHandle, targets: Sequence[TargetModule], asks: Sequence[Ask], answers: Sequence[str]
+) -> tuple[list[Tensor], list[Tensor], list[int]]:
+    """The factors of equation 1 where answer tokens are predicted alone: by target u (n, f) and delta (n, d) float32, and the row of each.
+
+    The loss and the errors are those of `factors_of`.
+    """
+    forward = hooked_forward(handle, targets, asks, answers)
+    read, traced = forward.batch.before_answer, _traced(forward)
+    us, deltas = ([x[read.to(x.device)].float() for x in side] for side in zip(*traced))
+    return us, deltas, read.nonzero()[:, 0].tolist()
+
+
+def _traced(forward: HookedForward) -> list[tuple[Tensor, Tensor]]:
+    """(B, T, f) inputs and (B, T, d) gradients at each target's output, of the sum of the rows' losses."""
     shape, acts = forward.batch.prompt.shape, list[Tensor]()
-    probes = [torch.zeros(*shape, t.d, device=handle.parameter(t.weight).device, requires_grad=True) for t in targets]
+    probes = [torch.zeros(*shape, t.d, device=forward.handle.parameter(t.weight).device, requires_grad=True) for t in forward.targets]
 
     def add(act: Tensor, probe: Tensor) -> Tensor:
         acts.append(act.detach().float())
@@ -125,11 +144,24 @@ def factors_of(handle: ModelHandle, targets: Sequence[TargetModule], asks: Seque
         if not torch.isfinite(losses).all():
             raise EditFailed(f"the loss of an edit is {losses.detach().tolist()} under the weights as they are, so it has no gradient")
         gradients = torch.autograd.grad(losses.sum(), probes)
-    real = forward.batch.prompt | forward.batch.answer
-    return [_factors(u, delta, real.to(u.device)) for u, delta in zip(acts, gradients)]
+    return list(zip(acts, gradients))
 
 
 def _factors(u: Tensor, delta: Tensor, real: Tensor) -> GradientFactors:
     kept = real & (u != 0).any(-1) & (delta != 0).any(-1)
     mask = kept[..., None]
     return GradientFactors(torch.where(mask, u, 0.0), torch.where(mask, delta.float(), 0.0), kept)
+
+
+def low_rank_adds(changes: Sequence[tuple[Tensor, Tensor]], group: Tensor) -> list[Add]:
+    """By target, what the change of each row's own group adds to the map's output.
+
+    changes: left (G, K, f) and right (G, K, d) by target; the change of group g is right[g]^T left[g]. group: (B,) int64.
+    """
+    own = [(left[group.to(left.device)], right[group.to(right.device)]) for left, right in changes]
+    return [lambda act, left=left, right=right: act.float() @ left.mT @ right for left, right in own]
+
+
+def dense_adds(changes: Sequence[Tensor]) -> list[Add]:
+    """By target, what one change (d, f) of the weight adds to the map's output, the same for all rows."""
+    return [lambda act, c=c: act.float() @ c.to(act.device, torch.float32).mT for c in changes]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -27,31 +27,20 @@ class MendNetwork:
         V.SHAPE.k (r, n), U.SHAPE.k (n, r), b.SHAPE.k (n,): block k of the weights of a shape, n = f + d
         s.i.k (n,), o.i.k (n,), alpha.i (): of the i-th weight
     statistics: mean.i (n,) and dev.i (n,) of [u; delta] at the i-th weight over the train edits (equation 2).
-    edits_at_once: rows of factors that make one change together.
+    edits_at_once: rows of factors that make one change together. blocks: residual blocks, two as published.
     """
 
     tensors: Mapping[str, Tensor]
     statistics: Mapping[str, Tensor]
     shapes: tuple[str, ...]
     """Of each weight, "dxf"."""
-    edits_at_once: int
+    edits_at_once: int = 1
+    blocks: int = _BLOCKS
 
     @classmethod
-    def fresh(cls, handle: ModelHandle, targets: Sequence[TargetModule], h: Any) -> MendNetwork:
+    def fresh(cls, handle: ModelHandle, targets: Sequence[TargetModule], h: Any) -> Self:
         """The identity, with statistics that change nothing. h: hyper-parameters with rank, alpha, train_seed and edits_at_once."""
-        generator, tensors, statistics = generator_of(h.train_seed, 0), dict[str, Tensor](), dict[str, Tensor]()
-        shapes = tuple(f"{t.d}x{t.f}" for t in targets)
-        for shape, n in {s: t.d + t.f for s, t in zip(shapes, targets)}.items():
-            rank = min(h.rank, n)
-            for k in range(_BLOCKS):
-                tensors[f"V.{shape}.{k}"] = torch.randn(rank, n, generator=generator) / n**0.5
-                tensors[f"U.{shape}.{k}"], tensors[f"b.{shape}.{k}"] = torch.zeros(n, rank), torch.zeros(n)
-        for i, t in enumerate(targets):
-            n = t.d + t.f
-            for k in range(_BLOCKS):
-                tensors[f"s.{i}.{k}"], tensors[f"o.{i}.{k}"] = torch.ones(n), torch.zeros(n)
-            tensors[f"alpha.{i}"] = torch.tensor(float(h.alpha))
-            statistics[f"mean.{i}"], statistics[f"dev.{i}"] = torch.zeros(n), torch.ones(n)
+        tensors, statistics, shapes = identity(targets, h, _BLOCKS)
         own = {name: t.to(handle.device).requires_grad_(True) for name, t in tensors.items()}
         return cls(own, {name: t.to(handle.device) for name, t in statistics.items()}, shapes, h.edits_at_once)
 
@@ -65,10 +54,14 @@ class MendNetwork:
         """(n, f) and (n, d) pseudo-activations and pseudo-deltas of the i-th weight, from (n, f) and (n, d), by equations 2 and 3."""
         z = (torch.cat([u, delta], -1) - self.statistics[f"mean.{i}"]) / self.statistics[f"dev.{i}"]
         shape, of = self.shapes[i], self.tensors
-        for k in range(_BLOCKS):
+        for k in range(self.blocks):
             inner = z @ of[f"V.{shape}.{k}"].mT @ of[f"U.{shape}.{k}"].mT + of[f"b.{shape}.{k}"]
-            z = z + (of[f"s.{i}.{k}"] * inner + of[f"o.{i}.{k}"]).clamp(min=0)  # unlike relu's, its gradient at 0 is 1
+            z = z + self.residual(inner, of[f"s.{i}.{k}"], of[f"o.{i}.{k}"])
         return z[..., : u.shape[-1]], z[..., u.shape[-1] :]
+
+    def residual(self, inner: Tensor, s: Tensor, o: Tensor) -> Tensor:
+        """(n, f + d) what a block adds to its input, from U V z + b and the weight's own scale and offset."""
+        return (s * inner + o).clamp(min=0)  # unlike relu's, its gradient at 0 is 1
 
     def changed(self, factors: Sequence[GradientFactors]) -> list[tuple[Tensor, Tensor]]:
         """Equation 4 by weight, in factors: left (G, K, f) holds u~, right (G, K, d) holds -alpha delta~, and the change of the
@@ -98,15 +91,36 @@ class MendNetwork:
         """All tensors by name, as a state of the editor holds them."""
         return {f"net.{name}": t.detach() for name, t in {**self.tensors, **self.statistics}.items()}
 
-    def loaded(self, state: Mapping[str, Tensor]) -> MendNetwork:
+    def loaded(self, state: Mapping[str, Tensor]) -> Self:
         """The network that `state` gave, for use and not for training."""
         tensors, statistics = ({n: state[f"net.{n}"] for n in of} for of in (self.tensors, self.statistics))
-        return MendNetwork(tensors, statistics, self.shapes, self.edits_at_once)
+        return self.with_tensors(tensors, statistics)
 
-    def with_tensors(self, tensors: Mapping[str, Tensor], statistics: Mapping[str, Tensor] | None = None) -> MendNetwork:
+    def with_tensors(self, tensors: Mapping[str, Tensor], statistics: Mapping[str, Tensor] | None = None) -> Self:
         """With other trained tensors and, where they are given, other statistics."""
-        return MendNetwork(tensors, self.statistics if statistics is None else statistics, self.shapes, self.edits_at_once)
+        return replace(self, tensors=tensors, statistics=self.statistics if statistics is None else statistics)
 
-    def copy(self) -> MendNetwork:
+    def copy(self) -> Self:
         """The same numbers in leaf tensors of their own, for training."""
         return self.with_tensors({n: t.detach().clone().requires_grad_(True) for n, t in self.tensors.items()})
+
+
+def identity(targets: Sequence[TargetModule], h: Any, blocks: int) -> tuple[dict[str, Tensor], dict[str, Tensor], tuple[str, ...]]:
+    """Tensors of a network that changes nothing, statistics that change nothing, and the shape of each weight.
+
+    h: hyper-parameters with rank, alpha and train_seed.
+    """
+    generator, tensors, statistics = generator_of(h.train_seed, 0), dict[str, Tensor](), dict[str, Tensor]()
+    shapes = tuple(f"{t.d}x{t.f}" for t in targets)
+    for shape, n in {s: t.d + t.f for s, t in zip(shapes, targets)}.items():
+        rank = min(h.rank, n)
+        for k in range(blocks):
+            tensors[f"V.{shape}.{k}"] = torch.randn(rank, n, generator=generator) / n**0.5
+            tensors[f"U.{shape}.{k}"], tensors[f"b.{shape}.{k}"] = torch.zeros(n, rank), torch.zeros(n)
+    for i, t in enumerate(targets):
+        n = t.d + t.f
+        for k in range(blocks):
+            tensors[f"s.{i}.{k}"], tensors[f"o.{i}.{k}"] = torch.ones(n), torch.zeros(n)
+        tensors[f"alpha.{i}"] = torch.tensor(float(h.alpha))
+        statistics[f"mean.{i}"], statistics[f"dev.{i}"] = torch.zeros(n), torch.ones(n)
+    return tensors, statistics, shapes

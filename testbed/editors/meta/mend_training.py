@@ -7,18 +7,19 @@ addition to the output of the map, and no weight is ever built.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from streams.base import TrainEdit
 from testbed.editors.adapters.lowrank import TargetModule
 from testbed.editors.locate.ultraedit import RunningStatistics
 from testbed.editors.meta.examples import MetaExample, MetaExamples, drawn, example, generator_of
-from testbed.editors.meta.gradients import Add, HookedForward, factors_of, hooked_forward
+from testbed.editors.meta.gradients import Add, HookedForward, factors_of, hooked_forward, low_rank_adds
 from testbed.editors.meta.mend_network import MendNetwork
 from testbed.model.handle import ModelHandle
+
+T = TypeVar("T")
 
 
 class Outer(NamedTuple):
@@ -48,7 +49,7 @@ class MendTask:
     def _statistics(self) -> list[RunningStatistics]:
         """Of the rows [u; delta] at each target over train edits, each edit with its own prompt and answer."""
         found = [RunningStatistics() for _ in self.targets]
-        for part in _parts(self.examples.train[: self.h.normalise_over], self._rows):
+        for part in parts_of(self.examples.train[: self.h.normalise_over], self._rows):
             factors = factors_of(self.handle, self.targets, [e.event.ask() for e in part], [e.event.target for e in part])
             rows = (torch.cat([f.u[f.kept], f.delta[f.kept]], -1) for f in factors)
             found = [s.with_rows(r) for s, r in zip(found, rows)]
@@ -72,19 +73,17 @@ class MendTask:
         right = (log_p.argmax(-1) == ids).float()
         beside = hooked_forward(self.handle, self.targets, [e.locality for e in batch], [e.kept for e in batch])
         nll = -log_p.gather(1, ids[:, None])[:, 0]
-        return Outer(asked.mean_by_row(nll), _divergence(beside, adds), asked.mean_by_row(right) == 1)
+        return Outer(asked.mean_by_row(nll), divergence(beside, adds), asked.mean_by_row(right) == 1)
 
     def _adds(self, changes: Sequence[tuple[Tensor, Tensor]], rows: int) -> list[Add]:
         """By target, what the change of each row's own group adds to the map's output."""
-        group = torch.arange(rows) // self.h.edits_at_once
-        own = [(left[group.to(left.device)], right[group.to(right.device)]) for left, right in changes]
-        return [lambda act, left=left, right=right: act.float() @ left.mT @ right for left, right in own]
+        return low_rank_adds(changes, torch.arange(rows) // self.h.edits_at_once)
 
     def judge(self) -> dict[str, float]:
         """Equation 5 on the held-out edits, with the same draws each time, and its parts."""
         generator, parts = generator_of(self.h.train_seed, 0), list[Outer]()
         held = self.examples.held_out
-        for part in _parts(held, self._rows):
+        for part in parts_of(held, self._rows):
             batch = [example(e, held, generator) for e in part]
             with torch.no_grad():
                 parts.append(self.outer(batch))
@@ -92,7 +91,7 @@ class MendTask:
         return {"loss": self.h.c_edit * rephrasing + self.h.c_loc * kept, "rephrasing_right": right, "kl_beside": kept}
 
 
-def _divergence(forward: HookedForward, adds: Sequence[Add]) -> Tensor:
+def divergence(forward: HookedForward, adds: Sequence[Add]) -> Tensor:
     """(R,) mean over the positions that predict the answer of KL(before || after), nats."""
     with torch.no_grad():
         before = forward.log_probabilities([])
@@ -100,6 +99,7 @@ def _divergence(forward: HookedForward, adds: Sequence[Add]) -> Tensor:
     return forward.mean_by_row((before.exp() * (before - after)).sum(-1))
 
 
-def _parts(edits: Sequence[TrainEdit], size: int) -> Iterator[Sequence[TrainEdit]]:
-    for at in range(0, len(edits), size):
-        yield edits[at : at + size]
+def parts_of(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    """The items in their order, so many at a time; the last part may be smaller."""
+    for at in range(0, len(items), size):
+        yield items[at : at + size]
