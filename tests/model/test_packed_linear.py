@@ -54,6 +54,21 @@ def test_losses_and_gradients_are_those_of_the_plain_weights(kind: str) -> None:
     assert not any("forward" in m.__dict__ for m in linear_maps(handle))
 
 
+@pytest.mark.skipif(not packed_linear.QUICK_BFLOAT16, reason="this processor has neither AVX-512 BF16 nor AMX")
+def test_products_in_bfloat16_are_rounded_and_leave_float32_activations() -> None:
+    handle = load(str(folder("llama")))
+    plain = loss_and_gradient(handle, 0)
+    with packed_layers(handle, 0, torch.bfloat16):
+        rounded = loss_and_gradient(handle, 0)
+    with packed_layers(handle, 0):
+        exact = loss_and_gradient(handle, 0)
+    for a, b, c in zip(plain, rounded, exact):
+        assert b.dtype == torch.float32
+        assert not torch.equal(b, c)
+        assert float((a - b).norm() / a.norm()) < 0.05
+        torch.testing.assert_close(a, c, rtol=1e-4, atol=1e-5)  # both orders of a weight are kept beside each other
+
+
 @needs_onednn
 def test_small_weights_stay_plain(monkeypatch: pytest.MonkeyPatch) -> None:
     handle = load(str(folder("llama")))

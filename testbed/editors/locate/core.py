@@ -15,7 +15,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from testbed.editors.locate.general_text import corpus_of, corpus_problem
 from testbed.editors.locate.keys import KeyComputation, ask_of, contexts_that_fit, draw_contexts, subject_of
 from testbed.editors.locate.second_moments import second_moments
 from testbed.editors.locate.solver import Prior, Ridge, Solution
-from testbed.editors.locate.targets import Targets, TargetTask, search, unchanged_outputs
+from testbed.editors.locate.targets import Targets, TargetTask, notes_on_products, search, unchanged_outputs
 from testbed.editors.locate.weight_changes import WeightDeltas
 from testbed.model.handle import ModelHandle
 from testbed.model.layout import adds_as_it_is
@@ -62,6 +62,9 @@ class TargetConfig(EditorConfig):
     """Their lengths in tokens, as many contexts of each."""
     end: bool = True
     """The end token is part of the target, so that a free generation stops after the answer."""
+    products: Literal["float32", "bfloat16"] = "float32"
+    """Numbers that a search multiplies with frozen weights on a CPU: float32, or bfloat16 (8 bits of precision), which is faster on
+    processors with AVX-512 BF16 or AMX."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,7 @@ class LocateEditor(WeightEditor):
 
     def _prepare(self, pool: TrainPool) -> None:
         self.pool = pool
+        self.notes += notes_on_products(self.handle, self.config.products)
         self.deltas = WeightDeltas(self.handle, self._check_layers())
         for stage, written in zip(self._stages(), self._written_stages()):
             if written != stage:

@@ -32,7 +32,7 @@ from testbed.editors.hyperparameters import SHALLOW, Values, model_key
 from testbed.editors.locate import memit
 from testbed.editors.locate.core import DEFAULTS, LocateEditor, TargetConfig, derived_layers, refuse_routed
 from testbed.editors.locate.keys import KeyComputation, ask_of, contexts_that_fit, draw_contexts
-from testbed.editors.locate.targets import TargetTask, search, unchanged_outputs
+from testbed.editors.locate.targets import TargetTask, notes_on_products, search, unchanged_outputs
 from testbed.editors.traits import Traits
 from testbed.editors.work import Work, down_shape
 from testbed.model.encoding import Batch
@@ -134,6 +134,7 @@ class NeuralDB(Editor):
     def _prepare(self, pool: TrainPool) -> None:
         self.layer = self.handle.layer_index(self.hyper.layer)
         refuse_routed(self.name, self.handle, [self.layer])
+        self.notes += notes_on_products(self.handle, self.config.products)
         if self.layer >= self.handle.n_layers - 1:
             raise BadEditor(
                 f"{self.name} cannot act beside layer {self.layer} of {self.handle.name}: what is written at the subject reaches the "

@@ -27,7 +27,7 @@ from testbed.editors.locate.keys import PromptRows, answer_rows, joined, kl_prom
 from testbed.model.answer_loss import answer_loss
 from testbed.model.handle import ModelHandle
 from testbed.model.layout import adds_as_it_is
-from testbed.model.packed_linear import packed_layers
+from testbed.model.packed_linear import QUICK_BFLOAT16, packed_layers
 from testbed.model.suffix import ModelSuffix, mean_by_row, suffix_behind, suffix_from_layer
 
 _SMALL_GROUP = 8
@@ -169,10 +169,24 @@ def search(task: TargetTask, h: Any, scale: Float[Tensor, "n ..."], loss_class: 
     scale = scale.reshape(len(scale), -1)
     found = _zero_targets(task, scale)
     for keep in _groups_of_like_width(task):
-        with packed_layers(task.handle, task.layer + 1):
+        with packed_layers(task.handle, task.layer + 1, dtype_of_products(h.products)):
             part = _search(task.part(keep), h, scale[keep], loss_class)
         found.delta[keep], found.loss[keep], found.steps[keep] = part.delta, part.loss, part.steps
     return found
+
+
+def dtype_of_products(products: str) -> torch.dtype:
+    """The dtype of a search's products with frozen weights: float32 where the processor is no faster in the one asked for."""
+    return torch.bfloat16 if products == "bfloat16" and QUICK_BFLOAT16 else torch.float32
+
+
+def notes_on_products(handle: ModelHandle, products: str) -> list[str]:
+    """A sentence where the products asked for are not those of a search on this model."""
+    if products == "float32" or (handle.device.type == "cpu" and handle.dtype == torch.float32 and QUICK_BFLOAT16):
+        return []
+    return [
+        f"products={products} is for float32 models on processors with AVX-512 BF16 or AMX: the search multiplies in {handle.dtype} here"
+    ]
 
 
 def _groups_of_like_width(task: TargetTask) -> list[list[int]]:

@@ -16,6 +16,7 @@ from testbed.core.events import Ask, EditBatch
 from testbed.editors.locate import targets
 from testbed.editors.locate.keys import KeyComputation, ask_of, draw_contexts, lookup, subject_of
 from testbed.editors.locate.targets import RowAdam, TargetLoss, TargetTask, search, unchanged_outputs
+from testbed.model import packed_linear
 from testbed.model.encoding import answer_ids, collate, prompt_in_template, prompt_inputs
 from testbed.model.handle import ModelHandle
 from testbed.model.suffix import suffix_from_layer
@@ -84,6 +85,27 @@ def test_edits_that_are_done_stop_and_leave_without_moving_the_others() -> None:
     kept = ~done
     if float(early.steps[kept]) == float(plain.steps[kept]):
         torch.testing.assert_close(early.delta[kept], plain.delta[kept], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.skipif(not packed_linear.QUICK_BFLOAT16, reason="this processor has neither AVX-512 BF16 nor AMX")
+def test_products_in_bfloat16_find_nearly_the_same_targets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_linear, "_LEAST", 0)  # the weights of the random model are small
+    unit = unchanged_outputs(build("llama"), FACTS, 1).norm(dim=1)
+    exact, rounded = (search(task(), replace(SMALL, products=p), unit) for p in ("float32", "bfloat16"))
+    assert not torch.equal(exact.delta, rounded.delta)
+    assert rounded.delta.dtype == torch.float32
+    assert (torch.nn.functional.cosine_similarity(exact.delta, rounded.delta) > 0.99).all()
+    torch.testing.assert_close(rounded.loss, exact.loss, rtol=0.05, atol=0.02)
+
+
+def test_products_that_the_processor_makes_no_faster_stay_as_they_are_and_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(targets, "QUICK_BFLOAT16", False)
+    assert targets.dtype_of_products("bfloat16") == torch.float32
+    (note,) = targets.notes_on_products(build("llama"), "bfloat16")
+    assert note.endswith("the search multiplies in torch.float32 here")
+    monkeypatch.setattr(targets, "QUICK_BFLOAT16", True)
+    assert targets.dtype_of_products("bfloat16") == torch.bfloat16
+    assert targets.notes_on_products(build("llama"), "bfloat16") == targets.notes_on_products(build("llama"), "float32") == []
 
 
 def test_the_clamp_holds_and_one_step_only_reads() -> None:
