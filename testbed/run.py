@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,10 @@ from testbed.core.plugins import load_plugins
 from testbed.core.registry import EDITORS, METRICS, MONITORS, PROBES, STREAMS, WRAPPERS
 from testbed.core.terminal import ended_by_its_reader
 from testbed.experiment.command import run_command
-from testbed.experiment.config import BadConfig, RunConfig, set_fields, stored_config, stored_threads
+from testbed.experiment.config import BadConfig, RunConfig, set_fields, stored_config
 from testbed.experiment.interrupt import StopRequest
 from testbed.experiment.protocols import defaults_of
+from testbed.storage.run_folder import RunFolder
 
 
 @ended_by_its_reader()
@@ -44,7 +45,10 @@ def _main(argv: list[str], console: Console) -> None:
     def say(line: str) -> None:
         console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
-    if line := threads.prepare(stored_threads(config.resume) if config.resume else None):
+    jobs = config.jobs or (threads.processes(len(config.editor)) if config.edits >= _MANY else 1)
+    config = replace(config, jobs=jobs)
+    stored = RunFolder(config.resume).manifest().get("threads") if config.resume else None  # a manifest of an older version has none
+    if line := threads.prepare(stored, min(jobs, len(config.editor))):
         say(line)
     # torch, transformers and pandas are imported from here on, so that --help is fast and OpenMP reads its settings late enough
     from transformers.utils import logging
@@ -95,6 +99,8 @@ def parse(argv: list[str]) -> RunConfig:
     return config
 
 
+_MANY = 100
+"""Edits from which a worker's start, some ten seconds, is repaid."""
 _FILE_WIDTH = 120
 """Characters in a line where the output is no terminal: the seven editors of the default run fit."""
 
@@ -107,7 +113,7 @@ def about() -> str:
 
 GROUPS = {
     "edits and questions": "stream data_root missing_images edits protocol batch seed probe_budget benchmarks",
-    "editors": "editor set plugin",
+    "editors": "editor set plugin jobs",
     "model": "model prompt device device_map dtype max_new_tokens",
     "files": "out resume save_every save_model cache track config log",
     "look without a run": "list dry_run",

@@ -8,12 +8,14 @@ grow line by line carry a checksum in each line instead.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import secrets
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,7 @@ def note_sum(temporary: Path, path: Path) -> None:
     """Append the line of a file that is about to be put in place, where a folder above it keeps sums."""
     root = _root(path)
     if root is not None:
-        with open(root / SUMS, "a", encoding="utf-8") as f:
+        with _alone(root), open(root / SUMS, "a", encoding="utf-8") as f:
             f.write(f"{_file_sum(temporary)}  {path.relative_to(root).as_posix()}\n")
             f.flush()
             os.fsync(f.fileno())
@@ -45,13 +47,25 @@ def drop_older_sums(path: Path) -> None:
     root = _root(path)
     if root is None:
         return
-    lines, end = (root / SUMS).read_bytes().splitlines(keepends=True), f"  {path.relative_to(root).as_posix()}\n".encode()
-    own = [n for n, line in enumerate(lines) if line.endswith(end)]
-    if len(own) > 1:
-        temporary = root / f".{SUMS}.{secrets.token_hex(4)}.tmp"
-        with open(temporary, "xb") as f:
-            f.writelines(line for n, line in enumerate(lines) if n not in own[:-1])
-        os.replace(temporary, root / SUMS)
+    with _alone(root):
+        lines, end = (root / SUMS).read_bytes().splitlines(keepends=True), f"  {path.relative_to(root).as_posix()}\n".encode()
+        own = [n for n, line in enumerate(lines) if line.endswith(end)]
+        if len(own) > 1:
+            temporary = root / f".{SUMS}.{secrets.token_hex(4)}.tmp"
+            with open(temporary, "xb") as f:
+                f.writelines(line for n, line in enumerate(lines) if n not in own[:-1])
+            os.replace(temporary, root / SUMS)
+
+
+@contextmanager
+def _alone(folder: Path) -> Generator[None]:
+    """Inside, no other process changes the sums of the folder."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def is_damaged(path: Path) -> bool:

@@ -11,13 +11,19 @@ import os
 import sys
 
 
-def prepare(threads: int | None = None) -> str:
+def processes(most: int) -> int:
+    """How many processes have a free core each, at most `most`; 1 where torch is loaded, as in a notebook."""
+    cores, load = free_cores()
+    return 1 if "torch" in sys.modules else max(1, min(most, round(cores - load)))
+
+
+def prepare(threads: int | None = None, processes: int = 1) -> str:
     """Let waiting threads sleep, and take as many threads as there are free cores, unless the user's environment says otherwise.
 
     Does nothing where torch is loaded, as in a notebook, because it would be too late.
 
-    threads: this number instead, for a run that goes on, because rounding depends on it. Returns a line for the user; empty
-    where all cores are used or `OMP_NUM_THREADS` was set before.
+    threads: this number instead, for a run that goes on, because rounding depends on it. processes: how many share the cores.
+    Returns a line for the user; empty where all cores are used or `OMP_NUM_THREADS` was set before.
     """
     if "torch" in sys.modules:
         return ""
@@ -25,11 +31,12 @@ def prepare(threads: int | None = None) -> str:
     if "OMP_NUM_THREADS" in os.environ:
         return ""
     cores, load = free_cores()
-    chosen = threads or max(1, min(cores, round(cores - load)))
+    chosen = threads or max(1, min(cores, round(cores - load)) // processes)
     os.environ["OMP_NUM_THREADS"] = str(chosen)
     if threads:
         return f"threads: {threads}, as when the run began"
-    return f"threads: {chosen} of {cores}, because the machine's load is {load:.1f} (OMP_NUM_THREADS chooses)" if chosen < cores else ""
+    busy = chosen * processes < cores
+    return f"threads: {chosen} of {cores}, because the machine's load is {load:.1f} (OMP_NUM_THREADS chooses)" if busy else ""
 
 
 def free_cores() -> tuple[int, float]:

@@ -18,7 +18,7 @@ from testbed.benchmarks import files as benchmarks
 from testbed.benchmarks.files import BadBenchmark, BenchmarkConfig
 from testbed.core import variants
 from testbed.core.plugins import BadPlugin, load_plugins, refuse_changed
-from testbed.core.ranges import PositiveInt, Seed, out_of_range
+from testbed.core.ranges import NonNegativeInt, PositiveInt, Seed, out_of_range
 from testbed.core.registry import EDITORS, STREAMS, WRAPPERS, UnknownName
 from testbed.core.schema import folder_name
 from testbed.experiment.protocols import ProtocolName, probes_of, prompt_of
@@ -87,6 +87,8 @@ class RunConfig:
     """Python files or modules with editors, streams, probes or monitors of your own, separated by commas."""
     max_new_tokens: PositiveInt = 16
     """Longest free generation, in tokens."""
+    jobs: NonNegativeInt = 0
+    """Editors at a time, each in a process of its own, on a CPU. 0: in a command of 100 edits or more one for each free core, else 1."""
     save_every: PositiveInt = 50
     """Edits between saved states, rounded up to whole steps; a stopped run goes on from the newest one."""
     save_model: Path | None = None
@@ -225,7 +227,7 @@ class RunConfig:
 
     def stored(self) -> dict[str, Any]:
         """The fields that a manifest keeps: all but output folders, logs and switches of the command line."""
-        skip = {"out", "resume", "config", "log", "dry_run", "list", "save_model", "save_every", "cache", "track"}
+        skip = {"out", "resume", "config", "log", "dry_run", "list", "save_model", "save_every", "cache", "track", "jobs"}
         skip |= set() if self.protocol else {"protocol"}
         return {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name not in skip}
 
@@ -287,11 +289,6 @@ def stored_config(out: Path) -> RunConfig:
     refuse_changed(stored.get("plugin", ()), manifest.get("plugins", ()), manifest.get("entry_points", {}))
     known = {f.name for f in dataclasses.fields(RunConfig)}
     return replace(set_fields(RunConfig(), {k: v for k, v in stored.items() if k in known}), resume=out)
-
-
-def stored_threads(out: Path) -> int | None:
-    """The number of threads with which a run began; None where its manifest, of an older version, does not say."""
-    return RunFolder(out).manifest().get("threads")
 
 
 def setting_owner(item: str) -> str:

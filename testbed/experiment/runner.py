@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
+
+from transformers.utils import logging
 
 from streams.arrange import arrange
 from streams.base import Stream
@@ -14,7 +16,7 @@ from testbed.core.events import Ask, EditEvent
 from testbed.core.schema import BaseAnswer, EventRow, QuestionRow, ScheduleRow, folder_name
 from testbed.editors.base import Editor
 from testbed.experiment import preflight, schedule
-from testbed.experiment.answering import answer_base
+from testbed.experiment.answering import Progress, answer_base
 from testbed.experiment.beliefs import Belief, belief, kept_events
 from testbed.experiment.config import LOCATIONS, BadConfig, ResolvedRun, RunConfig
 from testbed.experiment.interrupt import Stopped, StopRequest
@@ -22,6 +24,7 @@ from testbed.experiment.loop import Context, run_editor
 from testbed.experiment.manifest import manifest_of
 from testbed.experiment.protocols import prompt_of
 from testbed.experiment.saved_models import save_models
+from testbed.experiment.side_by_side import RunOne, WorkerMessages, run_side_by_side, workers
 from testbed.experiment.track import TrackedRun, tracking
 from testbed.model.difficulty import losses
 from testbed.model.handle import ModelHandle
@@ -164,7 +167,7 @@ def study(
     for note in run.manifest["notes"]:
         say(note)
     if config.resume:
-        folder.check_same(run.manifest, SAME, [f"config.{name}" for name in LOCATIONS], RunConfig().stored())
+        _check_same(run, folder)
     else:
         folder.check_free()
     with folder.locked():
@@ -180,6 +183,10 @@ def study(
         summary = finish(run.out) if report else {}
         save_models(run, folder, say)
         return summary
+
+
+def _check_same(run: PreparedRun, folder: RunFolder) -> None:
+    folder.check_same(run.manifest, SAME, [f"config.{name}" for name in LOCATIONS], RunConfig().stored())
 
 
 def finish(out: Path) -> dict[str, Any]:
@@ -199,7 +206,7 @@ def finish(out: Path) -> dict[str, Any]:
 
 
 def _run_editors(run: PreparedRun, folder: RunFolder, shown: Bars, say: Callable[[str], None], stop: StopRequest) -> None:
-    config, phase = run.config, phase_log(run.config.log)
+    config, names = run.config, list(run.resolved.editors)
 
     def note(line: str) -> None:
         say(line)
@@ -207,14 +214,38 @@ def _run_editors(run: PreparedRun, folder: RunFolder, shown: Bars, say: Callable
 
     try:
         context = run.context(_base_answers(run, folder, shown, stop), say=note, stop=stop)
-        for name, resolved in run.resolved.editors.items():
-            editor = resolved.create()
+        jobs, few = workers(config.jobs, len(names), run.handle)
+        if few:
+            say(few)
+        if jobs > 1:
+            say(f"{jobs} editors at a time, each in a process of its own (--jobs)")
+            again = replace(config, out=None, resume=run.out, jobs=1)
+            run_side_by_side(partial(reopened, again), names, jobs, stop, WorkerMessages(note, shown.advance))
+            return
+        for name in names:
             stop.check(f"stopped before {name}")
-            with tracking(config.track, TrackedRun(run.out, context.run, name, config.stored())) as saved:
-                editor_folder = folder.editor(name, phase, saved)
-                run_editor(context, editor, editor_folder, phase, lambda *now, name=name: shown.advance(name, *now))
+            run_one(run, context, name, lambda *now, name=name: shown.advance(name, *now))
     except Stopped as e:
         raise Stopped(f"{e}; everything up to there is saved. Go on with --resume {run.out}") from e
+
+
+def run_one(run: PreparedRun, context: Context, name: str, progress: Progress) -> None:
+    """Take one editor through the schedule, from its newest saved step. Raises `Stopped`."""
+    phase = phase_log(run.config.log)
+    with tracking(run.config.track, TrackedRun(run.out, context.run, name, run.config.stored())) as saved:
+        run_editor(context, run.resolved.editors[name].create(), RunFolder(run.out).editor(name, phase, saved), phase, progress)
+
+
+def reopened(config: RunConfig, say: Callable[[str], None], stop: StopRequest) -> RunOne:
+    """How a worker runs an editor of a folder in which the unedited model has been asked.
+
+    config: the run, with `resume`. Raises what `prepare` raises, and `StoreError` where the folder is another run's.
+    """
+    logging.disable_progress_bar()  # the loading bars of transformers
+    run = prepare(config.resolve())
+    folder = RunFolder(run.out)
+    _check_same(run, folder)
+    return partial(run_one, run, run.context(folder.base_answers(), say=say, stop=stop))
 
 
 def _base_answers(run: PreparedRun, folder: RunFolder, shown: Bars, stop: StopRequest) -> dict[str, BaseAnswer]:

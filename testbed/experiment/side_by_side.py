@@ -1,0 +1,187 @@
+"""Editors of one run side by side, each worker a process of its own.
+
+An editor depends on no other one, so that its answers are the same whether it runs alone or beside others. A worker opens the run
+folder as a resumed run does, takes one editor after the other, and tells its progress and its notes to the process of the run, which
+alone shows them and writes the manifest. A worker ends when that process ends, however it ends.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import signal
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from multiprocessing.synchronize import Event
+from typing import Any
+
+import psutil
+
+from testbed.experiment.interrupt import Stopped, StopRequest
+from testbed.model.handle import ModelHandle
+
+_POLL_SECONDS = 0.2
+"""Longest time until a requested stop is passed on."""
+_OWN_BYTES, _MODEL_COPIES = 1.5e9, 3.0
+"""Memory of a worker: its libraries and data, and so many times the model, for its weights, activations and an editor's state."""
+_DIED = "a process that ran an editor ended with code {}; what was saved is kept, go on with --resume"
+
+
+RunOne = Callable[[str, Callable[..., None]], None]
+"""Takes the name of an editor and a callback for its progress."""
+Opened = Callable[[Callable[[str], None], StopRequest], RunOne]
+
+
+@dataclass(frozen=True)
+class WorkerMessages:
+    """What the process of the run does with the messages of workers.
+
+    note: a line for the user. progress: an editor, edits made, edits in all, and the success right after the step.
+    """
+
+    note: Callable[[str], None]
+    progress: Callable[..., None]
+
+
+def workers(asked: int, editors: int, handle: ModelHandle) -> tuple[int, str]:
+    """How many workers a run takes, at most one for each editor, and a line for the user where it is fewer than asked for."""
+    most = min(asked, editors)
+    if most < 2:
+        return 1, ""
+    if handle.device.type != "cpu":
+        return 1, f"--jobs {asked}: one editor at a time, because the model is on {handle.device}"
+    size = sum(p.numel() * p.element_size() for p in handle.model.parameters())
+    each, free = _OWN_BYTES + _MODEL_COPIES * size, psutil.virtual_memory().available
+    fit = max(1, int(free / each))
+    few = f"--jobs {asked}: {fit} at a time, because each takes about {each / 1e9:.1f} GB and {free / 1e9:.1f} GB are free"
+    return min(most, fit), few if fit < most else ""
+
+
+class _SharedStop(StopRequest):
+    """A request to stop that the process of the run makes."""
+
+    def __init__(self, event: Event) -> None:
+        self._event = event
+
+    @property
+    def requested(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self._event.is_set()
+
+    def request(self) -> None:
+        self._event.set()
+
+
+def run_side_by_side(opened: Opened, names: Sequence[str], jobs: int, stop: StopRequest, messages: WorkerMessages) -> None:
+    """Run the editors of a prepared run folder in `jobs` processes.
+
+    opened: opens the folder in a worker, from a callback for notes and the request to stop; a function that can be pickled.
+    After an error of one editor, and after a requested stop, the others end behind the step in hand, with everything saved; then the
+    error, or `Stopped`, is raised.
+    """
+    spawn = multiprocessing.get_context("spawn")  # a forked process could not use OpenMP
+    event, left, failures = spawn.Event(), list(names), list[Exception]()
+    with _started(spawn, jobs, (opened, event)) as running:
+        while running:
+            if stop.requested or failures:
+                event.set()
+            for connection in wait(list(running), _POLL_SECONDS):
+                assert isinstance(connection, Connection)
+                kind, content = _received(connection)
+                if kind == "note":
+                    messages.note(content)
+                elif kind == "progress":
+                    messages.progress(*content)
+                elif kind == "next":
+                    connection.send(left.pop(0) if left and not event.is_set() else None)
+                elif kind == "failed":
+                    failures.append(content)
+                elif kind == "ended":
+                    process = running.pop(connection)
+                    process.join()
+                    if process.exitcode:
+                        failures.append(RuntimeError(_DIED.format(process.exitcode)))
+    _raise_first(failures, left, stop)
+
+
+def _received(connection: Connection) -> tuple[str, Any]:
+    """The next message of a worker; of one that died, that it ended."""
+    try:
+        return connection.recv()
+    except (EOFError, OSError):
+        return "ended", None
+
+
+def _raise_first(failures: Sequence[Exception], left: Sequence[str], stop: StopRequest) -> None:
+    """An error comes before the stops that it caused."""
+    for failure in sorted(failures, key=lambda e: isinstance(e, Stopped)):
+        raise failure
+    if left and stop.requested:
+        raise Stopped(f"stopped before {left[0]}")
+
+
+@contextmanager
+def _started(spawn: Any, jobs: int, arguments: tuple[Opened, Event]) -> Iterator[dict[Connection, BaseProcess]]:
+    """Workers by the connection to each; those that still run at the end of the block are ended."""
+    running: dict[Connection, BaseProcess] = {}
+    try:
+        for _ in range(jobs):
+            here, there = spawn.Pipe()
+            process = spawn.Process(target=_work, args=(there, *arguments))
+            process.start()
+            there.close()
+            running[here] = process
+        yield running
+    finally:
+        for process in running.values():
+            process.kill()
+            process.join()
+
+
+def _work(connection: Connection, opened: Opened, stop: Event) -> None:
+    """A worker: editors from the process of the run, one after the other, until there are none."""
+    _end_with_the_run()
+    for number in (signal.SIGINT, signal.SIGTERM):  # the process of the run gets them too, and decides
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        run_one = opened(lambda line: connection.send(("note", line)), _SharedStop(stop))
+        while (name := _next(connection)) is not None:
+            run_one(name, lambda *now, name=name: connection.send(("progress", (name, *now))))
+    except Exception as e:
+        connection.send(("failed", _sendable(e)))
+    connection.send(("ended", None))
+
+
+def _next(connection: Connection) -> str | None:
+    connection.send(("next", None))
+    return connection.recv()
+
+
+def _end_with_the_run() -> None:
+    """Let this process end as soon as the one that started it has, even where that was killed."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _sendable(error: Exception) -> Exception:
+    """The error itself where it can be sent between processes, else one with its traceback as the message."""
+    try:
+        same = pickle.loads(pickle.dumps(error))
+        if type(same) is type(error) and str(same) == str(error):
+            same.add_note("".join(traceback.format_exception(error)))
+            return same
+    except Exception:  # an error may refuse to be pickled in any way
+        pass
+    return RuntimeError("".join(traceback.format_exception(error)))
