@@ -77,7 +77,8 @@ class DrawnEdits:
     """A mini-batch of n edits as it was run, with its experts.
 
     asked: 2 n rows, the edits and then their rephrasings, with the new answer. beside: n rows, the questions that must stay.
-    same: (3 n, 3 n) bool over edits, rephrasings and questions beside, whether two rows are about one question.
+    same, alike: (3 n, 3 n) bool over edits, rephrasings and questions beside, whether two rows are about one question, and whether they are
+    or the pictures alone tell them apart.
     """
 
     asked: RowsBehindLayer
@@ -89,6 +90,7 @@ class DrawnEdits:
     edits: Features
     """Of all 3 n rows on the side of edits."""
     same: Tensor
+    alike: Tensor
 
     @property
     def n(self) -> int:
@@ -130,7 +132,8 @@ class LiveEditTask:
         )
         keys = [_key(a) for a in (*edits, *edits, *beside)]
         same = torch.tensor([[a == b for b in keys] for a in keys], device=self.device)
-        return DrawnEdits(asked, stays, u, v, questions, own, same)
+        alike = torch.tensor([[a == b or (a[0] == b[0] and bool(a[1] and b[1])) for b in keys] for a in keys], device=self.device)
+        return DrawnEdits(asked, stays, u, v, questions, own, same, alike)
 
     def losses(self, run: DrawnEdits, generator: torch.Generator) -> dict[str, Tensor]:
         """The parts of equation 7 by the name of their coefficient, numbers. The generator draws which experts a row is given."""
@@ -156,11 +159,11 @@ class LiveEditTask:
     def _given(self, run: DrawnEdits, generator: torch.Generator) -> Tensor:
         """(3 n, n) bool, the experts that each row is given: its own, for a row that is asked, and the first few of the mini-batch.
 
-        An expert of another edit of the row's own question is never among them.
+        Never among them is one of the same question, or of one that pictures alone tell apart: hard routing keeps that from the row.
         """
         few = torch.randint(run.n + 1, (3 * run.n, 1), generator=generator)
         given = torch.arange(run.n) < few
-        given = given.to(self.device) & ~run.same[:, : run.n]
+        given = given.to(self.device) & ~run.alike[:, : run.n]
         own = torch.eye(run.n, dtype=torch.bool, device=self.device)
         given[: 2 * run.n] |= own.repeat(2, 1)
         return given
@@ -177,15 +180,18 @@ class LiveEditTask:
         edit = torch.arange(run.n) + run.n * torch.randint(2, (run.n,), generator=generator)
         return torch.cat([edit, torch.arange(2 * run.n, 3 * run.n)]).to(self.device)
 
-    def _columns(self, run: DrawnEdits) -> tuple[Tensor, Tensor, Tensor]:
-        """(the rows of `edits` that routing is trained on, (2 n, 2 n) bool where a pair is a row with its own edit, and where it is one of
-        two questions)."""
+    def _columns(self, run: DrawnEdits) -> tuple[Tensor, Tensor]:
+        """(the rows of `edits` that routing is trained on, (2 n, 2 n) bool where a pair is a row with its own edit)."""
         columns = torch.cat([torch.arange(run.n), torch.arange(2 * run.n, 3 * run.n)]).to(self.device)
-        return columns, torch.eye(2 * run.n, dtype=torch.bool, device=self.device), ~run.same[columns][:, columns]
+        return columns, torch.eye(2 * run.n, dtype=torch.bool, device=self.device)
 
     def _soft_routing(self, run: DrawnEdits, rows: Tensor) -> Tensor:
-        """A row's own edit is the likeliest among others and lies over a half, others under it; half of that weight is on its neighbour."""
-        columns, own, other = self._columns(run)
+        """A row's own edit is the likeliest among others and lies over a half, others under it; half of that weight is on its neighbour.
+
+        Pairs that pictures alone tell apart count in neither: text that is taught to tell them learns the pictures of the train edits.
+        """
+        columns, own = self._columns(run)
+        other = ~run.alike[columns][:, columns]
         s = similarity(run.questions.textual[rows], run.edits.textual[columns])
         relative = -s.masked_fill(~(own | other), torch.finfo(s.dtype).min).log_softmax(1).diagonal().mean()
         right, wrong = (s.sigmoid() + _EPSILON).log(), ((-s).sigmoid() + _EPSILON).log()
@@ -194,7 +200,8 @@ class LiveEditTask:
 
     def _hard_routing(self, run: DrawnEdits, rows: Tensor) -> Tensor:
         """By pictures a row's own edit is nearer than others and the sentinel; without its own edit the sentinel is nearest."""
-        columns, own, other = self._columns(run)
+        columns, own = self._columns(run)
+        other = ~run.same[columns][:, columns]
         asked, edits = run.questions[rows], run.edits[columns]
         both = asked.pictured[:, None] & edits.pictured[None]
         if not both.diagonal().any():

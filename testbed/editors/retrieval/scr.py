@@ -102,9 +102,7 @@ class Scr(FactEditor):
             if not self.config.threshold and not any(self._unedited):
                 raise BadEditor("the stream has no train pool to calibrate gate=threshold on: give --set scr.threshold=0.6 or the like")
         if self.config.boost:
-            self.notes.append(
-                f"boost={self.config.boost:g} raises the logits of the stored answer: the answer is not the model's own"
-            )
+            self.notes.append(f"boost={self.config.boost:g} raises the logits of the stored answer: the answer is not the model's own")
         template = prompts.TEMPLATES[self.config.wording]
         k = self.config.k or template.max_facts
         self.fusion = fusion_of(self.config.channels, self.config.candidates, k)
