@@ -22,6 +22,7 @@ from testbed.experiment.config import ResolvedRun
 from testbed.experiment.manifest import notes_of
 from testbed.experiment.memory import peak_bytes
 from testbed.experiment.outline import Kind, Outline, outline
+from testbed.experiment.side_by_side import workers
 from testbed.experiment.unit_times import UnitTimes
 from testbed.monitors.base import PROMPTS
 
@@ -181,12 +182,19 @@ def _costs(plan: Outline, base: float, costs: Sequence[EditorCost]) -> Table:
         by_column = [c.questions[column] for column in shown]
         rows.append((c.name, *map(_time, (c.prepare, c.edits, *by_column, c.seconds)), decimal(round(c.state))))
     rows.append(("report", *blank, _time(report), ""))
-    rows.append(("all", *blank, _time(base + report + sum(c.seconds for c in costs)), decimal(round(state))))
+    jobs, _ = workers(plan.run.config.jobs, len(costs), plan.run.handle)
+    seconds = base + report + seconds_together([c.seconds for c in costs], jobs)
+    rows.append(("all" if jobs == 1 else f"all, {jobs} at a time", *blank, _time(seconds), decimal(round(state))))
     memory = decimal(round(peak_bytes(plan.run.handle.device) + max((c.state for c in costs), default=0.0)))
     disk = decimal(round(DISK_BYTES[0] + DISK_BYTES[1] * answers + state))
     table = _table("What it would cost", ["", "prepare", "edits", *shown, "time", "state at the end"], rows)
     table.caption = f"peak memory about {memory}, disk about {disk}; times are rough: edits within a factor of three, questions of five"
     return table
+
+
+def seconds_together(each: Sequence[float], jobs: int) -> float:
+    """Seconds of editors of which `jobs` run at a time: their share of all, and no less than the longest takes."""
+    return max(sum(each) / jobs, max(each, default=0.0))
 
 
 def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:

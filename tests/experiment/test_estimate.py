@@ -157,6 +157,12 @@ def test_long_answers_are_counted_at_their_length_and_timed_short(monkeypatch: p
     assert units.questions(asked, 8, 1e4)(30) == pytest.approx(30 * 9)
 
 
+@pytest.mark.parametrize(("jobs", "seconds"), [(1, 60.0), (2, 40.0), (3, 40.0)])
+def test_editors_side_by_side_take_their_share_of_the_time_and_no_less_than_the_longest(jobs: int, seconds: float) -> None:
+    assert estimate.seconds_together([10.0, 40.0, 10.0], jobs) == seconds
+    assert estimate.seconds_together([], jobs) == 0.0
+
+
 def outline_of_trained(out: Path, *settings: str) -> Outline:
     """The outline of a short run of both methods that are trained before the first edit, with the same settings."""
     both = ("mend.normalise_over=40", *(f"{name}.{setting}" for name in ("mend", "serac") for setting in settings))
