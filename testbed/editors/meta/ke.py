@@ -7,7 +7,8 @@ stream does not have, to
     minimise  -log p(answer | x, rephrasing; W + Delta W)   subject to   KL( p( | x'; W) || p( | x'; W + Delta W) ) <= m ,   (3)
 
 with x' other edits' questions, by a Lagrangian whose multiplier rises by the constraint's violation. The margin m shrinks while the
-held-out edits succeed. In a stream each edit is made at the weights as they are, one after another; the paper makes one edit.
+held-out edits succeed. In a stream each edit is made at the weights as they are, one after another; the paper makes one edit, and
+what a training on single edits does not learn is that the changes add up (`offset`).
 
 The network reads the question's text alone; a picture reaches the change through the gradient. The old answer is the stream's (the
 paper's is the model's prediction). The numbers of equations are this project's.
@@ -60,6 +61,9 @@ class KEConfig(MetaTrainingConfig):
     start: NonNegativeFloat = 1.0
     """How far down the gradient the untrained network goes, in parts of s / 2 (published: 0, so that the training has to find the
     sign of descent)."""
+    offset: bool = True
+    """Add softmax(r_b) c_b^T, as published. Trained on single edits it comes out as nearly the same matrix for all of them, which a
+    sequence of edits adds up; false leaves it out."""
     smoothing: Fraction = 0.1
     """Mass of the target that other tokens get (published: .1)."""
     others: PositiveInt = 3

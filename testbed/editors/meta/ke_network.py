@@ -16,7 +16,7 @@ The numbers of equations are this file's.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -52,17 +52,18 @@ class ConditionedNetwork:
         condition.weight (c, 2h), condition.bias (c,)
         head.i.K.direction (m, n), head.i.K.size (m,), head.i.K.bias (m,): layer K of the head of the i-th weight
 
-    sizes: (d, f) by weight. s: s of equation 1.
+    sizes: (d, f) by weight. s: s of equation 1. offset: whether softmax(r_b) c_b^T is added.
     """
 
     tensors: Mapping[str, Tensor]
     sizes: tuple[tuple[int, int], ...]
     s: float
+    offset: bool = True
 
     @classmethod
     def fresh(cls, handle: ModelHandle, targets: Sequence[TargetModule], h: Any) -> ConditionedNetwork:
         """Drawn as torch draws linear maps and LSTMs, with c_a moved by -h.start d, so that equation 1 begins near a step of
-        s h.start / 2 down the gradient. h: hyper-parameters with hidden, condition, scale, start and train_seed."""
+        s h.start / 2 down the gradient. h: hyper-parameters with hidden, condition, scale, start, offset and train_seed."""
         sizes, width = tuple((t.d, t.f) for t in targets), handle.model.get_input_embeddings().weight.shape[1]
         tensors: dict[str, Tensor] = {}
         for name, (shape, fan_in) in _shapes(sizes, width, h.hidden, h.condition):
@@ -71,7 +72,7 @@ class ConditionedNetwork:
             for k in range(2):
                 tensors[f"head.{i}.{k}.size"] = tensors[f"head.{i}.{k}.direction"].norm(dim=1)
             tensors[f"head.{i}.1.bias"][d : d + f] -= h.start * d
-        return cls({n: t.to(handle.device).requires_grad_(True) for n, t in tensors.items()}, sizes, h.scale)
+        return cls({n: t.to(handle.device).requires_grad_(True) for n, t in tensors.items()}, sizes, h.scale, h.offset)
 
     def condition(self, embedded: Tensor, lengths: Tensor) -> Tensor:
         """(B, c) from embeddings (B, T, e) float32, of which a row's first (B,) count."""
@@ -108,9 +109,9 @@ class ConditionedNetwork:
         return torch.nn.functional.linear(x, direction * (size / direction.norm(dim=1))[:, None], self.tensors[f"{name}.bias"])
 
     def changed(self, condition: Tensor, factors: Sequence[GradientFactors]) -> list[tuple[Tensor, Tensor]]:
-        """Equation 2 by weight, in factors: left (B, T + 1, f) and right (B, T + 1, d), the change (d, f) of row b being
-        right[b]^T left[b]. On the factors' devices, differentiable by `tensors`."""
-        return [_low_rank(of, x) for of, x in zip(self.shaping(condition), factors)]
+        """Equation 2 by weight, in factors: left (B, K, f) and right (B, K, d), the change (d, f) of row b being right[b]^T left[b];
+        K is T + 1, or T without the offset. On the factors' devices, differentiable by `tensors`."""
+        return [_low_rank(of, x, self.offset) for of, x in zip(self.shaping(condition), factors)]
 
     def state(self) -> dict[str, Tensor]:
         """All tensors by name, as a state of the editor holds them."""
@@ -118,13 +119,14 @@ class ConditionedNetwork:
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> ConditionedNetwork:
         """The same with other tensors, for use and not for training."""
-        return ConditionedNetwork({name: tensors[name] for name in self.tensors}, self.sizes, self.s)
+        return replace(self, tensors={name: tensors[name] for name in self.tensors})
 
 
-def _low_rank(of: Shaping, x: GradientFactors) -> tuple[Tensor, Tensor]:
+def _low_rank(of: Shaping, x: GradientFactors, offset: bool) -> tuple[Tensor, Tensor]:
     rows_a, columns_a, rows_b, columns_b, size = (t.to(x.u.device) for t in of)
-    left = torch.cat([x.u * columns_a[:, None], columns_b[:, None]], 1)
-    right = torch.cat([x.delta * rows_a[:, None], rows_b[:, None]], 1)
+    left, right = x.u * columns_a[:, None], x.delta * rows_a[:, None]
+    if offset:
+        left, right = torch.cat([left, columns_b[:, None]], 1), torch.cat([right, rows_b[:, None]], 1)
     return left, right * size[:, None, None]
 
 

@@ -92,6 +92,17 @@ def test_the_change_is_the_papers_with_the_whole_gradient(kind: str) -> None:
             torch.testing.assert_close(found[row], wanted.detach(), rtol=1e-3, atol=1e-6 * float(wanted.detach().abs().max()) + 1e-8)
 
 
+def test_without_the_offset_a_change_is_the_shaped_gradient_alone() -> None:
+    net = network()
+    alone, both = changes(replace(net, offset=False), TEXTS), changes(net, TEXTS)
+    shaped = net.shaping(net.condition(*embedded_conditions(build("llama"), TEXTS)))
+    for less, whole, of in zip(alone, both, shaped):
+        offset = of.size[:, None, None] * of.rows_b[:, :, None] * of.columns_b[:, None]
+        torch.testing.assert_close(whole - less, offset.detach(), rtol=1e-3, atol=1e-6)
+    made = editor(offset=False)
+    assert not made.apply(batch_of(KNOWN[:1])).failed
+
+
 def test_without_size_nothing_changes() -> None:
     net = replace(network(), s=0.0)
     assert not any(c.any() for c in changes(net, TEXTS))
@@ -109,7 +120,7 @@ def test_no_entry_changes_by_more_than_its_bound(s: float, start: float, seed: i
             bound = s * (of.columns_a[row].abs().max() * whole + of.columns_b[row].abs().max())
             assert bool((found[row].abs() <= bound.detach() * (1 + 1e-4) + 1e-7).all())
             assert float(of.size[row].detach()) < s
-            assert float(of.rows_a[row].sum()) == pytest.approx(1.0, abs=1e-5)
+            assert float(of.rows_a[row].detach().sum()) == pytest.approx(1.0, abs=1e-5)
 
 
 def test_the_condition_is_used() -> None:
