@@ -27,7 +27,7 @@ _KEPT = 0.99
 """What the running mean of squared violations keeps of itself in a step, as RMSprop's default."""
 
 
-class Outcome(NamedTuple):
+class EditOutcome(NamedTuple):
     """nats: (2 B,) smoothed cross-entropy a token of the new answers, of B edits and then of their rephrasings. right: (2 B,) bool,
     whether every token of the answer is the likeliest. kept: (n,) KL of the other edits' old answers, nats a token."""
 
@@ -80,7 +80,7 @@ class KETask:
         step = self.h.lr_multiplier * over / max(float(self.violation) ** 0.5, 1e-8)
         self.multiplier.add_(step).clamp_(min=0.0)
 
-    def outcome(self, batch: Sequence[MetaExample]) -> Outcome:
+    def outcome(self, batch: Sequence[MetaExample]) -> EditOutcome:
         """Edit each example on its own; ask it, its rephrasing, and other edits of the mini-batch with their old answers."""
         answers = [e.answer for e in batch]
         factors = factors_of(self.handle, self.targets, [e.edit for e in batch], answers)
@@ -93,11 +93,11 @@ class KETask:
         others, group = _others(batch, self.h.others)
         beside = hooked_forward(self.handle, self.targets, [ask for ask, _ in others], [old for _, old in others])
         kept = divergence(beside, low_rank_adds(changes, group))
-        return Outcome(asked.mean_by_row(smoothed(log_p, ids, self.h.smoothing)), right, kept)
+        return EditOutcome(asked.mean_by_row(smoothed(log_p, ids, self.h.smoothing)), right, kept)
 
     def judge(self) -> dict[str, float]:
         """The held-out edits, with the same draws each time: nats of the new answers and KL beside; the margin may shrink behind it."""
-        generator, held, parts = generator_of(self.h.train_seed, 0), self.examples.held_out, list[Outcome]()
+        generator, held, parts = generator_of(self.h.train_seed, 0), self.examples.held_out, list[EditOutcome]()
         with torch.no_grad():
             for part in parts_of(apart(held), self.h.train_batch):
                 parts.append(self.outcome([example(e, held, generator) for e in part]))

@@ -24,7 +24,7 @@ _EPSILON = 1e-8
 
 
 @dataclass(frozen=True)
-class RowsBehindLayer:
+class LayerOutputRows:
     """Prompts with their answers, run up to behind the layer; states: (B, T, d) what leaves it, float32, on the network's device."""
 
     suffix: ModelSuffix
@@ -53,7 +53,7 @@ class RowsBehindLayer:
 
 
 @torch.no_grad()
-def rows_of(handle: ModelHandle, layer: int, asks: Sequence[Ask], answers: Sequence[str], device: torch.device) -> RowsBehindLayer:
+def rows_of(handle: ModelHandle, layer: int, asks: Sequence[Ask], answers: Sequence[str], device: torch.device) -> LayerOutputRows:
     """Run prompts with their answers and end tokens up to behind a layer; "" asks for the distribution behind the prompt alone.
 
     Raises `UntokenizableAnswer`, `PromptTooLong`, and, once a model, `UnknownLayout` where its logits are not those of its last norm.
@@ -63,7 +63,7 @@ def rows_of(handle: ModelHandle, layer: int, asks: Sequence[Ask], answers: Seque
     if not layout_verified(handle, layer + 1, _KIND):
         verify_layout(handle, layer + 1, batch, lambda weight: _logits(handle, layer, batch, weight), _KIND)
     suffix = suffix_from_layer(handle, batch, layer + 1)
-    return RowsBehindLayer(suffix, suffix.hidden.float().to(device), RowMasks.of(batch.on(device)))
+    return LayerOutputRows(suffix, suffix.hidden.float().to(device), RowMasks.of(batch.on(device)))
 
 
 def _logits(handle: ModelHandle, layer: int, batch: Batch, weight: Tensor) -> Tensor:
@@ -81,8 +81,8 @@ class DrawnEdits:
     or the pictures alone tell them apart.
     """
 
-    asked: RowsBehindLayer
-    beside: RowsBehindLayer
+    asked: LayerOutputRows
+    beside: LayerOutputRows
     u: Tensor
     v: Tensor
     questions: Features
@@ -168,7 +168,7 @@ class LiveEditTask:
         given[: 2 * run.n] |= own.repeat(2, 1)
         return given
 
-    def _divergence(self, rows: RowsBehindLayer, added: Tensor) -> Tensor:
+    def _divergence(self, rows: LayerOutputRows, added: Tensor) -> Tensor:
         """The mean over rows of KL(before || after) where their answers are predicted, nats."""
         with torch.no_grad():
             before = rows.log_probabilities(None)
