@@ -9,12 +9,19 @@ from __future__ import annotations
 
 import os
 import sys
+import time
+from pathlib import Path
+
+_STAT, _SECONDS = Path("/proc/stat"), 0.3
+"""Where Linux counts what cores do, and how long they are watched."""
 
 
 def processes(most: int) -> int:
     """How many processes have a free core each, at most `most`; 1 where torch is loaded, as in a notebook."""
+    if "torch" in sys.modules:
+        return 1
     cores, load = free_cores()
-    return 1 if "torch" in sys.modules else max(1, min(most, round(cores - load)))
+    return max(1, min(most, round(cores - load)))
 
 
 def prepare(threads: int | None = None, processes: int = 1) -> str:
@@ -36,10 +43,23 @@ def prepare(threads: int | None = None, processes: int = 1) -> str:
     if threads:
         return f"threads: {threads}, as when the run began"
     busy = chosen * processes < cores
-    return f"threads: {chosen} of {cores}, because the machine's load is {load:.1f} (OMP_NUM_THREADS chooses)" if busy else ""
+    return f"threads: {chosen} of {cores}, because {load:.1f} are busy (OMP_NUM_THREADS chooses)" if busy else ""
 
 
 def free_cores() -> tuple[int, float]:
-    """(cores that this process may use, processes that ran or waited in the last minute)."""
+    """(cores that this process may use, cores that are busy now; where /proc/stat does not tell, the load of the last minute).
+
+    The load of the last minute alone would count an installation that has just ended.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return cores, os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if not _STAT.is_file():
+        return cores, os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    (idle, total), _ = _times(), time.sleep(_SECONDS)
+    later_idle, later_total = _times()
+    return cores, (os.cpu_count() or 1) * (1 - (later_idle - idle) / max(1, later_total - total))
+
+
+def _times() -> tuple[int, int]:
+    """(ticks in which cores had nothing to do, all ticks) since the machine began."""
+    ticks = [int(n) for n in _STAT.read_text().split("\n", 1)[0].split()[1:9]]
+    return ticks[3] + ticks[4], sum(ticks)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -46,6 +47,19 @@ def test_nothing_happens_where_torch_is_loaded_and_importing_changes_no_environm
     assert threads.prepare() == "" and dict(os.environ) == before
     code = "import os; before = dict(os.environ); import testbed, testbed.run, testbed.ask; assert dict(os.environ) == before"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_cores_that_are_busy_now_are_counted_and_not_those_of_the_last_minute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 40 ticks on 4 cores 10 are idle and 10 wait for a disk: two cores are busy."""
+    stat = tmp_path / "stat"
+    stat.write_text("cpu  100 0 50 800 50 0 0 0 0 0\ncpu0 1 1 1 1 1 1 1 1 1 1\n")
+    monkeypatch.setattr(threads, "_STAT", stat)
+    monkeypatch.setattr(threads.time, "sleep", lambda s: stat.write_text("cpu  115 0 55 810 60 0 0 0 0 0\n"))
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    assert threads.free_cores()[1] == pytest.approx(2.0)
+    monkeypatch.setattr(threads, "_STAT", tmp_path / "none")
+    monkeypatch.setattr(os, "getloadavg", lambda: (1.5, 0.0, 0.0))
+    assert threads.free_cores()[1] == 1.5
 
 
 def test_the_machine_has_cores() -> None:
