@@ -80,12 +80,14 @@ class _SharedStop(StopRequest):
 def run_side_by_side(opened: Opened, names: Sequence[str], jobs: int, stop: StopRequest, messages: WorkerMessages) -> None:
     """Run the editors of a prepared run folder in `jobs` processes.
 
+    The last names begin first: lists begin with bounds and light baselines, which then fill the gaps at the end.
     opened: opens the folder in a worker, from a callback for notes and the request to stop; a function that can be pickled.
+
     After an error of one editor, and after a requested stop, the others end behind the step in hand, with everything saved; then the
     error, or `Stopped`, is raised.
     """
     spawn = multiprocessing.get_context("spawn")  # a forked process could not use OpenMP
-    event, left, failures = spawn.Event(), list(names), list[Exception]()
+    event, left, failures = spawn.Event(), list(reversed(names)), list[Exception]()
     with _started(spawn, jobs, (opened, event)) as running:
         while running:
             if stop.requested or failures:

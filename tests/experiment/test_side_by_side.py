@@ -54,7 +54,7 @@ def test_answers_states_and_sums_are_those_of_one_editor_after_the_other(tmp_pat
 def test_an_error_of_one_editor_is_raised_when_the_others_have_saved(tmp_path: Path) -> None:
     out = tmp_path / "run"
     with pytest.raises(BadModel, match="layer 99 does not exist"):
-        study(config(out, "balancedit", "finetune[layer=99]", "noop"))
+        study(config(out, "noop", "finetune[layer=99]", "balancedit"))
     assert not workers_of(os.getpid())
     assert list((out / "balancedit" / "state").glob("step-*.safetensors"))
     assert not (out / "noop").exists()
