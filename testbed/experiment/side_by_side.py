@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import pickle
 import signal
 import threading
 import traceback
@@ -22,7 +21,9 @@ from multiprocessing.synchronize import Event
 from typing import Any
 
 import psutil
+import torch
 
+from testbed.experiment.command import user_errors
 from testbed.experiment.interrupt import Stopped, StopRequest
 from testbed.model.handle import ModelHandle
 
@@ -88,7 +89,7 @@ def run_side_by_side(opened: Opened, names: Sequence[str], jobs: int, stop: Stop
     """
     spawn = multiprocessing.get_context("spawn")  # a forked process could not use OpenMP
     event, left, failures = spawn.Event(), list(reversed(names)), list[Exception]()
-    with _started(spawn, jobs, (opened, event)) as running:
+    with _started(spawn, jobs, (opened, event, torch.get_num_threads())) as running:
         while running:
             if stop.requested or failures:
                 event.set()
@@ -102,7 +103,7 @@ def run_side_by_side(opened: Opened, names: Sequence[str], jobs: int, stop: Stop
                 elif kind == "next":
                     connection.send(left.pop(0) if left and not event.is_set() else None)
                 elif kind == "failed":
-                    failures.append(content)
+                    failures.append(_error_of(*content))
                 elif kind == "ended":
                     process = running.pop(connection)
                     process.join()
@@ -128,7 +129,7 @@ def _raise_first(failures: Sequence[Exception], left: Sequence[str], stop: StopR
 
 
 @contextmanager
-def _started(spawn: Any, jobs: int, arguments: tuple[Opened, Event]) -> Iterator[dict[Connection, BaseProcess]]:
+def _started(spawn: Any, jobs: int, arguments: tuple[Opened, Event, int]) -> Iterator[dict[Connection, BaseProcess]]:
     """Workers by the connection to each; those that still run at the end of the block are ended."""
     running: dict[Connection, BaseProcess] = {}
     try:
@@ -145,9 +146,10 @@ def _started(spawn: Any, jobs: int, arguments: tuple[Opened, Event]) -> Iterator
             process.join()
 
 
-def _work(connection: Connection, opened: Opened, stop: Event) -> None:
+def _work(connection: Connection, opened: Opened, stop: Event, threads: int) -> None:
     """A worker: editors from the process of the run, one after the other, until there are none."""
     _end_with_the_run()
+    torch.set_num_threads(threads)  # rounding depends on it
     for number in (signal.SIGINT, signal.SIGTERM):  # the process of the run gets them too, and decides
         signal.signal(number, signal.SIG_IGN)
     try:
@@ -155,7 +157,7 @@ def _work(connection: Connection, opened: Opened, stop: Event) -> None:
         while (name := _next(connection)) is not None:
             run_one(name, lambda *now, name=name: connection.send(("progress", (name, *now))))
     except Exception as e:
-        connection.send(("failed", _sendable(e)))
+        connection.send(("failed", _described(e)))
     connection.send(("ended", None))
 
 
@@ -177,13 +179,17 @@ def _end_with_the_run() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _sendable(error: Exception) -> Exception:
-    """The error itself where it can be sent between processes, else one with its traceback as the message."""
+def _described(error: Exception) -> tuple[str, str]:
+    """The name and the message of an error that the user can mend or of a stop, else no name and the traceback."""
+    if isinstance(error, (*user_errors(), Stopped)):
+        return type(error).__name__, str(error)
+    return "", "".join(traceback.format_exception(error))
+
+
+def _error_of(name: str, message: str) -> Exception:
+    """The error that a worker described."""
+    known = {e.__name__: e for e in (*user_errors(), Stopped)}
     try:
-        same = pickle.loads(pickle.dumps(error))
-        if type(same) is type(error) and str(same) == str(error):
-            same.add_note("".join(traceback.format_exception(error)))
-            return same
-    except Exception:  # an error may refuse to be pickled in any way
-        pass
-    return RuntimeError("".join(traceback.format_exception(error)))
+        return known.get(name, RuntimeError)(message)
+    except TypeError:  # an error that is made of more than a message
+        return RuntimeError(message)

@@ -151,12 +151,15 @@ def write_state(path: Path, state: dict[str, Any], phase: Phase | None = None) -
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Read what `write_state` wrote. Raises `StoreError` for a file that is absent, damaged or no state."""
+    """Read what `write_state` wrote, into memory of its own: products of a tensor at an odd address of the file are rounded otherwise.
+
+    Raises `StoreError` for a file that is absent, damaged or no state.
+    """
     if is_damaged(path):
         raise StoreError(f"{path} {DAMAGED}; --resume makes it again")
     try:
         with safe_open(path, "pt") as f:
             rest = json.loads((f.metadata() or {})["json"])
-            return {**rest, **{k: f.get_tensor(k) for k in f.keys()}}  # noqa: SIM118  (no iteration on safe_open)
+            return {**rest, **{k: f.get_tensor(k).clone() for k in f.keys()}}  # noqa: SIM118  (no iteration on safe_open)
     except (SafetensorError, OSError, KeyError, ValueError) as e:
         raise StoreError(f"{path} is not a readable state: {e}") from e

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from tempfile import mkdtemp
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,9 +34,24 @@ SETTINGS = tuple(str(FAST[i]) for i in range(1, len(FAST), 2))
 
 
 def config(out: Path, *editors: str, **more: Any) -> RunConfig:
-    """The run of `uninterrupted`, two editors at a time."""
-    own = {"model": str(folder("llava")), "device": "cpu", "edits": 20, "save_every": 5, "max_new_tokens": 2, "probe_budget": 10}
-    return RunConfig(out=out, editor=editors or EDITORS, set=SETTINGS, jobs=2, **{**own, **more})
+    """The run of `tests.helpers.resumed_runs`, two editors at a time."""
+    own = {"jobs": 2, "model": str(folder("llava")), "device": "cpu", "edits": 20, "save_every": 5, "max_new_tokens": 2, "probe_budget": 10}
+    return RunConfig(out=out, editor=editors or EDITORS, set=SETTINGS, **{**own, **more})
+
+
+@cache
+def whole() -> Path:
+    """The same run, one editor after the other, with one thread as every test has."""
+    out = Path(mkdtemp(prefix="whole-")) / "run"
+    study(config(out, jobs=1))
+    return out
+
+
+def assert_as_whole(out: Path) -> None:
+    """All but the order of notes, which is that of the time."""
+    assert_same(out, whole(), said=True)
+    here, there = (json.loads((folder / "manifest.json").read_text())["notes"] for folder in (out, whole()))
+    assert sorted(here) == sorted(there)
 
 
 def workers_of(pid: int) -> list[psutil.Process]:
@@ -44,7 +62,7 @@ def workers_of(pid: int) -> list[psutil.Process]:
 def test_answers_states_and_sums_are_those_of_one_editor_after_the_other(tmp_path: Path) -> None:
     said: list[str] = []
     study(config(tmp_path / "run"), said.append)
-    assert_same(tmp_path / "run")
+    assert_as_whole(tmp_path / "run")
     assert "2 editors at a time, each in a process of its own (--jobs)" in said
     check = ["sha256sum", "--check", "--ignore-missing", "--quiet", "SHA256SUMS"]
     assert subprocess.run(check, cwd=tmp_path / "run", capture_output=True).returncode == 0
@@ -71,14 +89,15 @@ def test_a_requested_stop_reaches_every_editor(tmp_path: Path) -> None:
     with pytest.raises(Stopped, match=f"everything up to there is saved. Go on with --resume {out}"):
         study(config(out), say, stop)
     study(replace(config(out), out=None, resume=out))
-    assert_same(out)
+    assert_as_whole(out)
 
 
 @pytest.mark.ci
 def test_workers_end_with_a_run_that_is_killed_and_it_goes_on(tmp_path: Path) -> None:
     out, command = tmp_path / "run", [sys.executable, "-m", "testbed.run"]
     begin = [*command, "--model", folder("llava"), "--out", out, *SMALL, *FAST, "--jobs", 2]
-    run = subprocess.Popen([str(x) for x in begin], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    alone = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.Popen([str(x) for x in begin], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=alone)
     late = time.monotonic() + 240
     while not list(out.glob("*/state/step-*")):
         assert time.monotonic() < late and run.poll() is None
@@ -89,9 +108,9 @@ def test_workers_end_with_a_run_that_is_killed_and_it_goes_on(tmp_path: Path) ->
     run.wait()
     _, alive = psutil.wait_procs(inside, timeout=20)
     assert not alive, "a worker outlives its run"
-    resumed = subprocess.run([*command, "--resume", str(out), "--jobs", "2"], capture_output=True, env={**os.environ}, timeout=240)
+    resumed = subprocess.run([*command, "--resume", str(out), "--jobs", "2"], capture_output=True, env=alone, timeout=240)
     assert resumed.returncode == 0, resumed.stderr
-    assert_same(out)
+    assert_as_whole(out)
 
 
 def test_there_are_no_more_workers_than_editors_memory_and_a_cpu_allow(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,14 +136,12 @@ def test_cores_are_shared_among_processes(monkeypatch: pytest.MonkeyPatch) -> No
     assert os.environ["OMP_NUM_THREADS"] == "2"
 
 
-def test_an_error_that_cannot_be_sent_arrives_with_its_traceback() -> None:
-    class Local(Exception):
-        pass
-
-    assert type(side_by_side._sendable(BadEditor("layer 99 does not exist"))) is BadEditor
+def test_an_error_of_the_user_arrives_as_it_is_and_any_other_with_its_traceback() -> None:
+    arrived = [side_by_side._error_of(*side_by_side._described(e)) for e in (BadEditor("no layer 99"), Stopped("stopped after step 3"))]
+    assert [(type(e), str(e)) for e in arrived] == [(BadEditor, "no layer 99"), (Stopped, "stopped after step 3")]
     try:
-        raise Local("what went wrong")
-    except Local as e:
-        arrived = side_by_side._sendable(e)
-    assert type(arrived) is RuntimeError
-    assert "Local: what went wrong" in str(arrived)
+        raise ZeroDivisionError("what went wrong")
+    except ZeroDivisionError as e:
+        other = side_by_side._error_of(*side_by_side._described(e))
+    assert type(other) is RuntimeError
+    assert "in test_an_error_of_the_user" in str(other) and str(other).endswith("ZeroDivisionError: what went wrong\n")
