@@ -45,7 +45,8 @@ def _main(argv: list[str], console: Console) -> None:
     def say(line: str) -> None:
         console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
-    jobs = config.jobs or (threads.processes(len(config.editor)) if config.edits >= _MANY else 1)
+    several = config.edits >= _MANY and config.device in ("auto", "cpu") and not threads.has_gpu()
+    jobs = config.jobs or (threads.processes(len(config.editor)) if several else 1)
     config = replace(config, jobs=jobs)
     stored = RunFolder(config.resume).manifest().get("threads") if config.resume else None  # a manifest of an older version has none
     if line := threads.prepare(stored, min(jobs, len(config.editor))):

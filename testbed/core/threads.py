@@ -16,6 +16,11 @@ _STAT, _SECONDS = Path("/proc/stat"), 0.3
 """Where Linux counts what cores do, and how long they are watched."""
 
 
+def has_gpu() -> bool:
+    """Whether the machine has a device that a model goes to by itself, told without torch: an NVIDIA GPU, or Apple's."""
+    return Path("/dev/nvidia0").exists() or sys.platform == "darwin"
+
+
 def processes(most: int) -> int:
     """How many processes have a free core each, at most `most`; 1 where torch is loaded, as in a notebook."""
     if "torch" in sys.modules:

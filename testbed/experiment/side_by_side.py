@@ -13,7 +13,7 @@ import signal
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -51,17 +51,17 @@ class WorkerMessages:
 
 
 def workers(asked: int, editors: int, handle: ModelHandle) -> tuple[int, str]:
-    """How many workers a run takes, at most one for each editor, and a line for the user where it is fewer than asked for."""
+    """How many workers a run takes, at most one for each editor, and why they are fewer than asked for; "" where they are not."""
     most = min(asked, editors)
     if most < 2:
         return 1, ""
     if handle.device.type != "cpu":
-        return 1, f"--jobs {asked}: one editor at a time, because the model is on {handle.device}"
+        return 1, f"one editor at a time, because the model is on {handle.device}"
     size = sum(p.numel() * p.element_size() for p in handle.model.parameters())
     each, free = _OWN_BYTES + _MODEL_COPIES * size, psutil.virtual_memory().available
-    fit = max(1, int(free / each))
-    few = f"--jobs {asked}: {fit} at a time, because each takes about {each / 1e9:.1f} GB and {free / 1e9:.1f} GB are free"
-    return min(most, fit), few if fit < most else ""
+    fit = min(most, max(1, int(free / each)))
+    why = f"{fit} of {most} editors at a time, because each takes about {each / 1e9:.1f} GB and {free / 1e9:.1f} GB are free"
+    return fit, why if fit < most else ""
 
 
 class _SharedStop(StopRequest):
@@ -93,15 +93,16 @@ def run_side_by_side(opened: Opened, names: Sequence[str], jobs: int, stop: Stop
         while running:
             if stop.requested or failures:
                 event.set()
-            for connection in wait(list(running), _POLL_SECONDS):
-                assert isinstance(connection, Connection)
+            ready = wait(list(running), _POLL_SECONDS)
+            for connection in [c for c in running if c in ready]:
                 kind, content = _received(connection)
                 if kind == "note":
                     messages.note(content)
                 elif kind == "progress":
                     messages.progress(*content)
                 elif kind == "next":
-                    connection.send(left.pop(0) if left and not event.is_set() else None)
+                    with suppress(OSError):  # of a worker that has died meanwhile, the end is received next
+                        connection.send(left.pop(0) if left and not event.is_set() else None)
                 elif kind == "failed":
                     failures.append(_error_of(*content))
                 elif kind == "ended":
@@ -180,16 +181,11 @@ def _end_with_the_run() -> None:
 
 
 def _described(error: Exception) -> tuple[str, str]:
-    """The name and the message of an error that the user can mend or of a stop, else no name and the traceback."""
-    if isinstance(error, (*user_errors(), Stopped)):
-        return type(error).__name__, str(error)
-    return "", "".join(traceback.format_exception(error))
+    """The kind and the message of an error that the user can mend or of a stop, else no kind and the traceback."""
+    kind = next((k.__name__ for k in type(error).__mro__ if k in (*user_errors(), Stopped)), "")
+    return kind, str(error) if kind else "".join(traceback.format_exception(error))
 
 
-def _error_of(name: str, message: str) -> Exception:
+def _error_of(kind: str, message: str) -> Exception:
     """The error that a worker described."""
-    known = {e.__name__: e for e in (*user_errors(), Stopped)}
-    try:
-        return known.get(name, RuntimeError)(message)
-    except TypeError:  # an error that is made of more than a message
-        return RuntimeError(message)
+    return {k.__name__: k for k in (*user_errors(), Stopped)}.get(kind, RuntimeError)(message)

@@ -121,7 +121,7 @@ def test_there_are_no_more_workers_than_editors_memory_and_a_cpu_allow(monkeypat
     assert workers(9, 3, handle) == (3, "")
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=3.2e9))
     n, line = workers(4, 7, handle)
-    assert (n, line) == (2, "--jobs 4: 2 at a time, because each takes about 1.5 GB and 3.2 GB are free")
+    assert (n, line) == (2, "2 of 4 editors at a time, because each takes about 1.5 GB and 3.2 GB are free")
     away: Any = SimpleNamespace(device=SimpleNamespace(type="cuda"), model=handle.model)
     assert workers(2, 7, away)[0] == 1
 
