@@ -218,7 +218,7 @@ def _run_editors(run: PreparedRun, folder: RunFolder, shown: Bars, say: Callable
         if few:
             say(few)
         if jobs > 1:
-            say(f"{jobs} editors at a time, each in a process of its own (--jobs)")
+            note(f"{jobs} editors at a time, each in a process of its own (--jobs): the seconds of an edit are those beside others")
             again = replace(config, out=None, resume=run.out, jobs=1)
             run_side_by_side(partial(reopened, again), names, jobs, stop, WorkerMessages(note, shown.advance))
             return
