@@ -151,7 +151,7 @@ def write_state(path: Path, state: dict[str, Any], phase: Phase | None = None) -
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Read what `write_state` wrote, into memory of its own: tensors of a file are not aligned, and products of such tensors may be rounded otherwise.
+    """Read what `write_state` wrote, copied: tensors of a file are not aligned, and products of such tensors may be rounded otherwise.
 
     Raises `StoreError` for a file that is absent, damaged or no state.
     """
