@@ -137,12 +137,23 @@ def test_cores_are_shared_among_processes(monkeypatch: pytest.MonkeyPatch) -> No
     assert os.environ["OMP_NUM_THREADS"] == "2"
 
 
-def test_an_error_of_the_user_arrives_as_it_is_and_any_other_with_its_traceback() -> None:
+def test_an_error_of_the_user_and_a_stop_arrive_as_they_are() -> None:
     arrived = [side_by_side._error_of(*side_by_side._described(e)) for e in (BadEditor("no layer 99"), Stopped("stopped after step 3"))]
     assert [(type(e), str(e)) for e in arrived] == [(BadEditor, "no layer 99"), (Stopped, "stopped after step 3")]
+
+
+def test_an_error_of_a_kind_that_the_user_can_mend_stays_of_that_kind() -> None:
+    class NoSuchLayer(BadEditor):
+        """One of its kinds, as a plug-in may have."""
+
+    arrived = side_by_side._error_of(*side_by_side._described(NoSuchLayer("no layer 99")))
+    assert (type(arrived), str(arrived)) == (BadEditor, "no layer 99")
+
+
+def test_any_other_error_arrives_with_its_traceback() -> None:
     try:
         raise ZeroDivisionError("what went wrong")
     except ZeroDivisionError as e:
         other = side_by_side._error_of(*side_by_side._described(e))
     assert type(other) is RuntimeError
-    assert "in test_an_error_of_the_user" in str(other) and str(other).endswith("ZeroDivisionError: what went wrong\n")
+    assert "in test_any_other_error" in str(other) and str(other).endswith("ZeroDivisionError: what went wrong\n")
